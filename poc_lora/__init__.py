@@ -1,0 +1,34 @@
+"""Train several LoRA adapters of one base model, merge them into one: more accurate, same inference cost."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# The public API, imported on first use: `import poc_lora` itself loads nothing heavy.
+_HOME = {
+    "Adapter": "poc_lora.lora.adapter",
+    "AdapterBank": "poc_lora.lora.bank",
+    "NoisyAdamW": "poc_lora.optim.noisy_adamw",
+    "RunConfig": "poc_lora.config",
+    "evaluate": "poc_lora.evaluation.evaluate",
+    "load_config": "poc_lora.config",
+    "merge": "poc_lora.lora.merge",
+    "train": "poc_lora.training.loop",
+}
+__all__ = sorted([*_HOME, "__version__"])
+
+if TYPE_CHECKING:
+    from poc_lora.config import RunConfig, load_config
+    from poc_lora.evaluation.evaluate import evaluate
+    from poc_lora.lora.adapter import Adapter
+    from poc_lora.lora.bank import AdapterBank
+    from poc_lora.lora.merge import merge
+    from poc_lora.optim.noisy_adamw import NoisyAdamW
+    from poc_lora.training.loop import train
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'poc_lora' has no attribute {name!r}")

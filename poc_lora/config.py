@@ -1,0 +1,227 @@
+"""The schema of a run: a YAML file plus `key=value` overrides, checked by one validator.
+
+Precedence: override, then file, then default. There is no field for a token or a password.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from poc_lora.errors import ConfigError
+from poc_lora.files import read_text
+
+MAX_CONFIG_BYTES = 2**20
+
+Positive = Annotated[int, Field(gt=0, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, strict=True)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The frozen base model: a local folder or a Hub id."""
+
+    name: Name
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on GPU, float32 on CPU
+
+
+class LoraSection(Section):
+    """The update W x + (alpha / rank) B A x of every target module."""
+
+    rank: Positive = 32
+    alpha: PositiveFloat = 64.0
+    dropout: Fraction = 0.0
+    targets: Annotated[tuple[Name, ...], Field(min_length=1)] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+
+class AdaptersSection(Section):
+    """How many adapters, and the seed that all their draws descend from."""
+
+    count: Positive = 8
+    seed: NonNegative = 0
+
+
+class DataSection(Section):
+    """Training rows and how they become tokens."""
+
+    train: Annotated[tuple[Name, ...], Field(min_length=1)]  # files, folders or Hub ids
+    prompt: Literal["clean", "bare"] = "clean"
+    max_length: Positive = 256
+    train_on_prompt: Flag = True
+    group_by_length: Flag = True
+    validation: NonNegative = 120  # rows held out of training to measure the validation loss
+
+
+class OptimSection(Section):
+    """Noisy AdamW: see poc_lora.optim.noisy_adamw for the update. `temperature` is λ."""
+
+    lr: PositiveFloat = 1e-4
+    temperature: NonNegativeFloat = 1e-6
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    schedule: Literal["linear", "constant"] = "linear"
+    warmup_steps: NonNegative = 100
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class TrainSection(Section):
+    """Length of training; `batch_size` counts rows per adapter and optimizer step."""
+
+    epochs: PositiveFloat | None = None
+    max_steps: Positive | None = None
+    batch_size: Positive = 16
+    tokens_per_microbatch: Literal["auto"] | Positive = "auto"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSection":
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("give epochs or max_steps, not both")
+        if self.epochs is None and self.max_steps is None:
+            object.__setattr__(self, "epochs", 3.0)
+        return self
+
+
+class CheckpointSection(Section):
+    """A commit every so many steps; the newest `keep` stay."""
+
+    every_steps: Positive = 200
+    keep: Positive = 2
+
+
+class RunConfig(Section):
+    """Everything that determines a training run."""
+
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    adapters: AdaptersSection = AdaptersSection()
+    data: DataSection
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    output: Name
+
+
+def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read `path`, apply overrides such as `optim.lr=1e-4`, validate.
+
+    Relative paths inside the file stay relative to the current folder. Raises ConfigError.
+    """
+    raw = parse_yaml(read_text(path, error=ConfigError, max_bytes=MAX_CONFIG_BYTES), where=str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError("the file is not a mapping of sections", where=path, fix="start from configs/demo.yaml")
+    for override in overrides:
+        _apply_override(raw, override)
+    return validate(raw, where=str(path))
+
+
+def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
+    """Turn plain dictionaries into a RunConfig; every problem is named by its dotted key."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as problem:
+        lines = [_describe(error) for error in problem.errors()]
+        raise ConfigError("\n  ".join(["the configuration is not valid:", *lines]), where=where) from None
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal object."""
+    plain = config.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def changed_keys(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, each with its old and new value."""
+    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    return {k: (before.get(k), after.get(k)) for k in before | after if before.get(k) != after.get(k)}
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that reads 1e-4 as a number, and refuses aliases and repeated keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError(f"aliases are not allowed{self.peek_event().start_mark}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) != len(node.value):
+            raise yaml.YAMLError(f"a key is repeated in the mapping that starts{node.start_mark}")
+        return mapping
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, *, where: str) -> Any:
+    """Parse YAML without running anything from it. Raises ConfigError."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as problem:
+        raise ConfigError(f"not valid YAML: {problem}", where=where) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise ConfigError(f"'{override}' is not of the form key=value", where="overrides", fix="for example optim.lr=1e-4")
+    *sections, last = dotted.split(".")
+    node = raw
+    for section in sections:
+        if node.get(section) is None:
+            node[section] = {}
+        node = node[section]
+        if not isinstance(node, dict):
+            raise ConfigError(f"'{section}' in '{dotted}' is not a section", where="overrides")
+    node[last] = parse_yaml(text, where=f"override {override}")
+
+
+def _describe(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    dotted = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(dotted, all_keys(), n=1, cutoff=0.5)
+        near = near or difflib.get_close_matches(path[-1], [k.split(".")[-1] for k in all_keys()], n=1, cutoff=0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        return f"{dotted}: no such key{hint}"
+    if error["type"] == "missing":
+        return f"{dotted}: required but not given"
+    return f"{dotted}: {error['msg']} (got {error['input']!r})"
+
+
+def all_keys() -> list[str]:
+    """Every dotted key of the schema, sections included."""
+    keys: list[str] = []
+    for name, field in RunConfig.model_fields.items():
+        keys.append(name)
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            keys += [f"{name}.{inner}" for inner in section.model_fields]
+    return keys
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

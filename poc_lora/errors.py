@@ -1,0 +1,69 @@
+"""Every error a user can meet. Each says what is wrong, where, and how to fix it.
+
+The command line prints these without a traceback and exits with `exit_status`: 2 for a request that
+cannot be carried out as written, 1 for a run that failed on the way.
+"""
+
+from pathlib import Path
+
+
+class PocLoraError(Exception):
+    """Base of all errors raised on purpose.
+
+    what: one sentence naming the problem.
+    where: the file, key or adapter it was found in.
+    fix: what to do about it.
+    """
+
+    exit_status = 1
+
+    def __init__(self, what: str, *, where: str | Path | None = None, fix: str | None = None):
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.fix = fix
+        lines = [what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if fix:
+            lines.append(f"  fix:   {fix}")
+        super().__init__("\n".join(lines))
+
+
+class RequestError(PocLoraError):
+    """The request itself is wrong; nothing was done."""
+
+    exit_status = 2
+
+
+class ConfigError(RequestError):
+    """A configuration file or override does not fit the schema."""
+
+
+class DataError(RequestError):
+    """Training or benchmark rows that cannot be read or used."""
+
+
+class ModelError(RequestError):
+    """A base model that cannot be loaded, or that lacks what the run needs."""
+
+
+class AdapterError(RequestError):
+    """An adapter on disk that is damaged, unsafe, or of a kind that is not supported."""
+
+
+class RunError(RequestError):
+    """A run folder that cannot be used as asked."""
+
+
+class CheckpointError(PocLoraError):
+    """A checkpoint that is missing, damaged, or of another run."""
+
+
+class TrainingError(PocLoraError):
+    """Training could not go on, for example because every adapter diverged."""
+
+
+class Interrupted(PocLoraError):
+    """Stopped by Ctrl-C or SIGTERM after the state was saved."""
+
+    exit_status = 130

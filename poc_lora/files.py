@@ -1,0 +1,129 @@
+"""Files that are whole or absent: atomic writes and folder commits, checksums, bounded reads."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from poc_lora.errors import RequestError
+
+MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_DEPTH = 64
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write `path` so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; NaN and infinity are refused by `json`."""
+    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def commit_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder beside `path` to fill; on success it becomes `path` in one rename, else it vanishes.
+
+    Raises RequestError if `path` exists when the block ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield aside
+        for file in sorted(p for p in aside.rglob("*") if p.is_file()):
+            _sync_file(file)
+        sync_folder(aside)
+        os.chmod(aside, 0o755)
+        if path.exists():
+            raise RequestError(f"{path} exists already", where=path, fix="choose another folder or remove this one")
+        os.rename(aside, path)
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_json(path: Path, *, error: type[RequestError] = RequestError, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Parse a JSON file of bounded size and depth; any problem is an `error` naming the file and line."""
+    text = read_text(path, error=error, max_bytes=max_bytes)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise error(
+            f"not valid JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}",
+            where=path,
+            fix="repair the file at that line",
+        ) from None
+    except (RecursionError, ValueError) as problem:
+        raise error(f"JSON that cannot be read: {problem}", where=path) from None
+    if _deeper_than(value, MAX_JSON_DEPTH):
+        raise error(f"JSON nested deeper than {MAX_JSON_DEPTH} levels", where=path)
+    return value
+
+
+def read_text(path: Path, *, error: type[RequestError] = RequestError, max_bytes: int = MAX_JSON_BYTES) -> str:
+    """Read a UTF-8 file of at most `max_bytes`."""
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise error(f"file of {size:,} bytes is larger than the {max_bytes:,} this reads", where=path)
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise error("no such file", where=path, fix="check the path") from None
+    except UnicodeDecodeError as problem:
+        raise error(f"not UTF-8 text (byte {problem.start})", where=path) from None
+    except OSError as problem:
+        raise error(f"cannot be read: {problem.strerror}", where=path) from None
+
+
+def _deeper_than(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return False
+    return True
