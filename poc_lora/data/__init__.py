@@ -1,0 +1,1 @@
+"""Rows on disk to token batches: reading, prompts, order, padding."""

@@ -1,0 +1,1 @@
+"""The noisy AdamW and the learning-rate schedules."""

@@ -1,0 +1,122 @@
+"""Which rows each adapter sees at each step, and how they are packed into tensors."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from poc_lora import rng
+from poc_lora.data.prompts import Example
+
+BUCKET_STEPS = 16  # rows of one length range: enough for this many steps
+PAD_MULTIPLE = 8
+
+
+class BatchOrder:
+    """The order in which adapters see the rows: a function of (seed, adapter, step) and nothing else.
+
+    Every row is seen once an epoch. With `group_by_length` rows are sorted into buckets of similar length,
+    the buckets are visited in an order common to all adapters (so that at each step all of them draw from
+    the same length range and little is padded), and within a bucket the order is each adapter's own.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, *, group_by_length: bool):
+        self.batch_size, self.seed = batch_size, seed
+        if group_by_length:
+            by_length = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+            width = BUCKET_STEPS * batch_size
+            self.buckets = [by_length[i : i + width] for i in range(0, len(by_length), width)]
+        else:
+            self.buckets = [list(range(len(lengths)))]
+        self.steps_per_epoch = sum(-(-len(bucket) // batch_size) for bucket in self.buckets)
+        self._epoch_batches = functools.lru_cache(maxsize=64)(self._draw_epoch)
+
+    def rows(self, adapter: int, step: int) -> list[int]:
+        """The row numbers of one adapter's batch at one optimizer step."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self._epoch_batches(adapter, epoch)[within]
+
+    def _draw_epoch(self, adapter: int, epoch: int) -> list[list[int]]:
+        batches = []
+        for bucket in self._common_order(epoch):
+            stream = rng.key(self.seed, adapter, "order", epoch, f"bucket {bucket}")
+            order = [self.buckets[bucket][i] for i in rng.permutation(len(self.buckets[bucket]), stream)]
+            batches += [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        return [batches[i] for i in self._interleaving(epoch, len(batches))]
+
+    def _common_order(self, epoch: int) -> list[int]:
+        return rng.permutation(len(self.buckets), rng.key(self.seed, 0, "bucket order", epoch))
+
+    def _interleaving(self, epoch: int, batches: int) -> list[int]:
+        """Steps of all buckets are shuffled together, alike for all adapters, so that lengths mix over an epoch."""
+        return rng.permutation(batches, rng.key(self.seed, 0, "step order", epoch))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of all adapters in one tensor, adapter-major, and the positions that carry a loss."""
+
+    input_ids: Tensor  # [M·b, T], padded on the right
+    row: Tensor  # [n] row of each predicting position
+    column: Tensor  # [n] column of each predicting position
+    target: Tensor  # [n] the token to predict there
+    slot: Tensor  # [n] the adapter it belongs to
+    examples: list[int]  # [M·b] example numbers
+    real_tokens: int
+
+
+def micro_batches(
+    examples: Sequence[Example],
+    rows_per_slot: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    train_on_prompt: bool,
+    pad_id: int,
+    device: torch.device,
+) -> Iterator[MicroBatch]:
+    """Cut one step's rows (equally many for each adapter) into packs of at most `tokens` tokens.
+
+    A pack takes equally many rows of every adapter, at least one. Rows go by falling length, so that a
+    pack's rows are alike; a step's gradient is a sum over rows, whose order does not matter.
+    """
+    by_length = [sorted(rows, key=lambda i: -len(examples[i].ids)) for rows in rows_per_slot]
+    count, start = len(by_length[0]), 0
+    while start < count:
+        longest = _padded(max(len(examples[rows[start]].ids) for rows in by_length))
+        take = max(1, min(count - start, tokens // (longest * len(by_length))))
+        chosen = [i for rows in by_length for i in rows[start : start + take]]
+        yield _pack(examples, chosen, take, train_on_prompt=train_on_prompt, pad_id=pad_id, device=device)
+        start += take
+
+
+def supervised_tokens(example: Example, *, train_on_prompt: bool) -> int:
+    """How many tokens of an example are predicted under the loss; the first token never is."""
+    return len(example.ids) - (1 if train_on_prompt else example.answer_start)
+
+
+def _pack(
+    examples: Sequence[Example],
+    chosen: list[int],
+    rows_per_adapter: int,
+    *,
+    train_on_prompt: bool,
+    pad_id: int,
+    device: torch.device,
+) -> MicroBatch:
+    lengths = torch.tensor([len(examples[i].ids) for i in chosen])
+    first = torch.ones_like(lengths) if train_on_prompt else torch.tensor([examples[i].answer_start for i in chosen])
+    T = _padded(int(lengths.max()))
+    input_ids = torch.full((len(chosen), T), pad_id)
+    for row, i in enumerate(chosen):
+        input_ids[row, : len(examples[i].ids)] = torch.tensor(examples[i].ids)
+    position = torch.arange(T)
+    learnt = (position >= first[:, None]) & (position < lengths[:, None])
+    row, column = learnt.nonzero(as_tuple=True)
+    tensors = (input_ids, row, column - 1, input_ids[row, column], row // rows_per_adapter)
+    return MicroBatch(*(t.to(device, non_blocking=True) for t in tensors), chosen, int(lengths.sum()))
+
+
+def _padded(length: int) -> int:
+    return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE

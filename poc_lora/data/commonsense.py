@@ -1,0 +1,140 @@
+"""The eight commonsense benchmarks, and reading their questions from local JSON in the LLM-Adapters format."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from poc_lora.errors import DataError
+from poc_lora.files import read_json
+
+ANSWER_FORMAT = "Answer format:"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """folder: its name on disk. short: its name in the paper's table. options: how many labels a question usually has."""
+
+    folder: str
+    short: str
+    name: str
+    options: int
+
+
+# In the paper's column order.
+BENCHMARKS = (
+    Benchmark("social_i_qa", "SIQA", "Social IQa", 3),
+    Benchmark("piqa", "PIQA", "Physical Interaction: Question Answering", 2),
+    Benchmark("winogrande", "WinoGrande", "WinoGrande", 2),
+    Benchmark("openbookqa", "OBQA", "OpenBookQA", 4),
+    Benchmark("ARC-Challenge", "ARC-c", "AI2 Reasoning Challenge, challenge set", 4),
+    Benchmark("ARC-Easy", "ARC-e", "AI2 Reasoning Challenge, easy set", 4),
+    Benchmark("boolq", "BoolQ", "Boolean Questions", 2),
+    Benchmark("hellaswag", "HellaSwag", "HellaSwag", 4),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One test question; `answer` is one of `labels`, which are in the order the question names them."""
+
+    instruction: str
+    input: str
+    labels: tuple[str, ...]
+    answer: str
+
+    @property
+    def answer_index(self) -> int:
+        return self.labels.index(self.answer)
+
+
+def find_benchmarks(names: Sequence[str] | None) -> tuple[Benchmark, ...]:
+    """The benchmarks of these folder or paper names, in the paper's order; all eight if None. Raises DataError."""
+    if names is None:
+        return BENCHMARKS
+    known = {name.lower(): b for b in BENCHMARKS for name in (b.folder, b.short)}
+    for name in names:
+        if name.lower() not in known:
+            near = difflib.get_close_matches(name.lower(), known, n=1)
+            guess = f"did you mean {known[near[0]].folder}? " if near else ""
+            choices = ", ".join(b.folder for b in BENCHMARKS)
+            raise DataError(f"no benchmark is called {name!r}", fix=f"{guess}known: {choices}")
+    if not names:
+        raise DataError("no benchmark was named", fix="name at least one, or leave the choice out to take all eight")
+    wanted = {known[name.lower()].folder for name in names}
+    return tuple(b for b in BENCHMARKS if b.folder in wanted)
+
+
+def read_questions(
+    data: Path, benchmark: Benchmark, *, split: str = "test", limit: int | None = None
+) -> list[Question]:
+    """The questions of `<data>/<benchmark>/<split>.json`, the first `limit` of them if one is given.
+
+    Every row of the file is checked, also those beyond `limit`. Raises DataError naming the file and the row,
+    counted from 1.
+    """
+    path = data / benchmark.folder / f"{split}.json"
+    if not path.is_file():
+        raise DataError(
+            f"the {split} file of {benchmark.folder} is missing",
+            where=path,
+            fix="check the data folder, or name the benchmarks that it holds",
+        )
+    if path.stat().st_size == 0:
+        raise DataError("the file is empty", where=path, fix="fetch or build it again")
+    rows = read_json(path, error=DataError)
+    if not isinstance(rows, list):
+        raise DataError("the file is not a list of rows", where=path, fix="see the format in the README")
+    if not rows:
+        raise DataError("the file has no rows", where=path, fix="fetch or build it again")
+    return [_question(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)][:limit]
+
+
+def chance_level(questions: Sequence[Question]) -> float:
+    """The expected accuracy of guessing: the mean of 1 / number of labels."""
+    return sum(1 / len(q.labels) for q in questions) / len(questions)
+
+
+def _question(row: Any, where: str) -> Question:
+    if not isinstance(row, dict):
+        raise DataError("the row is not a mapping of columns", where=where)
+    instruction, answer = (_column(row, name, where) for name in ("instruction", "answer"))
+    extra = row.get("input") or ""
+    if not isinstance(extra, str):
+        raise DataError("column 'input' is not text", where=where)
+    labels = _labels(instruction, where)
+    answer = answer.strip()
+    if answer not in labels:
+        raise DataError(
+            f"the answer {answer!r} is not among the labels {'/'.join(labels)}",
+            where=where,
+            fix=f"correct the answer, or the labels after {ANSWER_FORMAT!r}",
+        )
+    try:
+        (instruction + extra).encode()
+    except UnicodeEncodeError:
+        raise DataError("the text holds half of a surrogate pair, which is no character", where=where) from None
+    return Question(instruction, extra, labels, answer)
+
+
+def _column(row: dict[str, Any], name: str, where: str) -> str:
+    if name not in row:
+        raise DataError(f"column {name!r} is missing", where=where, fix="every row needs 'instruction' and 'answer'")
+    if not isinstance(row[name], str):
+        raise DataError(f"column {name!r} is not text", where=where)
+    return row[name]
+
+
+def _labels(instruction: str, where: str) -> tuple[str, ...]:
+    """`... Answer format: a/b / c` -> ("a", "b", "c")."""
+    _, found, formats = instruction.rpartition(ANSWER_FORMAT)
+    fix = f"end the instruction with '{ANSWER_FORMAT} a/b/c'"
+    if not found:
+        raise DataError("the instruction names no labels", where=where, fix=fix)
+    labels = tuple(label.strip() for label in formats.split("/"))
+    if len(labels) < 2 or "" in labels:
+        raise DataError(f"a question needs at least two labels, none of them empty: {formats!r}", where=where, fix=fix)
+    if len(set(labels)) < len(labels):
+        raise DataError(f"the same label stands twice in {formats.strip()!r}", where=where, fix=fix)
+    return labels

@@ -1,0 +1,112 @@
+"""Prompt templates, and rows turned into token ids with the boundary between prompt and answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from poc_lora.data.rows import ChatRow, CompletionRow, InstructionRow, Row
+from poc_lora.errors import DataError, ModelError
+
+_INTRO = "Below is an instruction that describes a task"
+_TASK = "Write a response that appropriately completes the request."
+
+# template name -> (without an input, with an input)
+TEMPLATES = {
+    "clean": (
+        f"{_INTRO}. {_TASK}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n",
+        f"{_INTRO}, paired with an input that provides further context. {_TASK}\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+    ),
+    "bare": ("{instruction}\n", "{instruction}\n{input}\n"),
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row: `ids[answer_start:]` is the answer, which ends with EOS unless it was cut off."""
+
+    ids: tuple[int, ...]
+    answer_start: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The usable examples of a data set and what happened to the rest."""
+
+    examples: list[Example]
+    shortened: int  # rows cut to max_length that keep a part of their answer
+    lost: int  # rows left out because the cut took their whole answer
+
+
+def render_prompt(instruction: str, input: str, template: str) -> str:
+    """The text before the answer. Braces in the row are left alone."""
+    plain, with_input = TEMPLATES[template]
+    text = with_input if input else plain
+    head, _, tail = text.partition("{instruction}")
+    middle, _, end = tail.partition("{input}")
+    return head + instruction + (middle + input + end if input else tail)
+
+
+def encode_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str, max_length: int
+) -> Encoded:
+    """Tokenise rows as prompt + answer + EOS, at most `max_length` tokens each.
+
+    The boundary is found on tokens: the answer starts where the tokens of prompt + answer leave those of
+    the prompt alone, so a token that holds the end of one and the start of the other counts as answer.
+    A row whose whole answer is cut off teaches nothing of the task: it is left out and counted.
+    Raises ModelError for a tokenizer without EOS or, for chats, without a chat template.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no EOS token, so an answer could not end", where="model.name")
+    pairs = [_texts(row, tokenizer, template) for row in rows]
+    if not pairs:
+        raise DataError("there are no training rows", where="data.train")
+    chats = [isinstance(row, ChatRow) for row in rows]
+    prompt_ids = _tokenise(tokenizer, [prompt for prompt, _ in pairs], chats)
+    whole_ids = _tokenise(tokenizer, [prompt + answer for prompt, answer in pairs], chats)
+    examples, shortened, lost = [], 0, 0
+    for prompt, whole in zip(prompt_ids, whole_ids, strict=True):
+        start = _common_prefix(prompt, whole)
+        if whole[-1] != tokenizer.eos_token_id:
+            whole = [*whole, tokenizer.eos_token_id]
+        if start >= max_length:
+            lost += 1
+            continue
+        shortened += len(whole) > max_length
+        examples.append(Example(tuple(whole[:max_length]), max(1, start)))
+    return Encoded(examples, shortened, lost)
+
+
+def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:
+    if isinstance(row, InstructionRow):
+        return render_prompt(row.instruction, row.input, template), row.output
+    if isinstance(row, CompletionRow):
+        return row.prompt, row.completion
+    if tokenizer.chat_template is None:
+        raise ModelError("the rows are chats but the tokenizer has no chat template", where="data.train")
+    turns = list(row.messages)
+    prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
+    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    shared = _common_prefix(prompt, whole)
+    return whole[:shared], whole[shared:].rstrip("\n")
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str], chats: list[bool]) -> list[list[int]]:
+    """Token ids of each text; a chat template writes its own special tokens, so none are added to it."""
+    ids: list[list[int]] = [[] for _ in texts]
+    for chat in (False, True):
+        chosen = [i for i, is_chat in enumerate(chats) if is_chat == chat]
+        if chosen:
+            encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=not chat)["input_ids"]
+            for i, tokens in zip(chosen, encoded, strict=True):
+                ids[i] = list(tokens)
+    return ids
+
+
+def _common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

@@ -1,0 +1,149 @@
+"""Training rows from files, folders or the Hub, in three formats told apart by their columns.
+
+    instruction / input / output     the LLM-Adapters and Alpaca format (`answer` and other columns are ignored)
+    prompt / completion              text that is used as it is
+    messages                         a chat, rendered by the tokenizer's own template; the last turn is learnt
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from poc_lora.errors import DataError
+from poc_lora.files import read_json, read_text
+
+MAX_DATA_BYTES = 4 * 2**30
+TRAIN_FILES = ("train.json", "train.jsonl")
+
+
+@dataclass(frozen=True)
+class InstructionRow:
+    instruction: str
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class CompletionRow:
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class ChatRow:
+    messages: tuple[dict[str, str], ...]
+
+
+Row = InstructionRow | CompletionRow | ChatRow
+
+
+def source_files(sources: Sequence[str]) -> list[Path]:
+    """The local files that `sources` stand for: a folder means every train.json or train.jsonl inside it.
+
+    A source that is neither a file nor a folder but looks like a Hub id is passed over. Raises DataError.
+    """
+    files: list[Path] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            found = sorted(p for name in TRAIN_FILES for p in path.rglob(name))
+            if not found:
+                raise DataError("the folder holds no train.json or train.jsonl", where=path, fix="name the files themselves")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        elif not _is_hub_id(source):
+            raise DataError("no such file or folder", where=source, fix="check data.train")
+    return files
+
+
+def read_sources(sources: Sequence[str]) -> list[Row]:
+    """All rows of all sources, in order. Raises DataError naming the file and row."""
+    rows: list[Row] = []
+    for path in source_files(sources):
+        rows += read_file(path)
+    for source in sources:
+        if not Path(source).expanduser().exists():
+            rows += _read_hub(source)
+    return rows
+
+
+def read_file(path: Path) -> list[Row]:
+    """The rows of one .json (a list) or .jsonl (one object a line) file. Raises DataError."""
+    raw = list(_json_lines(path)) if path.suffix == ".jsonl" else read_json(path, error=DataError, max_bytes=MAX_DATA_BYTES)
+    if not isinstance(raw, list):
+        raise DataError("the file is not a list of rows", where=path, fix="write one JSON list, or .jsonl")
+    if not raw:
+        raise DataError("the file has no rows", where=path, fix="remove it from data.train or fill it")
+    return [_parse(row, f"{path}, row {number}") for number, row in enumerate(raw, 1)]
+
+
+def _json_lines(path: Path) -> Iterable[Any]:
+    for number, line in enumerate(read_text(path, error=DataError, max_bytes=MAX_DATA_BYTES).splitlines(), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as problem:
+                raise DataError(f"not valid JSON at line {number}: {problem}", where=path, fix="repair that line") from None
+
+
+def _parse(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError("a row is not an object with columns", where=where)
+    if "messages" in row:
+        return _parse_chat(row["messages"], where)
+    if "prompt" in row or "completion" in row:
+        return CompletionRow(_text(row, "prompt", where), _text(row, "completion", where))
+    if "instruction" in row or "output" in row:
+        extra = row.get("input") or ""
+        if not isinstance(extra, str):
+            raise DataError("the column 'input' is not text", where=where)
+        return InstructionRow(_text(row, "instruction", where), extra, _text(row, "output", where))
+    raise DataError(
+        f"columns {', '.join(map(repr, row)) or 'none'} fit none of the formats",
+        where=where,
+        fix="rows have instruction/input/output, or prompt/completion, or messages",
+    )
+
+
+def _text(row: dict[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        raise DataError(f"the column '{column}' is missing", where=where, fix=f"its columns are {', '.join(row)}")
+    if not isinstance(row[column], str) or not row[column]:
+        raise DataError(f"the column '{column}' is empty or not text", where=where)
+    return row[column]
+
+
+def _parse_chat(messages: Any, where: str) -> ChatRow:
+    well_formed = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    if not well_formed or len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise DataError(
+            "'messages' is not a list of {role, content} turns that ends with the assistant's", where=where
+        )
+    return ChatRow(tuple({"role": m["role"], "content": m["content"]} for m in messages))
+
+
+def _is_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith((".json", ".jsonl"))
+
+
+def _read_hub(source: str) -> list[Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"'{source}' is neither a file nor a folder, and reading the Hub needs the datasets library",
+            where="data.train",
+            fix="check the path, or pip install 'poc-lora[hub]'",
+        ) from None
+    try:
+        table = datasets.load_dataset(source, split="train")
+    except Exception as problem:  # the library raises many kinds; all mean that the data cannot be had
+        raise DataError(
+            f"'{source}' is neither a file nor a folder, and the Hub gives no such data set: {problem}", where="data.train"
+        ) from None
+    return [_parse(row, f"{source}, row {number}") for number, row in enumerate(table, 1)]

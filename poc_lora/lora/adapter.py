@@ -1,0 +1,434 @@
+"""One LoRA adapter: in memory, and on disk in PEFT's format, read as untrusted.
+
+Reading is default-deny. Only what leaves no doubt about ΔW = scale · B A is accepted; anything else is an
+AdapterError that says why, before a tensor is read. Nothing in the folder but the two named files is opened.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from poc_lora.errors import AdapterError, PocLoraError
+from poc_lora.files import commit_folder, read_json
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+PREFIX = "base_model.model."  # PEFT's wrapper around the base model, in every tensor name
+
+MAX_CONFIG_BYTES = 2**20
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_WEIGHTS_BYTES = 32 * 2**30
+MAX_MODULES = 2**14
+MAX_NAME = 256
+MAX_RANK = 4096
+MAX_WIDTH = 2**20
+MAX_ALPHA = 1e6
+MAX_PATTERN_STEPS = 1e9  # an upper bound on what matching all patterns may cost: a few seconds
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# Fields that do not change what the saved factors mean: how they were trained, initialised or selected.
+_HARMLESS = {
+    "auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+
+_UNDERSTOOD = {
+    "alpha_pattern", "base_model_name_or_path", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r",
+    "rank_pattern", "revision", "use_rslora",
+}  # fmt: skip
+
+# Fields that, switched on, make the update something else than scale · B A on linear layers.
+_REFUSED = {
+    "alora_invocation_tokens": "an activated LoRA applies only after certain tokens",
+    "arrow_config": "Arrow routes every token among several adapters",
+    "ensure_weight_tying": "tied embeddings share one update between two modules",
+    "fan_in_fan_out": "the base keeps these weights transposed, which is not supported yet",
+    "kasa_config": "KaSA changes the base weights and adds singular values between A and B",
+    "layer_replication": "the adapter belongs to a model with repeated layers",
+    "lora_bias": "the update has a bias beside B A",
+    "megatron_config": "Megatron's parallel layers shard the factors",
+    "modules_to_save": "whole modules were trained beside the factors, and their average is not an adapter",
+    "monteclora_config": "MonteCLoRA draws random factors at every step",
+    "target_parameters": "factors of bare parameters have another layout",
+    "trainable_token_indices": "embedding rows were trained beside the factors",
+    "use_bdlora": "BD-LoRA keeps its factors as blocks",
+    "use_dora": "DoRA rescales the columns of the adapted weight, so its update is not B A",
+    "use_qalora": "QA-LoRA pools the input before A",
+    "velora_config": "VeLoRA projects activations inside the layer",
+}
+
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga")
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module's update ΔW = scale · B A, with A [r, d_in] and B [d_out, r]."""
+
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise AdapterError(
+                f"factors of shapes A {list(self.A.shape)} and B {list(self.B.shape)} have no product B A",
+                fix="A is [r, d_in] and B is [d_out, r]",
+            )
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape [d_out, d_in] of ΔW."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def is_finite(self) -> bool:
+        return math.isfinite(self.scale) and _finite(self.A) and _finite(self.B)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: module path in the base model (such as `model.layers.0.self_attn.q_proj`) to factors."""
+
+    modules: dict[str, Factors]
+    base_model: str | None = None
+    revision: str | None = None
+    source: str = field(default="memory", compare=False)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read a PEFT adapter folder; the factors keep their stored dtype, the scale is alpha / r or alpha / sqrt(r).
+
+    Raises AdapterError for whatever is missing, damaged, too large, or not plain LoRA.
+    """
+    folder = Path(folder)
+    config_path = _open_file(folder, CONFIG_NAME)
+    config = read_json(config_path, error=AdapterError, max_bytes=MAX_CONFIG_BYTES)
+    _check_config(config, config_path)
+    weights_path = _open_file(folder, WEIGHTS_NAME)
+    tensors = _read_tensors(weights_path)
+    scales = _scales(config, {name: A.shape[0] for name, (A, _) in tensors.items()}, config_path)
+    return Adapter(
+        modules={name: Factors(A, B, scales[name]) for name, (A, B) in tensors.items()},
+        base_model=config.get("base_model_name_or_path") or None,
+        revision=config.get("revision") or None,
+        source=str(folder),
+    )
+
+
+def write_adapter(
+    adapter: Adapter,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Write `adapter` as a new PEFT adapter folder, whole or not at all; same adapter, same bytes.
+
+    One rank for all modules (the largest; smaller ones are padded with zeros), lora_alpha = rank, the scales
+    folded into B. `extra_files`: further text files of the folder by name. Raises AdapterError for an adapter
+    that cannot be written in `dtype`, RequestError if `folder` exists.
+    """
+    folder = Path(folder)
+    _check_writable(adapter, folder, dtype)
+    rank = max(factors.rank for factors in adapter.modules.values())
+    tensors = {}
+    for name, factors in adapter.modules.items():
+        A, B = _padded(factors, rank, dtype)
+        if not (_finite(A) and _finite(B)):
+            raise AdapterError(
+                f"the factors of {name} do not fit in {str(dtype).removeprefix('torch.')}",
+                where=adapter.source,
+                fix="write float32 or bfloat16",
+            )
+        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base_model,
+        "revision": adapter.revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": target_modules(adapter.modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    texts = {CONFIG_NAME: json.dumps(config, indent=2) + "\n", **(extra_files or {})}
+    try:
+        with commit_folder(folder) as aside:
+            # More metadata than this one key would be serialised in random order.
+            save_file(tensors, aside / WEIGHTS_NAME, metadata={"format": "pt"})
+            (aside / WEIGHTS_NAME).chmod(0o644)
+            for name, text in texts.items():
+                (aside / name).write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError) as problem:
+        raise PocLoraError(f"the adapter could not be written: {problem}", where=folder) from None
+
+
+def target_modules(names: Iterable[str]) -> list[str]:
+    """The `target_modules` under which PEFT attaches the modules `names`.
+
+    Short suffixes such as q_proj where every one of them names one module in each of the layers 0..L-1 of a
+    single stack; else full module paths, which are always right.
+    """
+    names = sorted(names)
+    layers_of: dict[str, dict[str, set[int]]] = {}  # suffix -> path with the layer left out -> layers
+    for name in names:
+        match = re.match(r"(?P<stack>(?:[^.]+\.)*?)(?P<layer>\d+)\.(?P<rest>.+)", name, re.ASCII)
+        if match is None:
+            return names
+        path = f"{match['stack']}*.{match['rest']}"
+        layers_of.setdefault(name.rpartition(".")[2], {}).setdefault(path, set()).add(int(match["layer"]))
+    all_layers = set(range(1 + max((max(found) for paths in layers_of.values() for found in paths.values()), default=0)))
+    regular = all(len(paths) == 1 and all_layers in paths.values() for paths in layers_of.values())
+    return sorted(layers_of) if regular else names
+
+
+def _finite(tensor: Tensor) -> bool:
+    # One pass and no copy: minimum and maximum carry a NaN through.
+    return tensor.numel() == 0 or all(math.isfinite(bound.item()) for bound in torch.aminmax(tensor.detach()))
+
+
+def _padded(factors: Factors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    d_out, d_in = factors.shape
+    A = torch.zeros(rank, d_in, dtype=dtype)
+    B = torch.zeros(d_out, rank, dtype=dtype)
+    A[: factors.rank] = factors.A.detach()
+    B[:, : factors.rank] = (factors.B.detach().double() * factors.scale).to(dtype)
+    return A, B
+
+
+def _check_writable(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES.values():
+        raise AdapterError(f"an adapter cannot be written in {dtype}", fix="use float32, bfloat16 or float16")
+    if not adapter.modules:
+        raise AdapterError("an adapter without modules cannot be written", where=adapter.source)
+    if folder.exists():
+        raise AdapterError("the folder to write exists already", where=folder, fix="choose another or remove this one")
+    for name, factors in adapter.modules.items():
+        _check_name(name, adapter.source)
+        _check_shapes(name, tuple(factors.A.shape), tuple(factors.B.shape), adapter.source)
+        if not factors.is_finite():
+            raise AdapterError(f"the factors of {name} are not finite", where=adapter.source)
+
+
+def _open_file(folder: Path, name: str) -> Path:
+    """The real path of a plain file of the folder; links may not lead out of it."""
+    path = folder / name
+    if not folder.is_dir():
+        raise AdapterError("no such folder", where=folder, fix="give the folder that holds adapter_config.json")
+    if not path.exists():
+        if name == WEIGHTS_NAME and (folder / PICKLE_NAME).exists():
+            raise AdapterError(
+                f"the weights are in {PICKLE_NAME}, a pickle, which can run code when it is opened",
+                where=folder,
+                fix="if you trust it, convert it with PEFT: PeftModel.from_pretrained(base, FOLDER)"
+                ".save_pretrained(NEW_FOLDER, safe_serialization=True)",
+            )
+        raise AdapterError(f"there is no {name}", where=folder, fix="a PEFT adapter has this file")
+    real = path.resolve()
+    if not real.is_relative_to(folder.resolve()):
+        raise AdapterError(f"{name} is a link that leads out of its folder", where=path, fix="copy the file there")
+    if not real.is_file():
+        raise AdapterError(f"{name} is not a plain file", where=path)
+    return real
+
+
+def _check_config(config: Any, where: Path) -> None:
+    if not isinstance(config, dict):
+        raise AdapterError("the configuration is not a JSON object", where=where)
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"peft_type is {config.get('peft_type')!r}, not LORA", where=where, fix="only LoRA is merged")
+    for name, value in config.items():
+        if name in _HARMLESS or name in _UNDERSTOOD or _is_off(value):
+            continue
+        if name in _REFUSED:
+            raise AdapterError(
+                f"{name} is set: {_REFUSED[name]}", where=where, fix=f"use an adapter trained without {name}"
+            )
+        raise AdapterError(
+            f"the field {name!r} is not known, so what the adapter means is not certain",
+            where=where,
+            fix="remove the field only if it does not change the update B A",
+        )
+    if config.get("bias", "none") not in ("none", None):
+        raise AdapterError(f"bias is {config['bias']!r}: biases were trained beside the factors", where=where)
+    for name in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(name), str | None):
+            raise AdapterError(f"{name} is not a text", where=where)
+    if not isinstance(config.get("use_rslora", False), bool | None):
+        raise AdapterError("use_rslora is neither true nor false", where=where)
+    _check_init(config.get("init_lora_weights", True), where)
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+def _check_init(init: Any, where: Path) -> None:
+    if any(init is plain or (isinstance(init, str) and init == plain) for plain in _PLAIN_INITS):
+        return
+    if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
+        raise AdapterError(
+            f"init_lora_weights is {init!r}: that start changed the base weights, so B A is not the whole update",
+            where=where,
+            fix="convert it to plain LoRA with PEFT: model.save_pretrained(FOLDER, "
+            "path_initial_model_for_weight_conversion=THE_UNTRAINED_ADAPTER)",
+        )
+    raise AdapterError(
+        f"init_lora_weights is {str(init)[:80]!r}: the adapter may belong to a changed base",
+        where=where,
+        fix="use an adapter trained from a plain start",
+    )
+
+
+def _read_tensors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors by module. Names, dtypes, shapes and sizes are checked on the header before any tensor is read."""
+    try:
+        _check_sizes(path)
+        with safe_open(path, framework="pt") as stored:
+            found: dict[str, dict[str, str]] = {}
+            for key in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
+                match = _TENSOR.fullmatch(key)
+                if match is None:
+                    raise AdapterError(
+                        f"the tensor {key[:MAX_NAME]!r} is not a LoRA factor of a linear layer",
+                        where=path,
+                        fix="only tensors base_model.model.<module>.lora_A.weight and .lora_B.weight are understood",
+                    )
+                found.setdefault(match["module"], {})[match["factor"]] = key
+            if not 0 < len(found) <= MAX_MODULES:
+                raise AdapterError(f"{len(found)} modules, where 1 to {MAX_MODULES} are read", where=path)
+            for module, keys in found.items():
+                _check_header(module, {factor: stored.get_slice(key) for factor, key in keys.items()}, path)
+            tensors = {m: (stored.get_tensor(k["A"]), stored.get_tensor(k["B"])) for m, k in sorted(found.items())}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
+        raise AdapterError(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from None
+    for module, pair in tensors.items():
+        if not all(map(_finite, pair)):
+            raise AdapterError(f"the factors of {module} hold NaN or infinity", where=path, fix="retrain this adapter")
+    return tensors
+
+
+def _check_sizes(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        start = handle.read(8)
+    header = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+    if header is None or header > size:
+        raise AdapterError("not a safetensors file, or only a part of one", where=path, fix="fetch it again")
+    if header > MAX_HEADER_BYTES or size > MAX_WEIGHTS_BYTES:
+        raise AdapterError(f"larger than any adapter should be ({size:,} bytes, header {header:,})", where=path)
+
+
+def _check_header(module: str, slices: dict[str, Any], where: Path) -> None:
+    _check_name(module, where)
+    if len(slices) != 2:
+        raise AdapterError(f"{module} has lora_{next(iter(slices))} without its partner", where=where)
+    for factor, part in slices.items():
+        if part.get_dtype() not in DTYPES:
+            raise AdapterError(f"lora_{factor} of {module} is {part.get_dtype()}, not F32, F16 or BF16", where=where)
+    _check_shapes(module, tuple(slices["A"].get_shape()), tuple(slices["B"].get_shape()), where)
+
+
+def _check_name(module: str, where: str | Path) -> None:
+    if len(module) > MAX_NAME or not _NAME.fullmatch(module):
+        raise AdapterError(f"{module[:MAX_NAME]!r} is not a module path", where=where)
+
+
+def _check_shapes(module: str, A: tuple[int, ...], B: tuple[int, ...], where: str | Path) -> None:
+    shapes = f"A {list(A)} and B {list(B)}"
+    if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+        raise AdapterError(f"{module} has factors {shapes}, not [r, d_in] and [d_out, r]", where=where)
+    if not (1 <= A[0] <= MAX_RANK and 1 <= A[1] <= MAX_WIDTH and 1 <= B[0] <= MAX_WIDTH):
+        raise AdapterError(f"{module} has factors {shapes}, outside rank {MAX_RANK} or width {MAX_WIDTH}", where=where)
+
+
+def _scales(config: dict[str, Any], ranks: dict[str, int], where: Path) -> dict[str, float]:
+    """Each module's scale as PEFT sets it, after its rank was found to agree with its tensors."""
+    names = list(ranks)
+    stated = _by_module(config, "rank_pattern", "r", names, where, largest=MAX_RANK)
+    alphas = _by_module(config, "alpha_pattern", "lora_alpha", names, where, largest=MAX_ALPHA)
+    for name, rank in ranks.items():
+        if stated[name] != rank:
+            raise AdapterError(
+                f"{name} has rank {rank}, but the configuration says {stated[name]:g}", where=where, fix="correct r or rank_pattern"
+            )
+    root = bool(config.get("use_rslora"))
+    return {name: alphas[name] / (math.sqrt(rank) if root else rank) for name, rank in ranks.items()}
+
+
+def _by_module(
+    config: dict[str, Any], patterns_key: str, default_key: str, names: list[str], where: Path, *, largest: float
+) -> dict[str, float]:
+    """The value for each module: of the first pattern that matches its path, as in PEFT, else the default."""
+    patterns = config.get(patterns_key) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{patterns_key} is not an object", where=where)
+    default = config.get(default_key, 8)  # 8: PEFT's default for both
+    for key, value in [(default_key, default), *patterns.items()]:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= largest:
+            raise AdapterError(f"{key[:MAX_NAME]} is {str(value)[:80]}, not a number up to {largest:g}", where=where)
+    compiled = _compile(patterns, names, patterns_key, where)
+    return {
+        name: next((patterns[key] for key, regex in compiled if regex.match(name)), patterns.get(name, default))
+        for name in names
+    }
+
+
+def _compile(
+    patterns: dict[str, Any], names: list[str], field_name: str, where: Path
+) -> list[tuple[str, re.Pattern[str]]]:
+    """PEFT's regular expressions for the patterns; those that could take long to match are refused unmatched.
+
+    The cost of a pattern without repeated groups is at most len(name) to the number of its repetitions, times
+    the product of its choices.
+    """
+    longest = max(map(len, names))
+    cost = 0.0
+    compiled = []
+    for key in patterns:
+        plain = key.replace("(?:", "(")
+        repetitions = len(re.findall(r"[*+]", plain))
+        choices = plain.count("?") + sum(math.log2(1 + part.count("|")) for part in re.split(r"[()]", plain))
+        unsafe = len(key) > MAX_NAME or re.search(r"\(\?|\)[*+]|\\[0-9]|[{}]", plain)
+        if not unsafe and repetitions + choices < 64:
+            cost += len(names) * len(key) * longest ** (1 + repetitions) * 2**choices
+        if unsafe or repetitions + choices >= 64 or cost > MAX_PATTERN_STEPS:
+            raise AdapterError(
+                f"the pattern {key[:MAX_NAME]!r} in {field_name} could take very long to match",
+                where=where,
+                fix="name the modules plainly, for example layers.0.self_attn.q_proj",
+            )
+        try:
+            compiled.append((key, re.compile(rf"(.*\.)?({key})$")))
+        except (re.error, OverflowError, RecursionError) as problem:
+            raise AdapterError(f"{key!r} in {field_name} is not a pattern: {problem}", where=where) from None
+    return compiled

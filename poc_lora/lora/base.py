@@ -1,0 +1,92 @@
+"""The frozen base model: loaded safely, and run with the head only where logits are wanted."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from poc_lora.errors import ModelError
+
+
+def default_device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_base(
+    name: str, *, revision: str | None = None, dtype: str = "auto", device: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base model (folder or Hub id), frozen and in eval mode, with its tokenizer.
+
+    dtype: `auto` is bfloat16 on a GPU and float32 on the CPU. Only safetensors weights are read and no code
+    from the model's repository is run. Raises ModelError.
+    """
+    device = device or default_device()
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    tokenizer = load_tokenizer(name, revision=revision)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as problem:
+        raise _cannot_load(name, problem) from None
+    return model.requires_grad_(False).to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model. Raises ModelError."""
+    _check_folder(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise _cannot_load(name, problem) from None
+
+
+def empty_base(name: str, *, revision: str | None = None) -> PreTrainedModel:
+    """The base model's shapes on the meta device, from its config alone: no weights are read. Raises ModelError."""
+    _check_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as problem:
+        raise _cannot_load(name, problem) from None
+
+
+def logits_at(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Logits [n, vocabulary] after the tokens at `(rows[i], columns[i])` of `input_ids` [R, T].
+
+    The whole model runs, so that scales and caps round the head stay in place, but the head itself sees
+    only the n positions. Rows are padded on the right: under a causal mask no real token sees padding,
+    and `use_cache=False` keeps transformers from treating rows as packed sequences.
+    """
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows, columns].unsqueeze(0), *inputs[1:]))
+    try:
+        return model(input_ids=input_ids, use_cache=False).logits.squeeze(0)
+    finally:
+        hook.remove()
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The distinct last names of the model's linear layers, for messages."""
+    return sorted({path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)})
+
+
+def _check_folder(name: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise ModelError(
+            f"no base model at '{name}'", where="model.name", fix="give a folder with config.json, or a Hub id org/name"
+        )
+
+
+def _cannot_load(name: str, problem: Exception) -> ModelError:
+    first = str(problem).strip().split("\n")[0]
+    return ModelError(
+        f"the base model '{name}' cannot be loaded: {first}",
+        where="model.name",
+        fix="it needs config.json, a tokenizer and *.safetensors weights of a causal language model",
+    )

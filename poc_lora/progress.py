@@ -1,0 +1,52 @@
+"""One progress bar on a terminal, plain lines elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Tracker(Protocol):
+    """What a `track` block yields."""
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Count `n` more units of work done; `note` is shown beside the bar."""
+
+
+@contextlib.contextmanager
+def track(total: int, title: str, *, done: int = 0) -> Iterator[Tracker]:
+    """Show the progress of `total` units of work, `done` of them done before the block."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(total, title, done)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
+        yield _Bar(progress, progress.add_task(title, total=total, completed=done, note=""))
+
+
+class _Bar:
+    def __init__(self, progress: Progress, task: object):
+        self.progress, self.task = progress, task
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.progress.update(self.task, advance=n, note=note)  # type: ignore[arg-type]
+
+
+class _Lines:
+    def __init__(self, total: int, title: str, done: int):
+        self.total, self.title, self.done = total, title, done
+        self.last = time.monotonic()
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.done += n
+        now = time.monotonic()
+        if self.done >= self.total or now - self.last >= SECONDS_BETWEEN_LINES:
+            self.last = now
+            print(f"{self.title} {self.done}/{self.total} {note}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
