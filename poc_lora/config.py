@@ -181,7 +181,9 @@ def parse_yaml(text: str, *, where: str) -> Any:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:
-        raise ConfigError(f"'{override}' is not of the form key=value", where="overrides", fix="for example optim.lr=1e-4")
+        raise ConfigError(
+            f"'{override}' is not of the form key=value", where="overrides", fix="for example optim.lr=1e-4"
+        )
     *sections, last = dotted.split(".")
     node = raw
     for section in sections:

@@ -17,9 +17,9 @@ PAD_MULTIPLE = 8
 class BatchOrder:
     """The order in which adapters see the rows: a function of (seed, adapter, step) and nothing else.
 
-    Every row is seen once an epoch. With `group_by_length` rows are sorted into buckets of similar length,
-    the buckets are visited in an order common to all adapters (so that at each step all of them draw from
-    the same length range and little is padded), and within a bucket the order is each adapter's own.
+    Every row is seen once an epoch. With `group_by_length` rows are sorted into buckets of similar length;
+    which bucket a step draws from is common to all adapters (so that little is padded), and which of its
+    rows are drawn is each adapter's own.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, *, group_by_length: bool):
@@ -40,18 +40,12 @@ class BatchOrder:
 
     def _draw_epoch(self, adapter: int, epoch: int) -> list[list[int]]:
         batches = []
-        for bucket in self._common_order(epoch):
-            stream = rng.key(self.seed, adapter, "order", epoch, f"bucket {bucket}")
-            order = [self.buckets[bucket][i] for i in rng.permutation(len(self.buckets[bucket]), stream)]
+        for number, bucket in enumerate(self.buckets):
+            stream = rng.key(self.seed, adapter, "order", epoch, f"bucket {number}")
+            order = [bucket[i] for i in rng.permutation(len(bucket), stream)]
             batches += [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        return [batches[i] for i in self._interleaving(epoch, len(batches))]
-
-    def _common_order(self, epoch: int) -> list[int]:
-        return rng.permutation(len(self.buckets), rng.key(self.seed, 0, "bucket order", epoch))
-
-    def _interleaving(self, epoch: int, batches: int) -> list[int]:
-        """Steps of all buckets are shuffled together, alike for all adapters, so that lengths mix over an epoch."""
-        return rng.permutation(batches, rng.key(self.seed, 0, "step order", epoch))
+        steps = rng.permutation(len(batches), rng.key(self.seed, 0, "step order", epoch))  # alike for all adapters
+        return [batches[i] for i in steps]
 
 
 @dataclass(frozen=True)

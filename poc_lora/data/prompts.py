@@ -48,9 +48,7 @@ def render_prompt(instruction: str, input: str, template: str) -> str:
     return head + instruction + (middle + input + end if input else tail)
 
 
-def encode_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str, max_length: int
-) -> Encoded:
+def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str, max_length: int) -> Encoded:
     """Tokenise rows as prompt + answer + EOS, at most `max_length` tokens each.
 
     The boundary is found on tokens: the answer starts where the tokens of prompt + answer leave those of

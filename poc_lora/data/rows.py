@@ -1,8 +1,8 @@
 """Training rows from files, folders or the Hub, in three formats told apart by their columns.
 
-    instruction / input / output     the LLM-Adapters and Alpaca format (`answer` and other columns are ignored)
-    prompt / completion              text that is used as it is
-    messages                         a chat, rendered by the tokenizer's own template; the last turn is learnt
+instruction / input / output     the LLM-Adapters and Alpaca format (`answer` and other columns are ignored)
+prompt / completion              text that is used as it is
+messages                         a chat, rendered by the tokenizer's own template; the last turn is learnt
 """
 
 import json
@@ -50,7 +50,9 @@ def source_files(sources: Sequence[str]) -> list[Path]:
         if path.is_dir():
             found = sorted(p for name in TRAIN_FILES for p in path.rglob(name))
             if not found:
-                raise DataError("the folder holds no train.json or train.jsonl", where=path, fix="name the files themselves")
+                raise DataError(
+                    "the folder holds no train.json or train.jsonl", where=path, fix="name the files themselves"
+                )
             files += found
         elif path.is_file():
             files.append(path)
@@ -72,7 +74,11 @@ def read_sources(sources: Sequence[str]) -> list[Row]:
 
 def read_file(path: Path) -> list[Row]:
     """The rows of one .json (a list) or .jsonl (one object a line) file. Raises DataError."""
-    raw = list(_json_lines(path)) if path.suffix == ".jsonl" else read_json(path, error=DataError, max_bytes=MAX_DATA_BYTES)
+    raw = (
+        list(_json_lines(path))
+        if path.suffix == ".jsonl"
+        else read_json(path, error=DataError, max_bytes=MAX_DATA_BYTES)
+    )
     if not isinstance(raw, list):
         raise DataError("the file is not a list of rows", where=path, fix="write one JSON list, or .jsonl")
     if not raw:
@@ -86,7 +92,9 @@ def _json_lines(path: Path) -> Iterable[Any]:
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as problem:
-                raise DataError(f"not valid JSON at line {number}: {problem}", where=path, fix="repair that line") from None
+                raise DataError(
+                    f"not valid JSON at line {number}: {problem}", where=path, fix="repair that line"
+                ) from None
 
 
 def _parse(row: Any, where: str) -> Row:
@@ -121,14 +129,14 @@ def _parse_chat(messages: Any, where: str) -> ChatRow:
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
     if not well_formed or len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError(
-            "'messages' is not a list of {role, content} turns that ends with the assistant's", where=where
-        )
+        raise DataError("'messages' is not a list of {role, content} turns that ends with the assistant's", where=where)
     return ChatRow(tuple({"role": m["role"], "content": m["content"]} for m in messages))
 
 
 def _is_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith((".json", ".jsonl"))
+    return (
+        source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith((".json", ".jsonl"))
+    )
 
 
 def _read_hub(source: str) -> list[Row]:
@@ -144,6 +152,7 @@ def _read_hub(source: str) -> list[Row]:
         table = datasets.load_dataset(source, split="train")
     except Exception as problem:  # the library raises many kinds; all mean that the data cannot be had
         raise DataError(
-            f"'{source}' is neither a file nor a folder, and the Hub gives no such data set: {problem}", where="data.train"
+            f"'{source}' is neither a file nor a folder, and the Hub gives no such data set: {problem}",
+            where="data.train",
         ) from None
     return [_parse(row, f"{source}, row {number}") for number, row in enumerate(table, 1)]

@@ -34,7 +34,7 @@ MAX_NAME = 256
 MAX_RANK = 4096
 MAX_WIDTH = 2**20
 MAX_ALPHA = 1e6
-MAX_PATTERN_STEPS = 1e9  # an upper bound on what matching all patterns may cost: a few seconds
+MAX_PATTERN_STEPS = 3e8  # what matching all patterns may cost at worst; 1,000 plain ones on as many modules: 6e7
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -70,8 +70,8 @@ _REFUSED = {
     "velora_config": "VeLoRA projects activations inside the layer",
 }
 
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga")
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal")
+_CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -121,10 +121,12 @@ def read_adapter(folder: Path) -> Adapter:
     Raises AdapterError for whatever is missing, damaged, too large, or not plain LoRA.
     """
     folder = Path(folder)
-    config_path = _open_file(folder, CONFIG_NAME)
+    try:
+        config_path, weights_path = _real_file(folder, CONFIG_NAME), _real_file(folder, WEIGHTS_NAME)
+    except OSError as problem:
+        raise AdapterError(f"cannot be read: {problem.strerror}", where=folder) from None
     config = read_json(config_path, error=AdapterError, max_bytes=MAX_CONFIG_BYTES)
     _check_config(config, config_path)
-    weights_path = _open_file(folder, WEIGHTS_NAME)
     tensors = _read_tensors(weights_path)
     scales = _scales(config, {name: A.shape[0] for name, (A, _) in tensors.items()}, config_path)
     return Adapter(
@@ -155,13 +157,10 @@ def write_adapter(
     for name, factors in adapter.modules.items():
         A, B = _padded(factors, rank, dtype)
         if not (_finite(A) and _finite(B)):
-            raise AdapterError(
-                f"the factors of {name} do not fit in {str(dtype).removeprefix('torch.')}",
-                where=adapter.source,
-                fix="write float32 or bfloat16",
-            )
+            what = f"the factors of {name} do not fit in {dtype}"
+            raise AdapterError(what, where=adapter.source, fix="write float32 or bfloat16")
         tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base_model,
@@ -206,8 +205,8 @@ def target_modules(names: Iterable[str]) -> list[str]:
             return names
         path = f"{match['stack']}*.{match['rest']}"
         layers_of.setdefault(name.rpartition(".")[2], {}).setdefault(path, set()).add(int(match["layer"]))
-    all_layers = set(range(1 + max((max(found) for paths in layers_of.values() for found in paths.values()), default=0)))
-    regular = all(len(paths) == 1 and all_layers in paths.values() for paths in layers_of.values())
+    stacks = [layers for paths in layers_of.values() for layers in paths.values()]
+    regular = len(stacks) == len(layers_of) and all(layers == set(range(len(stacks[0]))) for layers in stacks)
     return sorted(layers_of) if regular else names
 
 
@@ -239,7 +238,7 @@ def _check_writable(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
             raise AdapterError(f"the factors of {name} are not finite", where=adapter.source)
 
 
-def _open_file(folder: Path, name: str) -> Path:
+def _real_file(folder: Path, name: str) -> Path:
     """The real path of a plain file of the folder; links may not lead out of it."""
     path = folder / name
     if not folder.is_dir():
@@ -265,21 +264,19 @@ def _check_config(config: Any, where: Path) -> None:
     if not isinstance(config, dict):
         raise AdapterError("the configuration is not a JSON object", where=where)
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"peft_type is {config.get('peft_type')!r}, not LORA", where=where, fix="only LoRA is merged")
+        raise AdapterError(f"peft_type is {str(config.get('peft_type'))[:80]!r}, not 'LORA'", where=where)
     for name, value in config.items():
         if name in _HARMLESS or name in _UNDERSTOOD or _is_off(value):
             continue
         if name in _REFUSED:
-            raise AdapterError(
-                f"{name} is set: {_REFUSED[name]}", where=where, fix=f"use an adapter trained without {name}"
-            )
+            fix = f"use an adapter trained without {name}"
+            raise AdapterError(f"{name} is set: {_REFUSED[name]}", where=where, fix=fix)
+        fix = "remove the field only if it does not change the update B A"
         raise AdapterError(
-            f"the field {name!r} is not known, so what the adapter means is not certain",
-            where=where,
-            fix="remove the field only if it does not change the update B A",
+            f"the field {name[:MAX_NAME]!r} is not known, so neither is the update", where=where, fix=fix
         )
     if config.get("bias", "none") not in ("none", None):
-        raise AdapterError(f"bias is {config['bias']!r}: biases were trained beside the factors", where=where)
+        raise AdapterError(f"bias is {str(config['bias'])[:80]!r}: biases were trained beside the factors", where=where)
     for name in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(name), str | None):
             raise AdapterError(f"{name} is not a text", where=where)
@@ -293,20 +290,16 @@ def _is_off(value: Any) -> bool:
 
 
 def _check_init(init: Any, where: Path) -> None:
-    if any(init is plain or (isinstance(init, str) and init == plain) for plain in _PLAIN_INITS):
+    if init is None or isinstance(init, bool) or init in _PLAIN_INITS:
         return
-    if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
-        raise AdapterError(
-            f"init_lora_weights is {init!r}: that start changed the base weights, so B A is not the whole update",
-            where=where,
-            fix="convert it to plain LoRA with PEFT: model.save_pretrained(FOLDER, "
-            "path_initial_model_for_weight_conversion=THE_UNTRAINED_ADAPTER)",
+    fix = "use an adapter trained from a plain start"
+    if isinstance(init, str) and init.startswith(_CONVERTIBLE_INITS):
+        fix = (
+            "convert it to plain LoRA with PEFT: model.save_pretrained(FOLDER, "
+            "path_initial_model_for_weight_conversion=THE_UNTRAINED_ADAPTER)"
         )
-    raise AdapterError(
-        f"init_lora_weights is {str(init)[:80]!r}: the adapter may belong to a changed base",
-        where=where,
-        fix="use an adapter trained from a plain start",
-    )
+    what = f"init_lora_weights is {str(init)[:80]!r}: that start may change the base, so B A is not the whole update"
+    raise AdapterError(what, where=where, fix=fix)
 
 
 def _read_tensors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -318,11 +311,9 @@ def _read_tensors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
             for key in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
                 match = _TENSOR.fullmatch(key)
                 if match is None:
-                    raise AdapterError(
-                        f"the tensor {key[:MAX_NAME]!r} is not a LoRA factor of a linear layer",
-                        where=path,
-                        fix="only tensors base_model.model.<module>.lora_A.weight and .lora_B.weight are understood",
-                    )
+                    fix = f"only {PREFIX}<module>.lora_A.weight and .lora_B.weight are understood"
+                    what = f"the tensor {key[:MAX_NAME]!r} is not a LoRA factor of a linear layer"
+                    raise AdapterError(what, where=path, fix=fix)
                 found.setdefault(match["module"], {})[match["factor"]] = key
             if not 0 < len(found) <= MAX_MODULES:
                 raise AdapterError(f"{len(found)} modules, where 1 to {MAX_MODULES} are read", where=path)
@@ -378,9 +369,8 @@ def _scales(config: dict[str, Any], ranks: dict[str, int], where: Path) -> dict[
     alphas = _by_module(config, "alpha_pattern", "lora_alpha", names, where, largest=MAX_ALPHA)
     for name, rank in ranks.items():
         if stated[name] != rank:
-            raise AdapterError(
-                f"{name} has rank {rank}, but the configuration says {stated[name]:g}", where=where, fix="correct r or rank_pattern"
-            )
+            what = f"{name} has rank {rank}, but the configuration says {stated[name]:g}"
+            raise AdapterError(what, where=where, fix="correct r or rank_pattern")
     root = bool(config.get("use_rslora"))
     return {name: alphas[name] / (math.sqrt(rank) if root else rank) for name, rank in ranks.items()}
 
@@ -396,39 +386,31 @@ def _by_module(
     for key, value in [(default_key, default), *patterns.items()]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= largest:
             raise AdapterError(f"{key[:MAX_NAME]} is {str(value)[:80]}, not a number up to {largest:g}", where=where)
-    compiled = _compile(patterns, names, patterns_key, where)
+    compiled = _compile(patterns, names, where)
     return {
         name: next((patterns[key] for key, regex in compiled if regex.match(name)), patterns.get(name, default))
         for name in names
     }
 
 
-def _compile(
-    patterns: dict[str, Any], names: list[str], field_name: str, where: Path
-) -> list[tuple[str, re.Pattern[str]]]:
-    """PEFT's regular expressions for the patterns; those that could take long to match are refused unmatched.
+def _compile(patterns: Iterable[str], names: list[str], where: Path) -> list[tuple[str, re.Pattern[str]]]:
+    """PEFT's regular expressions for the patterns; those that could take long to match are refused untried.
 
-    The cost of a pattern without repeated groups is at most len(name) to the number of its repetitions, times
-    the product of its choices.
+    Without repeated groups, matching takes at most len(name) to the power of a pattern's repetitions, times the
+    product of its choices.
     """
-    longest = max(map(len, names))
-    cost = 0.0
-    compiled = []
+    compiled, steps, longest = [], 0.0, max(map(len, names))
     for key in patterns:
         plain = key.replace("(?:", "(")
         repetitions = len(re.findall(r"[*+]", plain))
         choices = plain.count("?") + sum(math.log2(1 + part.count("|")) for part in re.split(r"[()]", plain))
-        unsafe = len(key) > MAX_NAME or re.search(r"\(\?|\)[*+]|\\[0-9]|[{}]", plain)
-        if not unsafe and repetitions + choices < 64:
-            cost += len(names) * len(key) * longest ** (1 + repetitions) * 2**choices
-        if unsafe or repetitions + choices >= 64 or cost > MAX_PATTERN_STEPS:
-            raise AdapterError(
-                f"the pattern {key[:MAX_NAME]!r} in {field_name} could take very long to match",
-                where=where,
-                fix="name the modules plainly, for example layers.0.self_attn.q_proj",
-            )
+        simple = len(key) <= MAX_NAME and not re.search(r"\(\?|\)[*+]|\\[0-9]|[{}]", plain)
+        steps += 2.0 ** min(1000, choices + (1 + repetitions) * math.log2(longest)) * len(names)
+        if not simple or steps > MAX_PATTERN_STEPS:
+            fix = "name the modules plainly, for example layers.0.self_attn.q_proj"
+            raise AdapterError(f"the pattern {key[:80]!r} could take very long to match", where=where, fix=fix)
         try:
             compiled.append((key, re.compile(rf"(.*\.)?({key})$")))
         except (re.error, OverflowError, RecursionError) as problem:
-            raise AdapterError(f"{key!r} in {field_name} is not a pattern: {problem}", where=where) from None
+            raise AdapterError(f"{key!r} is not a pattern: {problem}", where=where) from None
     return compiled

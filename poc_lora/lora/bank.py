@@ -185,7 +185,13 @@ class AdapterBank:
         return bank
 
     def _build(
-        self, model: nn.Module, linears: dict[str, nn.Linear], rank: int, scale: float, adapters: list[int], dropout: float
+        self,
+        model: nn.Module,
+        linears: dict[str, nn.Linear],
+        rank: int,
+        scale: float,
+        adapters: list[int],
+        dropout: float,
     ) -> None:
         M = len(adapters)
         self.model, self.adapters, self.rank, self.scale = model, adapters, rank, scale
@@ -301,7 +307,9 @@ def _matching(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
     for path, module in named.items():
         if any(path == t or path.endswith(f".{t}") for t in targets):
             if not isinstance(module, nn.Linear):
-                raise ModelError(f"the target '{path}' is a {type(module).__name__}, not a linear layer", where="lora.targets")
+                raise ModelError(
+                    f"the target '{path}' is a {type(module).__name__}, not a linear layer", where="lora.targets"
+                )
             linears[path] = module
     for target in targets:
         if not any(path == target or path.endswith(f".{target}") for path in linears):

@@ -1,0 +1,169 @@
+"""A pack: adapters at the same step, trained together on one base model. Computes; reads and writes no file."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from poc_lora import rng
+from poc_lora.config import RunConfig
+from poc_lora.data.batches import MicroBatch, micro_batches, supervised_tokens
+from poc_lora.lora.bank import AdapterBank
+from poc_lora.optim.noisy_adamw import NoisyAdamW
+from poc_lora.optim.schedules import learning_rate
+from poc_lora.training.loss import packed_loss
+from poc_lora.training.plan import TrainingData
+
+AUTO_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+def resolve_tokens(chosen: int | str, device: torch.device) -> int:
+    """Tokens per micro-batch, all adapters counted; `auto` depends on the kind of device only."""
+    return AUTO_TOKENS[device.type] if isinstance(chosen, str) else chosen
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did, per slot [M]."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    lr: float
+    diverged: list[int]  # slots dropped at this step
+    real_tokens: int
+    computed_tokens: int  # with padding
+
+
+class Pack:
+    """The bank and the optimizer of some adapters.
+
+    model: the frozen base, in which the bank replaces the target modules until `close`.
+    adapters: their ids. tokens: the size of a micro-batch. pad_id: any token; padding is never attended to.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: PreTrainedModel,
+        data: TrainingData,
+        adapters: Sequence[int],
+        *,
+        tokens: int,
+        pad_id: int,
+    ):
+        self.config, self.model, self.data = config, model, data
+        self.tokens, self.pad_id, self.device = tokens, pad_id, model.device
+        lora, optim, seed = config.lora, config.optim, config.adapters.seed
+        self.bank = AdapterBank(
+            model,
+            targets=lora.targets,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            adapters=adapters,
+            seed=seed,
+            dropout=lora.dropout,
+        )
+        self.optimizer = NoisyAdamW(
+            [{"params": [row], "adapter": adapter} for row, adapter in zip(self.bank.rows, adapters, strict=True)],
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            temperature=optim.temperature,
+            seed=seed,
+            fused=True,
+        )
+
+    @property
+    def live(self) -> list[int]:
+        """Slots of the adapters that have not diverged."""
+        return [slot for slot in range(self.bank.size) if slot not in self.bank.dropped]
+
+    def step(self, step: int) -> Step:
+        """Take optimizer step `step` (from 0) with every live adapter."""
+        optim, bank = self.config.optim, self.bank
+        lr = learning_rate(
+            optim.schedule,
+            step,
+            peak=optim.lr,
+            warmup_steps=optim.warmup_steps,
+            total_steps=self.data.total_steps,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        bank.zero_grad()
+        losses, real, computed = self._accumulate(step)
+        norms = bank.clip_grad_norm(optim.max_grad_norm)
+        diverged = self._drop_unless(torch.isfinite(losses) & torch.isfinite(norms))
+        self.optimizer.step()
+        diverged += self._drop_unless(torch.isfinite(bank.weights.sum(dim=1)))
+        return Step(losses.tolist(), norms.tolist(), lr, diverged, real, computed)
+
+    def _accumulate(self, step: int) -> tuple[Tensor, int, int]:
+        """Add up the gradients of one step's rows, micro-batch by micro-batch."""
+        examples = self.data.train
+        rows = [self.data.order.rows(adapter, step) for adapter in self.bank.adapters]
+        counts = [sum(self._supervised(i) for i in chosen) for chosen in rows]
+        tokens_per_slot = torch.tensor(counts, dtype=torch.float32, device=self.device)
+        losses = torch.zeros_like(tokens_per_slot)
+        real = computed = 0
+        self.model.train(self.config.lora.dropout > 0)
+        for batch in micro_batches(examples, rows, tokens=self.tokens, **self._layout()):
+            if self.config.lora.dropout:
+                self.bank.key_dropout(self._dropout_keys(batch, step))
+            loss, per_slot = packed_loss(self.model, batch, tokens_per_slot)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses += per_slot
+            real += batch.real_tokens
+            computed += batch.input_ids.numel()
+        return losses, real, computed
+
+    def _supervised(self, example: int) -> int:
+        return supervised_tokens(self.data.train[example], train_on_prompt=self.config.data.train_on_prompt)
+
+    def _layout(self) -> dict[str, object]:
+        return {"train_on_prompt": self.config.data.train_on_prompt, "pad_id": self.pad_id, "device": self.device}
+
+    def _dropout_keys(self, batch: MicroBatch, step: int) -> Tensor:
+        each = len(batch.examples) // self.bank.size
+        owners = [adapter for adapter in self.bank.adapters for _ in range(each)]
+        seed = self.config.adapters.seed
+        keys = [
+            rng.key(seed, adapter, "dropout", step, f"row {example}") - 2**63  # into the range of int64
+            for adapter, example in zip(owners, batch.examples, strict=True)
+        ]
+        return torch.tensor(keys, dtype=torch.int64, device=self.device)
+
+    def _drop_unless(self, finite: Tensor) -> list[int]:
+        bad = [slot for slot, good in enumerate(finite.tolist()) if not good and slot not in self.bank.dropped]
+        for slot in bad:
+            self.bank.drop(slot)
+        return bad
+
+    @torch.no_grad()
+    def validation_losses(self) -> dict[int | str, float]:
+        """Mean loss per supervised token on the held-out rows: `base`, each live adapter by its id, and `merge`."""
+        self.model.eval()
+        with self.bank.disabled():
+            losses: dict[int | str, float] = {"base": self._validation_loss()}
+        for slot in self.live:
+            with self.bank.only(slot):
+                losses[self.bank.adapters[slot]] = self._validation_loss()
+        with self.bank.merged():
+            losses["merge"] = self._validation_loss()
+        return losses
+
+    def _validation_loss(self) -> float:
+        examples = self.data.validation
+        learn_prompt = self.config.data.train_on_prompt
+        count = sum(supervised_tokens(e, train_on_prompt=learn_prompt) for e in examples)
+        tokens = torch.tensor([float(count)], device=self.device)
+        batches = micro_batches(examples, [range(len(examples))], tokens=self.tokens, **self._layout())
+        return math.fsum(float(packed_loss(self.model, batch, tokens)[1]) for batch in batches)
+
+    def close(self) -> None:
+        """Give the base model its own modules back."""
+        self.bank.remove()

@@ -1,0 +1,155 @@
+"""The run folder: created once, resumed with the same settings, never overwritten.
+
+config.yaml  run.json  metrics.jsonl  checkpoints/  adapters/  merged/  eval/
+"""
+
+import contextlib
+import json
+import platform
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from poc_lora import __version__
+from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
+from poc_lora.errors import RunError
+from poc_lora.files import read_json, read_text, write_atomic, write_json
+from poc_lora.lora.adapter import Adapter, write_adapter
+from poc_lora.training.checkpoint import Commit, newest_commit
+
+# What may differ between a run and its resumption: nothing that a trained adapter already depends on.
+RESUMABLE = ("adapters.count", "checkpoint.", "output")
+LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "tokenizers")
+
+
+class Run:
+    """One run folder and what is written into it while training."""
+
+    def __init__(self, folder: Path, commit: Commit | None, problems: list[str]):
+        self.folder = folder
+        self.commit = commit
+        self.problems = problems  # commits that were newer but damaged
+        self.checkpoints = folder / "checkpoints"
+        self.adapters = folder / "adapters"
+        self._metrics = folder / "metrics.jsonl"
+
+    def log(self, lines: list[dict[str, Any]]) -> None:
+        """Append lines to metrics.jsonl."""
+        with self._metrics.open("a") as out:
+            out.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def forget_after(self, steps: dict[int, int]) -> None:
+        """Remove metric lines of steps that the resumed run will take again."""
+        if not self._metrics.exists():
+            return
+        kept = []
+        for line in read_text(self._metrics, max_bytes=2**40).splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by a kill
+                entry = json.loads(line)
+                if entry["step"] <= steps.get(entry["adapter"], 0):
+                    kept.append(line)
+        write_atomic(self._metrics, "".join(line + "\n" for line in kept))
+
+    def write_adapter(self, number: int, adapter: Adapter) -> None:
+        """Write a finished adapter in PEFT format; one that a killed run had written already stands aside."""
+        folder = self.adapters / f"{number:02d}"
+        if folder.exists():
+            shutil.rmtree(folder)
+        write_adapter(adapter, folder)
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to run.json."""
+        path = self.folder / "run.json"
+        before = read_json(path, error=RunError) if path.exists() else {}
+        write_json(path, before | facts)
+
+
+def open_run(config: RunConfig, *, resume: bool) -> Run:
+    """Create the run folder, or resume it.
+
+    Raises RunError for a folder that is in use, or for a resumption whose settings differ in more than
+    `RESUMABLE`.
+    """
+    folder = Path(config.output)
+    saved = folder / "config.yaml"
+    if not resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(
+                "the run folder is not empty",
+                where=folder,
+                fix="resume it with --resume, or set output to another folder",
+            )
+        write_atomic(saved, dump_yaml(config))
+        write_json(folder / "run.json", environment())
+        return Run(folder, None, [])
+    if not saved.exists():
+        raise RunError("there is no run to resume", where=folder, fix="leave out --resume to start it")
+    before = load_config(saved)
+    changed = changed_keys(before, config)
+    refused = {k: v for k, v in changed.items() if not k.startswith(RESUMABLE)}
+    if config.adapters.count < before.adapters.count:
+        refused["adapters.count"] = (before.adapters.count, config.adapters.count)
+    if refused:
+        raise RunError(
+            "a resumed run must keep its settings, but these differ: "
+            + "; ".join(f"{k} was {old!r}, is {new!r}" for k, (old, new) in refused.items()),
+            where=folder,
+            fix="undo the change, or start a new run in another folder",
+        )
+    commit, problems = newest_commit(folder / "checkpoints")
+    run = Run(folder, commit, problems)
+    write_atomic(saved, dump_yaml(config))
+    run.forget_after({} if commit is None else {a: p.step for a, p in commit.progress.items()})
+    return run
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware: what a bug report or a benchmark needs."""
+    versions = {"poc_lora": __version__, "python": platform.python_version()}
+    for library in (*LIBRARIES, "peft", "accelerate", "datasets", "bitsandbytes", "lm_eval"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[library] = version(library)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    machine = {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+    return {"versions": versions, "machine": machine}
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Within the block, Ctrl-C and SIGTERM set the event instead of killing; a second Ctrl-C does kill."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
