@@ -16,7 +16,17 @@ _HOME = {
     "merge": "poc_lora.lora.merge",
     "train": "poc_lora.training.loop",
 }
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = [
+    "Adapter",
+    "AdapterBank",
+    "NoisyAdamW",
+    "RunConfig",
+    "__version__",
+    "evaluate",
+    "load_config",
+    "merge",
+    "train",
+]
 
 if TYPE_CHECKING:
     from poc_lora.config import RunConfig, load_config

@@ -66,7 +66,7 @@ def commit_folder(path: Path) -> Iterator[Path]:
         for file in sorted(p for p in aside.rglob("*") if p.is_file()):
             _sync_file(file)
         sync_folder(aside)
-        os.chmod(aside, 0o755)
+        os.chmod(aside, 0o755)  # noqa: S103  (mkdtemp makes folders private; results are not)
         if path.exists():
             raise RequestError(f"{path} exists already", where=path, fix="choose another folder or remove this one")
         os.rename(aside, path)

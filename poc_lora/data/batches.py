@@ -107,9 +107,16 @@ def _pack(
         input_ids[row, : len(examples[i].ids)] = torch.tensor(examples[i].ids)
     position = torch.arange(T)
     learnt = (position >= first[:, None]) & (position < lengths[:, None])
-    row, column = learnt.nonzero(as_tuple=True)
-    tensors = (input_ids, row, column - 1, input_ids[row, column], row // rows_per_adapter)
-    return MicroBatch(*(t.to(device, non_blocking=True) for t in tensors), chosen, int(lengths.sum()))
+    rows, columns = learnt.nonzero(as_tuple=True)
+    return MicroBatch(
+        input_ids=input_ids.to(device),
+        row=rows.to(device),
+        column=(columns - 1).to(device),
+        target=input_ids[rows, columns].to(device),
+        slot=(rows // rows_per_adapter).to(device),
+        examples=chosen,
+        real_tokens=int(lengths.sum()),
+    )
 
 
 def _padded(length: int) -> int:

@@ -14,7 +14,7 @@ ANSWER_FORMAT = "Answer format:"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """folder: its name on disk. short: its name in the paper's table. options: how many labels a question usually has."""
+    """folder: its name on disk. short: its name in the paper's table. options: a question's usual number of labels."""
 
     folder: str
     short: str

@@ -168,7 +168,8 @@ class AdapterBank:
                 found = (linears[path].out_features, linears[path].in_features) if path in linears else None
                 if shape != found:
                     raise AdapterError(
-                        f"the adapter updates '{path}' with shape {shape}, the base model has {found or 'no such layer'}",
+                        f"the adapter updates '{path}' with shape {shape},"
+                        f" the base model has {found or 'no such layer'}",
                         where=adapter.source,
                         fix="use the base model that the adapter was trained on",
                     )

@@ -1,10 +1,12 @@
 """The frozen base model: loaded safely, and run with the head only where logits are wanted."""
 
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from poc_lora.errors import ModelError
 
@@ -26,13 +28,17 @@ def load_base(
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     tokenizer = load_tokenizer(name, revision=revision)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # a bar in a log file is noise
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as problem:
         raise _cannot_load(name, problem) from None
-    return model.requires_grad_(False).to(device).eval(), tokenizer
+    model.requires_grad_(False)
+    nn.Module.to(model, device)  # transformers wraps `to` in a way that type checkers misread
+    return model.eval(), tokenizer
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

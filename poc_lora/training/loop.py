@@ -1,6 +1,7 @@
 """`train`: M adapters of one base model, packed together, on one device."""
 
 import os
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ def train(config: RunConfig, *, resume: bool = False, device: torch.device | Non
     model, tokenizer = load_base(section.name, revision=section.revision, dtype=section.dtype, device=device)
     data = prepare_data(config, tokenizer)
     run = open_run(config, resume=resume or _restarted(config))
+    for problem in run.problems:
+        print(f"a damaged commit is passed over: {problem}", file=sys.stderr)  # noqa: T201
     tokens = resolve_tokens(config.train.tokens_per_microbatch, device)
     run.note(data_sha256=data.files, steps=data.total_steps, tokens_per_microbatch=tokens)
 

@@ -1,7 +1,7 @@
 """A pack: adapters at the same step, trained together on one base model. Computes; reads and writes no file."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from poc_lora import rng
 from poc_lora.config import RunConfig
 from poc_lora.data.batches import MicroBatch, micro_batches, supervised_tokens
+from poc_lora.data.prompts import Example
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.optim.noisy_adamw import NoisyAdamW
 from poc_lora.optim.schedules import learning_rate
@@ -111,11 +112,11 @@ class Pack:
         losses = torch.zeros_like(tokens_per_slot)
         real = computed = 0
         self.model.train(self.config.lora.dropout > 0)
-        for batch in micro_batches(examples, rows, tokens=self.tokens, **self._layout()):
+        for batch in self._micro_batches(examples, rows):
             if self.config.lora.dropout:
                 self.bank.key_dropout(self._dropout_keys(batch, step))
             loss, per_slot = packed_loss(self.model, batch, tokens_per_slot)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             losses += per_slot
             real += batch.real_tokens
             computed += batch.input_ids.numel()
@@ -124,8 +125,15 @@ class Pack:
     def _supervised(self, example: int) -> int:
         return supervised_tokens(self.data.train[example], train_on_prompt=self.config.data.train_on_prompt)
 
-    def _layout(self) -> dict[str, object]:
-        return {"train_on_prompt": self.config.data.train_on_prompt, "pad_id": self.pad_id, "device": self.device}
+    def _micro_batches(self, examples: Sequence[Example], rows: Sequence[Sequence[int]]) -> Iterator[MicroBatch]:
+        return micro_batches(
+            examples,
+            rows,
+            tokens=self.tokens,
+            train_on_prompt=self.config.data.train_on_prompt,
+            pad_id=self.pad_id,
+            device=self.device,
+        )
 
     def _dropout_keys(self, batch: MicroBatch, step: int) -> Tensor:
         each = len(batch.examples) // self.bank.size
@@ -161,7 +169,7 @@ class Pack:
         learn_prompt = self.config.data.train_on_prompt
         count = sum(supervised_tokens(e, train_on_prompt=learn_prompt) for e in examples)
         tokens = torch.tensor([float(count)], device=self.device)
-        batches = micro_batches(examples, [range(len(examples))], tokens=self.tokens, **self._layout())
+        batches = self._micro_batches(examples, [range(len(examples))])
         return math.fsum(float(packed_loss(self.model, batch, tokens)[1]) for batch in batches)
 
     def close(self) -> None:

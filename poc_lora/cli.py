@@ -1,0 +1,239 @@
+"""The command line. Each verb is a thin shell over one function, imported when the verb is chosen."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from poc_lora import __version__
+from poc_lora.errors import PocLoraError
+
+app = typer.Typer(
+    name="poc-lora",
+    help="Train several LoRA adapters of one base model, merge them into one: more accurate, same inference cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Config = Annotated[Path, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings that replace the file's, such as optim.lr=1e-4.", metavar="KEY=VALUE"),
+]
+
+
+def main() -> None:
+    """Run the command line; errors a user can meet are printed without a traceback."""
+    try:
+        app()
+    except PocLoraError as problem:
+        typer.echo(f"poc-lora: {problem}", err=True)
+        sys.exit(problem.exit_status)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"poc-lora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The run folder to create.")] = Path("runs/demo"),
+    overrides: Overrides = None,
+) -> None:
+    """Train, merge, evaluate and report on the embedded micro-world: no download, no GPU, minutes.
+
+    Example: poc-lora demo --out runs/demo adapters.seed=1
+    """
+    from poc_lora.microworld.demo import run_demo
+
+    run_demo(out, overrides or [], show=_show)
+    _next(f"the report: {out / 'eval' / 'results.md'}", f"your own data: edit {out / 'config.yaml'}, poc-lora train")
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Validate a run and say what it will do, without loading any weights.
+
+    Example: poc-lora check configs/demo.yaml train.max_steps=50
+    """
+    from poc_lora.config import load_config
+    from poc_lora.training.plan import check
+
+    facts = check(load_config(config, overrides or []))
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        typer.echo(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
+    _next("the configuration is valid", f"poc-lora train {' '.join([str(config), *(overrides or [])])}")
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+) -> None:
+    """Train the adapters of a run, packed together on one device.
+
+    Example: poc-lora train configs/demo.yaml adapters.count=4 output=runs/four
+    """
+    from poc_lora.config import load_config
+    from poc_lora.training.loop import train
+
+    done = train(load_config(config, overrides or []), resume=resume)
+    _show_training(done)
+    _next(f"adapters: {done.folder / 'adapters'}", f"poc-lora merge {done.folder} --out {done.folder / 'merged'}")
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(help="Adapter folders, or runs (all their finished adapters).")],
+    out: Annotated[Path, typer.Option(help="The folder to create for the merged adapter.")],
+    rank: Annotated[int | None, typer.Option(help="Best approximation of this rank; default: exact.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One weight per adapter, comma-separated; default 1/M each.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    allow_base_mismatch: Annotated[
+        bool, typer.Option("--allow-base-mismatch", help="Merge adapters that name different base models.")
+    ] = False,
+) -> None:
+    """Average the B·A products of adapters into one adapter. Needs no base model and no GPU.
+
+    Example: poc-lora merge runs/demo --out merged --rank 32
+    """
+    from poc_lora.errors import RequestError
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise RequestError(f"'{dtype}' is not a dtype to save in", where="--dtype", fix="float32, bfloat16 or float16")
+    chosen = None if weights is None else _numbers(weights)
+
+    import torch
+
+    from poc_lora.lora.merge_folders import merge_folders
+
+    report = merge_folders(
+        sources,
+        out,
+        rank=rank,
+        weights=chosen,
+        dtype=getattr(torch, dtype),
+        allow_base_mismatch=allow_base_mismatch,
+    )
+    _show_merge(report)
+    run = next((s for s in sources if (s / "config.yaml").is_file() and out == s / "merged"), None)
+    _next(f"the merged adapter: {out}", f"poc-lora eval {run or out} --data DIR" + ("" if run else " --out DIR"))
+
+
+@app.command("eval")
+def evaluate(
+    targets: Annotated[list[Path], typer.Argument(help="One run folder, or adapter folders of one base model.")],
+    data: Annotated[Path, typer.Option(help="Folder of BENCHMARK/test.json files.")],
+    base: Annotated[str | None, typer.Option(help="Base model; default: the one the run or adapters name.")] = None,
+    benchmarks: Annotated[str | None, typer.Option(help="Comma-separated names; default: all eight.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="clean or bare; default: as in training.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; default: RUN/eval.")] = None,
+) -> None:
+    """Score base, adapters, merge and prediction ensemble on the eight commonsense benchmarks.
+
+    Example: poc-lora eval runs/demo --data ../commonsense --benchmarks openbookqa,boolq --limit 200
+    """
+    from poc_lora.evaluation.evaluate import evaluate
+    from poc_lora.reporting.tables import write_report
+
+    results = evaluate(
+        targets,
+        data=data,
+        base=base,
+        benchmarks=None if benchmarks is None else benchmarks.split(","),
+        prompt=prompt,
+        limit=limit,
+        out=out,
+    )
+    written = write_report(out or targets[0], results)
+    _show_results(results)
+    _next(f"the results: {written.parent}", f"poc-lora report {out or targets[0]}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run, or a folder of results.")]) -> None:
+    """Print the table of an evaluation again, and write it as Markdown.
+
+    Example: poc-lora report runs/demo
+    """
+    from poc_lora.evaluation.results import read_results
+    from poc_lora.reporting.tables import write_report
+
+    results = read_results(run / "eval" if (run / "eval").is_dir() else run)
+    written = write_report(run, results)
+    _show_results(results)
+    _next(f"the report: {written}", "paste it where you need it")
+
+
+@app.command()
+def env() -> None:
+    """Versions and hardware, for bug reports."""
+    from poc_lora.training.run import environment
+
+    for section in environment().values():
+        for name, value in section.items():
+            typer.echo(f"{name:<16}{value}")
+
+
+def _show(thing: Any) -> None:
+    """Print a line of text or a rich table."""
+    from rich.console import Console
+
+    Console().print(thing, markup=False, highlight=False)
+
+
+def _show_results(results: Any) -> None:
+    from poc_lora.reporting.tables import notes, terminal_table
+
+    _show(terminal_table(results))
+    for note in notes(results):
+        _show(note)
+
+
+def _show_merge(report: dict[str, Any]) -> None:
+    from poc_lora.reporting.summaries import merge_summary
+
+    for line in merge_summary(report):
+        typer.echo(line)
+
+
+def _show_training(done: Any) -> None:
+    from poc_lora.reporting.summaries import training_summary
+
+    for line in training_summary(done):
+        typer.echo(line)
+
+
+def _numbers(text: str) -> list[float]:
+    from poc_lora.errors import RequestError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(
+            f"'{text}' is not a list of numbers", where="--weights", fix="for example 0.5,0.25,0.25"
+        ) from None
+
+
+def _next(result: str, command: str) -> None:
+    """How every verb ends: where the result lies, and what to run next."""
+    typer.echo(f"\n{result}\nnext: {command}")

@@ -1,0 +1,100 @@
+"""Accuracy, its error, the prediction ensemble and paired tests: pure functions of label scores.
+
+Errors are those of sampling test questions from what could have been asked, with the adapters as they are; they say
+nothing about other seeds.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poc_lora import rng
+
+RESAMPLES = 10_000
+
+
+class Estimate(NamedTuple):
+    """A value and its standard error; the error is NaN where one question is too few to tell."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference of macro averages with its 95 % bootstrap interval and two-sided p-value."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def choices(log_probs: Tensor) -> Tensor:
+    """The label with the largest score, the first of them at a tie: [..., n, k] -> [..., n]."""
+    return log_probs.argmax(-1)
+
+
+def is_correct(log_probs: Tensor, answers: Tensor, too_long: Tensor) -> Tensor:
+    """1.0 where the choice is the answer, else 0.0, also for questions that were too long to score: [..., n]."""
+    return ((choices(log_probs) == answers) & ~too_long).double()
+
+
+def ensemble(log_probs: Tensor) -> Tensor:
+    """The prediction ensemble: log of the members' mean probability over the labels. [M, n, k] -> [n, k].
+
+    Each member's label scores are normalised to sum to one before the mean is taken. Questions without scores
+    (all labels -inf) stay so.
+    """
+    members = log_probs.double().log_softmax(-1)
+    mean = members.logsumexp(0) - math.log(len(members))
+    return torch.where(log_probs.isneginf().all(0), -torch.inf, mean).float()
+
+
+def mean(values: Tensor) -> Estimate:
+    """The mean of one value per question and its standard error, sqrt(sample variance / n). `values`: [n]."""
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(values.mean().item(), error)
+
+
+def macro_average(parts: Mapping[str, Estimate]) -> Estimate:
+    """The plain mean over benchmarks, each an independent sample: its error is sqrt(Σ error²) / number."""
+    total = math.fsum(part.value for part in parts.values())
+    error = math.sqrt(math.fsum(part.error**2 for part in parts.values()))
+    return Estimate(total / len(parts), error / len(parts))
+
+
+def paired_difference(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, seed: int, resamples: int = RESAMPLES
+) -> Difference:
+    """Bootstrap of the macro average of `ours` minus `theirs`, drawing questions within each benchmark.
+
+    ours, theirs: benchmark to a value per question [n], of the same questions. p is twice the smaller tail share
+    beyond zero, each tail counted with one resample added.
+    """
+    resampled = np.zeros(resamples)
+    observed = 0.0
+    for benchmark in ours:
+        difference = (ours[benchmark] - theirs[benchmark]).double().numpy()
+        values, counts = np.unique(difference, return_counts=True)
+        # n draws with replacement take few distinct values, so their counts are drawn: the same law, much less work.
+        stream = np.random.default_rng(rng.key(seed, 0, "bootstrap", name=benchmark))
+        drawn = stream.multinomial(len(difference), counts / len(difference), size=resamples)
+        resampled += drawn @ values / len(difference)
+        observed += difference.mean()
+    resampled /= len(ours)
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    p = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
+    return Difference(float(observed / len(ours)), float(low), float(high), p)
+
+
+def agreement(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], too_long: Mapping[str, Tensor]) -> float:
+    """The share of scored questions on which two sets of label scores choose the same label; NaN if none was scored."""
+    same = [(choices(ours[b]) == choices(theirs[b]))[~too_long[b]] for b in ours]
+    return torch.cat(same).double().mean().item()

@@ -1,0 +1,103 @@
+"""What an evaluation is asked to score: one run, or loose adapters of one base model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from poc_lora.config import load_config
+from poc_lora.data.prompts import TEMPLATES
+from poc_lora.errors import RequestError, RunError
+from poc_lora.lora.adapter import Adapter, read_adapter
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The base model, the adapters and, in a run that has one, their merge; `out` is where results go."""
+
+    base: str
+    revision: str | None
+    dtype: str
+    prompt: str
+    adapters: dict[str, Adapter]
+    merged: Adapter | None
+    out: Path
+
+
+def find_subjects(
+    targets: Sequence[Path],
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    prompt: str | None = None,
+    out: Path | None = None,
+) -> Subjects:
+    """Read the adapters that `targets` stand for: one run folder, or one or more adapter folders.
+
+    What is not given comes from the run's config.yaml; for loose adapters the base from their own configs, the
+    prompt is `clean`, and `out` is required. Raises RequestError, RunError, AdapterError or ConfigError.
+    """
+    if prompt is not None and prompt not in TEMPLATES:
+        raise RequestError(f"no prompt template is called {prompt!r}", fix=f"known: {', '.join(TEMPLATES)}")
+    runs = [target for target in targets if (target / "config.yaml").is_file()]
+    for target in targets:
+        if target not in runs and not (target / "adapter_config.json").is_file():
+            what = "no such folder" if not target.is_dir() else "neither a run nor an adapter"
+            fix = "give a run folder (with config.yaml) or adapter folders (with adapter_config.json)"
+            raise RequestError(what, where=target, fix=fix)
+    if not targets or (runs and len(targets) > 1):
+        raise RequestError(
+            "an evaluation takes one run, or adapters of one base model",
+            where=", ".join(map(str, targets)) or None,
+            fix="evaluate runs one by one",
+        )
+    if runs:
+        return _of_run(runs[0], base=base, revision=revision, dtype=dtype, prompt=prompt, out=out)
+    if out is None:
+        raise RequestError("adapters outside a run need a folder for the results", fix="add --out DIR")
+    adapters = {name: read_adapter(path) for name, path in _names(targets).items()}
+    if base is None:
+        base, own_revision = _common_base(adapters)
+        revision = revision or own_revision
+    return Subjects(base, revision, dtype or "auto", prompt or "clean", adapters, None, out)
+
+
+def _of_run(
+    run: Path, *, base: str | None, revision: str | None, dtype: str | None, prompt: str | None, out: Path | None
+) -> Subjects:
+    config = load_config(run / "config.yaml")
+    folders = sorted(f for f in (run / "adapters").glob("*") if (f / "adapter_config.json").is_file())
+    if not folders:
+        raise RunError("the run has no adapters yet", where=run / "adapters", fix="finish training first")
+    merged = run / "merged"
+    return Subjects(
+        base=base or config.model.name,
+        revision=revision or (config.model.revision if base is None else None),
+        dtype=dtype or config.model.dtype,
+        prompt=prompt or config.data.prompt,
+        adapters={folder.name: read_adapter(folder) for folder in folders},
+        merged=read_adapter(merged) if merged.is_dir() else None,
+        out=out or run / "eval",
+    )
+
+
+def _names(folders: Sequence[Path]) -> dict[str, Path]:
+    """Names for loose adapters: their folders' names, numbered where two are alike."""
+    resolved = [folder.resolve() for folder in folders]
+    if len(set(resolved)) < len(resolved):
+        raise RequestError("the same adapter is named twice", where=", ".join(map(str, folders)))
+    names = [path.name for path in resolved]
+    if len(set(names)) < len(names):
+        names = [f"{i:02d}-{name}" for i, name in enumerate(names)]
+    return dict(zip(names, folders, strict=True))
+
+
+def _common_base(adapters: dict[str, Adapter]) -> tuple[str, str | None]:
+    bases = {(adapter.base_model, adapter.revision) for adapter in adapters.values()}
+    if len(bases) > 1:
+        named = ", ".join(sorted(f"{name or 'none'}" + (f" at {rev}" if rev else "") for name, rev in bases))
+        raise RequestError(f"the adapters name different base models: {named}", fix="choose one with --base")
+    name, revision = bases.pop()
+    if not name:
+        raise RequestError("the adapters do not name their base model", fix="add --base DIR_OR_ID")
+    return name, revision

@@ -1,0 +1,105 @@
+"""How alike adapters are, from their factors alone: Gram matrices, cosines, spread, and the merge's error bar."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from poc_lora.lora.adapter import Adapter, Factors
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Inner products ⟨ΔW_i, ΔW_j⟩ of M adapters, [M, M] in float64: one matrix per module."""
+
+    modules: dict[str, Tensor]
+
+    @property
+    def total(self) -> Tensor:
+        """Over all modules: the Gram matrix of the whole updates."""
+        return torch.stack(list(self.modules.values())).sum(0)
+
+
+def gram(adapters: Sequence[Adapter]) -> Gram:
+    """The Gram matrices of M adapters; a module that an adapter lacks counts as zero.
+
+    ⟨ΔW_i, ΔW_j⟩ = s_i s_j tr((B_jᵀ B_i)(A_i A_jᵀ)), so nothing of size d_out × d_in is formed.
+    """
+    names = dict.fromkeys(name for adapter in adapters for name in adapter.modules)
+    modules = {}
+    for name in names:
+        A, B, ranks = stack([adapter.modules.get(name) for adapter in adapters])
+        modules[name] = gram_of_stack(A, B, ranks)
+    return Gram(modules)
+
+
+def stack(members: Sequence[Factors | None]) -> tuple[Tensor, Tensor, list[int]]:
+    """The members' factors in float64, A [Σr, d_in] and B [d_out, Σr] with the scales in B, and each one's rank.
+
+    None is a member without this module: rank 0. At least one member has it.
+    """
+    present = [member for member in members if member is not None]
+    A = torch.cat([member.A.detach().double() for member in present])
+    B = torch.cat([member.B.detach().double() * member.scale for member in present], dim=1)
+    return A, B, [0 if member is None else member.rank for member in members]
+
+
+def gram_of_stack(A: Tensor, B: Tensor, ranks: Sequence[int]) -> Tensor:
+    """The Gram matrix [M, M] of the products of a stack; see `gram` for the formula."""
+    products = (A @ A.T) * (B.T @ B)
+    owner = torch.repeat_interleave(torch.eye(len(ranks), dtype=A.dtype), torch.tensor(ranks), dim=0)  # [Σr, M]
+    owner = owner.to(A.device)
+    inner = owner.T @ products @ owner
+    return (inner + inner.T) / 2
+
+
+def cosine(inner: Tensor) -> Tensor:
+    """Pairwise cosines [M, M] from a Gram matrix; 0 where an update is zero."""
+    norms = inner.diagonal().clamp(min=0).sqrt()
+    scale = torch.outer(norms, norms)
+    return torch.where(scale > 0, inner / scale.clamp(min=torch.finfo(inner.dtype).tiny), 0.0).clamp(-1, 1)
+
+
+def mean_cosine(inner: Tensor) -> float | None:
+    """The mean cosine over pairs of different adapters; None for a single one."""
+    M = len(inner)
+    if M < 2:
+        return None
+    cosines = cosine(inner)
+    return float(cosines.sum() - cosines.diagonal().sum()) / (M * (M - 1))
+
+
+def spread(inner: Tensor) -> float | None:
+    """S² = 1/(M−1) Σ_j ‖ΔW_j − mean‖²: the unbiased variance of one adapter around the limit of many.
+
+    None for a single adapter, which says nothing about it.
+    """
+    M = len(inner)
+    if M < 2:
+        return None
+    return max(0.0, float(inner.diagonal().sum() - inner.sum() / M)) / (M - 1)
+
+
+def error_bar(inner: Tensor) -> float | None:
+    """S²/M: the expected squared distance of the average of M adapters from the limit of many."""
+    variance = spread(inner)
+    return None if variance is None else variance / len(inner)
+
+
+def relative_error_bar(inner: Tensor) -> float | None:
+    """sqrt(S²/M) / ‖mean‖; None for a single adapter or a mean of zero."""
+    squared = error_bar(inner)
+    norm = math.sqrt(max(0.0, float(inner.sum()))) / len(inner)
+    return None if squared is None or norm == 0 else math.sqrt(squared) / norm
+
+
+def summary(inner: Tensor) -> Mapping[str, float | None]:
+    """The figures of a Gram matrix that a report shows."""
+    return {
+        "mean_cosine": mean_cosine(inner),
+        "spread": spread(inner),
+        "error_bar": error_bar(inner),
+        "relative_error_bar": relative_error_bar(inner),
+    }

@@ -1,0 +1,138 @@
+"""The paper's table from the results of an evaluation: for the terminal, and as Markdown."""
+
+import math
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from poc_lora.data.commonsense import BENCHMARKS
+from poc_lora.evaluation.results import Results, Scored
+from poc_lora.evaluation.scores import Difference, Estimate
+from poc_lora.files import write_atomic
+
+REPORT_FILE = "results.md"
+NARROW = {"WinoGrande": "Wino\nGrande", "HellaSwag": "Hella\nSwag", "average": "aver-\nage"}
+
+
+def table_rows(results: Results) -> list[tuple[str, Scored]]:
+    """The rows of the table, from top to bottom; a single adapter stands for itself."""
+    if len(results.adapters) > 1:
+        adapters = [("LoRA (best)", results.adapters[results.best]), ("LoRA (average)", results.average)]
+    else:
+        adapters = [(f"LoRA {name}", scored) for name, scored in results.adapters.items()]
+    rows = [("base", results.base), *adapters, ("PoC merge", results.merged), ("prediction ensemble", results.ensemble)]
+    return [(name, scored) for name, scored in rows if scored is not None]
+
+
+def columns(results: Results) -> dict[str, str]:
+    """The benchmarks of the table: folder to the paper's name, in the paper's order."""
+    return {b.folder: b.short for b in BENCHMARKS if b.folder in results.questions}
+
+
+def terminal_table(results: Results) -> Table:
+    """The table for a terminal of 80 columns or more: accuracy in percent above its standard error."""
+    table = Table(title="Accuracy (%) ± standard error", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("")
+    for name in [*columns(results).values(), "average"]:
+        table.add_column(NARROW.get(name, name), justify="right", no_wrap=True, vertical="bottom")
+    table.add_row("chance level", *_chance(results), style="dim")
+    for name, scored in table_rows(results):
+        table.add_row(name, *(_cell(e, "\n±") for e in _estimates(results, scored)), style=_style(name))
+    return table
+
+
+def markdown(results: Results) -> str:
+    """The table, every adapter by itself, and what is to be known to read them."""
+    names = [*columns(results).values(), "average"]
+    lines = [
+        "# Evaluation",
+        "",
+        f"Base model `{results.base_model}`, protocol `{results.protocol}`, prompt `{results.prompt}`. "
+        "Accuracy in percent ± standard error.",
+        "",
+        _line(["", *names]),
+        _line(["---", *("---:" for _ in names)]),
+        _line(
+            ["questions", *(str(results.questions[b]) for b in columns(results)), str(sum(results.questions.values()))]
+        ),
+        _line(["chance level", *_chance(results)]),
+    ]
+    lines += [_scored_line(results, name, scored) for name, scored in table_rows(results)]
+    lines += ["", *(f"- {note}" for note in notes(results))]
+    if len(results.adapters) > 1:
+        lines += ["", "## Every adapter", "", _line(["", *names]), _line(["---", *("---:" for _ in names)])]
+        lines += [_scored_line(results, f"`{name}`", scored) for name, scored in results.adapters.items()]
+    return "\n".join(lines) + "\n"
+
+
+def notes(results: Results) -> list[str]:
+    """Sentences that belong under the table: what was chosen how, paired differences, what was cut or left out."""
+    said = []
+    if len(results.adapters) > 1:
+        where = "the test questions themselves, as in the paper" if results.best_chosen_on == "test" else "validation"
+        said.append(
+            f"LoRA (best) is adapter {results.best} of {len(results.adapters)}, chosen by its average on {where}."
+        )
+        for rival, difference in results.comparisons.items():
+            said.append(f"PoC merge minus LoRA ({rival}): {_difference(difference)}.")
+    else:
+        for difference in list(results.comparisons.values())[:1]:
+            said.append(f"PoC merge minus the adapter: {_difference(difference)}.")
+    if results.agreement is not None and not math.isnan(results.agreement):
+        said.append(
+            f"Merge and prediction ensemble choose the same label on {_percent(results.agreement)} % of questions."
+        )
+    for folder, short in columns(results).items():
+        if results.too_long[folder]:
+            said.append(
+                f"{short}: {results.too_long[folder]} of {results.questions[folder]} questions do not fit the model's "
+                "context and count as wrong."
+            )
+    if results.limit is not None:
+        said.append(f"Only the first {results.limit} questions of each benchmark were asked.")
+    said.append("Standard errors are those of sampling questions; they do not cover other training seeds.")
+    return said
+
+
+def write_report(folder: Path, results: Results) -> Path:
+    """Write results.md to `folder`, or to its eval/ where `folder` is a run; returns the file."""
+    place = folder / "eval" if (folder / "config.yaml").is_file() else folder
+    write_atomic(place / REPORT_FILE, markdown(results))
+    return place / REPORT_FILE
+
+
+def _estimates(results: Results, scored: Scored) -> list[Estimate]:
+    return [*(scored.benchmarks[b] for b in columns(results)), scored.average]
+
+
+def _scored_line(results: Results, name: str, scored: Scored) -> str:
+    return _line([name, *(_cell(e, " ± ") for e in _estimates(results, scored))])
+
+
+def _chance(results: Results) -> list[str]:
+    levels = [results.chance[b] for b in columns(results)]
+    return [_percent(x) for x in [*levels, sum(levels) / len(levels)]]
+
+
+def _cell(estimate: Estimate, between: str) -> str:
+    return _percent(estimate.value) + ("" if math.isnan(estimate.error) else between + _percent(estimate.error))
+
+
+def _difference(d: Difference) -> str:
+    return (
+        f"{100 * d.value:+.2f} points on average (95 % interval {100 * d.low:+.2f} to {100 * d.high:+.2f}, "
+        f"p = {d.p:.2g}, paired bootstrap)"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _style(name: str) -> str:
+    return "bold" if name == "PoC merge" else ""

@@ -1,0 +1,107 @@
+"""Reading benchmark questions: what is accepted, and what each problem is called."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from poc_lora.data.commonsense import BENCHMARKS, Question, chance_level, find_benchmarks, read_questions
+from poc_lora.errors import DataError
+
+PIQA = find_benchmarks(["piqa"])[0]
+GOOD = {"instruction": "Which? Answer format: cup/hat", "input": "", "output": "", "answer": "hat"}
+REAL = Path(__file__).parents[2].parent / "shared" / "data" / "commonsense"
+
+
+def write(tmp_path, content):
+    path = tmp_path / "piqa" / "test.json"
+    path.parent.mkdir()
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return tmp_path
+
+
+def test_labels_come_from_the_end_of_the_instruction(tmp_path):
+    rows = [
+        GOOD,
+        {
+            "instruction": "Is 'Answer format: x/y' odd?\nAnswer format:  dark wood / glass/ wool \n",
+            "answer": " glass ",
+        },
+    ]
+    questions = read_questions(write(tmp_path, rows), PIQA)
+    assert [q.labels for q in questions] == [("cup", "hat"), ("dark wood", "glass", "wool")]
+    assert [q.answer_index for q in questions] == [1, 1]
+    assert chance_level(questions) == pytest.approx((1 / 2 + 1 / 3) / 2)
+
+
+def test_a_limit_takes_the_first_rows_but_checks_all(tmp_path):
+    data = write(tmp_path, [GOOD, GOOD, {}])
+    with pytest.raises(DataError, match="row 3"):
+        read_questions(data, PIQA, limit=1)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"missing[\s\S]*piqa/test\.json"):
+        read_questions(tmp_path, PIQA)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "is empty"),
+        ("[]", "no rows"),
+        ("{}", "not a list"),
+        ('[\n{"instruction": "a",\n "answer" "b"}]', "at line 3"),
+        ([GOOD, "text"], "not a mapping"),
+        ([GOOD, {"answer": "hat"}], "'instruction' is missing"),
+        ([GOOD, {"instruction": GOOD["instruction"]}], "'answer' is missing"),
+        ([GOOD, GOOD | {"answer": True}], "'answer' is not text"),
+        ([GOOD, GOOD | {"input": 3}], "'input' is not text"),
+        ([GOOD, GOOD | {"answer": "answer5"}], "'answer5' is not among the labels cup/hat"),
+        ([GOOD, GOOD | {"instruction": "Which?"}], "names no labels"),
+        ([GOOD, GOOD | {"instruction": "Answer format: hat"}], "at least two labels"),
+        ([GOOD, GOOD | {"instruction": "Answer format: hat//cup"}], "none of them empty"),
+        ([GOOD, GOOD | {"instruction": "Answer format: hat/cup / hat"}], "stands twice"),
+        ([GOOD, GOOD | {"instruction": "\ud800 Answer format: cup/hat"}], "surrogate"),
+    ],
+)
+def test_bad_input_is_a_data_error_naming_file_and_row(tmp_path, content, said):
+    with pytest.raises(DataError) as caught:
+        read_questions(write(tmp_path, content), PIQA)
+    assert said in str(caught.value)
+    assert "test.json" in str(caught.value)
+    if isinstance(content, list):
+        assert "row 2" in str(caught.value)
+
+
+def test_benchmarks_are_found_by_folder_or_paper_name_in_the_papers_order():
+    assert [b.short for b in find_benchmarks(None)] == "SIQA PIQA WinoGrande OBQA ARC-c ARC-e BoolQ HellaSwag".split()
+    assert [b.folder for b in find_benchmarks(["hellaswag", "ARC-c", "siqa"])] == [
+        "social_i_qa",
+        "ARC-Challenge",
+        "hellaswag",
+    ]
+
+
+@pytest.mark.parametrize(("names", "said"), [(["hellaswgg"], "did you mean hellaswag"), ([], "no benchmark was named")])
+def test_an_unknown_benchmark_is_refused(names, said):
+    with pytest.raises(DataError, match=said):
+        find_benchmarks(names)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real benchmarks are not here")
+def test_every_real_row_is_read():
+    counts = {b.short: len(read_questions(REAL, b)) for b in BENCHMARKS if b.folder != "hellaswag"}
+    assert counts == {
+        "SIQA": 1954,
+        "PIQA": 1838,
+        "WinoGrande": 1267,
+        "OBQA": 500,
+        "ARC-c": 1172,
+        "ARC-e": 2376,
+        "BoolQ": 3270,
+    }
+    easy = read_questions(REAL, find_benchmarks(["ARC-Easy"])[0])
+    assert any(q.answer == "answer5" for q in easy)
+    assert {len(q.labels) for q in easy} == {3, 4, 5}
+    assert isinstance(easy[0], Question)

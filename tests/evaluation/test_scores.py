@@ -1,0 +1,76 @@
+"""Statistics against values computed by hand."""
+
+import math
+
+import pytest
+import torch
+
+from poc_lora.evaluation.scores import (
+    Estimate,
+    agreement,
+    choices,
+    ensemble,
+    is_correct,
+    macro_average,
+    mean,
+    paired_difference,
+)
+
+INF = math.inf
+
+
+def test_the_standard_error_is_that_of_a_sample_mean():
+    # variance of (1, 1, 1, 0) with n - 1: 3 * (1/4)^2 + (3/4)^2 = 3/4, over 3 = 1/4; over n = 1/16
+    assert mean(torch.tensor([1.0, 1, 1, 0])) == pytest.approx((0.75, 0.25))
+    one = mean(torch.tensor([1.0]))
+    assert one.value == 1
+    assert math.isnan(one.error)
+
+
+def test_the_macro_average_weighs_benchmarks_equally():
+    parts = {"a": Estimate(0.5, 0.03), "b": Estimate(0.9, 0.04)}
+    assert macro_average(parts) == pytest.approx((0.7, 0.025))
+
+
+def test_ties_go_to_the_first_label_and_long_questions_are_wrong():
+    log_probs = torch.tensor([[-1.0, -1.0, -INF], [-3.0, -2.0, -2.0], [-INF, -INF, -INF]])
+    assert choices(log_probs).tolist() == [0, 1, 0]
+    too_long = torch.tensor([False, False, True])
+    assert is_correct(log_probs, torch.tensor([0, 2, 0]), too_long).tolist() == [1, 0, 0]
+
+
+def test_the_ensemble_averages_probabilities_normalised_over_the_labels():
+    first = torch.tensor([[0.6, 0.2, 0.0], [0.0, 0.0, 0.0]]).log()  # normalised: 0.75, 0.25
+    second = torch.tensor([[0.001, 0.009, 0.0], [0.0, 0.0, 0.0]]).log()  # normalised: 0.1, 0.9
+    together = ensemble(torch.stack([first, second]))
+    assert together[0].exp().tolist() == pytest.approx([0.425, 0.575, 0.0])
+    assert together[1].tolist() == [-INF, -INF, -INF]
+
+
+def test_agreement_counts_scored_questions_only():
+    ours = {"a": torch.tensor([[-1.0, -2], [-1, -2], [-INF, -INF]])}
+    theirs = {"a": torch.tensor([[-1.0, -2], [-3, -2], [-INF, -INF]])}
+    assert agreement(ours, theirs, {"a": torch.tensor([False, False, True])}) == 0.5
+    assert math.isnan(agreement(ours, theirs, {"a": torch.tensor([True, True, True])}))
+
+
+def test_the_paired_interval_is_that_of_the_normal_law_where_questions_are_many():
+    ours = {"a": torch.tensor([1.0] * 600 + [0.0] * 400), "b": torch.tensor([1.0] * 300 + [0.0] * 700)}
+    theirs = {"a": torch.tensor([0.0] * 100 + [1.0] * 400 + [0.0] * 500), "b": ours["b"].clone()}
+    # a: 200 gains (the first 100 and another 100) of 1000 questions, b: none. Mean 0.2 / 2,
+    # error of a = sqrt(0.2 * 0.8 / 1000), halved in the average. Tolerance: 10,000 resamples move a quantile by
+    # about 3 % of the error.
+    error = math.sqrt(0.2 * 0.8 / 1000) / 2
+    difference = paired_difference(ours, theirs, seed=0)
+    assert difference.value == pytest.approx(0.1)
+    assert difference.low == pytest.approx(0.1 - 1.96 * error, abs=0.1 * error)
+    assert difference.high == pytest.approx(0.1 + 1.96 * error, abs=0.1 * error)
+    assert difference.p == pytest.approx(2 / 10_001)
+    assert paired_difference(ours, theirs, seed=0) == difference
+    assert paired_difference(ours, theirs, seed=1) != difference
+
+
+def test_no_difference_has_p_one():
+    same = {"a": torch.tensor([1.0, 0.0, 1.0])}
+    difference = paired_difference(same, same, seed=0)
+    assert (difference.value, difference.low, difference.high, difference.p) == (0, 0, 0, 1)

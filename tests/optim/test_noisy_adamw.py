@@ -1,0 +1,168 @@
+"""NoisyAdamW: AdamW without noise, the right noise with it, and draws that depend on nothing but their key."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from poc_lora.errors import ConfigError
+from poc_lora.optim.noisy_adamw import NoisyAdamW
+
+
+def parameters(n=3, width=37, seed=0):
+    stream = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(width + i, generator=stream)) for i in range(n)]
+
+
+def set_gradients(params, step):
+    stream = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=stream)
+
+
+def run(optimizer, params, steps, first=0):
+    for step in range(first, first + steps):
+        set_gradients(params, step)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("mode", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+def test_without_temperature_it_is_adamw_bitwise(mode):
+    ours, theirs = parameters(), parameters()
+    settings = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1, **mode}
+    run(NoisyAdamW(ours, temperature=0.0, **settings), ours, 7)
+    run(torch.optim.AdamW(theirs, **settings), theirs, 7)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_noise_has_mean_zero_and_variance_two_lr_temperature():
+    n, lr, temperature = 200_000, 3e-3, 0.02
+    quiet, noisy = (torch.nn.Parameter(torch.ones(n)) for _ in range(2))
+    for p, t in ((quiet, 0.0), (noisy, temperature)):
+        optimizer = NoisyAdamW([p], lr=lr, temperature=t)
+        p.grad = torch.full((n,), 0.5)
+        optimizer.step()
+    noise = (noisy - quiet).detach().double()
+    variance = 2 * lr * temperature
+    # five standard errors of a mean and of a variance of n normal numbers
+    assert abs(noise.mean()) < 5 * math.sqrt(variance / n)
+    assert abs(noise.var() / variance - 1) < 5 * math.sqrt(2 / n)
+
+
+def test_on_a_quadratic_the_chain_has_the_stationary_variance_of_its_ar1_process():
+    # With beta1 = 0 and eps far above sqrt(v), AdamW is gradient descent with step lr / eps.
+    chains, steps, lr, temperature, h, eps = 20_000, 400, 1.0, 1e-3, 1.0, 50.0
+    x = torch.nn.Parameter(torch.zeros(chains))
+    optimizer = NoisyAdamW([x], lr=lr, betas=(0.0, 0.999), eps=eps, weight_decay=0.0, temperature=temperature)
+    for _ in range(steps):
+        x.grad = h * x.detach().clone()
+        optimizer.step()
+    factor = 1 - lr * h / eps
+    stationary = 2 * lr * temperature / (1 - factor**2)
+    reached = stationary * (1 - factor ** (2 * steps))
+    # five standard errors of a variance over independent chains, plus eps against sqrt(v) <= 0.5 (one per cent)
+    assert abs(x.detach().double().var() / reached - 1) < 5 * math.sqrt(2 / chains) + 0.02
+
+
+def test_noise_of_an_adapter_is_the_same_packed_or_alone():
+    def train(adapters):
+        params = {a: torch.nn.Parameter(torch.full((101,), float(a))) for a in adapters}
+        groups = [{"params": [p], "adapter": a} for a, p in params.items()]
+        optimizer = NoisyAdamW(groups, lr=1e-2, temperature=0.1, seed=5)
+        for step in range(4):
+            for a, p in params.items():
+                p.grad = torch.full_like(p, 0.1 * a + step)
+            optimizer.step()
+        return params
+
+    packed, alone = train([0, 1, 2, 3]), train([2])
+    assert torch.equal(packed[2], alone[2])
+    assert not torch.equal(packed[1] - 1, packed[2] - 2)
+
+
+def test_a_parameter_without_gradient_does_not_move():
+    moving, frozen = torch.nn.Parameter(torch.ones(9)), torch.nn.Parameter(torch.ones(9))
+    optimizer = NoisyAdamW(
+        [{"params": [moving], "adapter": 0}, {"params": [frozen], "adapter": 1}],
+        lr=0.1,
+        weight_decay=0.1,
+        temperature=1.0,
+    )
+    frozen.grad = torch.ones(9)
+    moving.grad = torch.ones(9)
+    optimizer.step()
+    before, state = frozen.detach().clone(), copy.deepcopy(optimizer.state[frozen])
+    frozen.grad = None
+    optimizer.step()
+    assert torch.equal(frozen, before)
+    assert torch.equal(optimizer.state[frozen]["exp_avg"], state["exp_avg"])
+    assert optimizer.param_groups[1]["noise_step"] == 1
+    assert optimizer.param_groups[0]["noise_step"] == 2
+
+
+def test_resuming_from_a_state_dict_is_bitwise():
+    straight = parameters()
+    optimizer = NoisyAdamW(straight, lr=1e-2, temperature=0.5, seed=3)
+    run(optimizer, straight, 3)
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in straight]
+    state = copy.deepcopy(optimizer.state_dict())
+    run(optimizer, straight, 3, first=3)
+    again = NoisyAdamW(resumed, lr=9.0, temperature=0.0)
+    again.load_state_dict(state)
+    run(again, resumed, 3, first=3)
+    for a, b in zip(straight, resumed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_noise_is_keyed_by_name_where_names_are_given():
+    def noise(named):
+        optimizer = NoisyAdamW(named, lr=1e-2, temperature=0.5)
+        for _, p in named:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        return {name: p.detach() for name, p in named}
+
+    names = ["a", "b"]
+    forward = noise([(n, torch.nn.Parameter(torch.zeros(20))) for n in names])
+    backward = noise([(n, torch.nn.Parameter(torch.zeros(20))) for n in reversed(names)])
+    assert torch.equal(forward["a"], backward["a"])
+    assert not torch.equal(forward["a"], forward["b"])
+
+
+def test_hooks_run_once_a_step_even_after_a_plain_adamw_was_made():
+    torch.optim.AdamW(parameters())
+    params = parameters()
+    optimizer = NoisyAdamW(params)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    run(optimizer, params, 2)
+    assert len(calls) == 2
+
+
+def test_global_random_state_is_neither_read_nor_moved():
+    def train():
+        params = parameters()
+        run(NoisyAdamW(params, lr=1e-2, temperature=0.1), params, 2)
+        return params
+
+    torch.manual_seed(1)
+    first, state = train(), torch.get_rng_state()
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, train(), strict=True))
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("temperature", [-1.0, math.nan, math.inf])
+def test_a_temperature_that_makes_no_sense_is_refused(temperature):
+    with pytest.raises(ConfigError, match="temperature"):
+        NoisyAdamW(parameters(), temperature=temperature)
+
+
+def test_noise_on_half_precision_is_refused():
+    half = [torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))]
+    with pytest.raises(ConfigError, match="float32"):
+        NoisyAdamW(half, temperature=0.1)
+    NoisyAdamW(half, temperature=0.0)

@@ -1,0 +1,99 @@
+"""The layout of the table, and what stands under it."""
+
+import dataclasses
+import io
+
+import pytest
+from rich.console import Console
+
+from poc_lora.evaluation.results import Results, Scored
+from poc_lora.evaluation.scores import Difference, Estimate
+from poc_lora.reporting.tables import markdown, notes, table_rows, terminal_table, write_report
+
+FOLDERS = "social_i_qa piqa winogrande openbookqa ARC-Challenge ARC-Easy boolq hellaswag".split()
+
+
+def scored(value, error=0.0089):
+    return Scored({b: Estimate(value, error) for b in FOLDERS}, Estimate(value, error))
+
+
+@pytest.fixture
+def results():
+    return Results(
+        base_model="org/base",
+        prompt="clean",
+        limit=None,
+        questions=dict.fromkeys(FOLDERS, 100),
+        too_long=dict.fromkeys(FOLDERS, 0) | {"boolq": 7},
+        chance=dict.fromkeys(FOLDERS, 0.25),
+        base=scored(0.3),
+        adapters={"00": scored(0.70), "01": scored(0.72)},
+        best="01",
+        average=scored(0.71),
+        merged=scored(0.8117),
+        ensemble=scored(0.80),
+        comparisons={"best": Difference(0.0917, 0.05, 0.13, 0.0002), "average": Difference(0.1017, 0.06, 0.14, 0.0002)},
+        agreement=0.975,
+    )
+
+
+def printed(results, width=80):
+    out = io.StringIO()
+    Console(file=out, width=width).print(terminal_table(results))
+    return out.getvalue()
+
+
+def test_markdown_has_the_papers_rows_and_columns(results):
+    lines = markdown(results).splitlines()
+    assert "|  | SIQA | PIQA | WinoGrande | OBQA | ARC-c | ARC-e | BoolQ | HellaSwag | average |" in lines
+    first = [line.split(" | ")[0].strip("| ") for line in lines if line.startswith("| ")]
+    assert first[2:9] == [
+        "questions",
+        "chance level",
+        "base",
+        "LoRA (best)",
+        "LoRA (average)",
+        "PoC merge",
+        "prediction ensemble",
+    ]
+    assert any(line.startswith("| PoC merge | 81.17 ± 0.89 |") for line in lines)
+    assert all(line.count(" | ") == 9 for line in lines if line.startswith("| ") and "---" not in line)
+
+
+def test_the_terminal_table_fits_80_columns_uncut(results):
+    text = printed(results)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for word in ("SIQA", "ARC-c", "BoolQ", "81.17", "±0.89", "PoC merge", "chance level"):
+        assert word in text
+
+
+def test_notes_say_what_was_chosen_how_and_what_does_not_fit(results):
+    said = "\n".join(notes(results))
+    assert "adapter 01 of 2, chosen by its average on the test questions themselves" in said
+    assert "PoC merge minus LoRA (best): +9.17 points on average (95 % interval +5.00 to +13.00, p = 0.0002" in said
+    assert "97.50 % of questions" in said
+    assert "BoolQ: 7 of 100 questions do not fit" in said
+    assert "first" not in said
+    assert "Only the first 9 questions" in "\n".join(notes(dataclasses.replace(results, limit=9)))
+
+
+def test_one_adapter_without_a_merge_stands_for_itself(results):
+    single = dataclasses.replace(
+        results, adapters={"a": scored(0.7)}, best="a", merged=None, ensemble=None, comparisons={}, agreement=None
+    )
+    assert [name for name, _ in table_rows(single)] == ["base", "LoRA a"]
+    assert "chosen" not in "\n".join(notes(single))
+    assert "Every adapter" not in markdown(single)
+
+
+def test_an_error_that_cannot_be_told_is_left_out(results):
+    assert "30.00 |" in markdown(dataclasses.replace(results, base=scored(0.3, float("nan"))))
+    assert "nan" not in printed(dataclasses.replace(results, base=scored(0.3, float("nan"))))
+
+
+def test_the_report_lies_in_the_runs_eval_folder(results, tmp_path):
+    assert write_report(tmp_path / "out", results) == tmp_path / "out" / "results.md"
+    (tmp_path / "config.yaml").touch()
+    assert write_report(tmp_path, results) == tmp_path / "eval" / "results.md"
+    assert (tmp_path / "eval" / "results.md").read_text() == markdown(results)

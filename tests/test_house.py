@@ -1,0 +1,84 @@
+"""The house rules that a machine can check: imports point downwards, and `--help` stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import poc_lora
+
+PACKAGE = Path(poc_lora.__file__).parent
+# From the top of the house to its foundations; a layer may import from itself and from those below it.
+LAYERS = [
+    ("__init__", "__main__"),
+    ("cli",),
+    ("microworld",),
+    ("reporting",),
+    ("evaluation",),
+    ("training",),
+    ("lora", "data", "optim"),
+    ("config", "progress"),
+    ("rng",),
+    ("files",),
+    ("errors",),
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def layer(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return {name for name in found if name.split(".")[0] == "poc_lora"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    own = LEVEL[parts[0]]
+    for name in imported(path):
+        # `from poc_lora import __version__` reads a constant, and `from poc_lora import rng` a module below
+        target = LEVEL.get(layer(name), own)
+        assert name == "poc_lora" or target >= own, f"{path} imports {name}, which lies above it"
+
+
+def test_data_and_optim_do_not_know_lora():
+    for below in ("data", "optim"):
+        for path in (PACKAGE / below).glob("*.py"):
+            assert not any(layer(name) == "lora" for name in imported(path)), path
+
+
+def test_modules_stay_small():
+    long = {
+        str(p.relative_to(PACKAGE)): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 350
+    }
+    assert not long
+
+
+@pytest.mark.parametrize("arguments", ["--help", "train --help", "merge --help", "eval --help"])
+def test_help_imports_no_torch(arguments):
+    code = (
+        "import sys\n"
+        "from poc_lora.cli import app\n"
+        f"app({arguments.split()!r}, standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_public_names_resolve():
+    assert set(poc_lora.__all__) == {*poc_lora._HOME, "__version__"}
+    for name in poc_lora.__all__:
+        assert getattr(poc_lora, name) is not None

@@ -1,0 +1,289 @@
+"""Whole runs on a tiny model: what they leave, that packing does not matter, and that nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from poc_lora.config import validate
+from poc_lora.errors import CheckpointError, Interrupted, RunError, TrainingError
+from poc_lora.training import loop
+from poc_lora.training.loop import train
+from poc_lora.training.pack import Pack
+
+
+@pytest.fixture
+def settings(tiny_model_dir, train_file, tmp_path):
+    return {
+        "model": {"name": str(tiny_model_dir)},
+        "lora": {"rank": 2, "alpha": 4},
+        "adapters": {"count": 3, "seed": 1},
+        "data": {"train": [str(train_file)], "validation": 6, "prompt": "bare", "max_length": 128},
+        "optim": {"lr": 1e-2, "warmup_steps": 2, "temperature": 1e-5},
+        "train": {"max_steps": 6, "batch_size": 4, "tokens_per_microbatch": 512},
+        "checkpoint": {"every_steps": 2},
+        "output": str(tmp_path / "run"),
+    }
+
+
+def config(settings, **changes):
+    merged = {name: dict(value) if isinstance(value, dict) else value for name, value in settings.items()}
+    for dotted, value in changes.items():
+        section, _, key = dotted.partition("__")
+        if key:
+            merged[section][key] = value
+        else:
+            merged[section] = value
+    return validate(merged, where="test")
+
+
+def weights(folder, adapter):
+    return load_file(Path(folder) / "adapters" / f"{adapter:02d}" / "adapter_model.safetensors")
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_peft_adapters_that_learnt_something(settings, tiny_model_dir):
+    done = train(config(settings, train__max_steps=30))
+    assert {state.status for state in done.progress.values()} == {"finished"}
+    lines = metrics(done.folder)
+    first, last = ([e["loss"] for e in lines if e["step"] == s and "loss" in e] for s in (1, 30))
+    assert len(first) == len(last) == 3
+    assert max(last) < 0.7 * min(first)
+    validation = {e["adapter"]: e["validation_loss"] for e in lines if "validation_loss" in e}
+    assert set(validation) == {"base", 0, 1, 2, "merge"}
+    assert validation["merge"] < validation["base"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), done.folder / "adapters/02")
+    assert sum(p.abs().sum() for n, p in model.named_parameters() if "lora_B" in n) > 0
+    facts = json.loads((done.folder / "run.json").read_text())
+    assert len(facts["data_sha256"]) == 1
+    assert facts["tokens_per_microbatch"] == 512
+    assert "torch" in facts["versions"]
+
+
+def test_adapters_differ_from_each_other(settings):
+    done = train(config(settings))
+    a, b = weights(done.folder, 0), weights(done.folder, 1)
+    assert not any(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("changes", [{"adapters__count": 1}, {"train__tokens_per_microbatch": 100}])
+def test_packing_and_micro_batches_do_not_change_an_adapter(settings, tmp_path, changes):
+    settings["lora"]["dropout"] = 0.2
+    reference = train(config(settings))
+    other = train(config(settings, output=str(tmp_path / "other"), **changes))
+    a, b = weights(reference.folder, 0), weights(other.folder, 0)
+    for name in a:  # six steps of float32 sums in another order, through Adam's division by small moments
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_same_run_twice_is_bitwise_the_same(settings, tmp_path):
+    first = train(config(settings))
+    again = train(config(settings, output=str(tmp_path / "again")))
+    for adapter in range(3):
+        assert_same_bits(weights(first.folder, adapter), weights(again.folder, adapter))
+
+
+def test_prompts_can_be_left_out_of_the_loss(settings, tmp_path):
+    masked = train(config(settings, data__train_on_prompt=False))
+    whole = train(config(settings, output=str(tmp_path / "whole")))
+    assert not torch.equal(*(next(iter(weights(d.folder, 0).values())) for d in (masked, whole)))
+
+
+def test_a_killed_run_resumes_bitwise(settings, tmp_path):
+    reference = train(config(settings, train__max_steps=40))
+    killed = config(settings, train__max_steps=40, output=str(tmp_path / "killed"))
+    process = start(killed, tmp_path)
+    wait_for(lambda: (tmp_path / "killed/checkpoints/commit_00002/manifest.json").exists(), process)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed/adapters").exists()
+    done = train(killed, resume=True)
+    assert done.progress[0].step == 40
+    for adapter in range(3):
+        assert_same_bits(weights(reference.folder, adapter), weights(done.folder, adapter))
+    logged = [(e["step"], e["adapter"]) for e in metrics(done.folder) if "loss" in e]
+    assert sorted(logged) == [(step, adapter) for step in range(1, 41) for adapter in range(3)]
+
+
+def test_ctrl_c_saves_and_prints_the_command_that_resumes(settings, tmp_path):
+    stopped = config(settings, train__max_steps=400)
+    process = start(stopped, tmp_path)
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == Interrupted.exit_status
+    assert "Traceback" not in errors
+    assert "--resume" in errors
+    assert list((tmp_path / "run/checkpoints").glob("commit_*"))
+
+
+def start(run_config, tmp_path):
+    from poc_lora.config import dump_yaml
+
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(run_config))
+    return subprocess.Popen(
+        [sys.executable, "-m", "poc_lora", "train", str(path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def stop_after(monkeypatch, step):
+    """Make the process behave as if it were killed when it comes to optimizer step `step`."""
+    original = Pack.step
+
+    def killed(self, number):
+        if number == step:
+            raise KeyboardInterrupt
+        return original(self, number)
+
+    monkeypatch.setattr(Pack, "step", killed)
+    return lambda: monkeypatch.setattr(Pack, "step", original)
+
+
+def test_a_damaged_commit_is_passed_over_for_the_one_before(settings, tmp_path, monkeypatch, capsys):
+    reference = train(config(settings))
+    broken = config(settings, output=str(tmp_path / "broken"))
+    heal = stop_after(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken)
+    heal()
+    newest = tmp_path / "broken/checkpoints/commit_00002/adapter_01.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    done = train(broken, resume=True)
+    assert "commit_00002" in capsys.readouterr().err
+    for adapter in range(3):
+        assert_same_bits(weights(reference.folder, adapter), weights(done.folder, adapter))
+
+
+def test_when_no_commit_is_intact_nothing_is_restarted_silently(settings, monkeypatch):
+    heal = stop_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(settings))
+    heal()
+    (Path(settings["output"]) / "checkpoints/commit_00001/manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="commit_00001"):
+        train(config(settings), resume=True)
+
+
+def test_only_the_newest_commits_are_kept(settings, monkeypatch):
+    done = train(config(settings, train__max_steps=9))
+    kept = sorted(p.name for p in (done.folder / "checkpoints").iterdir())
+    assert kept == ["commit_00004", "commit_00005"]
+
+
+def test_a_finished_run_can_be_extended_without_touching_its_adapters(settings):
+    train(config(settings))
+    run = Path(settings["output"])
+    before = [(run / f"adapters/0{a}/adapter_model.safetensors").read_bytes() for a in range(3)]
+    done = train(config(settings, adapters__count=5), resume=True)
+    assert [(run / f"adapters/0{a}/adapter_model.safetensors").read_bytes() for a in range(3)] == before
+    assert {done.progress[a].status for a in range(5)} == {"finished"}
+    assert not torch.equal(*(next(iter(weights(run, a).values())) for a in (3, 4)))
+
+
+def test_a_resumed_run_keeps_its_settings(settings):
+    train(config(settings))
+    with pytest.raises(RunError, match=r"train\.max_steps was 6, is 7"):
+        train(config(settings, train__max_steps=7), resume=True)
+    with pytest.raises(RunError, match=r"adapters\.count was 3, is 2"):
+        train(config(settings, adapters__count=2), resume=True)
+
+
+def test_a_run_folder_is_never_overwritten(settings):
+    run = Path(settings["output"])
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="not empty"):
+        train(config(settings))
+    assert [p.name for p in run.iterdir()] == ["notes.txt"]
+
+
+def test_nothing_to_resume_is_an_error(settings):
+    with pytest.raises(RunError, match="no run to resume"):
+        train(config(settings), resume=True)
+
+
+def diverge(monkeypatch, adapters, at):
+    original = Pack.step
+
+    def poisoned(self, number):
+        if number == at:
+            with torch.no_grad():
+                for slot, adapter in enumerate(self.bank.adapters):
+                    if adapter in adapters:
+                        self.bank.weights[slot].fill_(torch.inf)
+        return original(self, number)
+
+    monkeypatch.setattr(Pack, "step", poisoned)
+
+
+def test_a_diverged_adapter_is_reported_and_left_out(settings, tmp_path, monkeypatch):
+    reference = train(config(settings))
+    diverge(monkeypatch, {1}, at=3)
+    done = train(config(settings, output=str(tmp_path / "diverged")))
+    assert done.progress[1].status == "diverged"
+    assert sorted(p.name for p in (done.folder / "adapters").iterdir()) == ["00", "02"]
+    assert {"step": 4, "adapter": 1, "diverged": True} in metrics(done.folder)
+    for adapter in (0, 2):
+        assert_same_bits(weights(reference.folder, adapter), weights(done.folder, adapter))
+
+
+def test_a_resumed_pack_keeps_the_place_of_a_diverged_adapter(settings, tmp_path, monkeypatch):
+    reference = train(config(settings))
+    resumed = config(settings, output=str(tmp_path / "resumed"))
+    diverge(monkeypatch, {1}, at=1)
+    heal = stop_after(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        train(resumed)
+    heal()
+    done = train(resumed, resume=True)
+    assert done.progress[1].status == "diverged"
+    for adapter in (0, 2):
+        assert_same_bits(weights(reference.folder, adapter), weights(done.folder, adapter))
+
+
+def test_when_every_adapter_diverges_the_run_fails(settings, monkeypatch):
+    diverge(monkeypatch, {0, 1, 2}, at=1)
+    with pytest.raises(TrainingError, match="every adapter diverged"):
+        train(config(settings))
+
+
+def test_a_restarting_launcher_resumes_by_itself(settings, monkeypatch):
+    heal = stop_after(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(settings))
+    heal()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    steps = []
+    original = loop.Pack.step
+    monkeypatch.setattr(Pack, "step", lambda self, n: (steps.append(n), original(self, n))[1])
+    train(config(settings))
+    assert steps == [4, 5]
