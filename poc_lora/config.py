@@ -18,9 +18,9 @@ MAX_CONFIG_BYTES = 2**20
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
 NonNegative = Annotated[int, Field(ge=0, strict=True)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Name = Annotated[str, Field(min_length=1)]
 
@@ -88,7 +88,7 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSection":
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("give epochs or max_steps, not both")
+            raise ValueError("give epochs or max_steps, not both; the word null unsets one")
         if self.epochs is None and self.max_steps is None:
             object.__setattr__(self, "epochs", 3.0)
         return self
@@ -139,7 +139,7 @@ def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
 def dump_yaml(config: RunConfig) -> str:
     """The configuration as YAML that `load_config` reads back to an equal object."""
     plain = config.model_dump(mode="json", exclude_none=True)
-    return yaml.safe_dump(plain, sort_keys=False)
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False)
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -163,11 +163,16 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """A safe dumper that quotes text which `_Loader` would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
@@ -196,16 +201,29 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _describe(error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
-    dotted = ".".join(path)
+    # Past section and key, a location holds list positions and, for unions, names of types.
+    dotted = ".".join(str(part) for i, part in enumerate(error["loc"]) if i < 2 or isinstance(part, int))
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(dotted, all_keys(), n=1, cutoff=0.5)
-        near = near or difflib.get_close_matches(path[-1], [k.split(".")[-1] for k in all_keys()], n=1, cutoff=0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        return f"{dotted}: no such key{hint}"
+        near = _nearest_key(dotted)
+        return f"{dotted}: no such key" + (f"; did you mean '{near}'?" if near else "")
     if error["type"] == "missing":
         return f"{dotted}: required but not given"
-    return f"{dotted}: {error['msg']} (got {error['input']!r})"
+    if error["type"] == "value_error":
+        return f"{dotted}: {error['ctx']['error']}"
+    plain = {"tuple_type": "must be a list, such as [a, b]", "model_type": "must be a section of keys and values"}
+    return f"{dotted}: {plain.get(error['type'], error['msg'])} (got {error['input']!r:.80})"
+
+
+def _nearest_key(dotted: str) -> str | None:
+    """The known key that a mistyped one stands for: in the wrong section, or misspelt."""
+    ends = {key.split(".")[-1]: key for key in all_keys()}
+    end = dotted.split(".")[-1]
+    if end in ends:
+        return ends[end]
+    for word, known in ((dotted, {key: key for key in all_keys()}), (end, ends)):
+        if near := difflib.get_close_matches(word, known, n=1, cutoff=0.5):
+            return known[near[0]]
+    return None
 
 
 def all_keys() -> list[str]:

@@ -16,25 +16,15 @@ MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_DEPTH = 64
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write `path` so that a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `path` so that a reader sees the old content or the new, never a part.
+
+    Raises RequestError where the folder cannot be made or written to.
+    """
     data = content.encode() if isinstance(content, str) else content
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with _refusing_bad_places(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as out:
             out.write(data)
@@ -42,7 +32,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.fsync(out.fileno())
         os.chmod(aside, 0o644)
         os.replace(aside, path)
-        sync_folder(path.parent)
+        _sync(path.parent)
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
@@ -57,23 +47,42 @@ def write_json(path: Path, value: Any) -> None:
 def commit_folder(path: Path) -> Iterator[Path]:
     """Yield a folder beside `path` to fill; on success it becomes `path` in one rename, else it vanishes.
 
-    Raises RequestError if `path` exists when the block ends.
+    Raises RequestError where the folder cannot be made, or if `path` exists when the block ends.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    with _refusing_bad_places(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield aside
-        for file in sorted(p for p in aside.rglob("*") if p.is_file()):
-            _sync_file(file)
-        sync_folder(aside)
+        for written in (*aside.rglob("*"), aside):
+            _sync(written)
         os.chmod(aside, 0o755)  # noqa: S103  (mkdtemp makes folders private; results are not)
         if path.exists():
             raise RequestError(f"{path} exists already", where=path, fix="choose another folder or remove this one")
         os.rename(aside, path)
-        sync_folder(path.parent)
+        _sync(path.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _refusing_bad_places(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        raise RequestError(
+            f"cannot be written: {problem.strerror}", where=path, fix="choose a folder that can be written to"
+        ) from None
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or the renames inside a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sha256_file(path: Path) -> str:

@@ -51,11 +51,11 @@ def permutation(n: int, stream_key: int) -> list[int]:
 
 
 def elementwise_uniform(row_keys: Tensor, salt: int, length: int, width: int) -> Tensor:
-    """Uniform numbers [rows, length, width] where element (i, t, k) depends on `row_keys[i]`, t, k and `salt` only.
+    """Uniform numbers [rows, length, width] whose element (i, t, k) is a function of `row_keys[i]`, `salt`, t and k.
 
     A counter-based draw: a row's numbers stay the same whatever the other rows, the padding, or the
     number of rows, and recomputing them (gradient checkpointing) needs no saved state. `row_keys`: int64
-    [rows]; `salt`: 64-bit key of the call site.
+    [rows]; `salt`: 64-bit key of the call site, whose `width` never changes.
     """
     device = row_keys.device
     position = torch.arange(length * width, device=device, dtype=torch.int64)

@@ -1,6 +1,5 @@
 """Which rows each adapter sees at each step, and how they are packed into tensors."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,12 +30,14 @@ class BatchOrder:
         else:
             self.buckets = [list(range(len(lengths)))]
         self.steps_per_epoch = sum(-(-len(bucket) // batch_size) for bucket in self.buckets)
-        self._epoch_batches = functools.lru_cache(maxsize=64)(self._draw_epoch)
+        self._drawn: dict[int, tuple[int, list[list[int]]]] = {}  # adapter -> the epoch it is in, and its batches
 
     def rows(self, adapter: int, step: int) -> list[int]:
         """The row numbers of one adapter's batch at one optimizer step."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        return self._epoch_batches(adapter, epoch)[within]
+        if adapter not in self._drawn or self._drawn[adapter][0] != epoch:
+            self._drawn[adapter] = (epoch, self._draw_epoch(adapter, epoch))
+        return self._drawn[adapter][1][within]
 
     def _draw_epoch(self, adapter: int, epoch: int) -> list[list[int]]:
         batches = []

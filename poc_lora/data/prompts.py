@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from poc_lora.data.rows import ChatRow, CompletionRow, InstructionRow, Row
@@ -54,11 +55,12 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, temp
     The boundary is found on tokens: the answer starts where the tokens of prompt + answer leave those of
     the prompt alone, so a token that holds the end of one and the start of the other counts as answer.
     A row whose whole answer is cut off teaches nothing of the task: it is left out and counted.
-    Raises ModelError for a tokenizer without EOS or, for chats, without a chat template.
+    Raises ModelError for a tokenizer without EOS or, for chats, without a chat template, and DataError for a
+    chat that the template refuses.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no EOS token, so an answer could not end", where="model.name")
-    pairs = [_texts(row, tokenizer, template) for row in rows]
+    pairs = [_texts(row, tokenizer, template, f"data.train, row {number}") for number, row in enumerate(rows, 1)]
     if not pairs:
         raise DataError("there are no training rows", where="data.train")
     chats = [isinstance(row, ChatRow) for row in rows]
@@ -66,18 +68,18 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, temp
     whole_ids = _tokenise(tokenizer, [prompt + answer for prompt, answer in pairs], chats)
     examples, shortened, lost = [], 0, 0
     for prompt, whole in zip(prompt_ids, whole_ids, strict=True):
-        start = _common_prefix(prompt, whole)
-        if whole[-1] != tokenizer.eos_token_id:
+        start = max(1, _common_prefix(prompt, whole))  # nothing comes before the first token to predict it from
+        if whole[-1:] != [tokenizer.eos_token_id]:
             whole = [*whole, tokenizer.eos_token_id]
         if start >= max_length:
             lost += 1
             continue
         shortened += len(whole) > max_length
-        examples.append(Example(tuple(whole[:max_length]), max(1, start)))
+        examples.append(Example(tuple(whole[:max_length]), start))
     return Encoded(examples, shortened, lost)
 
 
-def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:
+def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, where: str) -> tuple[str, str]:
     if isinstance(row, InstructionRow):
         return render_prompt(row.instruction, row.input, template), row.output
     if isinstance(row, CompletionRow):
@@ -85,8 +87,11 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple
     if tokenizer.chat_template is None:
         raise ModelError("the rows are chats but the tokenizer has no chat template", where="data.train")
     turns = list(row.messages)
-    prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    try:
+        prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except TemplateError as problem:  # templates refuse roles, or orders of roles, that the model does not know
+        raise DataError(f"the tokenizer's chat template refuses the row: {problem}", where=where) from None
     shared = _common_prefix(prompt, whole)
     return whole[:shared], whole[shared:].rstrip("\n")
 

@@ -62,7 +62,7 @@ def source_files(sources: Sequence[str]) -> list[Path]:
 
 
 def read_sources(sources: Sequence[str]) -> list[Row]:
-    """All rows of all sources, in order. Raises DataError naming the file and row."""
+    """All rows of all sources: those of files, then those of the Hub. Raises DataError naming the file and row."""
     rows: list[Row] = []
     for path in source_files(sources):
         rows += read_file(path)
@@ -87,13 +87,15 @@ def read_file(path: Path) -> list[Row]:
 
 
 def _json_lines(path: Path) -> Iterable[Any]:
-    for number, line in enumerate(read_text(path, error=DataError, max_bytes=MAX_DATA_BYTES).splitlines(), 1):
+    # Not splitlines(): a string in JSON may hold characters, such as U+2028, that it takes for line ends.
+    for number, line in enumerate(read_text(path, error=DataError, max_bytes=MAX_DATA_BYTES).split("\n"), 1):
         if line.strip():
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as problem:
+                reason = getattr(problem, "msg", problem)
                 raise DataError(
-                    f"not valid JSON at line {number}: {problem}", where=path, fix="repair that line"
+                    f"not valid JSON at line {number}: {reason}", where=path, fix="repair that line"
                 ) from None
 
 
@@ -106,7 +108,7 @@ def _parse(row: Any, where: str) -> Row:
         return CompletionRow(_text(row, "prompt", where), _text(row, "completion", where))
     if "instruction" in row or "output" in row:
         extra = row.get("input") or ""
-        if not isinstance(extra, str):
+        if not _is_text(extra):
             raise DataError("the column 'input' is not text", where=where)
         return InstructionRow(_text(row, "instruction", where), extra, _text(row, "output", where))
     raise DataError(
@@ -119,14 +121,22 @@ def _parse(row: Any, where: str) -> Row:
 def _text(row: dict[str, Any], column: str, where: str) -> str:
     if column not in row:
         raise DataError(f"the column '{column}' is missing", where=where, fix=f"its columns are {', '.join(row)}")
-    if not isinstance(row[column], str) or not row[column]:
+    if not _is_text(row[column]) or not row[column]:
         raise DataError(f"the column '{column}' is empty or not text", where=where)
     return row[column]
 
 
+def _is_text(value: Any) -> bool:
+    """Whether `value` is text that UTF-8 can hold: JSON escapes can spell half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def _parse_chat(messages: Any, where: str) -> ChatRow:
     well_formed = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        isinstance(m, dict) and isinstance(m.get("role"), str) and _is_text(m.get("content")) for m in messages
     )
     if not well_formed or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError("'messages' is not a list of {role, content} turns that ends with the assistant's", where=where)

@@ -148,7 +148,7 @@ class AdapterBank:
         seed: int = 0,
         dropout: float = 0.0,
     ):
-        self._build(model, _matching(model, targets), rank, alpha / rank, list(adapters), dropout)
+        self._build(model, _matching(model, targets), rank, alpha / rank, list(adapters), dropout, trainable=True)
         self.seed = seed
         with torch.no_grad():
             for path, module in self.modules.items():
@@ -159,7 +159,10 @@ class AdapterBank:
 
     @classmethod
     def from_adapters(cls, model: nn.Module, adapters: Sequence[Adapter]) -> "AdapterBank":
-        """A bank that holds trained adapters, zero-padded to the largest rank. Raises AdapterError on a misfit."""
+        """A bank that holds trained adapters, zero-padded to the largest rank, to be evaluated.
+
+        It has no memory for gradients. Raises AdapterError for an adapter that does not fit the model.
+        """
         linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
         paths = [path for path in linears if any(path in a.modules for a in adapters)]
         for adapter in adapters:
@@ -175,7 +178,7 @@ class AdapterBank:
                     )
         rank = max(f.A.shape[0] for a in adapters for f in a.modules.values())
         bank = cls.__new__(cls)
-        bank._build(model, {path: linears[path] for path in paths}, rank, 1.0, list(range(len(adapters))), 0.0)
+        bank._build(model, {path: linears[path] for path in paths}, rank, 1.0, list(range(len(adapters))), 0.0, False)
         bank.seed = 0
         with torch.no_grad():
             for slot, adapter in enumerate(adapters):
@@ -193,6 +196,7 @@ class AdapterBank:
         scale: float,
         adapters: list[int],
         dropout: float,
+        trainable: bool,
     ) -> None:
         M = len(adapters)
         self.model, self.adapters, self.rank, self.scale = model, adapters, rank, scale
@@ -201,7 +205,8 @@ class AdapterBank:
         P = sum(rank * (linear.in_features + linear.out_features) for linear in linears.values())
         device = next(iter(linears.values())).weight.device
         self.weights = torch.zeros(M, P, device=device)
-        self.gradients = torch.zeros(M, P, device=device)
+        # Without gradients: one zero seen as a matrix, so that the views below exist and cost nothing.
+        self.gradients = torch.zeros(M, P, device=device) if trainable else torch.zeros(1, 1).expand(M, P)
         self.rows = [nn.Parameter(self.weights[slot]) for slot in range(M)]
         self.modules: dict[str, BankLinear] = {}
         offset = 0
@@ -210,14 +215,15 @@ class AdapterBank:
             for width in (linear.in_features, linear.out_features):
                 part = slice(offset, offset + rank * width)
                 offset += rank * width
-                views += [buffer[:, part].view(M, rank, width) for buffer in (self.weights, self.gradients)]
+                views += [buffer[:, part].unflatten(1, (rank, width)) for buffer in (self.weights, self.gradients)]
             A, grad_A, B, grad_B = views
-            stack = _Stack(A.requires_grad_(), B.requires_grad_(), grad_A, grad_B, scale)
+            stack = _Stack(A.requires_grad_(trainable), B.requires_grad_(trainable), grad_A, grad_B, scale)
             module = BankLinear(linear, stack, self.view, dropout, rng.key(0, 0, "dropout-site", 0, path))
             module.train(linear.training)
             _replace(model, path, module)
             self.modules[path] = module
-        self.zero_grad()
+        if trainable:
+            self.zero_grad()
 
     @property
     def size(self) -> int:

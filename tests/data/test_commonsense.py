@@ -24,7 +24,7 @@ def test_labels_come_from_the_end_of_the_instruction(tmp_path):
     rows = [
         GOOD,
         {
-            "instruction": "Is 'Answer format: x/y' odd?\nAnswer format:  dark wood / glass/ wool \n",
+            "instruction": "Is 'Answer format: x/y' it?\nAnswer format:  dark wood / glass/ wool \n",
             "answer": " glass ",
         },
     ]

@@ -65,7 +65,7 @@ def test_a_run_leaves_peft_adapters_that_learnt_something(settings, tiny_model_d
     lines = metrics(done.folder)
     first, last = ([e["loss"] for e in lines if e["step"] == s and "loss" in e] for s in (1, 30))
     assert len(first) == len(last) == 3
-    assert max(last) < 0.7 * min(first)
+    assert max(last) < 0.8 * min(first)
     validation = {e["adapter"]: e["validation_loss"] for e in lines if "validation_loss" in e}
     assert set(validation) == {"base", 0, 1, 2, "merge"}
     assert validation["merge"] < validation["base"]

@@ -1,0 +1,169 @@
+"""Prompts, and where on the tokens the answer starts and ends."""
+
+import pytest
+from tokenizers import processors
+
+from poc_lora.data.prompts import TEMPLATES, encode_rows, render_prompt
+from poc_lora.data.rows import ChatRow, CompletionRow, InstructionRow
+from poc_lora.errors import DataError, ModelError
+from tests.conftest import build_tokenizer, instruction_rows
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [row["instruction"] + " " + row["output"] for row in instruction_rows(60)]
+    return build_tokenizer([*texts, *["question answer"] * 20])
+
+
+@pytest.fixture
+def fresh_tokenizer():
+    return build_tokenizer(["some words to merge into tokens"] * 5)
+
+
+def encode(tokenizer, *rows, template="clean", max_length=512):
+    return encode_rows(rows, tokenizer, template=template, max_length=max_length)
+
+
+def parts(tokenizer, example):
+    """The text of the prompt tokens and of the answer tokens."""
+    decode = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # noqa: E731
+    return decode(example.ids[: example.answer_start]), decode(example.ids[example.answer_start :])
+
+
+def test_braces_in_a_row_are_left_alone():
+    prompt = render_prompt("say {input} and {0} {", "{instruction} }", "bare")
+    assert prompt == "say {input} and {0} {\n{instruction} }\n"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_input_section_appears_only_with_an_input(template):
+    without, with_input = render_prompt("DO", "", template), render_prompt("DO", "GIVEN", template)
+    assert "DO" in without
+    assert "GIVEN" in with_input
+    assert "{" not in without + with_input
+    assert ("### Input" in without, "### Input" in with_input) == (False, template == "clean")
+
+
+def test_prompt_and_answer_tokens_partition_the_text(tokenizer):
+    row = InstructionRow("Which thing is made of wood?", "cup or hat", "the correct answer is cup")
+    (example,) = encode(tokenizer, row).examples
+    prompt, answer = parts(tokenizer, example)
+    assert prompt == "<s>" + render_prompt(row.instruction, row.input, "clean")
+    assert answer == row.output + "</s>"
+
+
+def test_a_token_that_holds_prompt_end_and_answer_start_counts_as_answer(tokenizer):
+    row = CompletionRow("quest", "ion")
+    whole = tokenizer("question")["input_ids"]
+    assert len(whole) < len(tokenizer("quest")["input_ids"]) + len(tokenizer("ion")["input_ids"]) - 1  # they merge
+    (example,) = encode(tokenizer, row).examples
+    assert list(example.ids) == [*whole, tokenizer.eos_token_id]
+    prompt, answer = parts(tokenizer, example)
+    assert prompt + answer == "<s>question</s>"
+    assert "<s>quest".startswith(prompt)
+    assert len(answer) > len("ion</s>")
+
+
+def test_the_first_token_is_never_an_answer(fresh_tokenizer):
+    fresh_tokenizer._tokenizer.post_processor = processors.ByteLevel()
+    merged = fresh_tokenizer("some")["input_ids"]
+    assert len(merged) == 1  # without BOS, prompt and answer are one token
+    (example,) = encode(fresh_tokenizer, CompletionRow("so", "me")).examples
+    assert example.answer_start == 1
+
+
+def eos_adding(tokenizer):
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return tokenizer
+
+
+def test_a_tokenizer_that_adds_bos_and_one_that_adds_eos_give_the_same_example(fresh_tokenizer):
+    row = CompletionRow("merge into ", "words")
+    plain = encode(fresh_tokenizer, row).examples
+    assert plain[0].ids[0] == fresh_tokenizer.bos_token_id
+    assert encode(eos_adding(fresh_tokenizer), row).examples == plain
+    assert plain[0].ids.count(fresh_tokenizer.eos_token_id) == 1
+
+
+def test_a_tokenizer_without_a_pad_token_is_enough(tokenizer):
+    assert tokenizer.pad_token is None
+    assert len(encode(tokenizer, CompletionRow("a", "b"), CompletionRow("a longer one", "b")).examples) == 2
+
+
+def test_rows_at_the_limit_are_whole_and_longer_ones_are_counted(tokenizer):
+    row = InstructionRow("Which thing?", "", "the correct answer is answer1")
+    (whole,) = encode(tokenizer, row).examples
+    size, start = len(whole.ids), whole.answer_start
+
+    at_limit = encode(tokenizer, row, max_length=size)
+    assert (at_limit.examples, at_limit.shortened, at_limit.lost) == ([whole], 0, 0)
+
+    cut = encode(tokenizer, row, max_length=start + 1)
+    assert (cut.shortened, cut.lost) == (1, 0)
+    assert cut.examples[0].ids == whole.ids[: start + 1]
+
+    gone = encode(tokenizer, row, max_length=start)
+    assert (gone.examples, gone.shortened, gone.lost) == ([], 0, 1)
+
+
+def test_rows_that_lose_their_answer_leave_the_others_in_order(tokenizer):
+    long = CompletionRow("word " * 200, "x")
+    encoded = encode(tokenizer, CompletionRow("a", "b"), long, CompletionRow("c", "d"), max_length=20)
+    assert encoded.lost == 1
+    assert [parts(tokenizer, e)[1] for e in encoded.examples] == ["b</s>", "d</s>"]
+
+
+def test_a_limit_of_one_token_leaves_no_answer(fresh_tokenizer):
+    assert encode(fresh_tokenizer, CompletionRow("a", "b"), max_length=1).lost == 1
+
+
+def test_a_chat_follows_the_tokenizers_template_and_learns_its_last_turn(fresh_tokenizer):
+    fresh_tokenizer.chat_template = CHAT_TEMPLATE
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
+    row = ChatRow(tuple({"role": role, "content": content} for role, content in turns))
+    (example,) = encode(fresh_tokenizer, row).examples
+    prompt, answer = parts(fresh_tokenizer, example)
+    assert prompt == "<s>[user]one</s>\n[assistant]two</s>\n[user]three</s>\n[assistant]"  # one BOS: the template's
+    assert answer == "four</s>"  # one EOS, and not the line end after it
+
+
+def test_chats_and_other_rows_may_be_mixed(fresh_tokenizer):
+    fresh_tokenizer.chat_template = CHAT_TEMPLATE
+    chat = ChatRow(({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}))
+    text = CompletionRow("three", " four")
+    both = encode(fresh_tokenizer, text, chat, text).examples
+    assert both[0] == both[2] == encode(fresh_tokenizer, text).examples[0]
+    assert both[1] == encode(fresh_tokenizer, chat).examples[0]
+
+
+def test_a_chat_that_the_template_refuses_is_named_by_its_row(fresh_tokenizer):
+    fresh_tokenizer.chat_template = CHAT_TEMPLATE
+    chat = ChatRow(({"role": "system", "content": "one"}, {"role": "assistant", "content": "two"}))
+    with pytest.raises(DataError, match="no system role") as caught:
+        encode(fresh_tokenizer, CompletionRow("a", "b"), chat)
+    assert "row 2" in caught.value.where
+
+
+def test_a_chat_needs_a_template(fresh_tokenizer):
+    chat = ChatRow(({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}))
+    with pytest.raises(ModelError, match="no chat template"):
+        encode(fresh_tokenizer, chat)
+
+
+def test_a_tokenizer_without_eos_is_refused(fresh_tokenizer):
+    fresh_tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="no EOS"):
+        encode(fresh_tokenizer, CompletionRow("a", "b"))
+
+
+def test_no_rows_at_all_are_refused(tokenizer):
+    with pytest.raises(DataError, match="no training rows"):
+        encode(tokenizer)

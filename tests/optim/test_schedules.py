@@ -1,0 +1,40 @@
+"""Learning rates against those of transformers."""
+
+import pytest
+import torch
+from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from poc_lora.optim.schedules import learning_rate
+
+
+def reference(schedule, peak, warmup_steps, total_steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    if schedule == "linear":
+        scheduler = get_linear_schedule_with_warmup(optimizer, warmup_steps, total_steps)
+    else:
+        scheduler = get_constant_schedule_with_warmup(optimizer, warmup_steps)
+    rates = []
+    for _ in range(total_steps + 3):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+@pytest.mark.parametrize(("warmup_steps", "total_steps"), [(0, 10), (3, 10), (1, 1), (10, 10), (20, 10), (100, 1000)])
+def test_rates_are_those_of_transformers(schedule, warmup_steps, total_steps):
+    expected = reference(schedule, 3e-4, warmup_steps, total_steps)
+    ours = [
+        learning_rate(schedule, step, peak=3e-4, warmup_steps=warmup_steps, total_steps=total_steps)
+        for step in range(len(expected))
+    ]
+    assert ours == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+def test_the_linear_schedule_rises_from_zero_to_its_peak_and_falls_to_zero():
+    rates = [learning_rate("linear", step, peak=1.0, warmup_steps=4, total_steps=12) for step in range(13)]
+    assert rates[0] == 0
+    assert rates[4] == max(rates) == 1
+    assert rates[12] == 0
+    assert rates[11] > 0  # the last step still trains

@@ -1,0 +1,245 @@
+"""The run schema: what is read, what is refused, and how a refusal names the fix."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from poc_lora.config import RunConfig, all_keys, changed_keys, dump_yaml, load_config, parse_yaml, validate
+from poc_lora.errors import ConfigError
+
+MINIMAL = {"model": {"name": "base"}, "data": {"train": ["rows.json"]}, "output": "runs/x"}
+MINIMAL_YAML = "model: {name: base}\ndata: {train: [rows.json]}\noutput: runs/x\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load a minimal file with more YAML appended, and overrides."""
+
+    def load(more="", *overrides):
+        path = tmp_path / "run.yaml"
+        path.write_text(MINIMAL_YAML + more)
+        return load_config(path, overrides)
+
+    return load
+
+
+def refusal(**changes):
+    """The message that refuses MINIMAL with dotted keys (`__` for the dot) changed."""
+    raw = {name: dict(value) if isinstance(value, dict) else value for name, value in MINIMAL.items()}
+    for dotted, value in changes.items():
+        section, _, name = dotted.partition("__")
+        if name:
+            raw.setdefault(section, {})[name] = value
+        else:
+            raw[section] = value
+    with pytest.raises(ConfigError) as caught:
+        validate(raw, where="run.yaml")
+    assert caught.value.where == "run.yaml"
+    return str(caught.value)
+
+
+def test_defaults_fill_what_the_file_leaves_out(load):
+    config = load()
+    assert (config.adapters.count, config.lora.rank, config.lora.alpha) == (8, 32, 64.0)
+    assert (config.train.epochs, config.train.max_steps) == (3.0, None)
+
+
+@pytest.mark.parametrize(
+    ("mistyped", "meant"),
+    [
+        ("optim__temprature", "optim.temperature"),
+        ("adapters__number", "adapters"),
+        ("optimizer", "optim"),
+        ("lr", "optim.lr"),  # right name, no section
+        ("adapters__batch_size", "train.batch_size"),  # right name, wrong section
+    ],
+)
+def test_an_unknown_key_names_the_nearest(mistyped, meant):
+    message = refusal(**{mistyped: 1})
+    assert f"{mistyped.replace('__', '.')}: no such key" in message
+    assert f"did you mean '{meant}" in message
+
+
+def test_an_unknown_key_like_no_other_gets_no_advice():
+    assert "did you mean" not in refusal(zzzzzz=1)
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(ConfigError, match=r"model\.name: required"):
+        validate({**MINIMAL, "model": {}}, where="run.yaml")
+
+
+def test_every_problem_is_named_at_once():
+    message = refusal(lora__rank=0, optim__lr=-1.0)
+    assert "lora.rank" in message
+    assert "optim.lr" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        ("-2e3", -2000.0),
+        ("1.5e-3", 1.5e-3),
+        ("1.e2", 100.0),
+        (".5e3", 500.0),
+        ("1e5x", "1e5x"),
+        ("e5", "e5"),
+        ("3", 3),
+    ],
+)
+def test_scientific_notation_is_a_number(text, value):
+    read = parse_yaml(text, where="x")
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_override_beats_file_beats_default(load):
+    more = "optim: {lr: 3e-4, eps: 1e-6}\n"
+    config = load(more, "optim.lr=1e-3")
+    assert (config.optim.lr, config.optim.eps, config.optim.weight_decay) == (1e-3, 1e-6, 0.0)
+
+
+def test_an_override_may_open_a_section_hold_a_list_or_an_equals_sign(load):
+    config = load("", "lora.targets=[q_proj, v_proj]", "output=runs/a=b", "train.max_steps=5")
+    assert config.lora.targets == ("q_proj", "v_proj")
+    assert config.output == "runs/a=b"
+    assert (config.train.epochs, config.train.max_steps) == (None, 5)
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "=3", "output.name.x=3", "optim.lr=[1", "optim..lr=3", "nothing=3"])
+def test_a_malformed_override_is_refused(load, override):
+    with pytest.raises(ConfigError):
+        load("", override)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0, True, "1e-4", None])
+def test_a_learning_rate_is_a_finite_positive_number(value):
+    assert "optim.lr" in refusal(optim__lr=value)
+
+
+@pytest.mark.parametrize("text", [".nan", ".inf", "-.inf", "1e999"])
+def test_yaml_cannot_spell_a_number_that_is_not_finite(load, text):
+    with pytest.raises(ConfigError, match=r"optim\.temperature"):
+        load(f"optim: {{temperature: {text}}}\n")
+
+
+@pytest.mark.parametrize("value", [1.0, True, "8", 0, -1, None])
+def test_a_count_is_a_positive_integer(value):
+    assert "adapters.count" in refusal(adapters__count=value)
+
+
+@pytest.mark.parametrize("value", ["true", 1, 0, "yes", None])
+def test_a_switch_is_true_or_false(value):
+    assert "data.train_on_prompt" in refusal(data__train_on_prompt=value)
+
+
+@pytest.mark.parametrize("value", [1.0, -0.1, float("nan")])
+def test_dropout_lies_between_zero_and_one(value):
+    assert "lora.dropout" in refusal(lora__dropout=value)
+
+
+def test_lists_and_sections_are_asked_for_in_plain_words():
+    assert "data.train: must be a list" in refusal(data__train="rows.json")
+    assert "optim: must be a section" in refusal(optim=None)
+
+
+def test_a_choice_between_a_word_and_a_number_is_named_by_its_key():
+    message = refusal(train__tokens_per_microbatch=1.5)
+    assert "train.tokens_per_microbatch:" in message
+    assert "constrained" not in message
+    assert "literal" not in message
+
+
+def test_epochs_and_steps_together_are_refused(load):
+    with pytest.raises(ConfigError, match="not both"):
+        load("train: {epochs: 1, max_steps: 5}\n")
+    # An override can take back what the file says.
+    assert load("train: {epochs: 1}\n", "train.epochs=null", "train.max_steps=5").train.max_steps == 5
+
+
+def test_a_configuration_cannot_be_changed(load):
+    config = load()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.output = "elsewhere"
+    with pytest.raises(ValidationError, match="frozen"):
+        config.optim.lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ("lora: &x {rank: 2}\nadapters: *x\n", "aliases"),
+        ("lora: {rank: 2, rank: 3}\n", "repeated"),
+        ("output: elsewhere\n", "repeated"),
+        ("lora: !!python/object/apply:os.system ['true']\n", "constructor"),
+        ("lora: !!python/name:os.system\n", "constructor"),
+        ("lora: [\n", "not valid YAML"),
+        ("? [a]\n: b\n", "unhashable"),
+        ("lora: " + "[" * 5000 + "\n", "not valid YAML"),
+    ],
+)
+def test_yaml_that_is_unsafe_or_broken_is_refused(load, more, reason):
+    with pytest.raises(ConfigError, match=reason):
+        load(more)
+
+
+def test_a_file_that_is_not_a_mapping_is_refused(tmp_path):
+    for text in ("", "- a\n- b\n", "words"):
+        (tmp_path / "run.yaml").write_text(text)
+        with pytest.raises(ConfigError, match="not a mapping"):
+            load_config(tmp_path / "run.yaml")
+
+
+def test_an_enormous_file_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("#" * (2**20 + 1))
+    with pytest.raises(ConfigError, match="larger"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("name", ["1e5", "12e34", "true", "null", "010", "1:30", "2024-01-01", "a: b", "*x", "!y", "é"])
+def test_a_name_that_looks_like_something_else_survives_the_dump(tmp_path, name):
+    config = validate({**MINIMAL, "model": {"name": "base", "revision": name}}, where="x")
+    (tmp_path / "run.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    assert load_config(tmp_path / "run.yaml") == config
+
+
+@given(
+    lr=st.floats(1e-300, 1e300),
+    temperature=st.floats(0, 1e10),
+    steps=st.none() | st.integers(1, 10**9),
+    targets=st.lists(st.text(min_size=1, max_size=8).filter(str.isprintable), min_size=1, max_size=3),
+    output=st.text(min_size=1, max_size=20).filter(str.isprintable),
+)
+@settings(max_examples=40, deadline=None)
+def test_what_is_dumped_reads_back_equal(tmp_path_factory, lr, temperature, steps, targets, output):
+    raw = {**MINIMAL, "optim": {"lr": lr, "temperature": temperature}, "lora": {"targets": targets}, "output": output}
+    config = validate({**raw, "train": {"max_steps": steps}}, where="x")
+    path = tmp_path_factory.mktemp("config") / "run.yaml"
+    path.write_text(dump_yaml(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_changed_keys_names_each_difference(load):
+    old = load("optim: {lr: 1e-4}\n")
+    assert changed_keys(old, load("optim: {lr: 1e-4}\n")) == {}
+    new = load("optim: {lr: 1e-3}\n", "adapters.count=9", "lora.targets=[q_proj]")
+    assert changed_keys(old, new) == {
+        "optim.lr": (1e-4, 1e-3),
+        "adapters.count": (8, 9),
+        "lora.targets": (("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"), ("q_proj",)),
+    }
+
+
+def test_the_schema_has_no_place_for_a_secret():
+    assert len(all_keys()) > 30
+    for key in all_keys():
+        assert not {"token", "password", "secret", "key"} & set(key.replace(".", "_").split("_")), key
+    assert "no such key" in refusal(model__token="hf_abc")
+
+
+def test_every_field_is_a_known_key():
+    assert {"model", "model.name", "optim.temperature", "output"} <= set(all_keys())
+    assert {key.split(".")[0] for key in all_keys()} == set(RunConfig.model_fields)
