@@ -32,6 +32,9 @@ def main() -> None:
     except PocLoraError as problem:
         typer.echo(f"poc-lora: {problem}", err=True)
         sys.exit(problem.exit_status)
+    except OSError as problem:  # a full disk, a folder that went away
+        typer.echo(f"poc-lora: {problem}", err=True)
+        sys.exit(PocLoraError.exit_status)
 
 
 def _version(asked: bool) -> None:
@@ -71,9 +74,12 @@ def check(config: Config, overrides: Overrides = None) -> None:
     Example: poc-lora check configs/demo.yaml train.max_steps=50
     """
     from poc_lora.config import load_config
+
+    loaded = load_config(config, overrides or [])
+
     from poc_lora.training.plan import check
 
-    facts = check(load_config(config, overrides or []))
+    facts = check(loaded)
     width = max(map(len, facts))
     for name, value in facts.items():
         typer.echo(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
@@ -91,9 +97,12 @@ def train(
     Example: poc-lora train configs/demo.yaml adapters.count=4 output=runs/four
     """
     from poc_lora.config import load_config
+
+    loaded = load_config(config, overrides or [])
+
     from poc_lora.training.loop import train
 
-    done = train(load_config(config, overrides or []), resume=resume)
+    done = train(loaded, resume=resume)
     _show_training(done)
     _next(f"adapters: {done.folder / 'adapters'}", f"poc-lora merge {done.folder} --out {done.folder / 'merged'}")
 

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from poc_lora.data.commonsense import Question, chance_level, find_benchmarks, read_questions
 from poc_lora.errors import AdapterError, ModelError, RequestError
 from poc_lora.evaluation import scores
-from poc_lora.evaluation.label import PreparedQuestions, context_length, prepare, score_labels
+from poc_lora.evaluation.label import PreparedQuestions, prepare, score_labels
 from poc_lora.evaluation.results import RESULTS_FILE, Results, Scored, adapter_key, summarise
 from poc_lora.evaluation.scores import Estimate
 from poc_lora.evaluation.targets import Subjects, find_subjects
 from poc_lora.files import write_atomic, write_json
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.lora.base import load_base
+from poc_lora.lora.base import context_length, load_base
 from poc_lora.progress import track
 
 

@@ -45,11 +45,6 @@ class PreparedQuestions:
         return len(self.starts) - 1
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens a row may have, None if the model's config states no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def prepare(
     questions: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,

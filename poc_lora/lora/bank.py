@@ -148,7 +148,9 @@ class AdapterBank:
         seed: int = 0,
         dropout: float = 0.0,
     ):
-        self._build(model, _matching(model, targets), rank, alpha / rank, list(adapters), dropout, trainable=True)
+        self._build(
+            model, matching_linears(model, targets), rank, alpha / rank, list(adapters), dropout, trainable=True
+        )
         self.seed = seed
         with torch.no_grad():
             for path, module in self.modules.items():
@@ -308,7 +310,8 @@ class AdapterBank:
             _replace(self.model, path, module.base)
 
 
-def _matching(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+def matching_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers whose paths end in one of `targets`. Raises ModelError where a target names none."""
     named = dict(model.named_modules())
     linears: dict[str, nn.Linear] = {}
     for path, module in named.items():

@@ -76,6 +76,11 @@ def logits_at(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, columns: 
         hook.remove()
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens a row may have, None if the model's config states no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """The distinct last names of the model's linear layers, for messages."""
     return sorted({path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)})

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from poc_lora.config import RunConfig
-from poc_lora.errors import Interrupted, TrainingError
-from poc_lora.lora.base import default_device, load_base
+from poc_lora.errors import Interrupted, RunError, TrainingError
+from poc_lora.lora.bank import matching_linears
+from poc_lora.lora.base import context_length, default_device, load_base
 from poc_lora.progress import track
 from poc_lora.training.checkpoint import Progress, restore, save_commit
 from poc_lora.training.pack import Pack, Step, resolve_tokens
-from poc_lora.training.plan import prepare_data
-from poc_lora.training.run import Run, open_run, stop_requests
+from poc_lora.training.plan import TrainingData, prepare_data
+from poc_lora.training.run import Run, find_run, stop_requests
 
 LOGGED_STEPS = 1000  # metrics.jsonl holds about so many steps of a run at most
 
@@ -44,13 +45,11 @@ def train(config: RunConfig, *, resume: bool = False, device: torch.device | Non
     """
     device = device or default_device()
     section = config.model
+    run = find_run(config, resume=resume or _restarted(config))
     model, tokenizer = load_base(section.name, revision=section.revision, dtype=section.dtype, device=device)
-    data = prepare_data(config, tokenizer)
-    run = open_run(config, resume=resume or _restarted(config))
-    for problem in run.problems:
-        print(f"a damaged commit is passed over: {problem}", file=sys.stderr)  # noqa: T201
-    tokens = resolve_tokens(config.train.tokens_per_microbatch, device)
-    run.note(data_sha256=data.files, steps=data.total_steps, tokens_per_microbatch=tokens)
+    matching_linears(model, config.lora.targets)
+    data = prepare_data(config, tokenizer, context=context_length(model))
+    tokens = _begin(run, config, data, device)
 
     progress = {adapter: Progress(0) for adapter in range(config.adapters.count)}
     if run.commit is not None:
@@ -66,6 +65,19 @@ def train(config: RunConfig, *, resume: bool = False, device: torch.device | Non
             "every adapter diverged: no loss stayed finite", where=run.folder, fix="lower optim.lr or optim.temperature"
         )
     return done
+
+
+def _begin(run: Run, config: RunConfig, data: TrainingData, device: torch.device) -> int:
+    """Open the run folder; returns the tokens of a micro-batch, as they were chosen when the run first began."""
+    for problem in run.problems:
+        print(f"a damaged commit is passed over: {problem}", file=sys.stderr)  # noqa: T201
+    if run.facts.get("data_sha256", data.files) != data.files:
+        raise RunError(
+            "the training files have changed since the run began", where=run.folder, fix="put them back, or start anew"
+        )
+    tokens = run.facts.get("tokens_per_microbatch") or resolve_tokens(config.train.tokens_per_microbatch, device)
+    run.begin(config, data_sha256=data.files, steps=data.total_steps, tokens_per_microbatch=tokens)
+    return int(tokens)
 
 
 def _train_pack(pack: Pack, run: Run, done: Trained, stop: threading.Event) -> None:

@@ -11,10 +11,10 @@ from poc_lora.config import RunConfig
 from poc_lora.data.batches import BatchOrder, supervised_tokens
 from poc_lora.data.prompts import Example, encode_rows
 from poc_lora.data.rows import read_sources, source_files
-from poc_lora.errors import DataError
+from poc_lora.errors import ConfigError, DataError
 from poc_lora.files import sha256_file
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.lora.base import empty_base, load_tokenizer
+from poc_lora.lora.base import context_length, empty_base, load_tokenizer
 
 # Bytes kept per adapter parameter: the weight, its gradient and two moments, float32.
 BYTES_PER_PARAMETER = 4 * 4
@@ -33,9 +33,18 @@ class TrainingData:
     files: dict[str, str]  # path -> sha256
 
 
-def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
-    """Read, tokenise and split the rows of a run. Raises DataError."""
+def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, context: int | None = None) -> TrainingData:
+    """Read, tokenise and split the rows of a run; `context` is the most tokens that the base model takes.
+
+    Raises DataError, or ConfigError for a max_length beyond the context.
+    """
     section = config.data
+    if context is not None and section.max_length > context:
+        raise ConfigError(
+            f"rows of {section.max_length} tokens do not fit the base model's context of {context}",
+            where="data.max_length",
+            fix=f"lower it to {context} or less",
+        )
     encoded = encode_rows(
         read_sources(section.train), tokenizer, template=section.prompt, max_length=section.max_length
     )
@@ -74,7 +83,8 @@ def check(config: RunConfig) -> dict[str, Any]:
     """
     model = empty_base(config.model.name, revision=config.model.revision)
     bank = AdapterBank(model, targets=config.lora.targets, rank=config.lora.rank, alpha=config.lora.alpha, adapters=[])
-    data = prepare_data(config, load_tokenizer(config.model.name, revision=config.model.revision))
+    tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
+    data = prepare_data(config, tokenizer, context=context_length(model))
     M, parameters = config.adapters.count, bank.parameters_per_adapter
     tokens = sum(len(e.ids) for e in data.train)
     learnt = sum(supervised_tokens(e, train_on_prompt=config.data.train_on_prompt) for e in data.train)

@@ -30,22 +30,34 @@ LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "tokeniz
 
 
 class Run:
-    """One run folder and what is written into it while training."""
+    """One run folder and what is written into it while training.
 
-    def __init__(self, folder: Path, commit: Commit | None, problems: list[str]):
+    commit: the state to go on from, if any. problems: commits that were newer, but damaged. facts: what run.json
+    says of the run so far. Nothing is written before `begin`.
+    """
+
+    def __init__(self, folder: Path, commit: Commit | None, problems: list[str], facts: dict[str, Any]):
         self.folder = folder
         self.commit = commit
-        self.problems = problems  # commits that were newer but damaged
+        self.problems = problems
+        self.facts = facts
         self.checkpoints = folder / "checkpoints"
         self.adapters = folder / "adapters"
         self._metrics = folder / "metrics.jsonl"
+
+    def begin(self, config: RunConfig, **facts: Any) -> None:
+        """Write config.yaml and run.json, the latter with versions, hardware and `facts`."""
+        write_atomic(self.folder / "config.yaml", dump_yaml(config))
+        self.facts = environment() | facts
+        write_json(self.folder / "run.json", self.facts)
+        self._forget_after({} if self.commit is None else {a: p.step for a, p in self.commit.progress.items()})
 
     def log(self, lines: list[dict[str, Any]]) -> None:
         """Append lines to metrics.jsonl."""
         with self._metrics.open("a") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
 
-    def forget_after(self, steps: dict[int, int]) -> None:
+    def _forget_after(self, steps: dict[int, int]) -> None:
         """Remove metric lines of steps that the resumed run will take again."""
         if not self._metrics.exists():
             return
@@ -64,18 +76,12 @@ class Run:
             shutil.rmtree(folder)
         write_adapter(adapter, folder)
 
-    def note(self, **facts: Any) -> None:
-        """Add facts to run.json."""
-        path = self.folder / "run.json"
-        before = read_json(path, error=RunError) if path.exists() else {}
-        write_json(path, before | facts)
 
-
-def open_run(config: RunConfig, *, resume: bool) -> Run:
-    """Create the run folder, or resume it.
+def find_run(config: RunConfig, *, resume: bool) -> Run:
+    """The run that `config` starts or, with `resume`, goes on with; nothing is written yet.
 
     Raises RunError for a folder that is in use, or for a resumption whose settings differ in more than
-    `RESUMABLE`.
+    `RESUMABLE`, and CheckpointError where a run has commits but none that is intact.
     """
     folder = Path(config.output)
     saved = folder / "config.yaml"
@@ -86,9 +92,7 @@ def open_run(config: RunConfig, *, resume: bool) -> Run:
                 where=folder,
                 fix="resume it with --resume, or set output to another folder",
             )
-        write_atomic(saved, dump_yaml(config))
-        write_json(folder / "run.json", environment())
-        return Run(folder, None, [])
+        return Run(folder, None, [], {})
     if not saved.exists():
         raise RunError("there is no run to resume", where=folder, fix="leave out --resume to start it")
     before = load_config(saved)
@@ -104,10 +108,8 @@ def open_run(config: RunConfig, *, resume: bool) -> Run:
             fix="undo the change, or start a new run in another folder",
         )
     commit, problems = newest_commit(folder / "checkpoints")
-    run = Run(folder, commit, problems)
-    write_atomic(saved, dump_yaml(config))
-    run.forget_after({} if commit is None else {a: p.step for a, p in commit.progress.items()})
-    return run
+    facts = folder / "run.json"
+    return Run(folder, commit, problems, read_json(facts, error=RunError) if facts.exists() else {})
 
 
 def environment() -> dict[str, Any]:

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from poc_lora.data.commonsense import Question
 from poc_lora.data.prompts import render_prompt
-from poc_lora.evaluation.label import ANSWER_PREFIX, context_length, prepare, score_labels
+from poc_lora.evaluation.label import ANSWER_PREFIX, prepare, score_labels
+from poc_lora.lora.base import context_length
 
 NUMBERED = ("answer1", "answer2", "answer3", "answer4")
 WORDS = ("glass", "dark wood", "wool")

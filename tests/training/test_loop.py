@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from poc_lora.config import validate
-from poc_lora.errors import CheckpointError, Interrupted, RunError, TrainingError
-from poc_lora.training import loop
+from poc_lora.errors import CheckpointError, ConfigError, Interrupted, ModelError, RunError, TrainingError
+from poc_lora.training import loop, pack
 from poc_lora.training.loop import train
 from poc_lora.training.pack import Pack
 
@@ -287,3 +287,31 @@ def test_a_restarting_launcher_resumes_by_itself(settings, monkeypatch):
     monkeypatch.setattr(Pack, "step", lambda self, n: (steps.append(n), original(self, n))[1])
     train(config(settings))
     assert steps == [4, 5]
+
+
+def test_a_request_that_cannot_be_met_leaves_no_run_folder(settings):
+    with pytest.raises(ModelError, match="'c_attn'"):
+        train(config(settings, lora__targets=["c_attn"]))
+    with pytest.raises(ConfigError, match="context of 256"):
+        train(config(settings, data__max_length=257))
+    assert not Path(settings["output"]).exists()
+
+
+def test_a_run_is_not_resumed_on_other_data(settings, train_file, monkeypatch):
+    heal = stop_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(settings))
+    heal()
+    train_file.write_text(train_file.read_text().replace("cup", "mug"))
+    with pytest.raises(RunError, match="training files have changed"):
+        train(config(settings), resume=True)
+
+
+def test_what_auto_chose_is_kept_on_resume(settings, monkeypatch):
+    heal = stop_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(settings, train__tokens_per_microbatch="auto"))
+    heal()
+    monkeypatch.setitem(pack.AUTO_TOKENS, "cpu", 64)
+    train(config(settings, train__tokens_per_microbatch="auto"), resume=True)
+    assert json.loads((Path(settings["output"]) / "run.json").read_text())["tokens_per_microbatch"] == 2048
