@@ -1,0 +1,86 @@
+"""What the README tells a stranger to run, run: in a folder of its own, with fewer and shorter adapters."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from poc_lora import cli
+from poc_lora.config import validate
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SMALL = ["adapters.count=2", "train.max_steps=3"]
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands():
+    lines = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("poc-lora ")]
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    for name in ("configs", "poc_lora"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(monkeypatch, words):
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (0, None), words
+
+
+@pytest.mark.slow
+def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
+    ran = []
+    for line in commands():
+        words = shlex.split(line)
+        if "path/to/a" in words:
+            words = [
+                re.sub("^path/to/(.)$", lambda m: f"runs/mine/adapters/0{'abc'.index(m[1]) % 2}", w) for w in words
+            ]
+            del words[words.index("runs/mine/adapters/00", 3)]
+            words[words.index("--out") + 1] = f"merged{len(ran)}"
+        if words[1] in ("check", "train"):
+            words += SMALL
+        if words[1] == "eval":
+            words += ["--limit", "5"]
+        call(monkeypatch, words)
+        ran.append(words[1])
+    assert ran == ["check", "train", "merge", "eval", "report", "merge", "merge"]
+    assert "PoC merge" in capsys.readouterr().out
+
+
+def test_the_run_in_the_readme_is_valid():
+    (text,) = blocks("yaml")
+    assert validate(yaml.safe_load(text.replace("1e-4", "0.0001").replace("1e-6", "0.000001")), where="README")
+
+
+def test_the_loop_in_the_readme_runs(tiny_llama):
+    import torch
+
+    (loop,) = [block for block in blocks("python") if "AdapterBank" in block]
+    batches = [{"input_ids": torch.randint(0, 97, (16, 6)), "use_cache": False} for _ in range(2)]
+
+    def per_adapter_loss(output):
+        return output.logits.log_softmax(-1)[..., 5].neg().view(8, -1).mean(1)
+
+    seen = []
+    scope = {
+        "model": tiny_llama,
+        "batches": batches,
+        "per_adapter_loss": per_adapter_loss,
+        "validate": lambda m: seen.append(m(batches[0]["input_ids"]).logits.shape),
+    }
+    exec(loop, scope)  # noqa: S102
+    assert seen == [(16, 6, 97)]
+    assert scope["bank"].weights.abs().sum() > 0
