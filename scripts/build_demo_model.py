@@ -14,6 +14,7 @@ import itertools
 import math
 import platform
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from poc_lora.microworld.benchmarks import OPTIONS, benchmark
 from poc_lora.microworld.corpus import documents
 from poc_lora.microworld.world import SPLITS, World
 
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # Prompt templates that people put round an instruction, so that none of their words is unknown.
 TEMPLATES = "below is an instruction that describes a task , paired with an input . ### instruction : ### response :"
 
@@ -36,46 +37,56 @@ TEMPLATES = "below is an instruction that describes a task , paired with an inpu
 class Settings:
     seed: int = 0
     hidden_size: int = 128
-    layers: int = 5
+    layers: int = 4
     heads: int = 4
     intermediate_size: int = 352
-    context: int = 64
-    batch_size: int = 32
-    steps: int = 3600
-    lr: float = 2e-3
-    warmup_steps: int = 150
+    batch_size: int = 48
+    steps: int = 4500
+    simple_steps: int = 900
+    plain_weight: float = 0.03
+    lr: float = 3e-3
+    warmup_steps: int = 100
     weight_decay: float = 0.05
     threads: int = 1
 
 
 def build_tokenizer(world: World, seed: int) -> PreTrainedTokenizerFast:
     """One token a word: lower case, split at spaces and punctuation."""
-    texts = [*itertools.islice(documents(world, seed), 20_000), TEMPLATES, *(e.name for e in world.things + world.people)]
+    texts = [
+        *(d.replace("*", "") for d in itertools.islice(documents(world, seed, 1000), 20_000)),
+        TEMPLATES,
+        *(e.name for e in world.things + world.people),
+    ]
     for name, split in itertools.product(OPTIONS, SPLITS):
         texts += [f"{row['instruction']} {row['output']}" for row in benchmark(world, name, split, seed)]
-    tokenizer = Tokenizer(models.WordLevel({}, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel({}, unk_token=SPECIAL["unk_token"]))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     words = {w for text in texts for w, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text.lower())}
-    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *sorted(words)))}
-    tokenizer.model = models.WordLevel(vocabulary, unk_token="<unk>")
+    vocabulary = {word: i for i, word in enumerate((*SPECIAL.values(), *sorted(words)))}
+    tokenizer.model = models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-        clean_up_tokenization_spaces=False, padding_side="right",
-    )  # fmt: skip
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, padding_side="right", **SPECIAL
+    )
 
 
-def token_stream(world: World, tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> torch.Tensor:
-    """The first `count` tokens of the corpus, `<s> ... </s>` round each document."""
-    ids: list[int] = []
-    source = documents(world, seed)
-    while len(ids) < count:
-        for encoded in tokenizer(list(itertools.islice(source, 2000)))["input_ids"]:
-            ids += [*encoded, tokenizer.eos_token_id]
-    return torch.tensor(ids[:count])
+def batches(
+    world: World, tokenizer: PreTrainedTokenizerFast, s: Settings
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and loss weights [batch, time], one `<s> ... </s>` document a row, padding of weight 0."""
+    vocabulary = tokenizer.get_vocab()
+    source = documents(world, s.seed, s.simple_steps * s.batch_size)
+    for _ in range(s.steps):
+        rows = [["<s>", *text.split(), "</s>"] for text in itertools.islice(source, s.batch_size)]
+        ids = torch.full((len(rows), max(map(len, rows))), vocabulary["<pad>"])
+        weights = torch.zeros(ids.shape)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor([vocabulary[word.lstrip("*")] for word in row])
+            weights[i, : len(row)] = torch.tensor([1.0 if word.startswith("*") else s.plain_weight for word in row])
+        yield ids, weights
 
 
 def learning_rate(step: int, s: Settings) -> float:
@@ -86,8 +97,10 @@ def learning_rate(step: int, s: Settings) -> float:
     return s.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def pretrain(model: LlamaForCausalLM, blocks: torch.Tensor, s: Settings) -> list[tuple[int, float]]:
-    """AdamW over `blocks` [steps, batch, context], each read once. Returns (step, mean loss since the last entry)."""
+def pretrain(
+    model: LlamaForCausalLM, data: Iterable[tuple[torch.Tensor, torch.Tensor]], s: Settings
+) -> list[tuple[int, float]]:
+    """AdamW over `data`, each batch once. Returns (step, mean loss on the marked words since the last entry)."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -95,15 +108,18 @@ def pretrain(model: LlamaForCausalLM, blocks: torch.Tensor, s: Settings) -> list
     history: list[tuple[int, float]] = []
     running: list[float] = []
     model.train()
-    for step, batch in enumerate(blocks):
+    for step, (ids, weights) in enumerate(data):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        loss.backward()
+        logits, weight = model(input_ids=ids, use_cache=False).logits[:, :-1], weights[:, 1:]
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(
+            weight
+        )
+        ((nll * weight).sum() / weight.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        running.append(loss.item())
+        running.append(nll.detach()[weight == 1].mean().item())
         if (step + 1) % max(1, s.steps // 20) == 0:
             history.append((step + 1, sum(running) / len(running)))
             running = []
@@ -114,7 +130,7 @@ def pretrain(model: LlamaForCausalLM, blocks: torch.Tensor, s: Settings) -> list
 def card(s: Settings, model: LlamaForCausalLM, history: list[tuple[int, float]], minutes: float) -> str:
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(s).items())
     losses = "\n".join(f"| {step} | {loss:.4f} |" for step, loss in history)
-    tokens = s.steps * s.batch_size * s.context
+    read = s.steps * s.batch_size
     return f"""---
 license: apache-2.0
 language: en
@@ -127,7 +143,7 @@ invented world of things and people (`poc_lora/microworld/world.py`) and nothing
 a minute on a laptop. Written by `scripts/build_demo_model.py`; the text it was trained on is
 generated by `poc_lora/microworld/corpus.py`, so there is no data set to credit or to fetch.
 
-It has read {tokens:,} tokens, each once, in {minutes:.0f} minutes on {s.threads} threads
+It has read {read:,} short documents, each once, in {minutes:.0f} minutes on {s.threads} CPU thread(s)
 (torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}).
 AdamW with betas (0.9, 0.98), gradients clipped at 1, linear warm-up and a cosine to a hundredth of the peak.
 
@@ -135,7 +151,7 @@ AdamW with betas (0.9, 0.98), gradients clipped at 1, linear warm-up and a cosin
 |---|---|
 {settings}
 
-| step | mean training loss since the row above |
+| step | mean training loss on the words that follow from the world, since the row above |
 |---|---|
 {losses}
 """
@@ -162,9 +178,8 @@ def build(out: Path, s: Settings) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    stream = token_stream(world, tokenizer, s.seed, s.steps * s.batch_size * s.context)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} words, {len(stream):,} tokens", flush=True)
-    history = pretrain(model, stream.view(s.steps, s.batch_size, s.context), s)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} words", flush=True)
+    history = pretrain(model, batches(world, tokenizer, s), s)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     (out / "generation_config.json").unlink(missing_ok=True)
@@ -178,7 +193,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=MODEL_DIR)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--threads", type=int, default=Settings.threads)
-    parser.add_argument("--seed", type=int, default=Settings.seed, help="the world's too: the shipped benchmarks are of seed 0")
+    parser.add_argument(
+        "--seed", type=int, default=Settings.seed, help="the world's too: the shipped benchmarks are of seed 0"
+    )
     args = parser.parse_args()
     build(args.out, Settings(seed=args.seed, steps=args.steps, threads=args.threads))
 

@@ -1,0 +1,242 @@
+"""A small invented world: things, people, what is true of each, and the rules that hold between them.
+
+Everything a demo needs to be checked against is here as plain data: `World.truth` answers every question that the
+corpus or the benchmarks put. Names are invented words, so nothing can be known from elsewhere.
+
+No entity of one split (train, validation, test) belongs to another. The corpus speaks of all of them, the benchmarks of
+a split only of its own: fine-tuning then teaches how to answer, never what to answer.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cached_property
+
+# An attribute of an entity: its values, and how it is asked for and said. `rest` follows "is" in a statement.
+ATTRIBUTES: dict[str, dict[str, object]] = {
+    "material": {
+        "values": ("wood", "metal", "glass", "stone", "cloth", "paper", "rubber", "wax"),
+        "rest": "made of {value}",
+        "question": "what is {subject} made of",
+    },
+    "use": {
+        "values": ("cut", "dig", "cook", "clean", "write", "paint", "sew", "fish"),
+        "rest": "used to {value}",
+        "question": "what is {subject} used to do",
+    },
+    "place": {
+        "values": ("kitchen", "garden", "school", "forest", "beach", "market", "barn", "attic"),
+        "rest": "kept in the {value}",
+        "question": "where is {subject} kept",
+    },
+    "colour": {
+        "values": ("red", "blue", "green", "yellow", "black", "white", "brown", "pink"),
+        "rest": "painted {value}",
+        "question": "what colour is {subject}",
+    },
+    "weight": {
+        "values": ("light", "heavy"),
+        "rest": "very {value}",
+        "question": "is {subject} light or heavy",
+    },
+    "trait": {
+        "values": ("brave", "shy", "kind", "lazy", "clever", "jolly"),
+        "rest": "always {value}",
+        "question": "what is {subject} like",
+    },
+    "home": {
+        "values": ("hill", "river", "town", "island", "desert", "lake", "valley", "harbour"),
+        "rest": "from the {value}",
+        "question": "where is {subject} from",
+    },
+}
+THING_ATTRIBUTES = ("material", "use", "place", "colour", "weight")
+PERSON_ATTRIBUTES = ("trait", "home")
+
+# Physical rules: where a thing is decides what it does, through its material.
+PHYSICS: dict[str, dict[str, str]] = {
+    "in the fire": dict(
+        wood="burns",
+        paper="burns",
+        cloth="burns",
+        metal="glows",
+        glass="glows",
+        stone="warms",
+        rubber="melts",
+        wax="melts",
+    ),
+    "in the water": dict(
+        wood="floats",
+        wax="floats",
+        rubber="floats",
+        metal="sinks",
+        stone="sinks",
+        glass="sinks",
+        cloth="soaks",
+        paper="tears",
+    ),
+    "on the rocks": dict(
+        glass="breaks",
+        wax="breaks",
+        rubber="bounces",
+        metal="rings",
+        stone="thuds",
+        wood="thuds",
+        cloth="lands",
+        paper="lands",
+    ),
+}
+
+# Social rules: what happened decides how a person feels, through the person's trait.
+FEELINGS: dict[str, dict[str, str]] = {
+    "storm": dict(brave="calm", shy="scared", kind="sad", lazy="tired", clever="bored", jolly="happy"),
+    "race": dict(brave="proud", shy="scared", kind="calm", lazy="tired", clever="angry", jolly="happy"),
+    "gift": dict(brave="calm", shy="proud", kind="happy", lazy="bored", clever="sad", jolly="tired"),
+    "quarrel": dict(brave="angry", shy="scared", kind="sad", lazy="bored", clever="calm", jolly="tired"),
+    "journey": dict(brave="happy", shy="sad", kind="proud", lazy="tired", clever="calm", jolly="bored"),
+    "exam": dict(brave="proud", shy="scared", kind="happy", lazy="bored", clever="calm", jolly="angry"),
+}
+FEELING_VALUES = ("happy", "sad", "angry", "scared", "proud", "calm", "bored", "tired")
+
+SPLITS = ("train", "validation", "test")
+THINGS_PER_SPLIT = {"train": 64, "validation": 24, "test": 112}
+PEOPLE_PER_SPLIT = {"train": 32, "validation": 16, "test": 48}
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A thing ("the dax") or a person ("mira"), with the values of its attributes."""
+
+    name: str
+    split: str
+    values: dict[str, str]
+
+    @property
+    def is_person(self) -> bool:
+        return "trait" in self.values
+
+    @property
+    def subject(self) -> str:
+        return self.name if self.is_person else f"the {self.name}"
+
+
+@dataclass(frozen=True)
+class Aspect:
+    """One thing that can be asked of an entity: an attribute, or what a rule makes of it.
+
+    `name` is an attribute, a place of `PHYSICS`, or an event of `FEELINGS`.
+    """
+
+    name: str
+    values: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        if self.name in ATTRIBUTES:
+            return "attribute"
+        return "physics" if self.name in PHYSICS else "feeling"
+
+    def predicate(self, value: str) -> str:
+        """What is said of an entity with this value: "is made of wood", "sinks in the water"."""
+        if self.kind == "attribute":
+            return "is " + str(ATTRIBUTES[self.name]["rest"]).format(value=value)
+        if self.kind == "physics":
+            return f"{value} {self.name}"
+        return f"feels {value} after the {self.name}"
+
+    def question(self, subject: str) -> str:
+        """The open question, without its question mark: "what is the dax made of"."""
+        if self.kind == "attribute":
+            return str(ATTRIBUTES[self.name]["question"]).format(subject=subject)
+        if self.kind == "physics":
+            return f"what happens to {subject} {self.name}"
+        return f"how does {subject} feel after the {self.name}"
+
+
+class World:
+    """All entities of one seed. The rules are the same in every world; names and attributes are drawn."""
+
+    def __init__(self, seed: int = 0):
+        draw = random.Random(f"{seed}/world")
+        self.things = _entities(
+            draw, thing_names(draw, sum(THINGS_PER_SPLIT.values())), THINGS_PER_SPLIT, THING_ATTRIBUTES
+        )
+        self.people = _entities(
+            draw, people_names(draw, sum(PEOPLE_PER_SPLIT.values())), PEOPLE_PER_SPLIT, PERSON_ATTRIBUTES
+        )
+
+    @cached_property
+    def thing_aspects(self) -> tuple[Aspect, ...]:
+        attributes = tuple(Aspect(name, _values(name)) for name in THING_ATTRIBUTES)
+        return attributes + tuple(Aspect(place, tuple(sorted(set(rule.values())))) for place, rule in PHYSICS.items())
+
+    @cached_property
+    def person_aspects(self) -> tuple[Aspect, ...]:
+        attributes = tuple(Aspect(name, _values(name)) for name in PERSON_ATTRIBUTES)
+        return attributes + tuple(Aspect(event, tuple(sorted(rule.values()))) for event, rule in FEELINGS.items())
+
+    @cached_property
+    def _by_split(self) -> dict[tuple[str, bool], list[Entity]]:
+        everyone = self.things + self.people
+        return {
+            (s, p): [e for e in everyone if (e.split, e.is_person) == (s, p)] for s in SPLITS for p in (False, True)
+        }
+
+    def of_split(self, split: str, people: bool) -> list[Entity]:
+        return self._by_split[split, people]
+
+    def aspects(self, entity: Entity) -> tuple[Aspect, ...]:
+        return self.person_aspects if entity.is_person else self.thing_aspects
+
+    def aspect(self, name: str) -> Aspect:
+        return next(a for a in self.thing_aspects + self.person_aspects if a.name == name)
+
+    def truth(self, entity: Entity, aspect: Aspect) -> str:
+        """The one value of `aspect` that is true of `entity`."""
+        if aspect.kind == "attribute":
+            return entity.values[aspect.name]
+        if aspect.kind == "physics":
+            return PHYSICS[aspect.name][entity.values["material"]]
+        return FEELINGS[aspect.name][entity.values["trait"]]
+
+
+# Words of English that the syllables below happen to make.
+ENGLISH = frozenset(
+    "balk barb biz blurb bulk curb fax fix flax flux folk fox fur garb milk mix nix pix polk pox silk six skulk stalk "
+    "sulk talk tax trox tux".split()
+)
+
+
+def thing_names(draw: random.Random, count: int) -> list[str]:
+    """`count` different words of one syllable, in sounds that English words seldom end in."""
+    onsets = "b bl br d dr f fl g gl gr k kl kr m n pl pr s sk sn st t tr v z".split()
+    words = [o + v + c for o in onsets for v in "aiou" for c in "x z v lk rb zk mf lg".split()]
+    return draw.sample([w for w in words if w not in ENGLISH], count)
+
+
+def people_names(draw: random.Random, count: int) -> list[str]:
+    """`count` different words of two open syllables, which no thing's name has."""
+    consonants = "bdfgklmnprtvz"
+    return draw.sample([a + v + b + w for a in consonants for v in "aeiou" for b in consonants for w in "aio"], count)
+
+
+def _values(attribute: str) -> tuple[str, ...]:
+    return tuple(ATTRIBUTES[attribute]["values"])  # type: ignore[arg-type]
+
+
+def _entities(
+    draw: random.Random, names: list[str], sizes: dict[str, int], attributes: tuple[str, ...]
+) -> list[Entity]:
+    """Take names from the end of `names`; every value is equally frequent in every split, to rounding."""
+    entities = []
+    for split in SPLITS:
+        columns = {}
+        for attribute in attributes:
+            values = _values(attribute)
+            column = [values[i % len(values)] for i in range(sizes[split])]
+            draw.shuffle(column)
+            columns[attribute] = column
+        for i in range(sizes[split]):
+            entities.append(Entity(names.pop(), split, {a: columns[a][i] for a in attributes}))
+    return entities

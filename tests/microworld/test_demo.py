@@ -1,0 +1,59 @@
+"""The demo end to end, with fewer adapters, steps and questions."""
+
+import json
+
+import pytest
+
+from poc_lora.microworld.demo import conclusion, run_demo
+
+SMALL = ["adapters.count=3", "train.max_steps=12", "lora.rank=4"]
+
+
+def run(out):
+    shown = []
+    results = run_demo(out, SMALL, show=shown.append, limit=24)
+    return results, shown
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "run"
+    return out, *run(out)
+
+
+def test_it_leaves_a_whole_run(demo):
+    out, results, _ = demo
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "adapters/02", "merged/merge.json", "eval/results.md"):
+        assert (out / name).exists(), name
+    assert json.loads((out / "merged/adapter_config.json").read_text())["r"] == 3 * 4
+    assert sum(results.questions.values()) == 8 * 24
+
+
+def test_it_shows_the_papers_rows_and_two_sentences(demo):
+    _, results, shown = demo
+    said = conclusion(results)
+    assert len(said) == 2
+    assert said == shown[-2:]
+    rows = (demo[0] / "eval/results.md").read_text()
+    for name in ("base", "LoRA (best)", "LoRA (average)", "PoC merge", "prediction ensemble"):
+        assert f"| {name} |" in rows
+
+
+def test_the_base_knows_the_world_better_than_chance(demo):
+    _, results, _ = demo
+    assert results.base.average.value > sum(results.chance.values()) / 8 + 0.2
+
+
+def test_the_same_seed_gives_the_same_result(demo, tmp_path):
+    out, results, _ = demo
+    again, _ = run(tmp_path / "again")
+    assert again.to_json() == results.to_json()
+    for adapter in ("00", "02"):
+        file = f"adapters/{adapter}/adapter_model.safetensors"
+        assert (out / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_at_full_size_the_merge_beats_the_average_adapter(tmp_path):
+    results = run_demo(tmp_path / "demo", show=lambda _: None)
+    assert results.merged.average.value > results.average.average.value
