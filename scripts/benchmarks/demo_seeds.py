@@ -1,0 +1,118 @@
+"""The demo on many seeds, with and without noise: does the merge beat the best adapter, and by how much?
+
+    python scripts/benchmarks/demo_seeds.py --seeds 100 110 --out scripts/benchmarks/results/demo_seeds.json
+    python scripts/benchmarks/demo_seeds.py --summary scripts/benchmarks/results/demo_seeds.json
+
+For every seed and temperature it trains the adapters of configs/demo.yaml and scores, on all test questions, each
+adapter, the merges of two disjoint pairs and two fours, the merge of all, and the prediction ensemble. The second form
+prints a finished file as Markdown. A seed that is in the file already is not run again.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from poc_lora.config import RunConfig, load_config
+from poc_lora.data.commonsense import BENCHMARKS, read_questions
+from poc_lora.evaluation import scores
+from poc_lora.evaluation.label import PreparedQuestions, prepare, score_labels
+from poc_lora.files import write_json
+from poc_lora.lora.base import load_base
+from poc_lora.microworld import DATA_DIR, MODEL_DIR
+from poc_lora.training.pack import Pack, resolve_tokens
+from poc_lora.training.plan import prepare_data
+from poc_lora.training.run import environment
+
+CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
+
+
+def accuracy(log_probs: dict[str, torch.Tensor], prepared: dict[str, PreparedQuestions]) -> float:
+    """The plain average over benchmarks, in percent."""
+    shares = [scores.is_correct(log_probs[b], q.answers, q.too_long).double().mean() for b, q in prepared.items()]
+    return 100 * float(torch.stack(shares).mean())
+
+
+@torch.no_grad()
+def one_seed(config: RunConfig, model, tokenizer, prepared: dict[str, PreparedQuestions]) -> dict:
+    """Train one pack and score it whole and in part."""
+    M = config.adapters.count
+    data = prepare_data(config, tokenizer)
+    tokens = resolve_tokens(config.train.tokens_per_microbatch, model.device)
+    pack = Pack(config, model, data, range(M), tokens=tokens, pad_id=tokenizer.pad_token_id)
+    with torch.enable_grad():
+        for step in range(data.total_steps):
+            pack.step(step)
+    model.eval()
+    packed = {b: score_labels(model, q, copies=M) for b, q in prepared.items()}
+    singles = [accuracy({b: x[slot] for b, x in packed.items()}, prepared) for slot in range(M)]
+    merges = {}
+    for m in (2, 4, M):
+        merges[m] = []
+        for first in range(0, M, m)[:2]:
+            pack.bank.view.members = list(range(first, first + m))
+            with pack.bank.merged():
+                merges[m].append(accuracy({b: score_labels(model, q)[0] for b, q in prepared.items()}, prepared))
+    ensemble = accuracy({b: scores.ensemble(x) for b, x in packed.items()}, prepared)
+    pack.close()
+    return {"adapters": singles, "merges": {str(m): x for m, x in merges.items()}, "ensemble": ensemble}
+
+
+def summary(found: dict) -> str:
+    """The file as a Markdown table: means over seeds, and how often the merge of all is ahead."""
+    lines = [
+        "| λ | average adapter | best adapter | merge of 2 | of 4 | of 8 | prediction ensemble |"
+        " merge − best: mean (range) | merge beats best |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for temperature, seeds in found["temperatures"].items():
+        runs = list(seeds.values())
+        ahead = [run["merges"]["8"][0] - max(run["adapters"]) for run in runs]
+        cells = [
+            statistics.mean(statistics.mean(run["adapters"]) for run in runs),
+            statistics.mean(max(run["adapters"]) for run in runs),
+            *(statistics.mean(statistics.mean(run["merges"][m]) for run in runs) for m in ("2", "4", "8")),
+            statistics.mean(run["ensemble"] for run in runs),
+        ]
+        lines.append(
+            f"| {temperature} | "
+            + " | ".join(f"{x:.2f}" for x in cells)
+            + f" | {statistics.mean(ahead):+.2f} ({min(ahead):+.2f} to {max(ahead):+.2f})"
+            + f" | {sum(x > 0 for x in ahead)} of {len(runs)} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(100, 110))
+    parser.add_argument("--temperatures", nargs="+", help="default: the demo's own, and 0")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--summary", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    a = parser.parse_args()
+    if a.summary:
+        print(summary(json.loads(a.summary.read_text())))
+        return
+    place = [f"model.name={MODEL_DIR}", f"data.train=[{DATA_DIR}]", *a.overrides]
+    config = load_config(CONFIG, place)
+    model, tokenizer = load_base(str(MODEL_DIR))
+    prepared = {b.folder: prepare(read_questions(DATA_DIR, b), tokenizer, prompt="bare") for b in BENCHMARKS}
+    found = {"temperatures": {}, "overrides": a.overrides, **environment()}
+    if a.out and a.out.exists():
+        found = json.loads(a.out.read_text())
+    for seed in range(*a.seeds):
+        for temperature in a.temperatures or [f"{config.optim.temperature:g}", "0"]:
+            done = found["temperatures"].setdefault(temperature, {})
+            if str(seed) not in done:
+                run = load_config(CONFIG, [*place, f"adapters.seed={seed}", f"optim.temperature={temperature}"])
+                done[str(seed)] = one_seed(run, model, tokenizer, prepared)
+                if a.out:
+                    write_json(a.out, found)
+    print(summary(found))
+
+
+if __name__ == "__main__":
+    main()
