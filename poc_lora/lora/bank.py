@@ -151,7 +151,6 @@ class AdapterBank:
         self._build(
             model, matching_linears(model, targets), rank, alpha / rank, list(adapters), dropout, trainable=True
         )
-        self.seed = seed
         with torch.no_grad():
             for path, module in self.modules.items():
                 bound = 1 / math.sqrt(module.base.in_features)
@@ -181,7 +180,6 @@ class AdapterBank:
         rank = max(f.A.shape[0] for a in adapters for f in a.modules.values())
         bank = cls.__new__(cls)
         bank._build(model, {path: linears[path] for path in paths}, rank, 1.0, list(range(len(adapters))), 0.0, False)
-        bank.seed = 0
         with torch.no_grad():
             for slot, adapter in enumerate(adapters):
                 for path, factors in adapter.modules.items():
