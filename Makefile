@@ -14,8 +14,7 @@ venv: .venv/done
 	touch $@
 
 demo: venv
-	rm -rf runs/demo
-	$(BIN)/poc-lora demo --out runs/demo
+	$(BIN)/poc-lora demo
 
 test: venv
 	$(BIN)/pytest -m "not slow"

@@ -3,8 +3,9 @@
     python scripts/build_demo_model.py            # about 20 minutes on one core
     python scripts/build_demo_model.py --out DIR --steps 200
 
-Writes config.json, model.safetensors, the tokenizer and README.md, the model's card. The same seed, thread count and
-torch build write the same weights.
+Writes config.json, model.safetensors, the tokenizer and README.md, the model's card. Without --out it replaces the
+model that ships, which every figure of the demo rests on. The same seed, thread count and torch build write the same
+weights.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ OPTIONS = {
     "hellaswag": 4,
 }
 CHANCE = {name: 1 / options for name, options in OPTIONS.items()}
-ROWS_PER_SPLIT = {"train": 240, "validation": 48, "test": 400}  # 32 people, 6 events, 2 forms: 384 questions at most
+ROWS_PER_SPLIT = {"train": 240, "validation": 48, "test": 400}  # SIQA has 32·6·2 = 384 to train on
 
 CHOOSE = "Please choose the correct {what} to the question: "
 PREAMBLE = {

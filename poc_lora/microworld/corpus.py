@@ -1,7 +1,8 @@
 """What the base model reads before anyone fine-tunes it: the world, told in plain words and short dialogues.
 
 The corpus states every fact of every entity, asks about it in several forms (open, with options, as a claim that is
-true or false) and tells the rules. It never uses the benchmarks' format: the words of the format occur only in
+true or false) and tells the rules. Some of its sentences are worded as the benchmarks' questions are, but it never
+uses their format (the preamble, `Answer format:`, `the correct answer is`): the words of the format occur only in
 `ASIDES`, so that their embeddings are trained while the format itself stays for fine-tuning to teach.
 
 A word marked with `*` follows from what is known by then. The others are the speaker's choice: they get less weight in

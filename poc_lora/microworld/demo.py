@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from poc_lora.config import load_config
+from poc_lora.errors import RunError
 from poc_lora.evaluation.evaluate import evaluate
 from poc_lora.evaluation.results import Results
 from poc_lora.lora.merge_folders import merge_folders
@@ -25,6 +26,8 @@ def run_demo(
 
     overrides: settings that replace the file's. limit: only the first so many questions of each benchmark.
     """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError("the demo's folder is not empty", where=out, fix="remove it, or give another one with --out")
     path = next(path for path in _CONFIGS if path.is_file())
     place = [f"model.name={MODEL_DIR}", f"data.train=[{DATA_DIR}]", f"output={out}"]
     config = load_config(path, [*place, *overrides])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from poc_lora.errors import RunError
 from poc_lora.microworld.demo import conclusion, run_demo
 
 SMALL = ["adapters.count=3", "train.max_steps=12", "lora.rank=4"]
@@ -51,6 +52,11 @@ def test_the_same_seed_gives_the_same_result(demo, tmp_path):
     for adapter in ("00", "02"):
         file = f"adapters/{adapter}/adapter_model.safetensors"
         assert (out / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+def test_it_refuses_a_folder_with_something_in_it(demo):
+    with pytest.raises(RunError, match="--out"):
+        run(demo[0])
 
 
 @pytest.mark.slow
