@@ -1,5 +1,6 @@
 """The command line. Each verb is a thin shell over one function, imported when the verb is chosen."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+DTYPES = ("float32", "bfloat16", "float16")
 Config = Annotated[Path, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None,
@@ -32,9 +34,17 @@ def main() -> None:
     except PocLoraError as problem:
         typer.echo(f"poc-lora: {problem}", err=True)
         sys.exit(problem.exit_status)
-    except OSError as problem:  # a full disk, a folder that went away
-        typer.echo(f"poc-lora: {problem}", err=True)
-        sys.exit(PocLoraError.exit_status)
+    except (OSError, MemoryError) as problem:  # a full disk, a folder that went away
+        _fail(str(problem) or "out of memory")
+    except RuntimeError as problem:
+        if "memory" not in str(problem):  # torch's allocators all say what they could not have
+            raise
+        _fail(f"out of memory: lower train.tokens_per_microbatch, lora.rank or adapters.count ({problem})")
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"poc-lora: {message}", err=True)
+    sys.exit(PocLoraError.exit_status)
 
 
 def _version(asked: bool) -> None:
@@ -64,7 +74,10 @@ def demo(
     from poc_lora.microworld.demo import run_demo
 
     run_demo(out, overrides or [], show=_show)
-    _next(f"the report: {out / 'eval' / 'results.md'}", f"your own data: edit {out / 'config.yaml'}, poc-lora train")
+    _next(
+        f"the report: {out / 'eval' / 'results.md'}",
+        f"copy {out / 'config.yaml'}, set model, data and output to your own, and poc-lora train YOUR.yaml",
+    )
 
 
 @app.command()
@@ -83,7 +96,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         typer.echo(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
-    _next("the configuration is valid", f"poc-lora train {' '.join([str(config), *(overrides or [])])}")
+    _next("the configuration is valid", "poc-lora train " + shlex.join([str(config), *(overrides or [])]))
 
 
 @app.command()
@@ -104,7 +117,11 @@ def train(
 
     done = train(loaded, resume=resume)
     _show_training(done)
-    _next(f"adapters: {done.folder / 'adapters'}", f"poc-lora merge {done.folder} --out {done.folder / 'merged'}")
+    merged = done.folder / "merged"
+    command = "poc-lora merge " + shlex.join([str(done.folder), "--out", str(merged)])
+    if merged.exists():  # of the adapters before the run was extended
+        command = f"rm -r {shlex.quote(str(merged))} && {command}"
+    _next(f"adapters: {done.folder / 'adapters'}", command)
 
 
 @app.command()
@@ -126,8 +143,8 @@ def merge(
     """
     from poc_lora.errors import RequestError
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise RequestError(f"'{dtype}' is not a dtype to save in", where="--dtype", fix="float32, bfloat16 or float16")
+    if dtype not in DTYPES:
+        raise RequestError(f"'{dtype}' is not a dtype to save in", where="--dtype", fix=" or ".join(DTYPES))
     chosen = None if weights is None else _numbers(weights)
 
     import torch
@@ -144,7 +161,10 @@ def merge(
     )
     _show_merge(report)
     run = next((s for s in sources if (s / "config.yaml").is_file() and out == s / "merged"), None)
-    _next(f"the merged adapter: {out}", f"poc-lora eval {run or out} --data DIR" + ("" if run else " --out DIR"))
+    _next(
+        f"the merged adapter: {out}",
+        f"poc-lora eval {shlex.quote(str(run or out))} --data DIR" + ("" if run else " --out DIR"),
+    )
 
 
 @app.command("eval")
@@ -153,14 +173,22 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Folder of BENCHMARK/test.json files.")],
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the run or adapters name.")] = None,
     benchmarks: Annotated[str | None, typer.Option(help="Comma-separated names; default: all eight.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="clean or bare; default: as in training.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="clean or bare; default: the run's own, clean outside a run.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the base: float32, bfloat16, float16; default: auto.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: RUN/eval.")] = None,
 ) -> None:
     """Score base, adapters, merge and prediction ensemble on the eight commonsense benchmarks.
 
     Example: poc-lora eval runs/demo --data ../commonsense --benchmarks openbookqa,boolq --limit 200
     """
+    from poc_lora.errors import RequestError
+
+    if dtype not in (None, "auto", *DTYPES):
+        raise RequestError(f"'{dtype}' is not a dtype", where="--dtype", fix=" or ".join(DTYPES))
+
     from poc_lora.evaluation.evaluate import evaluate
     from poc_lora.reporting.tables import write_report
 
@@ -168,14 +196,15 @@ def evaluate(
         targets,
         data=data,
         base=base,
-        benchmarks=None if benchmarks is None else benchmarks.split(","),
+        dtype=dtype,
+        benchmarks=None if benchmarks is None else [name.strip() for name in benchmarks.split(",")],
         prompt=prompt,
         limit=limit,
         out=out,
     )
     written = write_report(out or targets[0], results)
     _show_results(results)
-    _next(f"the results: {written.parent}", f"poc-lora report {out or targets[0]}")
+    _next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")
 
 
 @app.command()
@@ -184,10 +213,14 @@ def report(run: Annotated[Path, typer.Argument(help="A run, or a folder of resul
 
     Example: poc-lora report runs/demo
     """
+    from poc_lora.errors import RunError
     from poc_lora.evaluation.results import read_results
     from poc_lora.reporting.tables import write_report
 
-    results = read_results(run / "eval" if (run / "eval").is_dir() else run)
+    folder = run / "eval" if (run / "eval").is_dir() else run
+    if not (folder / "results.json").is_file():
+        raise RunError("nothing has been evaluated here", where=run, fix=f"first: poc-lora eval {run} --data DIR")
+    results = read_results(folder)
     written = write_report(run, results)
     _show_results(results)
     _next(f"the report: {written}", "paste it where you need it")

@@ -85,7 +85,11 @@ def read_questions(
         raise DataError("the file is empty", where=path, fix="fetch or build it again")
     rows = read_json(path, error=DataError)
     if not isinstance(rows, list):
-        raise DataError("the file is not a list of rows", where=path, fix="see the format in the README")
+        raise DataError(
+            "the file is not a list of rows",
+            where=path,
+            fix="write one JSON list of {instruction, input, output, answer}",
+        )
     if not rows:
         raise DataError("the file has no rows", where=path, fix="fetch or build it again")
     return [_question(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)][:limit]

@@ -7,7 +7,9 @@ from pathlib import Path
 from poc_lora.config import load_config
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.errors import RequestError, RunError
-from poc_lora.lora.adapter import Adapter, read_adapter
+from poc_lora.files import read_json, sha256_file
+from poc_lora.lora.adapter import WEIGHTS_NAME, Adapter, read_adapter
+from poc_lora.lora.merge_folders import REPORT_NAME, find_adapters
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,9 @@ def _of_run(
     run: Path, *, base: str | None, revision: str | None, dtype: str | None, prompt: str | None, out: Path | None
 ) -> Subjects:
     config = load_config(run / "config.yaml")
-    folders = sorted(f for f in (run / "adapters").glob("*") if (f / "adapter_config.json").is_file())
-    if not folders:
-        raise RunError("the run has no adapters yet", where=run / "adapters", fix="finish training first")
+    folders = find_adapters(run)
     merged = run / "merged"
+    _check_merge_is_of(folders, merged)
     return Subjects(
         base=base or config.model.name,
         revision=revision or (config.model.revision if base is None else None),
@@ -79,6 +80,21 @@ def _of_run(
         merged=read_adapter(merged) if merged.is_dir() else None,
         out=out or run / "eval",
     )
+
+
+def _check_merge_is_of(folders: Sequence[Path], merged: Path) -> None:
+    """Refuse a merge that was made before the run was extended; one without a merge.json is taken as it is."""
+    if not (merged / REPORT_NAME).is_file():
+        return
+    report = read_json(merged / REPORT_NAME, error=RunError)
+    sources = report.get("sources", []) if isinstance(report, dict) else []
+    made_of = {source.get("sha256") for source in sources if isinstance(source, dict)}
+    if made_of != {sha256_file(folder / WEIGHTS_NAME) for folder in folders}:
+        raise RunError(
+            "the merge is not of the adapters that the run has now",
+            where=merged,
+            fix=f"remove it, then: poc-lora merge {merged.parent} --out {merged}",
+        )
 
 
 def _names(folders: Sequence[Path]) -> dict[str, Path]:

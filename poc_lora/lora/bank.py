@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 from poc_lora import rng
 from poc_lora.errors import AdapterError, ModelError
@@ -177,6 +178,7 @@ class AdapterBank:
                         where=adapter.source,
                         fix="use the base model that the adapter was trained on",
                     )
+        _refuse_head(model, {path: linears[path] for path in paths})
         rank = max(f.A.shape[0] for a in adapters for f in a.modules.values())
         bank = cls.__new__(cls)
         bank._build(model, {path: linears[path] for path in paths}, rank, 1.0, list(range(len(adapters))), 0.0, False)
@@ -319,6 +321,7 @@ def matching_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.L
                     f"the target '{path}' is a {type(module).__name__}, not a linear layer", where="lora.targets"
                 )
             linears[path] = module
+    _refuse_head(model, linears)
     for target in targets:
         if not any(path == target or path.endswith(f".{target}") for path in linears):
             raise ModelError(
@@ -327,6 +330,14 @@ def matching_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.L
                 fix=f"its linear layers are: {', '.join(linear_names(model)) or 'none'}",
             )
     return linears
+
+
+def _refuse_head(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    """The output head cannot be adapted: it is run only where logits are wanted, which packs its rows anew."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    for path, linear in linears.items():
+        if linear is head:
+            raise ModelError(f"'{path}' is the output head, which cannot be adapted", fix="leave it out of the targets")
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

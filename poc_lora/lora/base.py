@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,39 +26,50 @@ def load_base(
     from the model's repository is run. Raises ModelError.
     """
     device = device or default_device()
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    name = _expand(name)
     tokenizer = load_tokenizer(name, revision=revision)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # a bar in a log file is noise
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+        pair: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=getattr(torch, resolve_dtype(dtype, device)),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as problem:
+    except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be loaded
         raise _cannot_load(name, problem) from None
+    model, loaded = pair
+    if loaded["missing_keys"]:
+        raise _cannot_load(name, ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}"))
     model.requires_grad_(False)
-    nn.Module.to(model, device)  # transformers wraps `to` in a way that type checkers misread
-    return model.eval(), tokenizer
+    return model.to(device).eval(), tokenizer
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """The name of the dtype that `auto` stands for on a device."""
+    return ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model. Raises ModelError."""
-    _check_folder(name)
+    name = _expand(name)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except Exception as problem:
         raise _cannot_load(name, problem) from None
 
 
 def empty_base(name: str, *, revision: str | None = None) -> PreTrainedModel:
     """The base model's shapes on the meta device, from its config alone: no weights are read. Raises ModelError."""
-    _check_folder(name)
+    name = _expand(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as problem:
+    except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be loaded
         raise _cannot_load(name, problem) from None
 
 
@@ -86,12 +98,15 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted({path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)})
 
 
-def _check_folder(name: str) -> None:
+def _expand(name: str) -> str:
+    """The name of a Hub id, or the path of a folder that is there. Raises ModelError."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local and not Path(name).expanduser().is_dir():
+    folder = Path(name).expanduser()
+    if looks_local and not folder.is_dir():
         raise ModelError(
             f"no base model at '{name}'", where="model.name", fix="give a folder with config.json, or a Hub id org/name"
         )
+    return str(folder) if looks_local else name
 
 
 def _cannot_load(name: str, problem: Exception) -> ModelError:

@@ -33,8 +33,8 @@ class MergeReport:
     error: float
     mean_cosine: float | None
     spread: float | None  # S²
-    error_bar: float | None  # S²/M
-    relative_error_bar: float | None  # sqrt(S²/M) / ‖mean‖
+    error_bar: float | None  # S² Σ w_j², S²/M for equal weights
+    relative_error_bar: float | None  # its square root over the norm
     modules: dict[str, ModuleReport]
 
 
@@ -80,7 +80,7 @@ def merge(
         rank=max(report.rank for report in reports.values()),
         norm=norm,
         error=lost / norm if norm else 0.0,
-        **similarity.summary(inner),
+        **similarity.summary(inner, used),
         modules=reports,
     )
     bases = [adapter.base_model for adapter in adapters if adapter.base_model is not None]

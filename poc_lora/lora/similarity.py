@@ -82,24 +82,29 @@ def spread(inner: Tensor) -> float | None:
     return max(0.0, float(inner.diagonal().sum() - inner.sum() / M)) / (M - 1)
 
 
-def error_bar(inner: Tensor) -> float | None:
-    """S²/M: the expected squared distance of the average of M adapters from the limit of many."""
+def error_bar(inner: Tensor, weights: Sequence[float] | None = None) -> float | None:
+    """S² Σ_j w_j², which is S²/M for equal weights: the expected squared distance of the average from the limit."""
     variance = spread(inner)
-    return None if variance is None else variance / len(inner)
+    return None if variance is None else variance * float(_weights(inner, weights).square().sum())
 
 
-def relative_error_bar(inner: Tensor) -> float | None:
-    """sqrt(S²/M) / ‖mean‖; None for a single adapter or a mean of zero."""
-    squared = error_bar(inner)
-    norm = math.sqrt(max(0.0, float(inner.sum()))) / len(inner)
+def relative_error_bar(inner: Tensor, weights: Sequence[float] | None = None) -> float | None:
+    """The square root of the error bar over the norm of the average; None for one adapter or an average of zero."""
+    squared, w = error_bar(inner, weights), _weights(inner, weights)
+    norm = math.sqrt(max(0.0, float(w @ inner @ w)))
     return None if squared is None or norm == 0 else math.sqrt(squared) / norm
 
 
-def summary(inner: Tensor) -> Mapping[str, float | None]:
+def _weights(inner: Tensor, weights: Sequence[float] | None) -> Tensor:
+    M = len(inner)
+    return torch.tensor(weights or [1 / M] * M, dtype=inner.dtype, device=inner.device)
+
+
+def summary(inner: Tensor, weights: Sequence[float] | None = None) -> Mapping[str, float | None]:
     """The figures of a Gram matrix that a report shows."""
     return {
         "mean_cosine": mean_cosine(inner),
         "spread": spread(inner),
-        "error_bar": error_bar(inner),
-        "relative_error_bar": relative_error_bar(inner),
+        "error_bar": error_bar(inner, weights),
+        "relative_error_bar": relative_error_bar(inner, weights),
     }

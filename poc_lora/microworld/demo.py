@@ -1,5 +1,6 @@
 """The demo: the whole product on the embedded micro-world, in a few minutes on two CPU cores."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,15 @@ def run_demo(
 ) -> Results:
     """Train the adapters of configs/demo.yaml, merge them, score everything, and `show` the paper's table.
 
-    overrides: settings that replace the file's. limit: only the first so many questions of each benchmark.
+    overrides: settings that replace the file's, but for the model, the data and the output. limit: only the first
+    so many questions of each benchmark.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError("the demo's folder is not empty", where=out, fix="remove it, or give another one with --out")
     path = next(path for path in _CONFIGS if path.is_file())
-    place = [f"model.name={MODEL_DIR}", f"data.train=[{DATA_DIR}]", f"output={out}"]
-    config = load_config(path, [*place, *overrides])
+    # JSON, so that a path with a comma or a bracket in it stays one word of YAML.
+    name, data, output = (json.dumps(x) for x in (str(MODEL_DIR), [str(DATA_DIR)], str(out)))
+    config = load_config(path, [*overrides, f"model.name={name}", f"data.train={data}", f"output={output}"])
     show(
         f"Training {config.adapters.count} LoRA adapters of rank {config.lora.rank} on the embedded micro-world: "
         "a tiny base model, and eight small benchmarks in the manner of the real ones."

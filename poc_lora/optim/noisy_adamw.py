@@ -64,6 +64,11 @@ class NoisyAdamW(torch.optim.AdamW):
         if "temperature" in self.defaults:  # not yet while torch's constructor adds the first groups
             self._complete(self.param_groups[-1])
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state of plain AdamW has no noise settings: this optimizer's apply
+            self._complete(group)
+
     def _complete(self, group: dict[str, Any]) -> None:
         for name in ("temperature", "seed", "adapter", "noise_step"):
             group.setdefault(name, self.defaults[name])

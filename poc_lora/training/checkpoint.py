@@ -40,6 +40,7 @@ class Commit:
     folder: Path
     number: int
     progress: dict[int, Progress]
+    pack: list[int]  # the adapters under way together, in their order; empty between packs
 
 
 def save_commit(
@@ -58,8 +59,9 @@ def save_commit(
                 if progress[adapter].status == "training":
                     save_file(_state(bank, optimizer, slot), aside / _file_name(adapter), metadata={"format": "pt"})
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(aside.iterdir())}
+        pack = [] if bank is None else bank.adapters
         adapters = {str(adapter): asdict(state) for adapter, state in sorted(progress.items())}
-        write_json(aside / MANIFEST, {"commit": number, "adapters": adapters, "files": files})
+        write_json(aside / MANIFEST, {"commit": number, "adapters": adapters, "pack": pack, "files": files})
     _verify(folder)
     for old in numbers[: max(0, len(numbers) + 1 - keep)]:
         shutil.rmtree(root / f"commit_{old:05d}", ignore_errors=True)
@@ -78,7 +80,7 @@ def newest_commit(root: Path) -> tuple[Commit | None, list[str]]:
         try:
             manifest = _verify(folder)
             progress = {int(a): Progress(**state) for a, state in manifest["adapters"].items()}
-            return Commit(folder, number, progress), problems
+            return Commit(folder, number, progress, [int(a) for a in manifest["pack"]]), problems
         except (PocLoraError, KeyError, TypeError, ValueError, AttributeError) as problem:
             problems.append(f"{folder}: {problem}")
     if numbers:

@@ -1,6 +1,7 @@
 """`train`: M adapters of one base model, packed together, on one device."""
 
 import os
+import shlex
 import sys
 import threading
 import time
@@ -10,9 +11,9 @@ from pathlib import Path
 import torch
 
 from poc_lora.config import RunConfig
-from poc_lora.errors import Interrupted, RunError, TrainingError
+from poc_lora.errors import Interrupted, RequestError, RunError, TrainingError
 from poc_lora.lora.bank import matching_linears
-from poc_lora.lora.base import context_length, default_device, load_base
+from poc_lora.lora.base import context_length, default_device, load_base, resolve_dtype
 from poc_lora.progress import track
 from poc_lora.training.checkpoint import Progress, restore, save_commit
 from poc_lora.training.pack import Pack, Step, resolve_tokens
@@ -43,23 +44,27 @@ def train(config: RunConfig, *, resume: bool = False, device: torch.device | Non
     Raises RequestErrors for what is wrong with the request, TrainingError when every adapter diverged, and
     Interrupted, with everything saved, after Ctrl-C or SIGTERM.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RequestError("training runs in one process for now", fix="start it once, with poc-lora train")
     device = device or default_device()
     section = config.model
     run = find_run(config, resume=resume or _restarted(config))
-    model, tokenizer = load_base(section.name, revision=section.revision, dtype=section.dtype, device=device)
+    dtype = run.facts.get("dtype") or resolve_dtype(section.dtype, device)
+    model, tokenizer = load_base(section.name, revision=section.revision, dtype=dtype, device=device)
     matching_linears(model, config.lora.targets)
     data = prepare_data(config, tokenizer, context=context_length(model))
-    tokens = _begin(run, config, data, device)
+    tokens = _begin(run, config, data, dtype, device)
 
     progress = {adapter: Progress(0) for adapter in range(config.adapters.count)}
     if run.commit is not None:
         progress |= run.commit.progress
     done = Trained(run.folder, progress, data.total_steps, data.shortened, data.lost)
     with stop_requests() as stop:
-        for adapters in _packs(progress):
+        for adapters in _packs(run, progress):
             pack = Pack(config, model, data, adapters, tokens=tokens, pad_id=tokenizer.pad_token_id or 0)
             _train_pack(pack, run, done, stop)
             pack.close()
+    run.note(train_seconds=round(run.facts.get("train_seconds", 0) + done.seconds, 3))
     if not any(state.status == "finished" for state in progress.values()):
         raise TrainingError(
             "every adapter diverged: no loss stayed finite", where=run.folder, fix="lower optim.lr or optim.temperature"
@@ -67,7 +72,7 @@ def train(config: RunConfig, *, resume: bool = False, device: torch.device | Non
     return done
 
 
-def _begin(run: Run, config: RunConfig, data: TrainingData, device: torch.device) -> int:
+def _begin(run: Run, config: RunConfig, data: TrainingData, dtype: str, device: torch.device) -> int:
     """Open the run folder; returns the tokens of a micro-batch, as they were chosen when the run first began."""
     for problem in run.problems:
         print(f"a damaged commit is passed over: {problem}", file=sys.stderr)  # noqa: T201
@@ -76,7 +81,14 @@ def _begin(run: Run, config: RunConfig, data: TrainingData, device: torch.device
             "the training files have changed since the run began", where=run.folder, fix="put them back, or start anew"
         )
     tokens = run.facts.get("tokens_per_microbatch") or resolve_tokens(config.train.tokens_per_microbatch, device)
-    run.begin(config, data_sha256=data.files, steps=data.total_steps, tokens_per_microbatch=tokens)
+    run.begin(
+        config,
+        seed=config.adapters.seed,
+        steps=data.total_steps,
+        dtype=dtype,
+        tokens_per_microbatch=tokens,
+        data_sha256=data.files,
+    )
     return int(tokens)
 
 
@@ -95,7 +107,7 @@ def _train_pack(pack: Pack, run: Run, done: Trained, stop: threading.Event) -> N
             done.computed_tokens += result.computed_tokens
 
             progress |= {bank.adapters[slot]: Progress(step + 1) for slot in pack.live}
-            progress |= {bank.adapters[slot]: Progress(step, "diverged") for slot in result.diverged}
+            progress |= {bank.adapters[slot]: Progress(step + 1, "diverged") for slot in result.diverged}
             _log(run, pack, result, step + 1)
             if not pack.live:
                 break
@@ -109,7 +121,7 @@ def _train_pack(pack: Pack, run: Run, done: Trained, stop: threading.Event) -> N
                 raise Interrupted(
                     f"stopped after step {step + 1} of {done.steps}; everything up to it is saved",
                     where=run.folder,
-                    fix=f"go on with: poc-lora train {run.folder / 'config.yaml'} --resume",
+                    fix=f"go on with: poc-lora train {shlex.quote(str(run.folder / 'config.yaml'))} --resume",
                 )
     _finish(pack, run, done)
 
@@ -117,10 +129,11 @@ def _train_pack(pack: Pack, run: Run, done: Trained, stop: threading.Event) -> N
 def _finish(pack: Pack, run: Run, done: Trained) -> None:
     """Write the adapters that came through, then commit that they did."""
     bank, section = pack.bank, pack.config.model
-    if pack.live and pack.data.validation:
+    members = [bank.adapters[slot] for slot in pack.live]  # of the merge; others may have been trained before
+    if members and pack.data.validation:
         run.log(
             [
-                {"step": done.steps, "adapter": name, "validation_loss": loss}
+                {"step": done.steps, "adapter": name, "validation_loss": loss, "members": members}
                 for name, loss in pack.validation_losses().items()
             ]
         )
@@ -131,16 +144,14 @@ def _finish(pack: Pack, run: Run, done: Trained) -> None:
     save_commit(run.checkpoints, done.progress, None, None, keep=pack.config.checkpoint.keep)
 
 
-def _packs(progress: dict[int, Progress]) -> list[list[int]]:
-    """Adapters that train together: those at the same step, the furthest first, so that only one pack is ever
-    under way. An adapter that diverged keeps its place, and with it the shapes the others are computed in.
+def _packs(run: Run, progress: dict[int, Progress]) -> list[list[int]]:
+    """Adapters that train together: the pack that was under way, and then those that have not begun.
+
+    An adapter that diverged keeps its place in its pack, and with it the shapes the others are computed in.
     """
-    by_step: dict[int, list[int]] = {}
-    for adapter, state in progress.items():
-        if state.status == "training":
-            by_step.setdefault(state.step, []).append(adapter)
-    diverged = [adapter for adapter, state in progress.items() if state.status == "diverged"]
-    return [sorted(pack + (diverged if step else [])) for step, pack in sorted(by_step.items(), reverse=True)]
+    under_way = [] if run.commit is None else run.commit.pack
+    fresh = [a for a, state in progress.items() if state.status == "training" and a not in under_way]
+    return [pack for pack in (under_way, fresh) if pack]
 
 
 def _log(run: Run, pack: Pack, result: Step, step: int) -> None:

@@ -111,7 +111,9 @@ class Pack:
         tokens_per_slot = torch.tensor(counts, dtype=torch.float32, device=self.device)
         losses = torch.zeros_like(tokens_per_slot)
         real = computed = 0
-        self.model.train(self.config.lora.dropout > 0)
+        self.model.eval()  # a base with dropout of its own would draw it from torch's global stream
+        for module in self.bank.modules.values():
+            module.train()
         for batch in self._micro_batches(examples, rows):
             if self.config.lora.dropout:
                 self.bank.key_dropout(self._dropout_keys(batch, step))

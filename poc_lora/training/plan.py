@@ -1,9 +1,11 @@
 """What a run will do, found out before it starts: rows, steps, parameters, and bytes that can be counted."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from poc_lora import rng
@@ -14,7 +16,7 @@ from poc_lora.data.rows import read_sources, source_files
 from poc_lora.errors import ConfigError, DataError
 from poc_lora.files import sha256_file
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.lora.base import context_length, empty_base, load_tokenizer
+from poc_lora.lora.base import context_length, default_device, empty_base, load_tokenizer, resolve_dtype
 
 # Bytes kept per adapter parameter: the weight, its gradient and two moments, float32.
 BYTES_PER_PARAMETER = 4 * 4
@@ -30,7 +32,7 @@ class TrainingData:
     total_steps: int
     shortened: int
     lost: int
-    files: dict[str, str]  # path -> sha256
+    files: dict[str, str]  # path, and "tokenised rows" -> sha256
 
 
 def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, context: int | None = None) -> TrainingData:
@@ -71,7 +73,10 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, conte
         total_steps=steps,
         shortened=encoded.shortened,
         lost=encoded.lost,
-        files={str(path): sha256_file(path) for path in source_files(section.train)},
+        files={
+            **{str(path): sha256_file(path) for path in source_files(section.train)},
+            "tokenised rows": hashlib.sha256(repr([e.ids for e in encoded.examples]).encode()).hexdigest(),
+        },
     )
 
 
@@ -79,7 +84,7 @@ def check(config: RunConfig) -> dict[str, Any]:
     """Validate a run without weights; returns what it will do, as names and values for a person to read.
 
     Raises the error that `train` would: schema, rows, target modules. Bytes are those that can be counted
-    beforehand: activations are not among them.
+    beforehand: activations are not among them, and time is not estimated.
     """
     model = empty_base(config.model.name, revision=config.model.revision)
     bank = AdapterBank(model, targets=config.lora.targets, rank=config.lora.rank, alpha=config.lora.alpha, adapters=[])
@@ -89,6 +94,7 @@ def check(config: RunConfig) -> dict[str, Any]:
     tokens = sum(len(e.ids) for e in data.train)
     learnt = sum(supervised_tokens(e, train_on_prompt=config.data.train_on_prompt) for e in data.train)
     folder = Path(config.output)
+    width = getattr(torch, resolve_dtype(config.model.dtype, default_device())).itemsize
     return {
         "base parameters": sum(p.numel() for p in model.parameters()),
         "adapters": M,
@@ -102,6 +108,7 @@ def check(config: RunConfig) -> dict[str, Any]:
         "supervised tokens per epoch": learnt,
         "rows per step and adapter": config.train.batch_size,
         "steps": data.total_steps,
+        "bytes of the base model": sum(p.numel() for p in model.parameters()) * width,
         "bytes of the bank and its optimizer": M * parameters * BYTES_PER_PARAMETER,
         "bytes of one checkpoint": M * parameters * 3 * 4,
         "run folder": f"{folder} ({'exists' if folder.exists() else 'new'})",

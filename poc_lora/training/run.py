@@ -46,11 +46,17 @@ class Run:
         self._metrics = folder / "metrics.jsonl"
 
     def begin(self, config: RunConfig, **facts: Any) -> None:
-        """Write config.yaml and run.json, the latter with versions, hardware and `facts`."""
+        """Write config.yaml and run.json, with versions and hardware, and clear what a kill left half written."""
         write_atomic(self.folder / "config.yaml", dump_yaml(config))
-        self.facts = environment() | facts
-        write_json(self.folder / "run.json", self.facts)
+        self.note(**environment(), **facts)
+        for aside in (*self.checkpoints.glob(".*"), *self.adapters.glob(".*")):
+            shutil.rmtree(aside, ignore_errors=True)
         self._forget_after({} if self.commit is None else {a: p.step for a, p in self.commit.progress.items()})
+
+    def note(self, **facts: Any) -> None:
+        """Set facts in run.json."""
+        self.facts = self.facts | facts
+        write_json(self.folder / "run.json", self.facts)
 
     def log(self, lines: list[dict[str, Any]]) -> None:
         """Append lines to metrics.jsonl."""
@@ -58,14 +64,17 @@ class Run:
             out.writelines(json.dumps(line) + "\n" for line in lines)
 
     def _forget_after(self, steps: dict[int, int]) -> None:
-        """Remove metric lines of steps that the resumed run will take again."""
+        """Remove metric lines of steps that the resumed run will take again.
+
+        Lines of the base and of a merge come when a pack is finished.
+        """
         if not self._metrics.exists():
             return
         kept = []
         for line in read_text(self._metrics, max_bytes=2**40).splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by a kill
                 entry = json.loads(line)
-                if entry["step"] <= steps.get(entry["adapter"], 0):
+                if entry["step"] <= min((steps.get(a, 0) for a in entry.get("members", [entry["adapter"]])), default=0):
                     kept.append(line)
         write_atomic(self._metrics, "".join(line + "\n" for line in kept))
 
@@ -86,7 +95,7 @@ def find_run(config: RunConfig, *, resume: bool) -> Run:
     folder = Path(config.output)
     saved = folder / "config.yaml"
     if not resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir())):
             raise RunError(
                 "the run folder is not empty",
                 where=folder,

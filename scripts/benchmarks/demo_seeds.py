@@ -96,13 +96,17 @@ def main() -> None:
     if a.summary:
         print(summary(json.loads(a.summary.read_text())))
         return
-    place = [f"model.name={MODEL_DIR}", f"data.train=[{DATA_DIR}]", *a.overrides]
+    model_name, train = json.dumps(str(MODEL_DIR)), json.dumps([str(DATA_DIR)])
+    place = [f"model.name={model_name}", f"data.train={train}", *a.overrides]
     config = load_config(CONFIG, place)
     model, tokenizer = load_base(str(MODEL_DIR))
     prepared = {b.folder: prepare(read_questions(DATA_DIR, b), tokenizer, prompt="bare") for b in BENCHMARKS}
-    found = {"temperatures": {}, "overrides": a.overrides, **environment()}
+    settings = {name: config.model_dump(mode="json")[name] for name in ("lora", "optim", "train")}
+    found = {"temperatures": {}, "settings": settings, **environment()}
     if a.out and a.out.exists():
         found = json.loads(a.out.read_text())
+        if found["settings"] != settings:
+            parser.error(f"{a.out} was made with other settings")
     for seed in range(*a.seeds):
         for temperature in a.temperatures or [f"{config.optim.temperature:g}", "0"]:
             done = found["temperatures"].setdefault(temperature, {})

@@ -208,7 +208,7 @@ def test_targets_must_be_one_run_or_adapters(run, data, tmp_path, tiny_model_dir
             evaluate(targets, data=data, benchmarks=["piqa"], out=out)
     for each in (run / "adapters").iterdir():
         (each / "adapter_config.json").unlink()
-    with pytest.raises(RunError, match="no adapters"):
+    with pytest.raises(AdapterError, match="no finished adapters"):
         evaluate([run], data=data, benchmarks=["piqa"])
 
 

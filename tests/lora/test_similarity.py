@@ -102,3 +102,10 @@ def test_one_adapter_has_no_spread_and_a_zero_update_no_direction(adapters):
     total = similarity.gram([zero, zero]).total
     assert similarity.mean_cosine(total) == 0
     assert similarity.relative_error_bar(total) is None
+
+
+def test_the_error_bar_of_unequal_weights_is_the_variance_of_the_weighted_sum():
+    inner = torch.diag(torch.tensor([2.0, 2.0, 2.0, 2.0], dtype=torch.float64))
+    weights = [0.7, 0.1, 0.1, 0.1]
+    assert similarity.error_bar(inner, weights) == pytest.approx(similarity.spread(inner) * 0.52)
+    assert similarity.error_bar(inner) == pytest.approx(similarity.spread(inner) / 4)

@@ -166,3 +166,13 @@ def test_noise_on_half_precision_is_refused():
     with pytest.raises(ConfigError, match="float32"):
         NoisyAdamW(half, temperature=0.1)
     NoisyAdamW(half, temperature=0.0)
+
+
+def test_a_state_of_plain_adamw_can_be_loaded():
+    params = parameters()
+    plain = torch.optim.AdamW(params, lr=1e-2)
+    run(plain, params, 2)
+    noisy = NoisyAdamW(params, temperature=0.1)
+    noisy.load_state_dict(plain.state_dict())
+    run(noisy, params, 1)
+    assert noisy.param_groups[0]["temperature"] == 0.1

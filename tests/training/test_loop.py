@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from poc_lora.config import validate
-from poc_lora.errors import CheckpointError, ConfigError, Interrupted, ModelError, RunError, TrainingError
+from poc_lora.errors import CheckpointError, ConfigError, Interrupted, ModelError, RequestError, RunError, TrainingError
 from poc_lora.training import loop, pack
 from poc_lora.training.loop import train
 from poc_lora.training.pack import Pack
@@ -72,7 +73,8 @@ def test_a_run_leaves_peft_adapters_that_learnt_something(settings, tiny_model_d
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), done.folder / "adapters/02")
     assert sum(p.abs().sum() for n, p in model.named_parameters() if "lora_B" in n) > 0
     facts = json.loads((done.folder / "run.json").read_text())
-    assert len(facts["data_sha256"]) == 1
+    assert len(facts["data_sha256"]) == 2
+    assert facts["train_seconds"] > 0
     assert facts["tokens_per_microbatch"] == 512
     assert "torch" in facts["versions"]
 
@@ -315,3 +317,69 @@ def test_what_auto_chose_is_kept_on_resume(settings, monkeypatch):
     monkeypatch.setitem(pack.AUTO_TOKENS, "cpu", 64)
     train(config(settings, train__tokens_per_microbatch="auto"), resume=True)
     assert json.loads((Path(settings["output"]) / "run.json").read_text())["tokens_per_microbatch"] == 2048
+
+
+def test_a_diverged_adapter_does_not_join_the_pack_of_an_extended_run(settings, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        diverge(patch, {1}, at=1)
+        train(config(settings))
+    reference = train(config(settings, adapters__count=5, output=str(tmp_path / "five")))
+    heal = stop_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(settings, adapters__count=5), resume=True)
+    heal()
+    done = train(config(settings, adapters__count=5), resume=True)
+    assert [done.progress[a].status for a in range(5)] == ["finished", "diverged", *3 * ["finished"]]
+    for adapter in (3, 4):
+        a, b = weights(reference.folder, adapter), weights(done.folder, adapter)
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_resuming_a_finished_run_changes_nothing(settings, monkeypatch):
+    diverge(monkeypatch, {1}, at=3)
+    done = train(config(settings))
+    before = metrics(done.folder)
+    train(config(settings), resume=True)
+    assert metrics(done.folder) == before
+    assert {"base", "merge"} < {line["adapter"] for line in before}
+    assert [line for line in before if "diverged" in line]
+
+
+def test_dropout_of_the_base_itself_stays_off(settings, tiny_model_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    facts = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(facts | {"attention_dropout": 0.5}))
+    settings["lora"]["dropout"] = 0.2
+    first = train(config(settings, model__name=str(base)))
+    torch.manual_seed(1234)
+    again = train(config(settings, model__name=str(base), output=str(tmp_path / "again")))
+    assert_same_bits(weights(first.folder, 0), weights(again.folder, 0))
+
+
+def test_several_processes_are_refused(settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RequestError, match="one process"):
+        train(config(settings))
+
+
+def test_the_output_head_is_no_target(settings):
+    with pytest.raises(ModelError, match="output head"):
+        train(config(settings, lora__targets=["q_proj", "lm_head"]))
+    assert not Path(settings["output"]).exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_base_with_damaged_weights_is_refused(settings, tiny_model_dir, tmp_path, damage):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    file = base / "model.safetensors"
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        tensors = load_file(file)
+        del tensors["model.norm.weight"]
+        save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        train(config(settings, model__name=str(base)))
