@@ -14,6 +14,7 @@ from tests.conftest import build_llama
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 M, RANK, ALPHA, VOCAB = 4, 4, 8.0, 97
+TEMPERATURE = 1e-3
 # Packed and separate computations differ only in the order of float32 sums: a few hundred roundings of 6e-8.
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 
@@ -95,6 +96,19 @@ def separate_loss(model, rows):
     return total / count
 
 
+@torch.no_grad()
+def add_noise(model, bank, slot, step, lr):
+    """The noise of one adapter's row, cut into the factors of a PEFT model."""
+    width = bank.parameters_per_adapter
+    noise = rng.normal((width,), rng.key(7, bank.adapters[slot], "noise", step, "0")) * (2 * lr * TEMPERATURE) ** 0.5
+    factors = peft_factors(model)
+    for path in bank.modules:
+        A, B = factors[path]
+        for parameter in (A, B.T):
+            part, noise = noise[: parameter.numel()], noise[parameter.numel() :]
+            parameter.add_(part.view(parameter.shape))
+
+
 @pytest.mark.parametrize("micro_rows", [3, 1, 2])
 def test_ten_steps_of_a_pack_equal_ten_steps_of_separate_peft_models(micro_rows):
     model = build_llama(VOCAB).requires_grad_(False)
@@ -103,6 +117,8 @@ def test_ten_steps_of_a_pack_equal_ten_steps_of_separate_peft_models(micro_rows)
     optimizer = NoisyAdamW(
         [{"params": [row], "adapter": a} for row, a in zip(bank.rows, bank.adapters, strict=True)],
         **settings,
+        temperature=TEMPERATURE,
+        seed=7,
     )
     alone = [make_peft(a) for a in bank.adapters]
     trainable = [[p for p in m.parameters() if p.requires_grad] for m in alone]
@@ -122,7 +138,10 @@ def test_ten_steps_of_a_pack_equal_ten_steps_of_separate_peft_models(micro_rows)
                     stack = bank.modules[path].stack
                     torch.testing.assert_close(stack.grad_A[slot], A.grad, **CLOSE)
                     torch.testing.assert_close(stack.grad_B[slot], B.grad.T, **CLOSE)
+            torch.nn.utils.clip_grad_norm_(trainable[slot], 0.5)
             theirs[slot].step()
+            add_noise(reference, bank, slot, step, settings["lr"])
+        bank.clip_grad_norm(0.5)
         optimizer.step()
     for slot, reference in enumerate(alone):
         factors = bank.adapter(slot).modules
