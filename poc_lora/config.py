@@ -35,6 +35,7 @@ class ModelSection(Section):
     name: Name
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on GPU, float32 on CPU
+    quantization: Literal["nf4", "int8"] | None = None  # by bitsandbytes; dtype is then what it computes in
 
 
 class LoraSection(Section):
@@ -50,6 +51,7 @@ class AdaptersSection(Section):
     """How many adapters, and the seed that all their draws descend from."""
 
     count: Positive = 8
+    per_device: Literal["auto"] | Positive = "auto"  # trained at once; auto: as many as fit
     seed: NonNegative = 0
 
 
@@ -83,7 +85,10 @@ class TrainSection(Section):
     epochs: PositiveFloat | None = None
     max_steps: Positive | None = None
     batch_size: Positive = 16
-    tokens_per_microbatch: Literal["auto"] | Positive = "auto"
+    tokens_per_microbatch: Literal["auto"] | Positive = "auto"  # over all adapters, padding counted
+    gradient_checkpointing: Literal["auto"] | Flag = "auto"  # auto: on when the activations would not fit
+    compile: Flag = False  # fuse the base model's elementwise parts with torch.compile
+    validate_every: Positive | None = None  # steps; null: at the end only
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSection":
@@ -101,6 +106,11 @@ class CheckpointSection(Section):
     keep: Positive = 2
 
 
+Track = Literal[
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]  # accelerate's
+
+
 class RunConfig(Section):
     """Everything that determines a training run."""
 
@@ -111,6 +121,7 @@ class RunConfig(Section):
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    track: tuple[Track, ...] = ()  # metrics.jsonl is always written
     output: Name
 
 
@@ -144,8 +155,13 @@ def dump_yaml(config: RunConfig) -> str:
 
 def changed_keys(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, each with its old and new value."""
-    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    before, after = flatten(old), flatten(new)
     return {k: (before.get(k), after.get(k)) for k in before | after if before.get(k) != after.get(k)}
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted key."""
+    return _flatten(config.model_dump())
 
 
 class _Loader(yaml.SafeLoader):

@@ -79,7 +79,7 @@ def micro_batches(
     by_length = [sorted(rows, key=lambda i: -len(examples[i].ids)) for rows in rows_per_slot]
     count, start = len(by_length[0]), 0
     while start < count:
-        longest = _padded(max(len(examples[rows[start]].ids) for rows in by_length))
+        longest = padded_length(max(len(examples[rows[start]].ids) for rows in by_length))
         take = max(1, min(count - start, tokens // (longest * len(by_length))))
         chosen = [i for rows in by_length for i in rows[start : start + take]]
         yield _pack(examples, chosen, take, train_on_prompt=train_on_prompt, pad_id=pad_id, device=device)
@@ -102,7 +102,7 @@ def _pack(
 ) -> MicroBatch:
     lengths = torch.tensor([len(examples[i].ids) for i in chosen])
     first = torch.ones_like(lengths) if train_on_prompt else torch.tensor([examples[i].answer_start for i in chosen])
-    T = _padded(int(lengths.max()))
+    T = padded_length(int(lengths.max()))
     input_ids = torch.full((len(chosen), T), pad_id)
     for row, i in enumerate(chosen):
         input_ids[row, : len(examples[i].ids)] = torch.tensor(examples[i].ids)
@@ -120,5 +120,6 @@ def _pack(
     )
 
 
-def _padded(length: int) -> int:
+def padded_length(length: int) -> int:
+    """The width of a batch whose longest row has `length` tokens."""
     return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE

@@ -3,123 +3,17 @@
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from poc_lora import rng
 from poc_lora.errors import AdapterError, ModelError
 from poc_lora.lora.adapter import Adapter, Factors
 from poc_lora.lora.base import linear_names
-
-
-@dataclass
-class _View:
-    """What the next forward passes compute; shared by all modules of a bank."""
-
-    mode: str = "pack"  # pack | only | merged | base
-    slot: int = 0
-    members: list[int] = field(default_factory=list)
-    dropout_keys: Tensor | None = None  # int64 [rows], set for a training pass
-
-
-class _PackedUpdate(torch.autograd.Function):
-    """y += scale · (x A^T) B for M adapters at once, with gradients added straight into the bank's buffer.
-
-    x [M, n, d_in], A [M, r, d_in], B [M, r, d_out], y [M, n, d_out]. With u = x A^T and dy given:
-    dB = scale · u^T dy, du = scale · dy B^T, dA = du^T x, dx = du A. Writing dA and dB in place of
-    returning them lets every module accumulate into a view of one flat buffer, without a copy.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scale: float
-    ) -> Tensor:
-        A, B = A.to(x.dtype), B.to(x.dtype)
-        u = torch.bmm(x, A.transpose(1, 2))
-        ctx.save_for_backward(x, u, A, B)
-        ctx.grads, ctx.scale = (grad_A, grad_B), scale
-        ctx.mark_dirty(y)
-        return y.baddbmm_(u, B, alpha=scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, A, B = ctx.saved_tensors
-        grad_A, grad_B = ctx.grads
-        du = torch.bmm(dy, B.transpose(1, 2)).mul_(ctx.scale)
-        if dy.dtype == grad_A.dtype:
-            grad_A.baddbmm_(du.transpose(1, 2), x)
-            grad_B.baddbmm_(u.transpose(1, 2), dy, alpha=ctx.scale)
-        else:
-            grad_A.add_(torch.bmm(du.transpose(1, 2), x))
-            grad_B.add_(torch.bmm(u.transpose(1, 2), dy), alpha=ctx.scale)
-        dx = torch.bmm(du, A) if ctx.needs_input_grad[1] else None
-        return dy if ctx.needs_input_grad[0] else None, dx, None, None, None, None, None
-
-
-class BankLinear(nn.Module):
-    """A frozen linear layer plus the stacked updates of M adapters.
-
-    y = W x + scale · B_j A_j dropout(x) for the rows of adapter j, where rows are adapter-major: with M
-    adapters the leading dimension of x is M·b, the first b rows belonging to the first adapter.
-    """
-
-    def __init__(self, base: nn.Linear, stack: "_Stack", view: _View, dropout: float, salt: int):
-        super().__init__()
-        self.base = base
-        self.stack = stack
-        self.view = view
-        self.dropout = dropout
-        self.salt = salt
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        mode, stack = self.view.mode, self.stack
-        if mode == "base":
-            return y
-        if mode == "pack":
-            M = stack.A.shape[0]
-            if x.shape[0] % M:
-                raise ModelError(
-                    f"an input with leading dimension {x.shape[0]} cannot be split among {M} adapters",
-                    fix="give every adapter the same number of rows, adapter after adapter",
-                )
-            packed = self._drop(x).reshape(M, -1, x.shape[-1])
-            updated = _PackedUpdate.apply(
-                y.view(M, -1, y.shape[-1]), packed, stack.A, stack.B, stack.grad_A, stack.grad_B, stack.scale
-            )
-            return updated.view(y.shape)
-        slots = [self.view.slot] if mode == "only" else self.view.members
-        A = stack.A.detach()[slots].flatten(0, 1).to(x.dtype)  # [m·r, d_in]
-        B = stack.B.detach()[slots].flatten(0, 1).to(x.dtype)
-        hidden_Nr = x.reshape(-1, x.shape[-1]) @ A.T
-        y.view(-1, y.shape[-1]).addmm_(hidden_Nr, B, alpha=stack.scale / max(1, len(slots)))
-        return y
-
-    def _drop(self, x: Tensor) -> Tensor:
-        if not (self.dropout and self.training):
-            return x
-        keys = self.view.dropout_keys
-        if keys is None or x.dim() != 3 or len(keys) != x.shape[0]:
-            raise ModelError("dropout needs one key per row", fix="call bank.key_dropout(keys) before the forward pass")
-        draws = rng.elementwise_uniform(keys, self.salt, x.shape[1], x.shape[2])
-        return x * (draws >= self.dropout).to(x.dtype).div_(1 - self.dropout)
-
-
-@dataclass
-class _Stack:
-    """One module's share of the bank's buffers."""
-
-    A: Tensor  # [M, r, d_in]
-    B: Tensor  # [M, r, d_out]
-    grad_A: Tensor
-    grad_B: Tensor
-    scale: float
+from poc_lora.lora.packed import BankLinear, Stack, View
 
 
 class AdapterBank:
@@ -130,12 +24,14 @@ class AdapterBank:
     `weights` [M, P], with gradients in `gradients` [M, P]; the modules hold views. So an optimizer's
     parameter, a checkpoint and a gradient norm are each one row of the buffer.
 
-    model: any torch model whose batch dimension comes first; its parameters must be frozen.
+    model: any torch model whose batch dimension comes first, frozen; its linear layers may be bitsandbytes' 4-bit
+    and 8-bit ones. Packed, it is called with M·b rows, the first b of them the first adapter's.
     targets: module names, matched by their last parts as in PEFT. rank, alpha: ΔW = (alpha / rank) B A.
     adapters: the ids of the adapters; an id, not a slot, keys an adapter's initialisation.
     dropout: probability of dropping an input of A while `model.training`.
 
-    A starts uniform in ±1/sqrt(d_in) (PEFT's default) and B at zero. Raises ModelError for unmatched targets.
+    A starts uniform in ±1/sqrt(d_in) (PEFT's default) and B at zero. Raises ModelError for unmatched targets, and in
+    a packed pass for an input that is not made of the rows that the model was called with.
     """
 
     def __init__(
@@ -160,6 +56,15 @@ class AdapterBank:
                     module.stack.A[slot].copy_((2 * draws - 1) * bound)
 
     @classmethod
+    def blank(
+        cls, model: nn.Module, *, targets: Sequence[str], rank: int, adapters: Sequence[int], dropout: float = 0.0
+    ) -> "AdapterBank":
+        """A trainable bank whose weights are all zero: for its shapes, or to be filled from a checkpoint."""
+        bank = cls.__new__(cls)
+        bank._build(model, matching_linears(model, targets), rank, 1.0, list(adapters), dropout, trainable=True)
+        return bank
+
+    @classmethod
     def from_adapters(cls, model: nn.Module, adapters: Sequence[Adapter]) -> "AdapterBank":
         """A bank that holds trained adapters, zero-padded to the largest rank, to be evaluated.
 
@@ -178,7 +83,7 @@ class AdapterBank:
                         where=adapter.source,
                         fix="use the base model that the adapter was trained on",
                     )
-        _refuse_head(model, {path: linears[path] for path in paths})
+        _refuse_regrouped(model, {path: linears[path] for path in paths})
         rank = max(f.A.shape[0] for a in adapters for f in a.modules.values())
         bank = cls.__new__(cls)
         bank._build(model, {path: linears[path] for path in paths}, rank, 1.0, list(range(len(adapters))), 0.0, False)
@@ -203,7 +108,7 @@ class AdapterBank:
         M = len(adapters)
         self.model, self.adapters, self.rank, self.scale = model, adapters, rank, scale
         self.dropped: set[int] = set()
-        self.view = _View(members=list(range(M)))
+        self.view = View(members=list(range(M)))
         P = sum(rank * (linear.in_features + linear.out_features) for linear in linears.values())
         device = next(iter(linears.values())).weight.device
         self.weights = torch.zeros(M, P, device=device)
@@ -219,13 +124,24 @@ class AdapterBank:
                 offset += rank * width
                 views += [buffer[:, part].unflatten(1, (rank, width)) for buffer in (self.weights, self.gradients)]
             A, grad_A, B, grad_B = views
-            stack = _Stack(A.requires_grad_(trainable), B.requires_grad_(trainable), grad_A, grad_B, scale)
+            stack = Stack(A.requires_grad_(trainable), B.requires_grad_(trainable), grad_A, grad_B, scale)
             module = BankLinear(linear, stack, self.view, dropout, rng.key(0, 0, "dropout-site", 0, path))
             module.train(linear.training)
             _replace(model, path, module)
             self.modules[path] = module
+        self._counter = model.register_forward_pre_hook(self._count_rows, with_kwargs=True)
         if trainable:
             self.zero_grad()
+
+    def _count_rows(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note how many rows the model is called with, by which its modules' inputs are judged."""
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        self.view.rows = next((len(x) for x in tensors if x.dim() > 1), None)
+        if self.view.mode == "pack" and self.view.rows is not None and self.view.rows % self.size:
+            raise ModelError(
+                f"{self.view.rows} rows cannot be split among {self.size} adapters",
+                fix="give every adapter the same number of rows, adapter after adapter",
+            )
 
     @property
     def size(self) -> int:
@@ -306,6 +222,7 @@ class AdapterBank:
 
     def remove(self) -> None:
         """Give the model its own linear layers back."""
+        self._counter.remove()
         for path, module in self.modules.items():
             _replace(self.model, path, module.base)
 
@@ -321,7 +238,7 @@ def matching_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.L
                     f"the target '{path}' is a {type(module).__name__}, not a linear layer", where="lora.targets"
                 )
             linears[path] = module
-    _refuse_head(model, linears)
+    _refuse_regrouped(model, linears)
     for target in targets:
         if not any(path == target or path.endswith(f".{target}") for path in linears):
             raise ModelError(
@@ -332,12 +249,16 @@ def matching_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.L
     return linears
 
 
-def _refuse_head(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
-    """The output head cannot be adapted: it is run only where logits are wanted, which packs its rows anew."""
+def _refuse_regrouped(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    """Modules whose input is not the pack's rows in their order cannot be told which adapter a row belongs to.
+
+    The output head is run only where logits are wanted; an expert sees the tokens that are routed to it.
+    """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for path, linear in linears.items():
-        if linear is head:
-            raise ModelError(f"'{path}' is the output head, which cannot be adapted", fix="leave it out of the targets")
+        what = "the output head" if linear is head else "a routed expert" if "experts" in path.split(".") else None
+        if what:
+            raise ModelError(f"'{path}' is {what}, which cannot be adapted", fix="leave it out of the targets")
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

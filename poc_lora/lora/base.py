@@ -1,12 +1,22 @@
 """The frozen base model: loaded safely, and run with the head only where logits are wanted."""
 
+import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch._guards import detect_fake_mode
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from poc_lora.errors import ModelError
@@ -18,12 +28,18 @@ def default_device() -> torch.device:
 
 
 def load_base(
-    name: str, *, revision: str | None = None, dtype: str = "auto", device: torch.device | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model (folder or Hub id), frozen and in eval mode, with its tokenizer.
 
-    dtype: `auto` is bfloat16 on a GPU and float32 on the CPU. Only safetensors weights are read and no code
-    from the model's repository is run. Raises ModelError.
+    dtype: `auto` is bfloat16 on a GPU and float32 on the CPU. quantization: None, `nf4` or `int8`, by bitsandbytes,
+    of the linear layers but the head; they compute in `dtype`. Only safetensors weights are read and no code from
+    the model's repository is run. Raises ModelError.
     """
     device = device or default_device()
     name = _expand(name)
@@ -35,6 +51,8 @@ def load_base(
             name,
             revision=revision,
             dtype=getattr(torch, resolve_dtype(dtype, device)),
+            quantization_config=_quantization(quantization, resolve_dtype(dtype, device)),
+            device_map={"": device} if quantization else None,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -45,12 +63,30 @@ def load_base(
     if loaded["missing_keys"]:
         raise _cannot_load(name, ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}"))
     model.requires_grad_(False)
-    return model.to(device).eval(), tokenizer
+    return (model if quantization else model.to(device)).eval(), tokenizer
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:
     """The name of the dtype that `auto` stands for on a device."""
     return ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+
+
+def _quantization(kind: str | None, dtype: str) -> BitsAndBytesConfig | None:
+    if kind is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"quantization '{kind}' needs bitsandbytes", where="model.quantization", fix="pip install 'poc-lora[bnb]'"
+        )
+    if kind == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+    # Threshold 0: outlier columns would be picked over all rows of a pack, and tie its adapters together.
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -62,13 +98,17 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         raise _cannot_load(name, problem) from None
 
 
-def empty_base(name: str, *, revision: str | None = None) -> PreTrainedModel:
-    """The base model's shapes on the meta device, from its config alone: no weights are read. Raises ModelError."""
+def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32") -> PreTrainedModel:
+    """The base model's shapes, from its config alone: no weights are read. Raises ModelError.
+
+    On the meta device, or within a FakeTensorMode on that mode's own CPU.
+    """
     name = _expand(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+        with torch.device("cpu" if detect_fake_mode() else "meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        return model.requires_grad_(False).eval()
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be loaded
         raise _cannot_load(name, problem) from None
 
@@ -80,10 +120,43 @@ def logits_at(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, columns: 
     only the n positions. Rows are padded on the right: under a causal mask no real token sees padding,
     and `use_cache=False` keeps transformers from treating rows as packed sequences.
     """
+    logits, _ = _run(model, input_ids, lambda hidden: hidden[rows, columns].unsqueeze(0))
+    return logits.squeeze(0)
+
+
+def hidden_at(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """What the head would see [n, d] at the positions of `logits_at`; the head runs on nothing."""
+    _, hidden = _run(model, input_ids, lambda hidden: hidden[:, :0])
+    return hidden[rows, columns]
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are its linear head's very output: some families scale or cap them."""
     head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][rows, columns].unsqueeze(0), *inputs[1:]))
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        return False
+    outputs: list[tuple[Tensor, int]] = []
+    hook = head.register_forward_hook(lambda _, inputs, output: outputs.append((output, output._version)))
     try:
-        return model(input_ids=input_ids, use_cache=False).logits.squeeze(0)
+        with torch.no_grad():
+            logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False).logits
+    finally:
+        hook.remove()
+    output, version = outputs[0]
+    return logits is output and logits._version == version
+
+
+def _run(model: PreTrainedModel, input_ids: Tensor, narrow: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The model's logits where the head sees `narrow(hidden)` only, and the hidden states before it."""
+    seen: list[Tensor] = []
+
+    def before_head(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen.append(inputs[0])
+        return (narrow(inputs[0]), *inputs[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(before_head)
+    try:
+        return model(input_ids=input_ids, use_cache=False).logits, seen[0]
     finally:
         hook.remove()
 

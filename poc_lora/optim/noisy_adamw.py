@@ -12,10 +12,12 @@ AR(1) with stationary variance 2 lr λ / (1 − (1 − lr h / eps)²).
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from poc_lora import rng
 from poc_lora.errors import ConfigError
@@ -31,13 +33,18 @@ class NoisyAdamW(torch.optim.AdamW):
     """AdamW that adds keyed Gaussian noise after each step; with `temperature=0` it is AdamW, bitwise.
 
     Each parameter group has its own `temperature` (λ), `seed` and `adapter`: the noise of a tensor is a
-    function of `(seed, adapter, steps the group has taken, name)`, so it is the same whichever other groups
+    function of `(seed, adapter, steps the group has taken, name)`, so it is the same whichever other adapters
     train beside it and wherever a run was interrupted. The name is the parameter's own when named
-    parameters are given (`model.named_parameters()`), else its position in the group. A parameter without a
-    gradient gets no update, no decay and no noise. `state_dict` carries all that is needed to go on.
+    parameters are given (`model.named_parameters()`), else its position among the parameters of all groups
+    with its seed and adapter: no two tensors share a stream. A parameter without a gradient gets no update,
+    no decay and no noise, and keeps its position. `state_dict` carries all that is needed to go on.
 
     params, lr, betas, eps, weight_decay and the keywords in `adamw`: as in `torch.optim.AdamW`.
-    Raises ConfigError for a negative temperature, or noise on parameters that are not float32.
+    Raises ConfigError for a negative temperature, for noise on parameters that are not float32, and for noise
+    on two parameters of one name, seed and adapter.
+
+    noise_norms: after a step, the L2 norm of the noise just added to each group, 0 where there was none: one
+    float32 scalar a group, on the device of the first parameter. Empty before the first step; not in `state_dict`.
     """
 
     def __init__(
@@ -56,47 +63,75 @@ class NoisyAdamW(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **adamw)
         noise = {"temperature": temperature, "seed": seed, "adapter": adapter, "noise_step": 0}
         self.defaults.update(noise)
-        for group in self.param_groups:
-            self._complete(group)
+        self.noise_norms: list[Tensor] = []
+        self._complete()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if "temperature" in self.defaults:  # not yet while torch's constructor adds the first groups
-            self._complete(self.param_groups[-1])
+            self._complete()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "noise_norms": self.noise_norms}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # a state of plain AdamW has no noise settings: this optimizer's apply
-            self._complete(group)
+        self._complete()  # a state of plain AdamW has no noise settings: this optimizer's apply
 
-    def _complete(self, group: dict[str, Any]) -> None:
-        for name in ("temperature", "seed", "adapter", "noise_step"):
-            group.setdefault(name, self.defaults[name])
-        if not (math.isfinite(group["temperature"]) and group["temperature"] >= 0):
-            raise ConfigError(f"temperature must be finite and at least 0, not {group['temperature']}")
-        if group["temperature"] > 0 and any(p.dtype != torch.float32 for p in group["params"]):
-            raise ConfigError(
-                "noise needs float32 parameters: in fewer bits most of it would be rounded away",
-                fix="keep the adapter weights in float32 (the base model may stay in bfloat16)",
-            )
+    def _complete(self) -> None:
+        """Give every group its noise settings, and refuse those that make no sense."""
+        owners: Counter[tuple[int, int, str]] = Counter()
+        for group in self.param_groups:
+            for name in ("temperature", "seed", "adapter", "noise_step"):
+                group.setdefault(name, self.defaults[name])
+            if not (math.isfinite(group["temperature"]) and group["temperature"] >= 0):
+                raise ConfigError(f"temperature must be finite and at least 0, not {group['temperature']}")
+            if group["temperature"] == 0:
+                continue
+            if any(p.dtype != torch.float32 for p in group["params"]):
+                raise ConfigError(
+                    "noise needs float32 parameters: in fewer bits most of it would be rounded away",
+                    fix="keep the adapter weights in float32 (the base model may stay in bfloat16)",
+                )
+            owners.update((group["seed"], group["adapter"], name) for name in group.get("param_names", ()))
+        for (_, adapter, name), tensors in owners.items():
+            if tensors > 1:
+                raise ConfigError(
+                    f"{tensors} parameters of adapter {adapter} are named {name!r}: they would get the same noise",
+                    fix="give them names of their own, or each of their groups its own `adapter`",
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One AdamW step, then the noise. `closure`: as in torch."""
         loss = _adamw_step(self, closure)
+        home = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        self.noise_norms = []
+        positions: Counter[tuple[int, int]] = Counter()  # given out so far, by seed and adapter
         for group in self.param_groups:
-            self._add_noise(group)
+            owner = group["seed"], group["adapter"]
+            norms = self._add_noise(group, positions[owner])
+            positions[owner] += len(group["params"])
+            self.noise_norms.append(
+                torch.linalg.vector_norm(torch.stack([norm.to(home) for norm in norms]))
+                if norms
+                else torch.zeros((), device=home)
+            )
         return loss
 
-    def _add_noise(self, group: dict[str, Any]) -> None:
+    def _add_noise(self, group: dict[str, Any], first: int) -> list[Tensor]:
+        """Add a group's noise, its first parameter being number `first`; the norm of each tensor's noise."""
         moving = [(i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
         if not moving:
-            return
+            return []
+        norms = []
         std = math.sqrt(2.0 * float(group["lr"]) * group["temperature"])
         if std > 0:
-            names = group.get("param_names") or [str(i) for i in range(len(group["params"]))]
+            names = group.get("param_names") or [str(first + i) for i in range(len(group["params"]))]
             for i, parameter in moving:
                 stream = rng.key(group["seed"], group["adapter"], "noise", group["noise_step"], names[i])
                 noise = rng.normal(tuple(parameter.shape), stream, parameter.device)
                 parameter.add_(noise, alpha=std)
+                norms.append(std * torch.linalg.vector_norm(noise))
         group["noise_step"] += 1
+        return norms

@@ -3,6 +3,7 @@
 from typing import Any
 
 from poc_lora.training.loop import Trained
+from poc_lora.training.plan import size
 
 
 def training_summary(done: Trained) -> list[str]:
@@ -15,6 +16,7 @@ def training_summary(done: Trained) -> list[str]:
         lines[0] += (
             f": {done.real_tokens:,} tokens in {done.seconds:.0f} s, {rate:,.0f} tokens/s, {share:.1%} not padding"
         )
+        lines.append(f"peak memory {size(done.peak_bytes)}")
     if done.shortened:
         lines.append(f"{done.shortened} rows were cut to data.max_length")
     if done.lost:

@@ -1,22 +1,79 @@
 """The loss of a pack: each adapter's mean over its own supervised tokens, summed over adapters."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from poc_lora.data.batches import MicroBatch
-from poc_lora.lora.base import logits_at
+from poc_lora.lora.base import hidden_at, logits_at
+
+# Logits held at once, by kind of device. On a CPU a chunk stays in the cache; on a GPU it keeps the matmul busy.
+CHUNK_LOGITS = {"cpu": 2**18, "cuda": 2**27}
+MIN_CHUNK_ROWS = 32
 
 
-def packed_loss(model: PreTrainedModel, batch: MicroBatch, tokens_per_slot: Tensor) -> tuple[Tensor, Tensor]:
+def packed_loss(
+    model: PreTrainedModel, batch: MicroBatch, tokens_per_slot: Tensor, *, plain_head: bool
+) -> tuple[Tensor, Tensor]:
     """The share of one micro-batch in a step's loss.
 
     tokens_per_slot [M]: supervised tokens of each adapter in the whole accumulation window, so that the
     shares of a window's micro-batches add up to `Σ_j (1/n_j) Σ_t CE_jt`: one mean per adapter, summed.
+    plain_head: see `has_plain_head`; logits that are scaled or capped are computed all at once.
     Returns that share (a scalar to differentiate) and its part per adapter [M], detached.
     """
-    logits = logits_at(model, batch.input_ids, batch.row, batch.column).float()
-    per_token = torch.nn.functional.cross_entropy(logits, batch.target, reduction="none")
+    if plain_head:
+        head: Any = model.get_output_embeddings()
+        hidden_nd = hidden_at(model, batch.input_ids, batch.row, batch.column)
+        per_token = chunked_cross_entropy(hidden_nd, head.weight, head.bias, batch.target)
+    else:
+        logits_nV = logits_at(model, batch.input_ids, batch.row, batch.column).float()
+        per_token = torch.nn.functional.cross_entropy(logits_nV, batch.target, reduction="none")
     weighted = per_token / tokens_per_slot[batch.slot]
     per_slot = torch.zeros_like(tokens_per_slot).index_add_(0, batch.slot, weighted.detach())
     return weighted.sum(), per_slot
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    """-log softmax(hidden Wᵀ + b)[target], float32 [n], without ever holding the logits of all positions.
+
+    hidden [n, d], weight [V, d] and bias [V], both frozen; target [n]. The gradient is found chunk by chunk in the
+    forward pass, while the logits are there: d(loss)/d(hidden) = (softmax − onehot) W.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, target)
+
+
+def chunk_rows(vocabulary: int, device_type: str) -> int:
+    """How many positions' logits are held at once."""
+    return max(MIN_CHUNK_ROWS, CHUNK_LOGITS[device_type] // vocabulary)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+        n, V = len(hidden), len(weight)
+        rows = chunk_rows(V, hidden.device.type)
+        losses = torch.empty(n, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, n, rows):
+            part = slice(start, start + rows)
+            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            chosen = target[part, None]
+            log_normaliser = logits.logsumexp(1, keepdim=True)
+            losses[part] = (log_normaliser - logits.gather(1, chosen)).squeeze(1)
+            if gradient is not None:
+                softmax = logits.sub_(log_normaliser).exp_()
+                softmax.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=softmax.dtype))
+                torch.mm(softmax.to(weight.dtype), weight, out=gradient[part])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(upstream[:, None].to(gradient.dtype)), None, None, None

@@ -1,5 +1,6 @@
 """A pack: adapters at the same step, trained together on one base model. Computes; reads and writes no file."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,17 +14,12 @@ from poc_lora.config import RunConfig
 from poc_lora.data.batches import MicroBatch, micro_batches, supervised_tokens
 from poc_lora.data.prompts import Example
 from poc_lora.lora.bank import AdapterBank
+from poc_lora.lora.base import has_plain_head
 from poc_lora.optim.noisy_adamw import NoisyAdamW
 from poc_lora.optim.schedules import learning_rate
+from poc_lora.training.fused import compiled_parts, gradient_checkpointing
 from poc_lora.training.loss import packed_loss
 from poc_lora.training.plan import TrainingData
-
-AUTO_TOKENS = {"cpu": 2048, "cuda": 16384}
-
-
-def resolve_tokens(chosen: int | str, device: torch.device) -> int:
-    """Tokens per micro-batch, all adapters counted; `auto` depends on the kind of device only."""
-    return AUTO_TOKENS[device.type] if isinstance(chosen, str) else chosen
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,7 @@ class Step:
 
     losses: list[float]
     grad_norms: list[float]
+    noise_norms: list[float]
     lr: float
     diverged: list[int]  # slots dropped at this step
     real_tokens: int
@@ -43,6 +40,7 @@ class Pack:
 
     model: the frozen base, in which the bank replaces the target modules until `close`.
     adapters: their ids. tokens: the size of a micro-batch. pad_id: any token; padding is never attended to.
+    checkpointing: run layers a second time in the backward pass instead of keeping what they computed.
     """
 
     def __init__(
@@ -54,9 +52,16 @@ class Pack:
         *,
         tokens: int,
         pad_id: int,
+        checkpointing: bool = False,
     ):
         self.config, self.model, self.data = config, model, data
         self.tokens, self.pad_id, self.device = tokens, pad_id, model.device
+        self.plain_head = has_plain_head(model)
+        self._undo = contextlib.ExitStack()
+        if config.train.compile:
+            self._undo.enter_context(compiled_parts(model))
+        if checkpointing:
+            self._undo.enter_context(gradient_checkpointing(model))
         lora, optim, seed = config.lora, config.optim, config.adapters.seed
         self.bank = AdapterBank(
             model,
@@ -101,7 +106,8 @@ class Pack:
         diverged = self._drop_unless(torch.isfinite(losses) & torch.isfinite(norms))
         self.optimizer.step()
         diverged += self._drop_unless(torch.isfinite(bank.weights.sum(dim=1)))
-        return Step(losses.tolist(), norms.tolist(), lr, diverged, real, computed)
+        noise = torch.stack(self.optimizer.noise_norms)
+        return Step(losses.tolist(), norms.tolist(), noise.tolist(), lr, diverged, real, computed)
 
     def _accumulate(self, step: int) -> tuple[Tensor, int, int]:
         """Add up the gradients of one step's rows, micro-batch by micro-batch."""
@@ -117,7 +123,7 @@ class Pack:
         for batch in self._micro_batches(examples, rows):
             if self.config.lora.dropout:
                 self.bank.key_dropout(self._dropout_keys(batch, step))
-            loss, per_slot = packed_loss(self.model, batch, tokens_per_slot)
+            loss, per_slot = packed_loss(self.model, batch, tokens_per_slot, plain_head=self.plain_head)
             loss.backward()
             losses += per_slot
             real += batch.real_tokens
@@ -154,26 +160,18 @@ class Pack:
         return bad
 
     @torch.no_grad()
-    def validation_losses(self) -> dict[int | str, float]:
-        """Mean loss per supervised token on the held-out rows: `base`, each live adapter by its id, and `merge`."""
+    def loss(self, examples: Sequence[Example]) -> float:
+        """Mean loss per supervised token of `examples` under the bank's present view: base, one adapter or merge."""
         self.model.eval()
-        with self.bank.disabled():
-            losses: dict[int | str, float] = {"base": self._validation_loss()}
-        for slot in self.live:
-            with self.bank.only(slot):
-                losses[self.bank.adapters[slot]] = self._validation_loss()
-        with self.bank.merged():
-            losses["merge"] = self._validation_loss()
-        return losses
-
-    def _validation_loss(self) -> float:
-        examples = self.data.validation
         learn_prompt = self.config.data.train_on_prompt
         count = sum(supervised_tokens(e, train_on_prompt=learn_prompt) for e in examples)
         tokens = torch.tensor([float(count)], device=self.device)
         batches = self._micro_batches(examples, [range(len(examples))])
-        return math.fsum(float(packed_loss(self.model, batch, tokens)[1]) for batch in batches)
+        return math.fsum(
+            float(packed_loss(self.model, batch, tokens, plain_head=self.plain_head)[1]) for batch in batches
+        )
 
     def close(self) -> None:
         """Give the base model its own modules back."""
         self.bank.remove()
+        self._undo.close()

@@ -1,6 +1,7 @@
 """What a run will do, found out before it starts: rows, steps, parameters, and bytes that can be counted."""
 
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 from poc_lora import rng
 from poc_lora.config import RunConfig
-from poc_lora.data.batches import BatchOrder, supervised_tokens
+from poc_lora.data.batches import BatchOrder, padded_length, supervised_tokens
 from poc_lora.data.prompts import Example, encode_rows
 from poc_lora.data.rows import read_sources, source_files
-from poc_lora.errors import ConfigError, DataError
+from poc_lora.errors import ConfigError, DataError, RequestError
 from poc_lora.files import sha256_file
-from poc_lora.lora.bank import AdapterBank
-from poc_lora.lora.base import context_length, default_device, empty_base, load_tokenizer, resolve_dtype
-
-# Bytes kept per adapter parameter: the weight, its gradient and two moments, float32.
-BYTES_PER_PARAMETER = 4 * 4
+from poc_lora.lora.bank import matching_linears
+from poc_lora.lora.base import context_length, default_device, empty_base, load_tokenizer
+from poc_lora.training.memory import Footprint, free_bytes
+from poc_lora.training.trackers import require_trackers
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class TrainingData:
     shortened: int
     lost: int
     files: dict[str, str]  # path, and "tokenised rows" -> sha256
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, padded as it would be in a batch."""
+        return padded_length(max(len(e.ids) for e in (*self.train, *self.validation)))
 
 
 def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, context: int | None = None) -> TrainingData:
@@ -80,36 +85,74 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, conte
     )
 
 
-def check(config: RunConfig) -> dict[str, Any]:
+def check(config: RunConfig, *, device: torch.device | None = None) -> dict[str, Any]:
     """Validate a run without weights; returns what it will do, as names and values for a person to read.
 
-    Raises the error that `train` would: schema, rows, target modules. Bytes are those that can be counted
-    beforehand: activations are not among them, and time is not estimated.
+    Raises the error that `train` would: schema, rows, target modules, trackers, room on the disk. Memory is the
+    predicted peak on `device`, default the one that training would use; time is not estimated.
     """
+    device = device or default_device()
+    require_trackers(config)
     model = empty_base(config.model.name, revision=config.model.revision)
-    bank = AdapterBank(model, targets=config.lora.targets, rank=config.lora.rank, alpha=config.lora.alpha, adapters=[])
+    matching_linears(model, config.lora.targets)
     tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
     data = prepare_data(config, tokenizer, context=context_length(model))
-    M, parameters = config.adapters.count, bank.parameters_per_adapter
-    tokens = sum(len(e.ids) for e in data.train)
-    learnt = sum(supervised_tokens(e, train_on_prompt=config.data.train_on_prompt) for e in data.train)
+    footprint = Footprint(config, device, longest=data.longest)
+    free = free_bytes(device)
+    sizes = footprint.choose(free)
+    memory = footprint.memory(sizes)
+    M, P = config.adapters.count, footprint.parameters
+    on_disk = M * P * 4 * (3 * (config.checkpoint.keep + 1) + 1)
     folder = Path(config.output)
-    width = getattr(torch, resolve_dtype(config.model.dtype, default_device())).itemsize
+    room = _require_room(folder, on_disk)
+    tokens = sum(len(e.ids) for e in data.train)
+    rows = M * config.train.batch_size
     return {
         "base parameters": sum(p.numel() for p in model.parameters()),
         "adapters": M,
-        "parameters per adapter": parameters,
-        "adapted modules": len(bank.modules),
+        "parameters per adapter": P,
         "training rows": len(data.train),
         "validation rows": len(data.validation),
         "rows shortened to max_length": data.shortened,
         "rows left out (whole answer cut off)": data.lost,
-        "tokens per epoch": tokens,
-        "supervised tokens per epoch": learnt,
-        "rows per step and adapter": config.train.batch_size,
+        "tokens per epoch and adapter": tokens,
+        "supervised tokens per epoch and adapter": sum(
+            supervised_tokens(e, train_on_prompt=config.data.train_on_prompt) for e in data.train
+        ),
+        "rows per step": f"{rows:,}: {config.train.batch_size} of each adapter",
         "steps": data.total_steps,
-        "bytes of the base model": sum(p.numel() for p in model.parameters()) * width,
-        "bytes of the bank and its optimizer": M * parameters * BYTES_PER_PARAMETER,
-        "bytes of one checkpoint": M * parameters * 3 * 4,
+        "tokens of the whole run, about": round(tokens / len(data.train) * rows * data.total_steps),
+        "adapters trained at once": sizes.per_device,
+        "tokens per micro-batch": sizes.tokens_per_microbatch,
+        "gradient checkpointing": "on" if sizes.gradient_checkpointing else "off",
+        f"memory on {device.type}: base model": size(memory.weights),
+        f"memory on {device.type}: adapters and gradients": size(memory.bank),
+        f"memory on {device.type}: optimizer": size(memory.optimizer),
+        f"memory on {device.type}: activations": size(memory.activations),
+        f"memory on {device.type}: logits": size(memory.logits),
+        f"memory on {device.type}: peak": f"{size(memory.total)} of {size(free)} free"
+        + ("" if memory.total < free else ": TOO MUCH"),
+        "disk": f"{size(on_disk)} of {size(room)} free",
         "run folder": f"{folder} ({'exists' if folder.exists() else 'new'})",
     }
+
+
+def _require_room(folder: Path, needed: int) -> int:
+    """Free bytes where `folder` is or will be. Raises RequestError where they are too few."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise RequestError(
+            f"checkpoints and adapters need {size(needed)}, {size(free)} are free",
+            where=there,
+            fix="free some space, set output to another disk, or lower adapters.count, lora.rank or checkpoint.keep",
+        )
+    return free
+
+
+def size(nbytes: int) -> str:
+    """Bytes as a person reads them: 1.5 GB is 1.5e9 bytes."""
+    for unit, width in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= width:
+            return f"{nbytes / width:.1f} {unit}"
+    return f"{nbytes / 1e3:.0f} kB"

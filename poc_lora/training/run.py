@@ -25,7 +25,7 @@ from poc_lora.lora.adapter import Adapter, write_adapter
 from poc_lora.training.checkpoint import Commit, newest_commit
 
 # What may differ between a run and its resumption: nothing that a trained adapter already depends on.
-RESUMABLE = ("adapters.count", "checkpoint.", "output")
+RESUMABLE = ("adapters.count", "adapters.per_device", "checkpoint.", "output", "track", "train.validate_every")
 LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "tokenizers")
 
 

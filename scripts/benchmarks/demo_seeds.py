@@ -22,7 +22,8 @@ from poc_lora.evaluation.label import PreparedQuestions, prepare, score_labels
 from poc_lora.files import write_json
 from poc_lora.lora.base import load_base
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
-from poc_lora.training.pack import Pack, resolve_tokens
+from poc_lora.training.memory import FAST_TOKENS
+from poc_lora.training.pack import Pack
 from poc_lora.training.plan import prepare_data
 from poc_lora.training.run import environment
 
@@ -40,7 +41,7 @@ def one_seed(config: RunConfig, model, tokenizer, prepared: dict[str, PreparedQu
     """Train one pack and score it whole and in part."""
     M = config.adapters.count
     data = prepare_data(config, tokenizer)
-    tokens = resolve_tokens(config.train.tokens_per_microbatch, model.device)
+    tokens = FAST_TOKENS[model.device.type]
     pack = Pack(config, model, data, range(M), tokens=tokens, pad_id=tokenizer.pad_token_id)
     with torch.enable_grad():
         for step in range(data.total_steps):

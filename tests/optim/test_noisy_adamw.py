@@ -2,10 +2,12 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
 
+from poc_lora import rng
 from poc_lora.errors import ConfigError
 from poc_lora.optim.noisy_adamw import NoisyAdamW
 
@@ -129,6 +131,124 @@ def test_noise_is_keyed_by_name_where_names_are_given():
     backward = noise([(n, torch.nn.Parameter(torch.zeros(20))) for n in reversed(names)])
     assert torch.equal(forward["a"], backward["a"])
     assert not torch.equal(forward["a"], forward["b"])
+
+
+def noise_of(groups, **settings):
+    """The noise of one step on zeros with zero gradients, where AdamW itself does nothing."""
+    optimizer = NoisyAdamW(groups, lr=0.5, temperature=1.0, **settings)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    return [p.detach() for group in optimizer.param_groups for p in group["params"]]
+
+
+def zeros(n, size=32):
+    return [torch.nn.Parameter(torch.zeros(size)) for _ in range(n)]
+
+
+def test_groups_of_one_adapter_count_their_unnamed_parameters_on():
+    # equality: splitting the same tensors into groups does not touch their draws
+    split = noise_of([{"params": zeros(2)}, {"params": []}, {"params": zeros(3)}])
+    assert all(torch.equal(a, b) for a, b in zip(split, noise_of(zeros(5)), strict=True))
+    assert len({tuple(noise.tolist()) for noise in split}) == 5
+
+
+def test_an_adapter_in_two_groups_is_counted_apart_from_groups_between_them():
+    # equality: positions are counted within one seed and adapter, whatever else the optimizer holds
+    between = [{"params": zeros(2), "adapter": 1}, {"params": zeros(2), "seed": 9}]
+    mixed = noise_of([{"params": zeros(2)}, *between, {"params": zeros(2)}])
+    alone = noise_of([{"params": zeros(2)}, {"params": zeros(2)}])
+    assert all(torch.equal(a, b) for a, b in zip(mixed[:2] + mixed[-2:], alone, strict=True))
+    assert len({tuple(noise.tolist()) for noise in mixed}) == 8
+
+
+def test_a_parameter_without_gradient_keeps_its_position_and_that_of_later_groups():
+    def train(frozen):
+        params = zeros(4)
+        optimizer = NoisyAdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.5, temperature=1.0)
+        for i, p in enumerate(params):
+            p.grad = None if i in frozen else torch.zeros_like(p)
+        optimizer.step()
+        return params
+
+    everything = train(())
+    for frozen in ((0,), (1, 2), (0, 1)):
+        for i, (p, q) in enumerate(zip(train(frozen), everything, strict=True)):
+            assert torch.equal(p, torch.zeros_like(p) if i in frozen else q)  # equality: the same draw or none
+
+
+def test_a_group_added_later_counts_on():
+    params = zeros(2)
+    optimizer = NoisyAdamW([params[0]], lr=0.5, temperature=1.0)
+    optimizer.add_param_group({"params": [params[1]]})
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    together = noise_of(zeros(2))
+    assert all(torch.equal(a, b) for a, b in zip(params, together, strict=True))  # equality: the same two draws
+
+
+def test_named_and_unnamed_groups_cannot_mix_so_a_name_is_never_a_position():
+    # torch itself refuses; should it ever allow it, a tensor named "0" would share position 0's stream
+    named, unnamed = {"params": [("0", zeros(1)[0])]}, {"params": zeros(1)}
+    for groups in ([named, unnamed], [unnamed, named]):
+        with pytest.raises(ValueError, match="with/without names"):
+            NoisyAdamW([dict(group) for group in groups], temperature=1.0)
+
+
+def test_two_parameters_of_one_name_are_refused_unless_their_adapters_or_seeds_differ():
+    def groups(**second):
+        return [{"params": [("a", p)], **settings} for p, settings in zip(zeros(2), ({}, second), strict=True)]
+
+    with pytest.raises(ConfigError, match="2 parameters of adapter 0 are named 'a'"):
+        NoisyAdamW(groups(), temperature=1.0)
+    NoisyAdamW(groups(), temperature=0.0)
+    for second in ({"adapter": 1}, {"seed": 1}):
+        first, other = noise_of(groups(**second))
+        assert not torch.equal(first, other)
+
+
+def test_noise_norms_are_the_size_of_the_noise_of_each_group():
+    groups = [{"params": zeros(3, 50)}, {"params": []}, {"params": zeros(1), "temperature": 0.0}, {"params": zeros(2)}]
+    optimizer = NoisyAdamW(groups, lr=0.5, temperature=0.3)
+    assert optimizer.noise_norms == []
+    for group in optimizer.param_groups[:3]:  # the last group has no gradient
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    norms = optimizer.noise_norms
+    assert [(norm.shape, norm.dtype) for norm in norms] == [(torch.Size(), torch.float32)] * 4
+    # the parameters are the noise; the norm of 150 float32 numbers is good to some 1e-6
+    torch.testing.assert_close(norms[0], torch.cat(optimizer.param_groups[0]["params"]).norm(), rtol=1e-5, atol=0)
+    assert norms[0] > 0
+    assert norms[1:] == [0, 0, 0]
+
+
+def test_noise_norms_are_copied_and_pickled_but_no_part_of_the_state():
+    params = parameters()
+    optimizer = NoisyAdamW(params, lr=1e-2, temperature=0.1)
+    run(optimizer, params, 1)
+    state = optimizer.state_dict()
+    assert set(state) == {"state", "param_groups"}
+    assert "noise_norms" not in state["param_groups"][0]
+    norms = list(optimizer.noise_norms)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):  # noqa: S301
+        assert other.noise_norms == norms  # equality: copies of the same numbers
+        run(other, other.param_groups[0]["params"], 1, first=1)
+        assert other.noise_norms != norms
+    optimizer.load_state_dict(state)
+    assert optimizer.noise_norms == norms
+
+
+def test_without_temperature_no_noise_is_drawn_or_measured(monkeypatch):
+    params = parameters()
+    optimizer = NoisyAdamW(params, temperature=0.0)
+    monkeypatch.setattr(rng, "normal", None)
+    monkeypatch.setattr(torch.linalg, "vector_norm", None)
+    run(optimizer, params, 2)
+    assert optimizer.noise_norms == [0]
+    assert optimizer.param_groups[0]["noise_step"] == 2
 
 
 def test_hooks_run_once_a_step_even_after_a_plain_adamw_was_made():

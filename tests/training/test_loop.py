@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from poc_lora.config import validate
 from poc_lora.errors import CheckpointError, ConfigError, Interrupted, ModelError, RequestError, RunError, TrainingError
-from poc_lora.training import loop, pack
+from poc_lora.training import loop, memory
 from poc_lora.training.loop import train
 from poc_lora.training.pack import Pack
 
@@ -314,7 +314,7 @@ def test_what_auto_chose_is_kept_on_resume(settings, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(config(settings, train__tokens_per_microbatch="auto"))
     heal()
-    monkeypatch.setitem(pack.AUTO_TOKENS, "cpu", 64)
+    monkeypatch.setitem(memory.FAST_TOKENS, "cpu", 64)
     train(config(settings, train__tokens_per_microbatch="auto"), resume=True)
     assert json.loads((Path(settings["output"]) / "run.json").read_text())["tokens_per_microbatch"] == 2048
 

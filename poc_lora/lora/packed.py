@@ -1,0 +1,123 @@
+"""One frozen linear layer with the stacked updates of M adapters: what a bank puts in a target's place."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from poc_lora import rng
+from poc_lora.errors import ModelError
+
+
+@dataclass
+class View:
+    """What the next forward passes compute; shared by all modules of a bank."""
+
+    mode: str = "pack"  # pack | only | merged | base
+    slot: int = 0
+    members: list[int] = field(default_factory=list)
+    dropout_keys: Tensor | None = None  # int64 [rows], set for a training pass
+    rows: int | None = None  # of the model's input in its current call
+
+
+@dataclass
+class Stack:
+    """One module's share of the bank's buffers."""
+
+    A: Tensor  # [M, r, d_in]
+    B: Tensor  # [M, r, d_out]
+    grad_A: Tensor
+    grad_B: Tensor
+    scale: float
+
+
+class _PackedUpdate(torch.autograd.Function):
+    """y += scale · (x A^T) B for M adapters at once, with gradients added straight into the bank's buffer.
+
+    x [M, n, d_in], A [M, r, d_in], B [M, r, d_out], y [M, n, d_out]. With u = x A^T and dy given:
+    dB = scale · u^T dy, du = scale · dy B^T, dA = du^T x, dx = du A. Writing dA and dB in place of
+    returning them lets every module accumulate into a view of one flat buffer, without a copy.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scale: float
+    ) -> Tensor:
+        M = len(A)
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        u = torch.bmm(x.view(M, -1, x.shape[-1]), A.transpose(1, 2))
+        ctx.save_for_backward(x, u, A, B)
+        ctx.grads, ctx.scale = (grad_A, grad_B), scale
+        ctx.mark_dirty(y)
+        y.view(M, -1, y.shape[-1]).baddbmm_(u, B, alpha=scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, u, A, B = ctx.saved_tensors
+        grad_A, grad_B = ctx.grads
+        packed, dy = x.view(len(A), -1, x.shape[-1]), upstream.reshape(len(A), -1, upstream.shape[-1])
+        du = torch.bmm(dy, B.transpose(1, 2)).mul_(ctx.scale)
+        if dy.dtype == grad_A.dtype:
+            grad_A.baddbmm_(du.transpose(1, 2), packed)
+            grad_B.baddbmm_(u.transpose(1, 2), dy, alpha=ctx.scale)
+        else:
+            grad_A.add_(torch.bmm(du.transpose(1, 2), packed))
+            grad_B.add_(torch.bmm(u.transpose(1, 2), dy), alpha=ctx.scale)
+        dx = torch.bmm(du, A).view(x.shape) if ctx.needs_input_grad[1] else None
+        return upstream if ctx.needs_input_grad[0] else None, dx, None, None, None, None, None
+
+
+class BankLinear(nn.Module):
+    """A frozen linear layer plus the stacked updates of M adapters.
+
+    y = W x + scale · B_j A_j dropout(x) for the rows of adapter j, where rows are adapter-major: with M
+    adapters the leading dimension of x is M·b, the first b rows belonging to the first adapter.
+    """
+
+    def __init__(self, base: nn.Linear, stack: Stack, view: View, dropout: float, salt: int):
+        super().__init__()
+        self.base = base
+        self.stack = stack
+        self.view = view
+        self.dropout = dropout
+        self.salt = salt
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        mode, stack = self.view.mode, self.stack
+        if mode == "base":
+            return y
+        if mode == "pack":
+            self._check_rows(x, len(stack.A))
+            return _PackedUpdate.apply(
+                y, self._drop(x).contiguous(), stack.A, stack.B, stack.grad_A, stack.grad_B, stack.scale
+            )
+        slots = [self.view.slot] if mode == "only" else self.view.members
+        A = stack.A.detach()[slots].flatten(0, 1).to(x.dtype)  # [m·r, d_in]
+        B = stack.B.detach()[slots].flatten(0, 1).to(x.dtype)
+        hidden_Nr = x.reshape(-1, x.shape[-1]) @ A.T
+        y.view(-1, y.shape[-1]).addmm_(hidden_Nr, B, alpha=stack.scale / max(1, len(slots)))
+        return y
+
+    def _check_rows(self, x: Tensor, M: int) -> None:
+        rows = self.view.rows or M
+        if x.shape[0] % rows:
+            raise ModelError(
+                f"an input with leading dimension {x.shape[0]} cannot be split among {M} adapters:"
+                f" it is not made of the {rows} rows that the model was called with",
+                fix="give every adapter the same number of rows, adapter after adapter; modules that regroup"
+                " rows, such as routed experts, cannot be targets",
+            )
+
+    def _drop(self, x: Tensor) -> Tensor:
+        if not (self.dropout and self.training):
+            return x
+        keys = self.view.dropout_keys
+        if keys is None or x.dim() != 3 or len(keys) != x.shape[0]:
+            raise ModelError("dropout needs one key per row", fix="call bank.key_dropout(keys) before the forward pass")
+        draws = rng.elementwise_uniform(keys, self.salt, x.shape[1], x.shape[2])
+        return x * (draws >= self.dropout).to(x.dtype).div_(1 - self.dropout)

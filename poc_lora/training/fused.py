@@ -1,0 +1,106 @@
+"""Ways to run the base model with less memory or time, put in place for the length of a block and undone after it."""
+
+import contextlib
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from poc_lora import rng
+from poc_lora.errors import ConfigError, ModelError
+
+ROTARY = "apply_rotary_pos_emb"  # what transformers calls it in every family that has it
+
+
+@contextlib.contextmanager
+def gradient_checkpointing(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block each decoder layer keeps its input only, and is run again in the backward pass.
+
+    Exact: dropout is keyed, so a second run draws the same. Raises ModelError for a model without such layers.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(
+            f"{type(model).__name__} has no layers that can be checkpointed",
+            where="train.gradient_checkpointing",
+            fix="set it to false",
+        )
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@contextlib.contextmanager
+def compiled_parts(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block norms, rotary embedding and gated activations of the model run as one compiled kernel each.
+
+    They are the memory-bound parts, where compilation pays: each reads and writes its tensors once. They take seconds
+    to compile; a whole decoder takes minutes. The bank's modules and the matmuls stay as they are. Raises ConfigError
+    where torch.compile has no compiler to use.
+    """
+    require_compiler(model.device)
+    with contextlib.ExitStack() as undo:
+        forwards: dict[type, Callable[..., Any]] = {}
+        for module in model.modules():
+            if type(module).__name__.endswith("Norm") and not list(module.children()):
+                forward = forwards.setdefault(type(module), _compiled(type(module).forward))
+                _patch(undo, module, "forward", types.MethodType(forward, module))
+            elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+                _patch_gated(undo, module)
+        for name in {type(module).__module__ for module in model.modules()}:
+            library = sys.modules[name]
+            if hasattr(library, ROTARY):
+                original = getattr(library, ROTARY)
+                setattr(library, ROTARY, _compiled(original))
+                undo.callback(setattr, library, ROTARY, original)
+        yield
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raises ConfigError where torch.compile does not work."""
+    try:
+        _compiled(lambda x: x * 2 + 1)(torch.ones(4, device=device))
+    except Exception as problem:  # inductor raises many kinds
+        raise ConfigError(
+            f"torch.compile does not work here: {str(problem).strip().splitlines()[0]}",
+            where="train.compile",
+            fix="install a C++ compiler such as g++ (on a GPU, triton too), or set it to false",
+        ) from None
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+def _patch(undo: contextlib.ExitStack, module: nn.Module, name: str, value: Any) -> None:
+    setattr(module, name, value)
+    undo.callback(delattr, module, name)
+
+
+def _patch_gated(undo: contextlib.ExitStack, module: Any) -> None:
+    """Compile `act_fn(gate) * up` where that is what the module computes: found out on numbers."""
+
+    def forward(x: Tensor) -> Tensor:
+        return module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))
+
+    def gated(gate: Tensor, up: Tensor) -> Tensor:
+        return module.act_fn(gate) * up
+
+    weight = module.gate_proj.weight
+    x = rng.normal((2, module.gate_proj.in_features), rng.key(0, 0, "compile probe")).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        same = torch.equal(module(x), forward(x))
+    if same:
+        gated = _compiled(gated)
+        _patch(undo, module, "forward", forward)

@@ -1,0 +1,243 @@
+"""How much memory a run takes, found out without its weights, and the sizes that `auto` chooses from that.
+
+One micro-batch is run forwards and backwards on tensors that have shapes but no data; the peak of what would be alive
+is counted. So any architecture is covered, with or without gradient checkpointing.
+"""
+
+import contextlib
+import resource
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from poc_lora.config import RunConfig
+from poc_lora.data.batches import MicroBatch
+from poc_lora.lora.bank import AdapterBank
+from poc_lora.lora.base import empty_base, has_plain_head, resolve_dtype
+from poc_lora.training.fused import gradient_checkpointing
+from poc_lora.training.loss import chunk_rows, packed_loss
+
+# Tokens of a micro-batch, all adapters counted, that keep the device busy; more would only take memory.
+FAST_TOKENS = {"cpu": 2048, "cuda": 16384}
+# Below so many, running layers twice costs less than such small matmuls do.
+SLOW_TOKENS = {"cpu": 256, "cuda": 4096}
+SPARE = 0.1  # of the free memory is left alone: allocators waste some, and the estimate is one
+QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0}  # per weight, block scales included
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What `auto` stands for in one run; kept in run.json."""
+
+    tokens_per_microbatch: int
+    per_device: int
+    gradient_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted peak bytes on the device, by part."""
+
+    weights: int  # of the base
+    bank: int  # adapters and their gradients
+    optimizer: int  # two moments, and the noise of one adapter
+    activations: int  # of one micro-batch, the backward pass included
+    logits: int  # of one chunk
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+class Footprint:
+    """The memory of a run's parts as functions of the sizes to be chosen. Reads the base's config, no weights."""
+
+    def __init__(self, config: RunConfig, device: torch.device, *, longest: int):
+        self.config, self.device, self.longest = config, device, longest
+        self._measured: dict[tuple[int, bool], tuple[int, int]] = {}
+        section = config.model
+        self.dtype = resolve_dtype(section.dtype, device)
+        with _shapes_only():
+            model = empty_base(section.name, revision=section.revision, dtype=self.dtype)
+            head = model.get_output_embeddings()
+            self.vocabulary = head.out_features
+            self.plain_head = has_plain_head(model)
+            self.weights, self.largest = _weight_bytes(model, section.quantization)
+            bank = AdapterBank.blank(model, targets=config.lora.targets, rank=config.lora.rank, adapters=[0])
+            self.parameters = bank.parameters_per_adapter
+
+    def memory(self, sizes: Sizes) -> Memory:
+        """The predicted peak with these sizes."""
+        M, P = sizes.per_device, self.parameters
+        fixed, per_token = self._activations(M, sizes.gradient_checkpointing)
+        tokens = max(sizes.tokens_per_microbatch, M * self.longest)
+        peak = fixed + per_token * tokens
+        logits = min(self._logits(tokens), peak)
+        return Memory(
+            weights=self.weights,
+            bank=2 * 4 * M * P,
+            optimizer=2 * 4 * M * P + (4 * P if self.config.optim.temperature else 0),
+            activations=peak - logits,
+            logits=logits,
+        )
+
+    def choose(self, free: int) -> Sizes:
+        """What `auto` stands for with `free` bytes: the first of the candidates that fits, or the smallest."""
+        for sizes in self._candidates():
+            if self.memory(sizes).total <= (1 - SPARE) * free:
+                break
+        return sizes
+
+    def _candidates(self) -> Iterator[Sizes]:
+        """Full packs before halved ones, then plain layers before recomputed ones, then large micro-batches."""
+        train, adapters, kind = self.config.train, self.config.adapters, self.device.type
+        recomputing, tokens = train.gradient_checkpointing, train.tokens_per_microbatch
+        for M in _halves(adapters.count, 1) if adapters.per_device == "auto" else [adapters.per_device]:
+            least = M * self.longest  # a micro-batch has a row of each adapter
+            for again in [False, True] if recomputing == "auto" else [recomputing]:
+                floor = least if again or recomputing != "auto" else max(least, SLOW_TOKENS[kind])
+                for n in _halves(FAST_TOKENS[kind], floor) if tokens == "auto" else [tokens]:
+                    yield Sizes(n, min(M, adapters.count), again)
+
+    def _logits(self, tokens: int) -> int:
+        width = getattr(torch, self.dtype).itemsize
+        rows = min(tokens, chunk_rows(self.vocabulary, self.device.type)) if self.plain_head else tokens
+        return rows * self.vocabulary * (4 + (width if width != 4 else 0))
+
+    def _activations(self, M: int, checkpointing: bool) -> tuple[int, int]:
+        """Peak bytes of a micro-batch of M adapters, as fixed bytes and bytes per token."""
+        if (M, checkpointing) not in self._measured:
+            with _shapes_only():
+                section, lora = self.config.model, self.config.lora
+                model = empty_base(section.name, revision=section.revision, dtype=self.dtype)
+                bank = AdapterBank.blank(
+                    model, targets=lora.targets, rank=lora.rank, adapters=range(M), dropout=lora.dropout
+                )
+                for module in bank.modules.values():
+                    module.train()
+                with gradient_checkpointing(model) if checkpointing else contextlib.nullcontext():
+                    small, large = (self._peak(model, bank, rows) for rows in (M, 2 * M))
+            per_token = (large - small) // (M * self.longest)
+            self._measured[M, checkpointing] = (max(0, 2 * small - large) + self.largest, per_token)
+        return self._measured[M, checkpointing]
+
+    def _peak(self, model: PreTrainedModel, bank: AdapterBank, rows: int) -> int:
+        T = self.longest
+        zeros = torch.zeros(rows * (T - 1), dtype=torch.int64)
+        batch = MicroBatch(torch.zeros(rows, T, dtype=torch.int64), zeros, zeros, zeros, zeros, [], 0)
+        bank.key_dropout(torch.zeros(rows, dtype=torch.int64))
+        with _PeakBytes() as alive:
+            loss, _ = packed_loss(model, batch, torch.ones(bank.size), plain_head=self.plain_head)
+            loss.backward()
+        return alive.peak
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a run may take on the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory taken so far: of the GPU by tensors, of the CPU by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def resolve_sizes(
+    config: RunConfig, model: PreTrainedModel, *, free: int, longest: int, before: Mapping[str, Any]
+) -> Sizes:
+    """The sizes that a run asks for; what is `auto` stays as it was `before`, or is chosen to fit `free` bytes.
+
+    `free` is counted with the base `model` not yet loaded.
+    """
+    adapters, train = config.adapters, config.train
+    most = Sizes(FAST_TOKENS[model.device.type], adapters.count, False)
+    asked = Sizes(train.tokens_per_microbatch, adapters.per_device, train.gradient_checkpointing)  # type: ignore[arg-type]
+    known: dict[str, Any] = {
+        name: before.get(name) if value == "auto" else value for name, value in asdict(asked).items()
+    }
+    if None in known.values() and not before and _most_bytes(config, model, most, longest) <= (1 - SPARE) * free:
+        known = {name: asdict(most)[name] if value is None else value for name, value in known.items()}
+    if None in known.values():
+        return Footprint(config, model.device, longest=longest).choose(free)
+    return Sizes(**known)
+
+
+def _most_bytes(config: RunConfig, model: PreTrainedModel, sizes: Sizes, longest: int) -> int:
+    """More than a run can take, found at once: for small models, which need no closer look.
+
+    Of each linear layer, four times what goes in and out: three times what a Llama was seen to take.
+    """
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    tokens = max(sizes.tokens_per_microbatch, sizes.per_device * longest)
+    activations = tokens * sum(4 * 4 * (m.in_features + m.out_features) for m in linears)
+    bank = 4 * 4 * sizes.per_device * config.lora.rank * sum(m.in_features + m.out_features for m in linears)
+    return sum(p.nbytes for p in model.parameters()) + bank + activations
+
+
+def _halves(most: int, least: int) -> list[int]:
+    """`most`, half of it, and so on, as long as it is at least `least`; never empty."""
+    sizes = [most]
+    while sizes[-1] // 2 >= least:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+@contextlib.contextmanager
+def _shapes_only() -> Iterator[None]:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def _weight_bytes(model: PreTrainedModel, quantization: str | None) -> tuple[int, int]:
+    """Bytes of the base's weights, and of the largest one as it is unpacked for a matmul."""
+    head = model.get_output_embeddings()
+    packed = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head] if quantization else []
+    ids = {id(p) for p in packed}
+    plain = sum(p.nbytes for p in model.parameters() if id(p) not in ids)
+    if not quantization:
+        return plain, 0
+    return plain + round(sum(p.numel() for p in packed) * QUANTIZED_BYTES[quantization]), max(p.nbytes for p in packed)
+
+
+class _PeakBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made within the block that are alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._known: dict[int, int] = {}  # storage -> its bytes, 0 for one made before the block
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._meet(tensor, 0)
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._meet(tensor, tensor.untyped_storage().nbytes())
+        return result
+
+    def _meet(self, tensor: Tensor, nbytes: int) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            self._known[key] = nbytes
+            self._now += nbytes
+            self.peak = max(self.peak, self._now)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self._now -= self._known.pop(key, 0)
