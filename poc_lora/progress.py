@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Protocol
 
 from rich.console import Console
@@ -42,11 +43,16 @@ class _Bar:
 class _Lines:
     def __init__(self, total: int, title: str, done: int):
         self.total, self.title, self.done = total, title, done
-        self.last = time.monotonic()
+        self.before = done
+        self.start = self.last = time.monotonic()
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self.done += n
         now = time.monotonic()
         if self.done >= self.total or now - self.last >= SECONDS_BETWEEN_LINES:
             self.last = now
-            print(f"{self.title} {self.done}/{self.total} {note}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
+            parts = [f"{self.done}/{self.total}", note]
+            if self.before < self.done < self.total:
+                left = (now - self.start) / (self.done - self.before) * (self.total - self.done)
+                parts.append(f"{timedelta(seconds=round(left))} left")
+            print(self.title, ", ".join(filter(None, parts)), file=sys.stderr, flush=True)  # noqa: T201

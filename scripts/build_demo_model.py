@@ -5,7 +5,8 @@
 
 Writes config.json, model.safetensors, the tokenizer and README.md, the model's card. Without --out it replaces the
 model that ships, which every figure of the demo rests on. The same seed, thread count and torch build write the same
-weights.
+weights on the same kind of CPU; on another kind, whose matmuls round differently, training ends at another model that
+knows about as much.
 """
 
 from __future__ import annotations

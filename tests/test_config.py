@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from poc_lora.config import RunConfig, all_keys, changed_keys, dump_yaml, load_config, parse_yaml, validate
+from poc_lora.config import RunConfig, all_keys, changed_keys, dump_yaml, flatten, load_config, parse_yaml, validate
 from poc_lora.errors import ConfigError
 
 MINIMAL = {"model": {"name": "base"}, "data": {"train": ["rows.json"]}, "output": "runs/x"}
@@ -53,6 +53,14 @@ def test_defaults_fill_what_the_file_leaves_out(load):
         ("optimizer", "optim"),
         ("lr", "optim.lr"),  # right name, no section
         ("adapters__batch_size", "train.batch_size"),  # right name, wrong section
+        ("model__quantisation", "model.quantization"),
+        ("quantization", "model.quantization"),
+        ("adapters__per_gpu", "adapters.per_device"),
+        ("train__gradient_checkpoint", "train.gradient_checkpointing"),
+        ("model__gradient_checkpointing", "train.gradient_checkpointing"),
+        ("train__compiled", "train.compile"),
+        ("train__validation_every", "train.validate_every"),
+        ("tracker", "track"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(mistyped, meant):
@@ -139,6 +147,58 @@ def test_a_switch_is_true_or_false(value):
 @pytest.mark.parametrize("value", [1.0, -0.1, float("nan")])
 def test_dropout_lies_between_zero_and_one(value):
     assert "lora.dropout" in refusal(lora__dropout=value)
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "value"),
+    [
+        ("", "model.quantization", None),
+        ("model: {name: base, quantization: nf4}", "model.quantization", "nf4"),
+        ("model: {name: base, quantization: int8}", "model.quantization", "int8"),
+        ("", "adapters.per_device", "auto"),
+        ("adapters: {per_device: 3}", "adapters.per_device", 3),
+        ("", "train.gradient_checkpointing", "auto"),
+        ("train: {gradient_checkpointing: auto}", "train.gradient_checkpointing", "auto"),
+        ("train: {gradient_checkpointing: true}", "train.gradient_checkpointing", True),
+        ("train: {gradient_checkpointing: false}", "train.gradient_checkpointing", False),
+        ("", "train.compile", False),
+        ("train: {compile: true}", "train.compile", True),
+        ("", "train.validate_every", None),
+        ("train: {validate_every: 50}", "train.validate_every", 50),
+        ("", "track", ()),
+        ("track: [tensorboard, wandb]", "track", ("tensorboard", "wandb")),
+    ],
+)
+def test_how_to_train_is_chosen(tmp_path, more, key, value):
+    raw = MINIMAL | parse_yaml(more or "{}", where="x")
+    found = flatten(validate(raw, where="x"))[key]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("dotted", "values"),
+    [
+        ("model__quantization", ["int4", "NF4", "", True, 8, 4.0]),
+        ("adapters__per_device", [0, -1, 1.0, True, "8", "all", None]),
+        ("train__gradient_checkpointing", [1, 0, "true", "on", "Auto", None]),
+        ("train__compile", [1, 0, "true", "auto", None]),
+        ("train__validate_every", [0, -1, 2.0, True, "10", "auto"]),
+        ("track", ["tensorboard", ["tensorbord"], ["all"], [None], None, {"tensorboard": True}]),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused_by_its_key(dotted, values):
+    for value in values:
+        message = refusal(**{dotted: value})
+        assert f"\n  {dotted.replace('__', '.')}" in message
+        assert "constrained" not in message
+        assert "literal" not in message
+
+
+def test_an_unknown_tracker_is_told_the_known_ones():
+    message = refusal(track=["wandb", "tensorbord"])
+    assert "track.1: " in message
+    assert "'tensorboard'" in message
 
 
 def test_lists_and_sections_are_asked_for_in_plain_words():

@@ -5,10 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from poc_lora import cli
 from poc_lora.config import validate
+from poc_lora.lora.merge_folders import merge_folders
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -66,21 +68,25 @@ def test_the_run_in_the_readme_is_valid():
 
 
 def test_the_loop_in_the_readme_runs(tiny_llama):
-    import torch
-
     (loop,) = [block for block in blocks("python") if "AdapterBank" in block]
-    batches = [{"input_ids": torch.randint(0, 97, (16, 6)), "use_cache": False} for _ in range(2)]
-
-    def per_adapter_loss(output):
-        return output.logits.log_softmax(-1)[..., 5].neg().view(8, -1).mean(1)
-
+    ids = torch.randint(0, 97, (16, 6))
     seen = []
     scope = {
         "model": tiny_llama,
-        "batches": batches,
-        "per_adapter_loss": per_adapter_loss,
-        "validate": lambda m: seen.append(m(batches[0]["input_ids"]).logits.shape),
+        "batches": [(ids, ids)] * 2,
+        "validate": lambda m: seen.append(m(ids).logits.shape),
     }
     exec(loop, scope)  # noqa: S102
     assert seen == [(16, 6, 97)]
-    assert scope["bank"].weights.abs().sum() > 0
+    assert scope["adapter"].modules["model.layers.0.self_attn.q_proj"].B.abs().sum() > 0
+
+
+def test_the_trainer_in_the_readme_runs(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (loop,) = [block for block in blocks("python") if "Trainer" in block]
+    rows = [{"input_ids": list(range(5, 11)), "labels": list(range(5, 11))} for _ in range(4)]
+    small = loop.replace("range(8)", "range(2)").replace("seed=adapter)", "seed=adapter, max_steps=2, report_to=[])", 1)
+    assert small.count("max_steps") == 1
+    exec(small, {"model": tiny_llama, "rows": rows})  # noqa: S102
+    merge_folders([Path("adapters/0"), Path("adapters/1")], Path("merged"))
+    assert Path("merged/adapter_model.safetensors").is_file()

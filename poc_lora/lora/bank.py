@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from poc_lora import rng
 from poc_lora.errors import AdapterError, ModelError
 from poc_lora.lora.adapter import Adapter, Factors
-from poc_lora.lora.base import linear_names
+from poc_lora.lora.base import keep_differentiable, linear_names
 from poc_lora.lora.packed import BankLinear, Stack, View
 
 
@@ -106,6 +106,8 @@ class AdapterBank:
         trainable: bool,
     ) -> None:
         M = len(adapters)
+        if M > 1:
+            _refuse_outlier_columns(model)
         self.model, self.adapters, self.rank, self.scale = model, adapters, rank, scale
         self.dropped: set[int] = set()
         self.view = View(members=list(range(M)))
@@ -129,19 +131,28 @@ class AdapterBank:
             module.train(linear.training)
             _replace(model, path, module)
             self.modules[path] = module
-        self._counter = model.register_forward_pre_hook(self._count_rows, with_kwargs=True)
+        keep_differentiable(model)
+        self._hooks = [
+            model.register_forward_pre_hook(self._count_rows, with_kwargs=True),
+            model.register_forward_hook(self._forget_rows, always_call=True),
+        ]
         if trainable:
             self.zero_grad()
 
     def _count_rows(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note how many rows the model is called with, by which its modules' inputs are judged."""
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        main = kwargs.get(getattr(self.model, "main_input_name", ""))
+        tensors = [x for x in (main, *args, *kwargs.values()) if isinstance(x, Tensor)]
         self.view.rows = next((len(x) for x in tensors if x.dim() > 1), None)
         if self.view.mode == "pack" and self.view.rows is not None and self.view.rows % self.size:
             raise ModelError(
                 f"{self.view.rows} rows cannot be split among {self.size} adapters",
                 fix="give every adapter the same number of rows, adapter after adapter",
             )
+
+    def _forget_rows(self, *_: Any) -> None:
+        """A layer that is run again in the backward pass may belong to an earlier call, with other rows."""
+        self.view.rows = None
 
     @property
     def size(self) -> int:
@@ -222,7 +233,8 @@ class AdapterBank:
 
     def remove(self) -> None:
         """Give the model its own linear layers back."""
-        self._counter.remove()
+        for hook in self._hooks:
+            hook.remove()
         for path, module in self.modules.items():
             _replace(self.model, path, module.base)
 
@@ -259,6 +271,16 @@ def _refuse_regrouped(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
         what = "the output head" if linear is head else "a routed expert" if "experts" in path.split(".") else None
         if what:
             raise ModelError(f"'{path}' is {what}, which cannot be adapted", fix="leave it out of the targets")
+
+
+def _refuse_outlier_columns(model: nn.Module) -> None:
+    """An int8 layer that keeps some columns in float chooses them over all rows, which would tie adapters together."""
+    for path, module in model.named_modules():
+        if getattr(getattr(module, "state", None), "threshold", 0.0):
+            raise ModelError(
+                f"'{path}' is an int8 layer that picks outlier columns over all adapters' rows",
+                fix="load the base model with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)",
+            )
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The frozen base model: loaded safely, and run with the head only where logits are wanted."""
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from poc_lora.errors import ModelError
 
@@ -45,7 +46,7 @@ def load_base(
     name = _expand(name)
     tokenizer = load_tokenizer(name, revision=revision)
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # a bar in a log file is noise
+        disable_progress_bar()  # a bar in a log file is noise
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -63,6 +64,7 @@ def load_base(
     if loaded["missing_keys"]:
         raise _cannot_load(name, ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}"))
     model.requires_grad_(False)
+    keep_differentiable(model)
     return (model if quantization else model.to(device)).eval(), tokenizer
 
 
@@ -78,6 +80,9 @@ def _quantization(kind: str | None, dtype: str) -> BitsAndBytesConfig | None:
         raise ModelError(
             f"quantization '{kind}' needs bitsandbytes", where="model.quantization", fix="pip install 'poc-lora[bnb]'"
         )
+    # What bitsandbytes says at every call of an int8 layer, and of a kernel that `keep_differentiable` turns off.
+    for module in ("autograd._functions", "backends.cpu.ops"):
+        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
     if kind == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -87,6 +92,14 @@ def _quantization(kind: str | None, dtype: str) -> BitsAndBytesConfig | None:
         )
     # Threshold 0: outlier columns would be picked over all rows of a pack, and tie its adapters together.
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep 4-bit layers as they are: on some CPUs bitsandbytes would repack one for good, at its first call without
+    gradients, for a bfloat16 kernel that has none."""
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -87,21 +87,23 @@ class BankLinear(nn.Module):
         self.salt = salt
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
         mode, stack = self.view.mode, self.stack
         if mode == "base":
-            return y
+            return self.base(x)
+        # In two dimensions: of three, bitsandbytes' int8 layers return a view that autograd lets no one add to.
+        y = self.base(x.reshape(-1, x.shape[-1]))
         if mode == "pack":
             self._check_rows(x, len(stack.A))
-            return _PackedUpdate.apply(
+            y = _PackedUpdate.apply(
                 y, self._drop(x).contiguous(), stack.A, stack.B, stack.grad_A, stack.grad_B, stack.scale
             )
-        slots = [self.view.slot] if mode == "only" else self.view.members
-        A = stack.A.detach()[slots].flatten(0, 1).to(x.dtype)  # [m·r, d_in]
-        B = stack.B.detach()[slots].flatten(0, 1).to(x.dtype)
-        hidden_Nr = x.reshape(-1, x.shape[-1]) @ A.T
-        y.view(-1, y.shape[-1]).addmm_(hidden_Nr, B, alpha=stack.scale / max(1, len(slots)))
-        return y
+        else:
+            slots = [self.view.slot] if mode == "only" else self.view.members
+            A = stack.A.detach()[slots].flatten(0, 1).to(x.dtype)  # [m·r, d_in]
+            B = stack.B.detach()[slots].flatten(0, 1).to(x.dtype)
+            hidden_Nr = x.reshape(-1, x.shape[-1]) @ A.T
+            y.addmm_(hidden_Nr, B, alpha=stack.scale / max(1, len(slots)))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _check_rows(self, x: Tensor, M: int) -> None:
         rows = self.view.rows or M
@@ -118,6 +120,9 @@ class BankLinear(nn.Module):
             return x
         keys = self.view.dropout_keys
         if keys is None or x.dim() != 3 or len(keys) != x.shape[0]:
-            raise ModelError("dropout needs one key per row", fix="call bank.key_dropout(keys) before the forward pass")
+            raise ModelError(
+                f"dropout needs inputs [rows, length, width] and a key for each row; an input is {list(x.shape)}",
+                fix="call bank.key_dropout(keys) before the forward pass; modules that flatten rows go without dropout",
+            )
         draws = rng.elementwise_uniform(keys, self.salt, x.shape[1], x.shape[2])
         return x * (draws >= self.dropout).to(x.dtype).div_(1 - self.dropout)

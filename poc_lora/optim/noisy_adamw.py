@@ -126,11 +126,14 @@ class NoisyAdamW(torch.optim.AdamW):
             return []
         norms = []
         std = math.sqrt(2.0 * float(group["lr"]) * group["temperature"])
+        overflow = getattr(self, "found_inf", None)  # a GradScaler's: 1 where the fused kernel left the step out
         if std > 0:
             names = group.get("param_names") or [str(first + i) for i in range(len(group["params"]))]
             for i, parameter in moving:
                 stream = rng.key(group["seed"], group["adapter"], "noise", group["noise_step"], names[i])
                 noise = rng.normal(tuple(parameter.shape), stream, parameter.device)
+                if overflow is not None:
+                    noise.mul_(1 - overflow.to(noise.device))
                 parameter.add_(noise, alpha=std)
                 norms.append(std * torch.linalg.vector_norm(noise))
         group["noise_step"] += 1

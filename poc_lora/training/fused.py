@@ -17,6 +17,7 @@ from poc_lora import rng
 from poc_lora.errors import ConfigError, ModelError
 
 ROTARY = "apply_rotary_pos_emb"  # what transformers calls it in every family that has it
+Product = Callable[[Tensor, Tensor], Tensor]  # act_fn(gate) * up
 
 
 @contextlib.contextmanager
@@ -51,13 +52,17 @@ def compiled_parts(model: PreTrainedModel) -> Iterator[None]:
     """
     require_compiler(model.device)
     with contextlib.ExitStack() as undo:
+        # One compiled function for all layers of a kind: torch.compile gives up on one that it meets too often anew.
         forwards: dict[type, Callable[..., Any]] = {}
+        products: dict[type, tuple[Product, Product]] = {}
         for module in model.modules():
             if type(module).__name__.endswith("Norm") and not list(module.children()):
                 forward = forwards.setdefault(type(module), _compiled(type(module).forward))
                 _patch(undo, module, "forward", types.MethodType(forward, module))
-            elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-                _patch_gated(undo, module)
+            elif hasattr(module, "act_fn") and all(
+                isinstance(getattr(module, name, None), nn.Linear) for name in ("gate_proj", "up_proj", "down_proj")
+            ):
+                _patch_gated(undo, module, model.dtype, products)
         for name in {type(module).__module__ for module in model.modules()}:
             library = sys.modules[name]
             if hasattr(library, ROTARY):
@@ -88,19 +93,29 @@ def _patch(undo: contextlib.ExitStack, module: nn.Module, name: str, value: Any)
     undo.callback(delattr, module, name)
 
 
-def _patch_gated(undo: contextlib.ExitStack, module: Any) -> None:
-    """Compile `act_fn(gate) * up` where that is what the module computes: found out on numbers."""
+def _patch_gated(
+    undo: contextlib.ExitStack, module: Any, dtype: torch.dtype, products: dict[type, tuple[Product, Product]]
+) -> None:
+    """Compile `act_fn(gate) * up` where that is what the module computes: found out on numbers.
 
-    def forward(x: Tensor) -> Tensor:
-        return module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))
+    On numbers small and large, since some families cut off large ones.
+    """
+    act = module.act_fn
 
     def gated(gate: Tensor, up: Tensor) -> Tensor:
-        return module.act_fn(gate) * up
+        return act(gate) * up
 
-    weight = module.gate_proj.weight
-    x = rng.normal((2, module.gate_proj.in_features), rng.key(0, 0, "compile probe")).to(weight.device, weight.dtype)
-    with torch.no_grad():
-        same = torch.equal(module(x), forward(x))
+    def forward(x: Tensor, product: Product) -> Tensor:
+        return module.down_proj(product(module.gate_proj(x), module.up_proj(x)))
+
+    plain, compiled = products.setdefault(type(act), (gated, _compiled(gated)))
+    scales = 10.0 ** torch.arange(-2, 5)
+    x = rng.normal((1, len(scales), module.gate_proj.in_features), rng.key(0, 0, "compile probe"))
+    x = (x * scales[:, None]).to(module.gate_proj.weight.device, dtype)
+    try:
+        with torch.no_grad():
+            same = torch.allclose(module(x), forward(x, plain), rtol=0, atol=0, equal_nan=True)
+    except Exception:  # a module that wants other inputs, or returns something else
+        return
     if same:
-        gated = _compiled(gated)
-        _patch(undo, module, "forward", forward)
+        _patch(undo, module, "forward", functools.partial(forward, product=compiled))

@@ -35,18 +35,16 @@ class Journal:
                 }
                 for slot in pack.live
             ]
-        self._write(lines)
+        self._write(pack, lines)
 
     def validation(self, pack: Pack, step: int) -> None:
         """Measure the base, each adapter and the running merge, and write it down."""
         members = [pack.bank.adapters[slot] for slot in pack.live]  # of the merge; others may train in other packs
-        self._write(
-            [
-                {"step": step, "adapter": name, **measures, "members": members}
-                for name, measures in validate(pack).items()
-            ]
-        )
+        lines = [
+            {"step": step, "adapter": name, **measures, "members": members} for name, measures in validate(pack).items()
+        ]
+        self._write(pack, lines)
 
-    def _write(self, lines: list[dict[str, Any]]) -> None:
+    def _write(self, pack: Pack, lines: list[dict[str, Any]]) -> None:
         self.run.log(lines)
-        self._trackers.log(lines)
+        self._trackers.log(lines, pack.bank.adapters)

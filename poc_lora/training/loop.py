@@ -17,11 +17,11 @@ from poc_lora.lora.bank import matching_linears
 from poc_lora.lora.base import context_length, default_device, load_base, resolve_dtype
 from poc_lora.progress import Tracker, track
 from poc_lora.training.checkpoint import Progress, restore, save_commit
-from poc_lora.training.fused import require_compiler
+from poc_lora.training.fused import gradient_checkpointing, require_compiler
 from poc_lora.training.journal import Journal
 from poc_lora.training.memory import Sizes, free_bytes, peak_bytes, resolve_sizes
 from poc_lora.training.pack import Pack
-from poc_lora.training.plan import TrainingData, prepare_data
+from poc_lora.training.plan import TrainingData, disk_bytes, prepare_data, require_room
 from poc_lora.training.run import Run, find_run, stop_requests
 from poc_lora.training.trackers import open_trackers, require_trackers
 
@@ -108,6 +108,13 @@ def _begin(run: Run, config: RunConfig, data: TrainingData, model: PreTrainedMod
             "the training files have changed since the run began", where=run.folder, fix="put them back, or start anew"
         )
     sizes = resolve_sizes(config, model, free=free, longest=data.longest, before=run.facts)
+    if sizes.gradient_checkpointing:
+        with gradient_checkpointing(model):
+            pass  # a model that has no such layers is refused here, before anything is written
+    if not run.facts:
+        linears = matching_linears(model, config.lora.targets).values()
+        parameters = config.lora.rank * sum(m.in_features + m.out_features for m in linears)
+        require_room(run.folder, disk_bytes(config, parameters, sizes.per_device))
     run.begin(
         config,
         seed=config.adapters.seed,
@@ -133,6 +140,7 @@ def _train_pack(pack: Pack, journal: Journal, done: Trained, start: int, stop: t
         progress |= {bank.adapters[slot]: Progress(step + 1, "diverged") for slot in result.diverged}
         journal.step(pack, result, step + 1)
         if not pack.live:
+            bar.advance(done.steps - step, "every adapter diverged")
             break
         losses = [result.losses[slot] for slot in pack.live]
         spread = f"loss {sum(losses) / len(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"

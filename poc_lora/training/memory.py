@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from poc_lora.config import RunConfig
 from poc_lora.data.batches import MicroBatch
@@ -64,7 +66,7 @@ class Footprint:
 
     def __init__(self, config: RunConfig, device: torch.device, *, longest: int):
         self.config, self.device, self.longest = config, device, longest
-        self._measured: dict[tuple[int, bool], tuple[int, int]] = {}
+        self._measured: dict[tuple[int, bool], list[tuple[int, int]]] = {}
         section = config.model
         self.dtype = resolve_dtype(section.dtype, device)
         with _shapes_only():
@@ -72,6 +74,7 @@ class Footprint:
             head = model.get_output_embeddings()
             self.vocabulary = head.out_features
             self.plain_head = has_plain_head(model)
+            self.can_recompute = any(isinstance(m, GradientCheckpointingLayer) for m in model.modules())
             self.weights, self.largest = _weight_bytes(model, section.quantization)
             bank = AdapterBank.blank(model, targets=config.lora.targets, rank=config.lora.rank, adapters=[0])
             self.parameters = bank.parameters_per_adapter
@@ -79,15 +82,16 @@ class Footprint:
     def memory(self, sizes: Sizes) -> Memory:
         """The predicted peak with these sizes."""
         M, P = sizes.per_device, self.parameters
-        fixed, per_token = self._activations(M, sizes.gradient_checkpointing)
         tokens = max(sizes.tokens_per_microbatch, M * self.longest)
-        peak = fixed + per_token * tokens
-        logits = min(self._logits(tokens), peak)
+        body, head, backward = (
+            fixed + per_token * tokens for fixed, per_token in self._activations(M, sizes.gradient_checkpointing)
+        )
+        logits = self._logits(tokens)
         return Memory(
             weights=self.weights,
             bank=2 * 4 * M * P,
             optimizer=2 * 4 * M * P + (4 * P if self.config.optim.temperature else 0),
-            activations=peak - logits,
+            activations=max(head, max(body, backward) - logits),
             logits=logits,
         )
 
@@ -104,18 +108,22 @@ class Footprint:
         recomputing, tokens = train.gradient_checkpointing, train.tokens_per_microbatch
         for M in _halves(adapters.count, 1) if adapters.per_device == "auto" else [adapters.per_device]:
             least = M * self.longest  # a micro-batch has a row of each adapter
-            for again in [False, True] if recomputing == "auto" else [recomputing]:
-                floor = least if again or recomputing != "auto" else max(least, SLOW_TOKENS[kind])
+            choices = [False, True][: 1 + self.can_recompute] if recomputing == "auto" else [recomputing]
+            for again in choices:
+                floor = least if again == choices[-1] else max(least, SLOW_TOKENS[kind])
                 for n in _halves(FAST_TOKENS[kind], floor) if tokens == "auto" else [tokens]:
                     yield Sizes(n, min(M, adapters.count), again)
 
     def _logits(self, tokens: int) -> int:
-        width = getattr(torch, self.dtype).itemsize
+        """Bytes of the logits held at once: in float32, and as much again while they are summed or turned back."""
         rows = min(tokens, chunk_rows(self.vocabulary, self.device.type)) if self.plain_head else tokens
-        return rows * self.vocabulary * (4 + (width if width != 4 else 0))
+        return 2 * 4 * rows * self.vocabulary
 
-    def _activations(self, M: int, checkpointing: bool) -> tuple[int, int]:
-        """Peak bytes of a micro-batch of M adapters, as fixed bytes and bytes per token."""
+    def _activations(self, M: int, checkpointing: bool) -> list[tuple[int, int]]:
+        """Peak bytes of a micro-batch of M adapters: fixed ones, and those per token.
+
+        Three peaks: of the model without its head, of head and loss but for the logits, and of the backward pass.
+        """
         if (M, checkpointing) not in self._measured:
             with _shapes_only():
                 section, lora = self.config.model, self.config.lora
@@ -126,20 +134,32 @@ class Footprint:
                 for module in bank.modules.values():
                     module.train()
                 with gradient_checkpointing(model) if checkpointing else contextlib.nullcontext():
-                    small, large = (self._peak(model, bank, rows) for rows in (M, 2 * M))
-            per_token = (large - small) // (M * self.longest)
-            self._measured[M, checkpointing] = (max(0, 2 * small - large) + self.largest, per_token)
+                    measured = zip(self._peaks(model, bank, M), self._peaks(model, bank, 2 * M), strict=True)
+            self._measured[M, checkpointing] = [
+                (2 * small - large + self.largest, (large - small) // (M * self.longest)) for small, large in measured
+            ]
         return self._measured[M, checkpointing]
 
-    def _peak(self, model: PreTrainedModel, bank: AdapterBank, rows: int) -> int:
+    def _peaks(self, model: PreTrainedModel, bank: AdapterBank, rows: int) -> tuple[int, int, int]:
         T = self.longest
         zeros = torch.zeros(rows * (T - 1), dtype=torch.int64)
         batch = MicroBatch(torch.zeros(rows, T, dtype=torch.int64), zeros, zeros, zeros, zeros, [], 0)
         bank.key_dropout(torch.zeros(rows, dtype=torch.int64))
+        body: list[int] = []
         with _PeakBytes() as alive:
+            hook = model.get_output_embeddings().register_forward_pre_hook(lambda *_: body.append(alive.restart()))
             loss, _ = packed_loss(model, batch, torch.ones(bank.size), plain_head=self.plain_head)
+            hook.remove()
+            head = alive.restart() - self._logits_seen(len(zeros))
             loss.backward()
-        return alive.peak
+        return body[0], head, alive.peak
+
+    def _logits_seen(self, rows: int) -> int:
+        """The logits among the bytes of a measured forward pass, which runs on the CPU and sees no kernel's inside."""
+        if not self.plain_head:
+            return self._logits(rows)
+        width = getattr(torch, self.dtype).itemsize
+        return min(rows, chunk_rows(self.vocabulary, "cpu")) * self.vocabulary * (4 + (width if width != 4 else 0))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -151,7 +171,11 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory taken so far: of the GPU by tensors, of the CPU by the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux it would count the parent's memory too
     return most if sys.platform == "darwin" else most * 1024
 
 
@@ -163,28 +187,39 @@ def resolve_sizes(
     `free` is counted with the base `model` not yet loaded.
     """
     adapters, train = config.adapters, config.train
-    most = Sizes(FAST_TOKENS[model.device.type], adapters.count, False)
-    asked = Sizes(train.tokens_per_microbatch, adapters.per_device, train.gradient_checkpointing)  # type: ignore[arg-type]
-    known: dict[str, Any] = {
-        name: before.get(name) if value == "auto" else value for name, value in asdict(asked).items()
+    largest = {
+        "tokens_per_microbatch": FAST_TOKENS[model.device.type],
+        "per_device": adapters.count,
+        "gradient_checkpointing": False,
     }
-    if None in known.values() and not before and _most_bytes(config, model, most, longest) <= (1 - SPARE) * free:
-        known = {name: asdict(most)[name] if value is None else value for name, value in known.items()}
-    if None in known.values():
-        return Footprint(config, model.device, longest=longest).choose(free)
-    return Sizes(**known)
+    asked = {
+        "tokens_per_microbatch": train.tokens_per_microbatch,
+        "per_device": adapters.per_device,
+        "gradient_checkpointing": train.gradient_checkpointing,
+    }
+    known: dict[str, Any] = {name: before.get(name) if value == "auto" else value for name, value in asked.items()}
+    sizes = Sizes(**{name: largest[name] if value is None else value for name, value in known.items()})
+    if None not in known.values():
+        return sizes
+    if not before and _most_bytes(config, model, sizes, longest) <= (1 - SPARE) * free:
+        return sizes
+    return Footprint(config, model.device, longest=longest).choose(free)
 
 
 def _most_bytes(config: RunConfig, model: PreTrainedModel, sizes: Sizes, longest: int) -> int:
     """More than a run can take, found at once: for small models, which need no closer look.
 
-    Of each linear layer, four times what goes in and out: three times what a Llama was seen to take.
+    Of each linear layer, four times what goes in and out, three times what a Llama was seen to take; and four times
+    the attention weights, which not every model needs.
     """
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    width = sum(m.in_features + m.out_features for m in linears)
     tokens = max(sizes.tokens_per_microbatch, sizes.per_device * longest)
-    activations = tokens * sum(4 * 4 * (m.in_features + m.out_features) for m in linears)
-    bank = 4 * 4 * sizes.per_device * config.lora.rank * sum(m.in_features + m.out_features for m in linears)
-    return sum(p.nbytes for p in model.parameters()) + bank + activations
+    text = model.config.get_text_config()
+    attention = longest * getattr(text, "num_hidden_layers", 1) * getattr(text, "num_attention_heads", 1)
+    bank = (4 * sizes.per_device + 1) * config.lora.rank * width
+    weights = sum(p.nbytes for p in model.parameters()) + max(4 * m.in_features * m.out_features for m in linears)
+    return weights + 4 * (bank + 4 * tokens * (width + attention))
 
 
 def _halves(most: int, least: int) -> list[int]:
@@ -197,8 +232,14 @@ def _halves(most: int, least: int) -> list[int]:
 
 @contextlib.contextmanager
 def _shapes_only() -> Iterator[None]:
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+    """Within the block tensors have no data, in which transformers would look for several sequences in a row."""
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 def _weight_bytes(model: PreTrainedModel, quantization: str | None) -> tuple[int, int]:
@@ -219,6 +260,11 @@ class _PeakBytes(TorchDispatchMode):
         super().__init__()
         self.peak = self._now = 0
         self._known: dict[int, int] = {}  # storage -> its bytes, 0 for one made before the block
+
+    def restart(self) -> int:
+        """The peak so far, which is forgotten."""
+        peak, self.peak = self.peak, self._now
+        return peak
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):

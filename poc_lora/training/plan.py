@@ -18,7 +18,9 @@ from poc_lora.errors import ConfigError, DataError, RequestError
 from poc_lora.files import sha256_file
 from poc_lora.lora.bank import matching_linears
 from poc_lora.lora.base import context_length, default_device, empty_base, load_tokenizer
+from poc_lora.training.fused import require_compiler
 from poc_lora.training.memory import Footprint, free_bytes
+from poc_lora.training.run import find_run
 from poc_lora.training.trackers import require_trackers
 
 
@@ -88,11 +90,16 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, conte
 def check(config: RunConfig, *, device: torch.device | None = None) -> dict[str, Any]:
     """Validate a run without weights; returns what it will do, as names and values for a person to read.
 
-    Raises the error that `train` would: schema, rows, target modules, trackers, room on the disk. Memory is the
-    predicted peak on `device`, default the one that training would use; time is not estimated.
+    Raises the error that `train` would: run folder, trackers, compiler, target modules, rows, room on the disk.
+    Memory is the predicted peak on `device`, default the one that training would use; time is not estimated.
     """
-    device = device or default_device()
+    device, folder = device or default_device(), Path(config.output)
+    in_use = (folder / "config.yaml").exists()
+    if not in_use:
+        find_run(config, resume=False)
     require_trackers(config)
+    if config.train.compile:
+        require_compiler(device)
     model = empty_base(config.model.name, revision=config.model.revision)
     matching_linears(model, config.lora.targets)
     tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
@@ -102,13 +109,14 @@ def check(config: RunConfig, *, device: torch.device | None = None) -> dict[str,
     sizes = footprint.choose(free)
     memory = footprint.memory(sizes)
     M, P = config.adapters.count, footprint.parameters
-    on_disk = M * P * 4 * (3 * (config.checkpoint.keep + 1) + 1)
-    folder = Path(config.output)
-    room = _require_room(folder, on_disk)
+    on_disk = disk_bytes(config, P, sizes.per_device)
+    room = require_room(folder, 0 if in_use else on_disk)
     tokens = sum(len(e.ids) for e in data.train)
     rows = M * config.train.batch_size
+    quantized = config.model.quantization
     return {
         "base parameters": sum(p.numel() for p in model.parameters()),
+        "base weights": footprint.dtype if quantized is None else f"{quantized}, computing in {footprint.dtype}",
         "adapters": M,
         "parameters per adapter": P,
         "training rows": len(data.train),
@@ -123,21 +131,27 @@ def check(config: RunConfig, *, device: torch.device | None = None) -> dict[str,
         "steps": data.total_steps,
         "tokens of the whole run, about": round(tokens / len(data.train) * rows * data.total_steps),
         "adapters trained at once": sizes.per_device,
-        "tokens per micro-batch": sizes.tokens_per_microbatch,
+        "tokens per micro-batch": f"{sizes.tokens_per_microbatch:,}, of all its adapters, padding counted",
         "gradient checkpointing": "on" if sizes.gradient_checkpointing else "off",
         f"memory on {device.type}: base model": size(memory.weights),
         f"memory on {device.type}: adapters and gradients": size(memory.bank),
         f"memory on {device.type}: optimizer": size(memory.optimizer),
         f"memory on {device.type}: activations": size(memory.activations),
-        f"memory on {device.type}: logits": size(memory.logits),
+        f"memory on {device.type}: logits held at once": size(memory.logits),
         f"memory on {device.type}: peak": f"{size(memory.total)} of {size(free)} free"
         + ("" if memory.total < free else ": TOO MUCH"),
         "disk": f"{size(on_disk)} of {size(room)} free",
-        "run folder": f"{folder} ({'exists' if folder.exists() else 'new'})",
+        "run folder": f"{folder} ({'holds a run: train goes on with --resume' if in_use else 'new'})",
     }
 
 
-def _require_room(folder: Path, needed: int) -> int:
+def disk_bytes(config: RunConfig, parameters: int, per_device: int) -> int:
+    """Bytes of a run's commits, each with weights and moments of one pack, and of its adapters."""
+    commits = (config.checkpoint.keep + 1) * 3 * min(per_device, config.adapters.count)
+    return 4 * parameters * (commits + config.adapters.count)
+
+
+def require_room(folder: Path, needed: int) -> int:
     """Free bytes where `folder` is or will be. Raises RequestError where they are too few."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free

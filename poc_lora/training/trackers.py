@@ -1,46 +1,65 @@
 """A run's metrics in the trackers that accelerate knows: TensorBoard, Weights & Biases, Trackio and others."""
 
 import contextlib
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from poc_lora.config import RunConfig, flatten
 from poc_lora.errors import ConfigError
 from poc_lora.training.run import Run
 
+PROJECT = "poc_lora"
+
 
 class Trackers:
-    """The trackers of one run; with none chosen it does nothing. They are given the run's settings and metrics only."""
+    """The trackers of one run, accelerate's objects; with none it does nothing.
 
-    def __init__(self, accelerator: Any):
-        self._accelerator = accelerator
+    They are given the run's settings and metrics only.
+    """
 
-    def log(self, lines: list[dict[str, Any]]) -> None:
-        """Pass on metric lines as curves named MEASURE/ADAPTER, where ADAPTER is a number, `base` or `merge`."""
-        if self._accelerator is None:
-            return
-        for line in lines:
+    def __init__(self, trackers: Sequence[Any] = (), adapters: int = 0):
+        self._trackers, self._adapters = trackers, adapters
+
+    def log(self, lines: list[dict[str, Any]], pack: Sequence[int]) -> None:
+        """Pass on metric lines of a pack as curves named MEASURE/ADAPTER, where ADAPTER is a number, `base` or `merge`.
+
+        The merge of a pack that is not the whole run is `merge_FIRST-LAST`: each pack has its own.
+        """
+        part = "" if len(pack) == self._adapters else f"_{pack[0]}-{pack[-1]}"
+        for line in lines if self._trackers else []:
+            name = f"merge{part}" if line["adapter"] == "merge" else line["adapter"]
             values = {
-                f"{measure}/{line['adapter']}": float(value)
+                f"{measure}/{name}": float(value)
                 for measure, value in line.items()
                 if measure not in ("step", "adapter") and isinstance(value, int | float)
             }
-            self._accelerator.log(values, step=line["step"])
+            for tracker in self._trackers:
+                if tracker.name == "wandb":  # ignores a step before the last one, such as those of a second pack
+                    tracker.log({**values, "step": line["step"]})
+                else:
+                    tracker.log(values, step=line["step"])
 
 
 @contextlib.contextmanager
 def open_trackers(config: RunConfig, run: Run) -> Iterator[Trackers]:
-    """The trackers of `config.track`, which write under the run folder or to their own service."""
+    """The trackers of `config.track`, which write to trackers/ in the run folder or to their own service."""
     if not config.track:
-        yield Trackers(None)
+        yield Trackers()
         return
     from accelerate import Accelerator
 
-    accelerator = Accelerator(log_with=list(config.track), project_dir=run.folder)
+    folder = run.folder / "trackers"
+    folder.mkdir(exist_ok=True)
+    accelerator = Accelerator(log_with=list(config.track), project_dir=folder)
     settings = {key: value if isinstance(value, int | float) else str(value) for key, value in flatten(config).items()}
-    accelerator.init_trackers("trackers", config=settings)
+    accelerator.init_trackers(
+        PROJECT, config=settings, init_kwargs={"wandb": {"dir": str(folder), "name": run.folder.name}}
+    )
+    if "wandb" in config.track:
+        accelerator.get_tracker("wandb", unwrap=True).define_metric("*", step_metric="step")
     try:
-        yield Trackers(accelerator)
+        yield Trackers(accelerator.trackers, config.adapters.count)
     finally:
         accelerator.end_training()
 
@@ -49,6 +68,8 @@ def require_trackers(config: RunConfig) -> None:
     """Raises ConfigError for a tracker that is not installed."""
     if not config.track:
         return
+    if importlib.util.find_spec("accelerate") is None:
+        raise ConfigError("trackers need accelerate", where="track", fix="pip install 'poc-lora[track]'")
     from accelerate.tracking import get_available_trackers
 
     available = [str(tracker) for tracker in get_available_trackers()]

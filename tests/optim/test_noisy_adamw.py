@@ -296,3 +296,17 @@ def test_a_state_of_plain_adamw_can_be_loaded():
     noisy.load_state_dict(plain.state_dict())
     run(noisy, params, 1)
     assert noisy.param_groups[0]["temperature"] == 0.1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_a_grad_scaler_leaves_out_adds_no_noise(fused):
+    parameter = torch.nn.Parameter(torch.ones(5))
+    optimizer = NoisyAdamW([parameter], lr=0.1, temperature=0.1, weight_decay=0.0, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor, moves in ((torch.inf, False), (1.0, True)):
+        before = parameter.detach().clone()
+        optimizer.zero_grad()
+        scaler.scale((parameter * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(parameter, before) != moves

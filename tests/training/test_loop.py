@@ -2,62 +2,34 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from poc_lora.config import validate
+from poc_lora import progress
+from poc_lora.config import dump_yaml
 from poc_lora.errors import CheckpointError, ConfigError, Interrupted, ModelError, RequestError, RunError, TrainingError
-from poc_lora.training import loop, memory
+from poc_lora.training import fused, loop, pack
 from poc_lora.training.loop import train
 from poc_lora.training.pack import Pack
-
-
-@pytest.fixture
-def settings(tiny_model_dir, train_file, tmp_path):
-    return {
-        "model": {"name": str(tiny_model_dir)},
-        "lora": {"rank": 2, "alpha": 4},
-        "adapters": {"count": 3, "seed": 1},
-        "data": {"train": [str(train_file)], "validation": 6, "prompt": "bare", "max_length": 128},
-        "optim": {"lr": 1e-2, "warmup_steps": 2, "temperature": 1e-5},
-        "train": {"max_steps": 6, "batch_size": 4, "tokens_per_microbatch": 512},
-        "checkpoint": {"every_steps": 2},
-        "output": str(tmp_path / "run"),
-    }
-
-
-def config(settings, **changes):
-    merged = {name: dict(value) if isinstance(value, dict) else value for name, value in settings.items()}
-    for dotted, value in changes.items():
-        section, _, key = dotted.partition("__")
-        if key:
-            merged[section][key] = value
-        else:
-            merged[section] = value
-    return validate(merged, where="test")
-
-
-def weights(folder, adapter):
-    return load_file(Path(folder) / "adapters" / f"{adapter:02d}" / "adapter_model.safetensors")
+from tests.training.conftest import config, facts, metrics, stop_after, weights
 
 
 def assert_same_bits(a, b):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_leaves_peft_adapters_that_learnt_something(settings, tiny_model_dir):
@@ -72,11 +44,11 @@ def test_a_run_leaves_peft_adapters_that_learnt_something(settings, tiny_model_d
     assert validation["merge"] < validation["base"]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), done.folder / "adapters/02")
     assert sum(p.abs().sum() for n, p in model.named_parameters() if "lora_B" in n) > 0
-    facts = json.loads((done.folder / "run.json").read_text())
-    assert len(facts["data_sha256"]) == 2
-    assert facts["train_seconds"] > 0
-    assert facts["tokens_per_microbatch"] == 512
-    assert "torch" in facts["versions"]
+    written = facts(done.folder)
+    assert len(written["data_sha256"]) == 2
+    assert written["train_seconds"] > 0
+    assert written["tokens_per_microbatch"] == 512
+    assert "torch" in written["versions"]
 
 
 def test_adapters_differ_from_each_other(settings):
@@ -137,8 +109,6 @@ def test_ctrl_c_saves_and_prints_the_command_that_resumes(settings, tmp_path):
 
 
 def start(run_config, tmp_path):
-    from poc_lora.config import dump_yaml
-
     path = tmp_path / "run.yaml"
     path.write_text(dump_yaml(run_config))
     return subprocess.Popen(
@@ -155,19 +125,6 @@ def wait_for(condition, process):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def stop_after(monkeypatch, step):
-    """Make the process behave as if it were killed when it comes to optimizer step `step`."""
-    original = Pack.step
-
-    def killed(self, number):
-        if number == step:
-            raise KeyboardInterrupt
-        return original(self, number)
-
-    monkeypatch.setattr(Pack, "step", killed)
-    return lambda: monkeypatch.setattr(Pack, "step", original)
 
 
 def test_a_damaged_commit_is_passed_over_for_the_one_before(settings, tmp_path, monkeypatch, capsys):
@@ -309,14 +266,128 @@ def test_a_run_is_not_resumed_on_other_data(settings, train_file, monkeypatch):
         train(config(settings), resume=True)
 
 
-def test_what_auto_chose_is_kept_on_resume(settings, monkeypatch):
+def test_what_auto_chose_is_written_down_and_kept_on_resume(settings, tmp_path, monkeypatch):
+    auto = dict(train__tokens_per_microbatch="auto", train__gradient_checkpointing="auto", adapters__per_device="auto")
+    chosen = {"tokens_per_microbatch": 2048, "per_device": 3, "gradient_checkpointing": False}
+    done = train(config(settings, output=str(tmp_path / "plenty"), **auto))
+    assert chosen.items() <= facts(done.folder).items()
+    # With no memory the smallest is chosen, and it stays when there is plenty again.
     heal = stop_after(monkeypatch, 3)
+    monkeypatch.setattr(loop, "free_bytes", lambda device: 0)
     with pytest.raises(KeyboardInterrupt):
-        train(config(settings, train__tokens_per_microbatch="auto"))
+        train(config(settings, **auto))
     heal()
-    monkeypatch.setitem(memory.FAST_TOKENS, "cpu", 64)
-    train(config(settings, train__tokens_per_microbatch="auto"), resume=True)
-    assert json.loads((Path(settings["output"]) / "run.json").read_text())["tokens_per_microbatch"] == 2048
+    smallest = facts(settings["output"])
+    assert (smallest["per_device"], smallest["gradient_checkpointing"]) == (1, True)
+    assert smallest["tokens_per_microbatch"] < 512
+    monkeypatch.setattr(loop, "free_bytes", lambda device: 2**40)
+    done = train(config(settings, **auto), resume=True)
+    assert {name: facts(done.folder)[name] for name in chosen} == {name: smallest[name] for name in chosen}
+
+
+def run_of_five(settings, tmp_path, per_device):
+    return config(settings, adapters__count=5, adapters__per_device=per_device, output=str(tmp_path / str(per_device)))
+
+
+def assert_close(a, b):
+    assert a.keys() == b.keys()
+    for name in a:  # as for micro-batches above
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def counted(monkeypatch, capsys):
+    """The progress counters that were printed since the last call, one a step."""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    return lambda: re.findall(r"^training 5 adapters (\d+/\d+), loss", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_several_packs_train_what_one_pack_does_under_one_counter(settings, tmp_path, counted):
+    settings["lora"]["dropout"] = 0.2
+    whole = train(run_of_five(settings, tmp_path, 5))
+    assert counted() == [f"{n}/6" for n in range(1, 7)]
+    parts = train(run_of_five(settings, tmp_path, 2))
+    assert facts(parts.folder)["per_device"] == 2
+    assert {state.status for state in parts.progress.values()} == {"finished"}
+    for adapter in range(5):
+        assert_close(weights(whole.folder, adapter), weights(parts.folder, adapter))
+    assert counted() == [f"{n}/18" for n in range(1, 19)]  # three packs of six steps each
+    merges = [line["members"] for line in metrics(parts.folder) if line["adapter"] == "merge"]
+    assert merges == [[0, 1], [2, 3], [4]]
+
+
+def test_a_run_resumed_with_other_packs_keeps_what_it_has(settings, tmp_path, monkeypatch, counted):
+    reference = train(run_of_five(settings, tmp_path, 2))
+    heal = stop_after(monkeypatch, 5, passes=1)  # in the second pack
+    begun = run_of_five(settings, tmp_path, 2).model_copy(update={"output": str(tmp_path / "begun")})
+    with pytest.raises(KeyboardInterrupt):
+        train(begun)
+    heal()
+    counted()
+    files = [tmp_path / f"begun/adapters/0{a}/adapter_model.safetensors" for a in range(2)]
+    before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
+    together = begun.model_copy(update={"adapters": begun.adapters.model_copy(update={"per_device": 3, "count": 7})})
+    done = train(together, resume=True)
+    assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
+    for adapter in (2, 3):  # the pack under way stays one
+        assert_same_bits(weights(reference.folder, adapter), weights(done.folder, adapter))
+    assert_close(weights(reference.folder, 4), weights(done.folder, 4))
+    assert facts(done.folder)["per_device"] == 3
+    merges = [line["members"] for line in metrics(done.folder) if line["adapter"] == "merge"]
+    assert merges == [[0, 1], [2, 3], [4, 5, 6]]
+    assert counted() == [f"{n}/12" for n in range(5, 13)]  # two packs were left, the first after four of its steps
+
+
+def test_checkpointed_layers_train_the_same_adapters(settings, tmp_path, monkeypatch):
+    settings["lora"]["dropout"] = 0.2
+    plain = train(config(settings, train__gradient_checkpointing=False))
+    used = []
+    monkeypatch.setattr(fused, "checkpoint", lambda *a, **k: (used.append(1), checkpoint(*a, **k))[1])
+    again = train(config(settings, train__gradient_checkpointing=True, output=str(tmp_path / "again")))
+    assert facts(again.folder)["gradient_checkpointing"] is True
+    assert used
+    for adapter in range(3):  # layers are run a second time on the same numbers, and dropout is keyed
+        assert_same_bits(weights(plain.folder, adapter), weights(again.folder, adapter))
+
+
+@pytest.mark.slow
+def test_compiled_parts_train_adapters_close_to_eager_ones(settings, tmp_path, monkeypatch):
+    eager = train(config(settings))
+    used = []
+    monkeypatch.setattr(pack, "compiled_parts", lambda model: (used.append(1), fused.compiled_parts(model))[1])
+    compiled = train(config(settings, train__compile=True, output=str(tmp_path / "compiled")))
+    assert used
+    for adapter in range(3):
+        assert_close(weights(eager.folder, adapter), weights(compiled.folder, adapter))
+
+
+def test_a_missing_compiler_is_refused_before_there_is_a_run(settings, monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.raises(ConfigError, match="no working C\\+\\+ compiler") as refusal:
+        train(config(settings, train__compile=True))
+    assert refusal.value.where == "train.compile"
+    assert not Path(settings["output"]).exists()
+
+
+def test_a_full_disk_is_refused_before_there_is_a_run(settings, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(RequestError, match=r"need \d+ kB, 1 kB are free"):
+        train(config(settings))
+    assert not Path(settings["output"]).exists()
+
+
+def test_the_progress_line_tells_the_spread_of_the_losses_and_the_speed(settings, capsys):
+    done = train(config(settings))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training 3 adapters 6/6, ")]
+    found = re.search(r"loss (\S+) \((\S+) to (\S+)\), ([\d,]+) tokens/s$", line)
+    losses = [entry["loss"] for entry in metrics(done.folder) if entry["step"] == 6 and "loss" in entry]
+    mean, least, most = (float(text) for text in found.groups()[:3])
+    expected = (sum(losses) / 3, min(losses), max(losses))
+    assert (mean, least, most) == pytest.approx(expected, abs=5e-4)  # rounded to three digits
+    assert int(found[4].replace(",", "")) == pytest.approx(done.real_tokens / done.seconds, abs=0.51)
 
 
 def test_a_diverged_adapter_does_not_join_the_pack_of_an_extended_run(settings, tmp_path, monkeypatch):
@@ -349,8 +420,8 @@ def test_resuming_a_finished_run_changes_nothing(settings, monkeypatch):
 def test_dropout_of_the_base_itself_stays_off(settings, tiny_model_dir, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)
-    facts = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(facts | {"attention_dropout": 0.5}))
+    base_config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(base_config | {"attention_dropout": 0.5}))
     settings["lora"]["dropout"] = 0.2
     first = train(config(settings, model__name=str(base)))
     torch.manual_seed(1234)

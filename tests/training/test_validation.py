@@ -1,0 +1,168 @@
+"""Metrics while training: what is measured and when, against slow references, and that measuring changes nothing."""
+
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from poc_lora.data.batches import supervised_tokens
+from poc_lora.lora.adapter import read_adapter
+from poc_lora.lora.base import load_tokenizer
+from poc_lora.lora.merge_folders import merge_folders
+from poc_lora.lora.similarity import cosine, gram, summary
+from poc_lora.training.loop import train
+from poc_lora.training.plan import prepare_data
+from tests.training.conftest import config, metrics, stop_after, weights
+
+SUMMARY = {"mean_cosine", "spread", "error_bar", "relative_error_bar"}
+
+
+def validations(folder, step):
+    """The lines of one validation by what they are about."""
+    lines = [line for line in metrics(folder) if line["step"] == step and "validation_loss" in line]
+    assert len({line["adapter"] for line in lines}) == len(lines)
+    return {line["adapter"]: line for line in lines}
+
+
+def steps(folder):
+    return [line for line in metrics(folder) if "loss" in line]
+
+
+def test_base_adapters_and_merge_are_measured_at_those_steps_and_at_the_end(settings):
+    done = train(config(settings, train__validate_every=2, train__max_steps=5))
+    assert sorted({line["step"] for line in metrics(done.folder) if "validation_loss" in line}) == [2, 4, 5]
+    base = validations(done.folder, 2)["base"]["validation_loss"]
+    for step in (2, 4, 5):
+        lines = validations(done.folder, step)
+        assert set(lines) == {"base", 0, 1, 2, "merge"}
+        assert all(line["members"] == [0, 1, 2] for line in lines.values())
+        assert lines["base"]["validation_loss"] == base
+        assert len({line["validation_loss"] for line in lines.values()}) == 5
+        for name, line in lines.items():
+            extra = SUMMARY | {"cosines"} if name == "merge" else set()
+            assert line.keys() == {"step", "adapter", "validation_loss", "members"} | extra
+
+
+def test_without_it_the_end_is_measured(settings):
+    done = train(config(settings))
+    assert {line["step"] for line in metrics(done.folder) if "validation_loss" in line} == {6}
+
+
+def test_without_validation_rows_the_merge_is_still_measured(settings):
+    done = train(config(settings, data__validation=0, train__validate_every=3))
+    lines = [line for line in metrics(done.folder) if "loss" not in line]
+    assert [(line["step"], line["adapter"]) for line in lines] == [(3, "merge"), (6, "merge")]
+    assert all(line.keys() == {"step", "adapter", "members", "cosines"} | SUMMARY for line in lines)
+
+
+def test_the_similarity_is_that_of_the_written_adapters(settings):
+    done = train(config(settings))
+    line = validations(done.folder, 6)["merge"]
+    inner = gram([read_adapter(done.folder / f"adapters/0{a}") for a in range(3)]).total
+    # Both sum the same float32 factors in float64, but in another order, and the written B was multiplied by the scale.
+    torch.testing.assert_close(torch.tensor(line["cosines"], dtype=torch.float64), cosine(inner), rtol=1e-6, atol=1e-7)
+    expected = summary(inner)
+    assert line.items() >= {name: pytest.approx(value, rel=1e-6) for name, value in expected.items()}.items()
+    assert expected["spread"] > 0
+
+
+def test_a_single_adapter_has_no_spread(settings):
+    done = train(config(settings, adapters__count=1))
+    line = validations(done.folder, 6)["merge"]
+    assert line["cosines"] == [[pytest.approx(1)]]
+    assert all(line[name] is None for name in SUMMARY)
+
+
+def slow_loss(model, examples, *, train_on_prompt):
+    """Mean loss per supervised token, row by row, with nothing padded and every logit computed."""
+    total = count = 0
+    for example in examples:
+        ids = torch.tensor(example.ids)
+        log_probs = model(input_ids=ids[None], use_cache=False).logits[0].double().log_softmax(-1)
+        first = 1 if train_on_prompt else example.answer_start
+        for position in range(first, len(ids)):
+            total -= float(log_probs[position - 1, ids[position]])
+            count += 1
+        assert supervised_tokens(example, train_on_prompt=train_on_prompt) == len(ids) - first
+    return total / count
+
+
+@pytest.mark.parametrize("train_on_prompt", [True, False])
+def test_validation_losses_are_those_of_the_written_adapters_in_peft(settings, tmp_path, train_on_prompt):
+    run = config(settings, data__train_on_prompt=train_on_prompt, lora__dropout=0.3, train__tokens_per_microbatch=100)
+    done = train(run)
+    merge_folders([done.folder], tmp_path / "merged")
+    rows = prepare_data(run, load_tokenizer(run.model.name)).validation
+    assert len(rows) == 6
+    folders = {"merge": tmp_path / "merged"} | {a: done.folder / f"adapters/0{a}" for a in range(3)}
+    lines = validations(done.folder, 6)
+    for name in lines:
+        model = AutoModelForCausalLM.from_pretrained(run.model.name)
+        if name != "base":
+            model = PeftModel.from_pretrained(model, folders[name])
+        with torch.no_grad():
+            expected = slow_loss(model.eval(), rows, train_on_prompt=train_on_prompt)
+        # float32 logits of other shapes, and the merge as one adapter of three times the rank
+        assert lines[name]["validation_loss"] == pytest.approx(expected, rel=2e-5)
+
+
+def test_in_between_it_measures_what_a_shorter_run_ends_with(settings, tmp_path):
+    settings["optim"]["schedule"] = "constant"  # so that the first steps do not depend on how many there are
+    long = train(config(settings, train__validate_every=3))
+    short = train(config(settings, train__max_steps=3, output=str(tmp_path / "short")))
+    assert validations(long.folder, 3) == validations(short.folder, 3)
+
+
+def test_a_step_has_loss_norms_and_learning_rate(settings):
+    done = train(config(settings))
+    lines = steps(done.folder)
+    assert [(line["step"], line["adapter"]) for line in lines] == [(s, a) for s in range(1, 7) for a in range(3)]
+    fields = {"step", "adapter", "loss", "grad_norm", "noise_norm", "lr"}
+    assert all(line.keys() == fields for line in lines)
+    assert all(0 < line["grad_norm"] < math.inf for line in lines)
+    rates = [line["lr"] for line in lines if line["adapter"] == 0]
+    assert rates == pytest.approx([0, 5e-3, 1e-2, 7.5e-3, 5e-3, 2.5e-3])  # warm-up over two steps, then down to 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-5])
+def test_the_noise_has_the_norm_of_its_law(settings, temperature):
+    settings["optim"] |= {"temperature": temperature, "schedule": "constant"}
+    done = train(config(settings))
+    (P,) = {sum(t.numel() for t in weights(done.folder, a).values()) for a in range(3)}
+    for line in steps(done.folder):
+        if temperature == 0:
+            assert line["noise_norm"] == 0
+        else:
+            # The norm of P standard normal numbers is sqrt(P) with a standard deviation of 1/sqrt(2), for large P.
+            expected = math.sqrt(2 * line["lr"] * temperature * P)
+            assert line["noise_norm"] == pytest.approx(expected, rel=5 / math.sqrt(2 * P))
+    # The learning rate of the first step is 0; after it every adapter and step has its own noise.
+    assert len({line["noise_norm"] for line in steps(done.folder)}) == (1 if temperature == 0 else 1 + 5 * 3)
+
+
+def test_measuring_changes_no_adapter(settings, tmp_path):
+    settings["lora"]["dropout"] = 0.2
+    without = train(config(settings))
+    watched = train(config(settings, train__validate_every=1, output=str(tmp_path / "watched")))
+    for adapter in range(3):
+        a, b = weights(without.folder, adapter), weights(watched.folder, adapter)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert steps(without.folder) == steps(watched.folder)
+
+
+@pytest.mark.parametrize("per_device", [3, 2])
+def test_a_killed_and_resumed_run_leaves_the_same_lines(settings, tmp_path, monkeypatch, per_device):
+    run = config(settings, train__validate_every=1, adapters__per_device=per_device)
+    reference = train(run)
+    heal = stop_after(monkeypatch, 5, passes=0 if per_device == 3 else 1)  # in the last pack, past a commit at step 4
+    killed = run.model_copy(update={"output": str(tmp_path / "killed")})
+    with pytest.raises(KeyboardInterrupt):
+        train(killed)
+    heal()
+    lines = tmp_path / "killed" / "metrics.jsonl"
+    assert any(line["step"] == 5 for line in metrics(tmp_path / "killed"))
+    lines.write_text(lines.read_text() + '{"step": 5, "adap')  # a line cut short
+    done = train(killed, resume=True)
+    assert metrics(done.folder) == metrics(reference.folder)
