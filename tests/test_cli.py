@@ -1,6 +1,7 @@
 """The command line with bad input: no traceback, exit status 2, and a message that says what, where and how."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -56,7 +57,7 @@ def config(tmp_path, monkeypatch, tiny_model_dir):
         "adapters": {"count": 2},
         "data": {"train": ["train.json"], "validation": 4},
         "optim": {"warmup_steps": 0},
-        "train": {"max_steps": 2, "batch_size": 2},
+        "train": {"max_steps": 2, "batch_size": 2, "tokens_per_microbatch": 512},
         "output": "run",
     }
     path = tmp_path / "run.yaml"
@@ -104,7 +105,12 @@ def test_check_prints_what_a_run_will_do(poc_lora, config):
     # q_proj 32 -> 32 and v_proj 32 -> 16, in two layers, at rank 2
     assert facts["parameters per adapter"] == str(2 * 2 * ((32 + 32) + (32 + 16)))
     assert (facts["training rows"], facts["validation rows"], facts["adapters"]) == ("20", "4", "2")
-    values = [line[out.index("865") if False else 0 :] for line in out.splitlines()]
+    table = out.split("\n\n")[0].splitlines()
+    assert {re.search(r"\s{2,}(?=\S)", line).end() for line in table} == {
+        len("supervised tokens per epoch and adapter  ")
+    }
+    assert "base weights                             float32" in table
+    assert next(line for line in table if line.startswith("memory on")).endswith(" kB")
     assert f"poc-lora train {config} train.max_steps=7" in out
     assert not (config.parent / "run").exists()
 
@@ -116,6 +122,10 @@ def test_check_prints_what_a_run_will_do(poc_lora, config):
         ("optim.temprature=1", "optim.temprature: no such key; did you mean 'optim.temperature'?"),
         ("optim.lr", "fix:   for example optim.lr=1e-4"),
         ("optim.lr=-1", "optim.lr: "),
+        ("model.quantization=int4", "model.quantization: Input should be 'nf4' or 'int8' (got 'int4')"),
+        ("train.gradient_checkpointing=1", "train.gradient_checkpointing: "),
+        ("track=[tensorbord]", "track.0: "),
+        ("trian.compile=true", "trian: no such key; did you mean 'train'?"),
         ("data.train=[none.json]", "where: none.json"),
         ("model.name=./none", "no base model at './none'"),
         ("model.name=.", "where: model.name"),

@@ -36,8 +36,9 @@ def test_what_was_done_before_does_not_count_as_speed(clock, capsys):
     assert capsys.readouterr().err == "training 95/100, 0:00:20 left\n"
 
 
-def test_nothing_done_yet_tells_no_nonsense(clock, capsys):
-    with track(100, "training") as bar:
+@pytest.mark.parametrize("done", [0, 90])
+def test_nothing_done_yet_tells_no_nonsense(clock, capsys, done):
+    with track(100, "training", done=done) as bar:
         clock[0] += 20
         bar.advance(0, "waiting")
-    assert capsys.readouterr().err == "training 0/100, waiting\n"
+    assert capsys.readouterr().err == f"training {done}/100, waiting\n"

@@ -9,8 +9,9 @@ import resource
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -95,24 +96,27 @@ class Footprint:
             logits=logits,
         )
 
-    def choose(self, free: int) -> Sizes:
-        """What `auto` stands for with `free` bytes: the first of the candidates that fits, or the smallest."""
-        for sizes in self._candidates():
+    def choose(self, free: int, before: Mapping[str, Any] = MappingProxyType({})) -> Sizes:
+        """What `auto` stands for with `free` bytes: the first of the candidates that fits, or the smallest.
+
+        before: sizes that were chosen earlier, by name; they are kept.
+        """
+        for sizes in self._candidates(_asked(self.config, before)):
             if self.memory(sizes).total <= (1 - SPARE) * free:
                 break
         return sizes
 
-    def _candidates(self) -> Iterator[Sizes]:
+    def _candidates(self, asked: dict[str, Any]) -> Iterator[Sizes]:
         """Full packs before halved ones, then plain layers before recomputed ones, then large micro-batches."""
-        train, adapters, kind = self.config.train, self.config.adapters, self.device.type
-        recomputing, tokens = train.gradient_checkpointing, train.tokens_per_microbatch
-        for M in _halves(adapters.count, 1) if adapters.per_device == "auto" else [adapters.per_device]:
+        count, kind = self.config.adapters.count, self.device.type
+        tokens, per_device, recomputing = (asked[field.name] for field in fields(Sizes))
+        for M in _halves(count, 1) if per_device == "auto" else [min(per_device, count)]:
             least = M * self.longest  # a micro-batch has a row of each adapter
             choices = [False, True][: 1 + self.can_recompute] if recomputing == "auto" else [recomputing]
             for again in choices:
                 floor = least if again == choices[-1] else max(least, SLOW_TOKENS[kind])
                 for n in _halves(FAST_TOKENS[kind], floor) if tokens == "auto" else [tokens]:
-                    yield Sizes(n, min(M, adapters.count), again)
+                    yield Sizes(n, M, again)
 
     def _logits(self, tokens: int) -> int:
         """Bytes of the logits held at once: in float32, and as much again while they are summed or turned back."""
@@ -186,24 +190,26 @@ def resolve_sizes(
 
     `free` is counted with the base `model` not yet loaded.
     """
-    adapters, train = config.adapters, config.train
-    largest = {
+    asked = _asked(config, before)
+    largest: dict[str, Any] = {
         "tokens_per_microbatch": FAST_TOKENS[model.device.type],
-        "per_device": adapters.count,
+        "per_device": config.adapters.count,
         "gradient_checkpointing": False,
     }
+    sizes = Sizes(**{name: largest[name] if value == "auto" else value for name, value in asked.items()})
+    if "auto" not in asked.values() or _most_bytes(config, model, sizes, longest) <= (1 - SPARE) * free:
+        return sizes
+    return Footprint(config, model.device, longest=longest).choose(free, before)
+
+
+def _asked(config: RunConfig, before: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of Sizes as the run asks for them; `auto` is what it was `before`, if that is known."""
     asked = {
-        "tokens_per_microbatch": train.tokens_per_microbatch,
-        "per_device": adapters.per_device,
-        "gradient_checkpointing": train.gradient_checkpointing,
+        "tokens_per_microbatch": config.train.tokens_per_microbatch,
+        "per_device": config.adapters.per_device,
+        "gradient_checkpointing": config.train.gradient_checkpointing,
     }
-    known: dict[str, Any] = {name: before.get(name) if value == "auto" else value for name, value in asked.items()}
-    sizes = Sizes(**{name: largest[name] if value is None else value for name, value in known.items()})
-    if None not in known.values():
-        return sizes
-    if not before and _most_bytes(config, model, sizes, longest) <= (1 - SPARE) * free:
-        return sizes
-    return Footprint(config, model.device, longest=longest).choose(free)
+    return {name: before.get(name, value) if value == "auto" else value for name, value in asked.items()}
 
 
 def _most_bytes(config: RunConfig, model: PreTrainedModel, sizes: Sizes, longest: int) -> int:

@@ -305,6 +305,10 @@ def test_a_resumed_run_keeps_its_sizes_whatever_is_free(base):
     before = Sizes(64, 1, True)
     for free in (0, 2**40):
         assert resolve_sizes(run, model, free=free, longest=T, before=asdict(before)) == before
+        # A run of before there were other choices
+        assert resolve_sizes(run, model, free=free, longest=T, before={"tokens_per_microbatch": 64}) == (
+            Sizes(64, M, False) if free else Sizes(64, 1, True)
+        )
     asked = base("llama", adapters__per_device=2)
     assert resolve_sizes(asked, model, free=0, longest=T, before=asdict(before)) == replace(before, per_device=2)
     assert resolve_sizes(run, model, free=2**40, longest=T, before={}) == Sizes(2048, M, False)
