@@ -76,10 +76,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
 def _quantization(kind: str | None, dtype: str) -> BitsAndBytesConfig | None:
     if kind is None:
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            f"quantization '{kind}' needs bitsandbytes", where="model.quantization", fix="pip install 'poc-lora[bnb]'"
-        )
+    require_quantization(kind)
     # What bitsandbytes says at every call of an int8 layer, and of a kernel that `keep_differentiable` turns off.
     for module in ("autograd._functions", "backends.cpu.ops"):
         logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
@@ -92,6 +89,14 @@ def _quantization(kind: str | None, dtype: str) -> BitsAndBytesConfig | None:
         )
     # Threshold 0: outlier columns would be picked over all rows of a pack, and tie its adapters together.
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+
+
+def require_quantization(kind: str | None) -> None:
+    """Raises ModelError where a quantised base cannot be loaded because bitsandbytes is missing."""
+    if kind is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"quantization '{kind}' needs bitsandbytes", where="model.quantization", fix="pip install 'poc-lora[bnb]'"
+        )
 
 
 def keep_differentiable(model: nn.Module) -> None:

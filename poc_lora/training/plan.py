@@ -17,7 +17,7 @@ from poc_lora.data.rows import read_sources, source_files
 from poc_lora.errors import ConfigError, DataError, RequestError
 from poc_lora.files import sha256_file
 from poc_lora.lora.bank import matching_linears
-from poc_lora.lora.base import context_length, default_device, empty_base, load_tokenizer
+from poc_lora.lora.base import context_length, default_device, empty_base, load_tokenizer, require_quantization
 from poc_lora.training.fused import require_compiler
 from poc_lora.training.memory import Footprint, free_bytes
 from poc_lora.training.run import find_run
@@ -98,6 +98,7 @@ def check(config: RunConfig, *, device: torch.device | None = None) -> dict[str,
     if not in_use:
         find_run(config, resume=False)
     require_trackers(config)
+    require_quantization(config.model.quantization)
     if config.train.compile:
         require_compiler(device)
     model = empty_base(config.model.name, revision=config.model.revision)

@@ -126,8 +126,7 @@ def test_the_peak_counts_what_is_alive_at_once():
     assert x.sum() == 32
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("dropout", "checkpointing"), [(0.0, False), (0.1, False), (0.1, True)])
 def test_the_predicted_peak_is_what_torch_allocates(base, dropout, checkpointing):
     run = base("llama", lora__dropout=dropout)
     model, footprint = make("llama"), Footprint(run, CPU, longest=T)
@@ -137,8 +136,17 @@ def test_the_predicted_peak_is_what_torch_allocates(base, dropout, checkpointing
         assert predicted(footprint, rows, checkpointing=checkpointing) == pytest.approx(real, rel=0.01)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["many tokens", "qwen3", "gemma2", "neox"])
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [
+        ("many tokens", False),
+        ("many tokens", True),
+        ("qwen3", False),
+        ("gemma2", False),
+        ("gemma2", True),
+        ("neox", True),
+    ],
+)
 def test_any_architecture_is_covered(base, name, checkpointing):
     run = base(name)
     real = measured(run, make(name), 6, checkpointing=checkpointing)
@@ -283,7 +291,7 @@ def test_a_base_without_layers_to_recompute_is_never_asked_to(tiny_model_dir, se
     assert not Path(settings["output"]).exists()
 
 
-@pytest.mark.parametrize(("name", "longest"), [*((name, 512) for name in BASES), ("llama", T), ("many tokens", T)])
+@pytest.mark.parametrize(("name", "longest"), [*((name, 512) for name in BASES), ("many tokens", T)])
 def test_the_quick_look_is_above_the_close_one(base, name, longest):
     run = base(name)
     footprint, model = Footprint(run, CPU, longest=longest), make(name)

@@ -109,6 +109,11 @@ def no_accelerate(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else found(name))
 
 
+def no_bitsandbytes(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+
+
 def no_compiler(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no working C++ compiler")
@@ -127,6 +132,7 @@ def no_compiler(monkeypatch):
         ({"data__validation": 60}, None, DataError, "leave none to train on"),
         ({"model__name": "./none"}, None, ModelError, "no base model"),
         ({"track": ["tensorboard"]}, no_trackers, ConfigError, "'tensorboard' is not installed"),
+        ({"model__quantization": "nf4"}, no_bitsandbytes, ModelError, "needs bitsandbytes"),
         ({"track": ["wandb"]}, no_accelerate, ConfigError, "need accelerate"),
         ({"train__compile": True}, no_compiler, ConfigError, "torch.compile does not work here"),
         ({}, full_disk, RequestError, "need 154 kB, 1 kB are free"),
