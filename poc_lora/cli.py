@@ -32,7 +32,8 @@ def main() -> None:
     try:
         app()
     except PocLoraError as problem:
-        typer.echo(f"poc-lora: {problem}", err=True)
+        if not problem.told:
+            typer.echo(f"poc-lora: {problem}", err=True)
         sys.exit(problem.exit_status)
     except (OSError, MemoryError) as problem:  # a full disk, a folder that went away
         _fail(str(problem) or "out of memory")
@@ -81,7 +82,11 @@ def demo(
 
 
 @app.command()
-def check(config: Config, overrides: Overrides = None) -> None:
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(min=1, help="How many accelerate launch will start.")] = 1,
+) -> None:
     """Validate a run and say what it will do, without loading any weights.
 
     Example: poc-lora check configs/demo.yaml train.max_steps=50
@@ -92,11 +97,12 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
     from poc_lora.training.plan import check
 
-    facts = check(loaded)
+    facts = check(loaded, processes=processes)
     width = max(map(len, facts))
     for name, value in facts.items():
         typer.echo(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
-    _next("the configuration is valid", "poc-lora train " + shlex.join([str(config), *(overrides or [])]))
+    launcher = "poc-lora" if processes == 1 else f"accelerate launch --num_processes {processes} -m poc_lora"
+    _next("the configuration is valid", f"{launcher} train " + shlex.join([str(config), *(overrides or [])]))
 
 
 @app.command()
@@ -105,9 +111,10 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
 ) -> None:
-    """Train the adapters of a run, packed together on one device.
+    """Train the adapters of a run, packed together; over several devices under accelerate launch.
 
     Example: poc-lora train configs/demo.yaml adapters.count=4 output=runs/four
+    Example: accelerate launch --num_processes 4 -m poc_lora train configs/demo.yaml output=runs/four
     """
     from poc_lora.config import load_config
 
@@ -116,6 +123,8 @@ def train(
     from poc_lora.training.loop import train
 
     done = train(loaded, resume=resume)
+    if not done.tells:
+        return
     _show_training(done)
     merged = done.folder / "merged"
     command = "poc-lora merge " + shlex.join([str(done.folder), "--out", str(merged)])

@@ -36,6 +36,13 @@ class ModelSection(Section):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on GPU, float32 on CPU
     quantization: Literal["nf4", "int8"] | None = None  # by bitsandbytes; dtype is then what it computes in
+    shard: Flag = False  # each process keeps a part of the base and gathers the rest layer by layer (FSDP2)
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> "ModelSection":
+        if self.shard and self.quantization == "int8":
+            raise ValueError("int8 weights cannot be sharded: set model.quantization to nf4 or null")
+        return self
 
 
 class LoraSection(Section):

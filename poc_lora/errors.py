@@ -13,9 +13,11 @@ class PocLoraError(Exception):
     what: one sentence naming the problem.
     where: the file, key or adapter it was found in.
     fix: what to do about it.
+    told: whether another process of the run tells it, so that it is printed once.
     """
 
     exit_status = 1
+    told = False
 
     def __init__(self, what: str, *, where: str | Path | None = None, fix: str | None = None):
         self.what = what
@@ -61,6 +63,14 @@ class CheckpointError(PocLoraError):
 
 class TrainingError(PocLoraError):
     """Training could not go on, for example because every adapter diverged."""
+
+
+class PeerError(PocLoraError):
+    """Another rank of the run failed, died or hangs."""
+
+    def __init__(self, what: str, *, where: str | Path | None = None, fix: str | None = None, exit_status: int = 1):
+        super().__init__(what, where=where, fix=fix)
+        self.exit_status = exit_status
 
 
 class Interrupted(PocLoraError):

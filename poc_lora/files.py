@@ -32,7 +32,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.fsync(out.fileno())
         os.chmod(aside, 0o644)
         os.replace(aside, path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
@@ -54,16 +54,24 @@ def commit_folder(path: Path) -> Iterator[Path]:
         aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield aside
-        for written in (*aside.rglob("*"), aside):
-            _sync(written)
         os.chmod(aside, 0o755)  # noqa: S103  (mkdtemp makes folders private; results are not)
-        if path.exists():
-            raise RequestError(f"{path} exists already", where=path, fix="choose another folder or remove this one")
-        os.rename(aside, path)
-        _sync(path.parent)
+        publish_folder(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def publish_folder(aside: Path, path: Path) -> None:
+    """Give a filled folder its name, in one rename, once all in it is on the disk.
+
+    Raises RequestError if `path` exists.
+    """
+    for written in (*aside.rglob("*"), aside):
+        sync(written)
+    if path.exists():
+        raise RequestError(f"{path} exists already", where=path, fix="choose another folder or remove this one")
+    os.rename(aside, path)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -76,8 +84,8 @@ def _refusing_bad_places(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _sync(path: Path) -> None:
-    """Make a file's content, or the renames inside a folder, survive a power cut."""
+def sync(path: Path) -> None:
+    """Make a file's content, or the names inside a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -21,8 +21,11 @@ class Tracker(Protocol):
 
 
 @contextlib.contextmanager
-def track(total: int, title: str, *, done: int = 0) -> Iterator[Tracker]:
-    """Show the progress of `total` units of work, `done` of them done before the block."""
+def track(total: int, title: str, *, done: int = 0, hidden: bool = False) -> Iterator[Tracker]:
+    """Show the progress of `total` units of work, `done` of them done before the block; nothing if `hidden`."""
+    if hidden:
+        yield _Nothing()
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(total, title, done)
@@ -30,6 +33,11 @@ def track(total: int, title: str, *, done: int = 0) -> Iterator[Tracker]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
         yield _Bar(progress, progress.add_task(title, total=total, completed=done, note=""))
+
+
+class _Nothing:
+    def advance(self, n: int = 1, note: str = "") -> None:
+        pass
 
 
 class _Bar:

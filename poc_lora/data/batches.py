@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -67,23 +68,35 @@ def micro_batches(
     rows_per_slot: Sequence[Sequence[int]],
     *,
     tokens: int,
+    at_least: int = 1,
     train_on_prompt: bool,
     pad_id: int,
     device: torch.device,
 ) -> Iterator[MicroBatch]:
-    """Cut one step's rows (equally many for each adapter) into packs of at most `tokens` tokens.
+    """The parts of `cut_rows` as tensors."""
+    for part in cut_rows(examples, rows_per_slot, tokens=tokens, at_least=at_least):
+        chosen = [i for rows in part for i in rows]
+        yield _pack(examples, chosen, len(part[0]), train_on_prompt=train_on_prompt, pad_id=pad_id, device=device)
 
-    A pack takes equally many rows of every adapter, at least one. Rows go by falling length, so that a
-    pack's rows are alike; a step's gradient is a sum over rows, whose order does not matter.
+
+def cut_rows(
+    examples: Sequence[Example], rows_per_slot: Sequence[Sequence[int]], *, tokens: int, at_least: int = 1
+) -> list[list[Sequence[int]]]:
+    """Cut one step's rows (equally many for each adapter) into parts of at most `tokens` tokens, padding counted.
+
+    A part has equally many rows of every adapter, at least one. Rows go by falling length, so that a part's rows
+    are alike; a step's gradient is a sum over rows, whose order does not matter. `at_least` so many parts are made, as
+    far as there are rows.
     """
     by_length = [sorted(rows, key=lambda i: -len(examples[i].ids)) for rows in rows_per_slot]
-    count, start = len(by_length[0]), 0
-    while start < count:
-        longest = padded_length(max(len(examples[rows[start]].ids) for rows in by_length))
-        take = max(1, min(count - start, tokens // (longest * len(by_length))))
-        chosen = [i for rows in by_length for i in rows[start : start + take]]
-        yield _pack(examples, chosen, take, train_on_prompt=train_on_prompt, pad_id=pad_id, device=device)
-        start += take
+    count, bounds = len(by_length[0]), [0]
+    while bounds[-1] < count:
+        longest = padded_length(max(len(examples[rows[bounds[-1]]].ids) for rows in by_length))
+        bounds.append(min(count, bounds[-1] + max(1, tokens // (longest * len(by_length)))))
+    while len(bounds) - 1 < min(at_least, count):
+        start, end = max(pairwise(bounds), key=lambda part: part[1] - part[0])
+        bounds = sorted([*bounds, (start + end) // 2])
+    return [[rows[start:end] for rows in by_length] for start, end in pairwise(bounds)]
 
 
 def supervised_tokens(example: Example, *, train_on_prompt: bool) -> int:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,10 @@ from poc_lora.errors import ModelError
 
 
 def default_device() -> torch.device:
-    """The first GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU where there is one and accelerate was not told to use the CPU, else the CPU."""
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def load_base(
@@ -35,12 +38,14 @@ def load_base(
     dtype: str = "auto",
     quantization: str | None = None,
     device: torch.device | None = None,
+    floats_only: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model (folder or Hub id), frozen and in eval mode, with its tokenizer.
 
     dtype: `auto` is bfloat16 on a GPU and float32 on the CPU. quantization: None, `nf4` or `int8`, by bitsandbytes,
-    of the linear layers but the head; they compute in `dtype`. Only safetensors weights are read and no code from
-    the model's repository is run. Raises ModelError.
+    of the linear layers but the head; they compute in `dtype`. floats_only: keep 4-bit weights in tensors of `dtype`,
+    the only ones that FSDP shards. Only safetensors weights are read and no code from the model's repository is run.
+    Raises ModelError.
     """
     device = device or default_device()
     name = _expand(name)
@@ -52,7 +57,7 @@ def load_base(
             name,
             revision=revision,
             dtype=getattr(torch, resolve_dtype(dtype, device)),
-            quantization_config=_quantization(quantization, resolve_dtype(dtype, device)),
+            quantization_config=_quantization(quantization, resolve_dtype(dtype, device), floats_only=floats_only),
             device_map={"": device} if quantization else None,
             use_safetensors=True,
             trust_remote_code=False,
@@ -69,11 +74,14 @@ def load_base(
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:
-    """The name of the dtype that `auto` stands for on a device."""
-    return ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+    """The name of the dtype that `auto` stands for on a device: accelerate's mixed precision, where one is set."""
+    if dtype != "auto":
+        return dtype
+    mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    return mixed or ("bfloat16" if device.type == "cuda" else "float32")
 
 
-def _quantization(kind: str | None, dtype: str) -> BitsAndBytesConfig | None:
+def _quantization(kind: str | None, dtype: str, *, floats_only: bool) -> BitsAndBytesConfig | None:
     if kind is None:
         return None
     require_quantization(kind)
@@ -86,6 +94,7 @@ def _quantization(kind: str | None, dtype: str) -> BitsAndBytesConfig | None:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
+            bnb_4bit_quant_storage=getattr(torch, dtype) if floats_only else torch.uint8,
         )
     # Threshold 0: outlier columns would be picked over all rows of a pack, and tie its adapters together.
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)

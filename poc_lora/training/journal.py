@@ -1,21 +1,25 @@
 """What a run writes down while it trains: metrics.jsonl, and the same to the trackers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from poc_lora.training.pack import Pack, Step
 from poc_lora.training.run import Run
 from poc_lora.training.trackers import Trackers
-from poc_lora.training.validation import validate
 
 LOGGED_STEPS = 1000  # metrics.jsonl holds about so many steps of a run at most
 
 
 class Journal:
-    """Turns what happened into metric lines: one per step and adapter."""
+    """Turns what happened into metric lines: one per step and adapter.
 
-    def __init__(self, run: Run, trackers: Trackers):
+    Rank 0 writes its own lines at once, and those of the others as they come with a commit.
+    """
+
+    def __init__(self, run: Run, trackers: Trackers, rank: int = 0):
         self.run = run
-        self._trackers = trackers
+        self._trackers, self._rank = trackers, rank
+        self._unsent: list[tuple[list[int], list[dict[str, Any]]]] = []
 
     def step(self, pack: Pack, result: Step, step: int) -> None:
         """Write down an optimizer step, or only that an adapter diverged where steps are many."""
@@ -37,14 +41,28 @@ class Journal:
             ]
         self._write(pack, lines)
 
-    def validation(self, pack: Pack, step: int) -> None:
-        """Measure the base, each adapter and the running merge, and write it down."""
+    def validation(self, pack: Pack, step: int, measures: Mapping[int | str, dict[str, Any]]) -> None:
+        """Write down what `validate` measured."""
         members = [pack.bank.adapters[slot] for slot in pack.live]  # of the merge; others may train in other packs
-        lines = [
-            {"step": step, "adapter": name, **measures, "members": members} for name, measures in validate(pack).items()
-        ]
+        lines = [{"step": step, "adapter": name, **measured, "members": members} for name, measured in measures.items()]
         self._write(pack, lines)
 
     def _write(self, pack: Pack, lines: list[dict[str, Any]]) -> None:
+        if self._rank == 0:
+            self._put_down(pack.bank.adapters, lines)
+        else:
+            self._unsent.append((pack.bank.adapters, lines))
+
+    def send(self) -> list[tuple[list[int], list[dict[str, Any]]]]:
+        """What this rank has for rank 0 to write, each time once."""
+        unsent, self._unsent = self._unsent, []
+        return unsent
+
+    def receive(self, sent: list[tuple[list[int], list[dict[str, Any]]]]) -> None:
+        """Write down what another rank sent."""
+        for adapters, lines in sent:
+            self._put_down(adapters, lines)
+
+    def _put_down(self, adapters: list[int], lines: list[dict[str, Any]]) -> None:
         self.run.log(lines)
-        self._trackers.log(lines, pack.bank.adapters)
+        self._trackers.log(lines, adapters)

@@ -5,6 +5,7 @@ is counted. So any architecture is covered, with or without gradient checkpointi
 """
 
 import contextlib
+import os
 import resource
 import sys
 import weakref
@@ -65,8 +66,8 @@ class Memory:
 class Footprint:
     """The memory of a run's parts as functions of the sizes to be chosen. Reads the base's config, no weights."""
 
-    def __init__(self, config: RunConfig, device: torch.device, *, longest: int):
-        self.config, self.device, self.longest = config, device, longest
+    def __init__(self, config: RunConfig, device: torch.device, *, longest: int, ranks: int = 1):
+        self.config, self.device, self.longest, self.ranks = config, device, longest, ranks
         self._measured: dict[tuple[int, bool], list[tuple[int, int]]] = {}
         section = config.model
         self.dtype = resolve_dtype(section.dtype, device)
@@ -77,6 +78,8 @@ class Footprint:
             self.plain_head = has_plain_head(model)
             self.can_recompute = any(isinstance(m, GradientCheckpointingLayer) for m in model.modules())
             self.weights, self.largest = _weight_bytes(model, section.quantization)
+            if section.shard and ranks > 1:
+                self.weights = self.weights // ranks + _gathered_bytes(model, self.weights)
             bank = AdapterBank.blank(model, targets=config.lora.targets, rank=config.lora.rank, adapters=[0])
             self.parameters = bank.parameters_per_adapter
 
@@ -108,7 +111,7 @@ class Footprint:
 
     def _candidates(self, asked: dict[str, Any]) -> Iterator[Sizes]:
         """Full packs before halved ones, then plain layers before recomputed ones, then large micro-batches."""
-        count, kind = self.config.adapters.count, self.device.type
+        count, kind = -(-self.config.adapters.count // self.ranks), self.device.type
         tokens, per_device, recomputing = (asked[field.name] for field in fields(Sizes))
         for M in _halves(count, 1) if per_device == "auto" else [min(per_device, count)]:
             least = M * self.longest  # a micro-batch has a row of each adapter
@@ -167,8 +170,10 @@ class Footprint:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a run may take on the device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Memory that this process may take on the device; processes on one machine share its memory evenly."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -184,22 +189,31 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def resolve_sizes(
-    config: RunConfig, model: PreTrainedModel, *, free: int, longest: int, before: Mapping[str, Any]
+    config: RunConfig,
+    model: PreTrainedModel,
+    *,
+    device: torch.device | None = None,
+    free: int,
+    longest: int,
+    ranks: int = 1,
+    before: Mapping[str, Any],
 ) -> Sizes:
-    """The sizes that a run asks for; what is `auto` stays as it was `before`, or is chosen to fit `free` bytes.
+    """The sizes that a run on `ranks` ranks asks for; what is `auto` stays as it was `before`, or is chosen to fit.
 
-    `free` is counted with the base `model` not yet loaded.
+    `free` bytes of each rank's `device` (default: the model's) are counted with the base `model`, which may be shapes
+    only, not yet loaded.
     """
+    device = device or model.device
     asked = _asked(config, before)
     largest: dict[str, Any] = {
-        "tokens_per_microbatch": FAST_TOKENS[model.device.type],
-        "per_device": config.adapters.count,
+        "tokens_per_microbatch": FAST_TOKENS[device.type],
+        "per_device": -(-config.adapters.count // ranks),
         "gradient_checkpointing": False,
     }
     sizes = Sizes(**{name: largest[name] if value == "auto" else value for name, value in asked.items()})
     if "auto" not in asked.values() or _most_bytes(config, model, sizes, longest) <= (1 - SPARE) * free:
         return sizes
-    return Footprint(config, model.device, longest=longest).choose(free, before)
+    return Footprint(config, device, longest=longest, ranks=ranks).choose(free, before)
 
 
 def _asked(config: RunConfig, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,6 +271,16 @@ def _weight_bytes(model: PreTrainedModel, quantization: str | None) -> tuple[int
     if not quantization:
         return plain, 0
     return plain + round(sum(p.numel() for p in packed) * QUANTIZED_BYTES[quantization]), max(p.nbytes for p in packed)
+
+
+def _gathered_bytes(model: PreTrainedModel, weights: int) -> int:
+    """Bytes of a sharded base that are whole at once: two layers, of which one is on its way, and what is no layer."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    total = sum(p.nbytes for p in model.parameters())
+    in_layers = sum(p.nbytes for layer in layers for p in layer.parameters())
+    largest = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
+    outside = total - in_layers
+    return outside + round(2 * largest / in_layers * (weights - outside))
 
 
 class _PeakBytes(TorchDispatchMode):

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from poc_lora import rng
 from poc_lora.config import RunConfig
-from poc_lora.data.batches import MicroBatch, micro_batches, supervised_tokens
+from poc_lora.data.batches import MicroBatch, cut_rows, micro_batches, supervised_tokens
 from poc_lora.data.prompts import Example
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.lora.base import has_plain_head
@@ -41,6 +41,8 @@ class Pack:
     model: the frozen base, in which the bank replaces the target modules until `close`.
     adapters: their ids. tokens: the size of a micro-batch. pad_id: any token; padding is never attended to.
     checkpointing: run layers a second time in the backward pass instead of keeping what they computed.
+    largest: the greatest of all ranks' values, each called with as many, for a base model that is sharded over the
+    ranks: then all must run it equally often.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class Pack:
         tokens: int,
         pad_id: int,
         checkpointing: bool = False,
+        largest: Callable[[list[int]], list[int]] | None = None,
     ):
         self.config, self.model, self.data = config, model, data
+        self.largest = largest
         self.tokens, self.pad_id, self.device = tokens, pad_id, model.device
         self.plain_head = has_plain_head(model)
         self._undo = contextlib.ExitStack()
@@ -88,8 +92,11 @@ class Pack:
         """Slots of the adapters that have not diverged."""
         return [slot for slot in range(self.bank.size) if slot not in self.bank.dropped]
 
-    def step(self, step: int) -> Step:
-        """Take optimizer step `step` (from 0) with every live adapter."""
+    def step(self, step: int, stop: Callable[[], bool] = lambda: False) -> Step | None:
+        """Take optimizer step `step` (from 0) with every live adapter.
+
+        None, and nothing has changed, where `stop` became true before all of its rows had been through.
+        """
         optim, bank = self.config.optim, self.bank
         lr = learning_rate(
             optim.schedule,
@@ -101,7 +108,10 @@ class Pack:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         bank.zero_grad()
-        losses, real, computed = self._accumulate(step)
+        accumulated = self._accumulate(step, stop)
+        if accumulated is None:
+            return None
+        losses, real, computed = accumulated
         norms = bank.clip_grad_norm(optim.max_grad_norm)
         diverged = self._drop_unless(torch.isfinite(losses) & torch.isfinite(norms))
         self.optimizer.step()
@@ -109,8 +119,8 @@ class Pack:
         noise = torch.stack(self.optimizer.noise_norms)
         return Step(losses.tolist(), norms.tolist(), noise.tolist(), lr, diverged, real, computed)
 
-    def _accumulate(self, step: int) -> tuple[Tensor, int, int]:
-        """Add up the gradients of one step's rows, micro-batch by micro-batch."""
+    def _accumulate(self, step: int, stop: Callable[[], bool]) -> tuple[Tensor, int, int] | None:
+        """Add up the gradients of one step's rows, micro-batch by micro-batch; None when told to stop."""
         examples = self.data.train
         rows = [self.data.order.rows(adapter, step) for adapter in self.bank.adapters]
         counts = [sum(self._supervised(i) for i in chosen) for chosen in rows]
@@ -120,7 +130,13 @@ class Pack:
         self.model.eval()  # a base with dropout of its own would draw it from torch's global stream
         for module in self.bank.modules.values():
             module.train()
-        for batch in self._micro_batches(examples, rows):
+        parts = 1
+        if self.largest:
+            parts, stopping = self.largest([len(cut_rows(examples, rows, tokens=self.tokens)), stop()])
+            stop = lambda: bool(stopping)  # noqa: E731  (all ranks stop at the same step)
+        for batch in self._micro_batches(examples, rows, at_least=parts):
+            if stop():
+                return None
             if self.config.lora.dropout:
                 self.bank.key_dropout(self._dropout_keys(batch, step))
             loss, per_slot = packed_loss(self.model, batch, tokens_per_slot, plain_head=self.plain_head)
@@ -133,11 +149,14 @@ class Pack:
     def _supervised(self, example: int) -> int:
         return supervised_tokens(self.data.train[example], train_on_prompt=self.config.data.train_on_prompt)
 
-    def _micro_batches(self, examples: Sequence[Example], rows: Sequence[Sequence[int]]) -> Iterator[MicroBatch]:
+    def _micro_batches(
+        self, examples: Sequence[Example], rows: Sequence[Sequence[int]], at_least: int = 1
+    ) -> Iterator[MicroBatch]:
         return micro_batches(
             examples,
             rows,
             tokens=self.tokens,
+            at_least=at_least,
             train_on_prompt=self.config.data.train_on_prompt,
             pad_id=self.pad_id,
             device=self.device,

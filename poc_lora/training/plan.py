@@ -18,8 +18,10 @@ from poc_lora.errors import ConfigError, DataError, RequestError
 from poc_lora.files import sha256_file
 from poc_lora.lora.bank import matching_linears
 from poc_lora.lora.base import context_length, default_device, empty_base, load_tokenizer, require_quantization
+from poc_lora.training.checkpoint import Progress
 from poc_lora.training.fused import require_compiler
 from poc_lora.training.memory import Footprint, free_bytes
+from poc_lora.training.placement import place
 from poc_lora.training.run import find_run
 from poc_lora.training.trackers import require_trackers
 
@@ -87,12 +89,14 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, conte
     )
 
 
-def check(config: RunConfig, *, device: torch.device | None = None) -> dict[str, Any]:
+def check(config: RunConfig, *, device: torch.device | None = None, processes: int = 1) -> dict[str, Any]:
     """Validate a run without weights; returns what it will do, as names and values for a person to read.
 
+    processes: how many `accelerate launch` will start, all on machines like this one.
     Raises the error that `train` would: run folder, trackers, compiler, target modules, rows, room on the disk.
     Memory is the predicted peak on `device`, default the one that training would use; time is not estimated.
     """
+    require_processes(config, processes)
     device, folder = device or default_device(), Path(config.output)
     in_use = (folder / "config.yaml").exists()
     if not in_use:
@@ -105,12 +109,14 @@ def check(config: RunConfig, *, device: torch.device | None = None) -> dict[str,
     matching_linears(model, config.lora.targets)
     tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
     data = prepare_data(config, tokenizer, context=context_length(model))
-    footprint = Footprint(config, device, longest=data.longest)
+    footprint = Footprint(config, device, longest=data.longest, ranks=processes)
     free = free_bytes(device)
     sizes = footprint.choose(free)
+    fresh = {adapter: Progress(0) for adapter in range(config.adapters.count)}
+    placement = place(fresh, data.total_steps, ranks=processes, per_device=sizes.per_device)
     memory = footprint.memory(sizes)
     M, P = config.adapters.count, footprint.parameters
-    on_disk = disk_bytes(config, P, sizes.per_device)
+    on_disk = disk_bytes(config, P, sizes.per_device * processes)
     room = require_room(folder, 0 if in_use else on_disk)
     tokens = sum(len(e.ids) for e in data.train)
     rows = M * config.train.batch_size
@@ -132,6 +138,12 @@ def check(config: RunConfig, *, device: torch.device | None = None) -> dict[str,
         "steps": data.total_steps,
         "tokens of the whole run, about": round(tokens / len(data.train) * rows * data.total_steps),
         "adapters trained at once": sizes.per_device,
+        **{
+            f"rank {rank} trains adapters": ", then ".join(
+                _span(packs[rank]) for packs in placement.rounds if packs[rank]
+            )
+            for rank in range(processes if processes > 1 else 0)
+        },
         "tokens per micro-batch": f"{sizes.tokens_per_microbatch:,}, of all its adapters, padding counted",
         "gradient checkpointing": "on" if sizes.gradient_checkpointing else "off",
         f"memory on {device.type}: base model": size(memory.weights),
@@ -144,6 +156,21 @@ def check(config: RunConfig, *, device: torch.device | None = None) -> dict[str,
         "disk": f"{size(on_disk)} of {size(room)} free",
         "run folder": f"{folder} ({'holds a run: train goes on with --resume' if in_use else 'new'})",
     }
+
+
+def require_processes(config: RunConfig, processes: int) -> None:
+    """Raises RequestError for more processes than adapters, which train whole."""
+    if processes > config.adapters.count:
+        raise RequestError(
+            f"{processes} processes for {config.adapters.count} adapters: some would have nothing to do",
+            where="adapters.count",
+            fix=f"start at most {config.adapters.count} processes, or raise adapters.count",
+        )
+
+
+def _span(pack: list[int]) -> str:
+    """Adapters that follow each other, as all packs of a new run do."""
+    return f"{pack[0]}" if len(pack) == 1 else f"{pack[0]} to {pack[-1]} together"
 
 
 def disk_bytes(config: RunConfig, parameters: int, per_device: int) -> int:

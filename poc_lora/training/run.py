@@ -7,25 +7,25 @@ import contextlib
 import json
 import platform
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from poc_lora import __version__
 from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
 from poc_lora.errors import RunError
-from poc_lora.files import read_json, read_text, write_atomic, write_json
+from poc_lora.files import read_json, read_text, sync, write_atomic, write_json
 from poc_lora.lora.adapter import Adapter, write_adapter
 from poc_lora.training.checkpoint import Commit, newest_commit
 
 # What may differ between a run and its resumption: nothing that a trained adapter already depends on.
 RESUMABLE = ("adapters.count", "adapters.per_device", "checkpoint.", "output", "track", "train.validate_every")
+WRITTEN = ("config.yaml", "run.json", "metrics.jsonl")
+LOCK = ".lock"
 LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "tokenizers")
 
 
@@ -51,6 +51,8 @@ class Run:
         self.note(**environment(), **facts)
         for aside in (*self.checkpoints.glob(".*"), *self.adapters.glob(".*")):
             shutil.rmtree(aside, ignore_errors=True)
+        for aside in (a for name in WRITTEN for a in self.folder.glob(f".{name}.*")):
+            aside.unlink()
         self._forget_after({} if self.commit is None else {a: p.step for a, p in self.commit.progress.items()})
 
     def note(self, **facts: Any) -> None:
@@ -62,6 +64,11 @@ class Run:
         """Append lines to metrics.jsonl."""
         with self._metrics.open("a") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def settle(self) -> None:
+        """Make metrics.jsonl survive a power cut up to here."""
+        if self._metrics.exists():
+            sync(self._metrics)
 
     def _forget_after(self, steps: dict[int, int]) -> None:
         """Remove metric lines of steps that the resumed run will take again.
@@ -84,6 +91,38 @@ class Run:
         if folder.exists():
             shutil.rmtree(folder)
         write_adapter(adapter, folder)
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Within the block no other process may train in this folder, which is made, and left as it was if no run begins.
+
+    The lock ends with the process, however that ends. Raises RunError where another one holds it, and RequestError
+    for a folder that cannot be made.
+    """
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, blocking=False)
+        lock.acquire()
+    except Timeout:
+        raise RunError(
+            "another process trains in this run folder",
+            where=folder,
+            fix="wait for it, or set output to another folder",
+        ) from None
+    except OSError as problem:
+        raise RunError(
+            f"cannot be written: {problem.strerror}", where=folder, fix="choose a folder that can be written to"
+        ) from None
+    try:
+        yield
+    finally:
+        if not (folder / "config.yaml").exists():  # no run came to be
+            path.unlink()
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+        lock.release()
 
 
 def find_run(config: RunConfig, *, resume: bool) -> Run:
@@ -135,27 +174,6 @@ def environment() -> dict[str, Any]:
         "gpus": gpus,
     }
     return {"versions": versions, "machine": machine}
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """Within the block, Ctrl-C and SIGTERM set the event instead of killing; a second Ctrl-C does kill."""
-    stop = threading.Event()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _processor() -> str:

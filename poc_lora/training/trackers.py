@@ -61,7 +61,8 @@ def open_trackers(config: RunConfig, run: Run) -> Iterator[Trackers]:
     try:
         yield Trackers(accelerator.trackers, config.adapters.count)
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # accelerator.end_training would part this process from its ranks as well
+            tracker.finish()
 
 
 def require_trackers(config: RunConfig) -> None:

@@ -16,7 +16,7 @@ def validate(pack: Pack) -> dict[int | str, dict[str, Any]]:
     their pairwise `cosines` and the figures of `similarity.summary`: S² and the error bar S²/M among them.
     """
     bank, examples = pack.bank, pack.data.validation
-    measures: dict[int | str, dict[str, Any]] = {"merge": _similarity(pack)}
+    measures: dict[int | str, dict[str, Any]] = {"merge": _similarity(pack) if pack.live else {}}
     if examples:
         with bank.disabled():
             measures["base"] = {"validation_loss": pack.loss(examples)}
@@ -25,6 +25,10 @@ def validate(pack: Pack) -> dict[int | str, dict[str, Any]]:
                 measures[bank.adapters[slot]] = {"validation_loss": pack.loss(examples)}
         with bank.merged():
             measures["merge"] = {"validation_loss": pack.loss(examples)} | measures["merge"]
+        most = max(pack.largest([len(pack.live)])) if pack.largest else 0
+        for _ in range(most - len(pack.live)):  # other ranks, which share the base, have more adapters to measure
+            with bank.disabled():
+                pack.loss(examples)
     return measures
 
 

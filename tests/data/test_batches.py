@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poc_lora.data.batches import BatchOrder, micro_batches, supervised_tokens
+from poc_lora.data.batches import BatchOrder, cut_rows, micro_batches, supervised_tokens
 from poc_lora.data.prompts import Example
 
 PAD = 0
@@ -171,3 +171,15 @@ def test_a_large_budget_takes_the_step_in_one_pack():
 
 def test_an_empty_step_has_no_packs():
     assert pack(examples(4), [[]], 100) == []
+
+
+@given(st.integers(1, 200), st.integers(1, 9), st.integers(0, 2**32))
+def test_rows_can_be_cut_into_more_parts_than_the_budget_asks_for(tokens, at_least, seed):
+    rows = examples(24, seed)
+    per_slot = [list(range(8)), list(range(8, 16))]
+    fewest = cut_rows(rows, per_slot, tokens=tokens)
+    parts = cut_rows(rows, per_slot, tokens=tokens, at_least=at_least)
+    assert len(parts) == max(len(fewest), min(at_least, 8))
+    for slot, chosen in enumerate(per_slot):
+        assert sorted(i for part in parts for i in part[slot]) == chosen
+    assert all(len(part[0]) == len(part[1]) > 0 for part in parts)

@@ -55,11 +55,11 @@ def stop_after(monkeypatch, step, *, passes=0):
     """
     original, seen = Pack.step, []
 
-    def killed(self, number):
+    def killed(self, number, *rest):
         seen.append(number)
         if seen.count(step) > passes:
             raise KeyboardInterrupt
-        return original(self, number)
+        return original(self, number, *rest)
 
     monkeypatch.setattr(Pack, "step", killed)
     return lambda: monkeypatch.setattr(Pack, "step", original)

@@ -193,13 +193,13 @@ def test_nothing_to_resume_is_an_error(settings):
 def diverge(monkeypatch, adapters, at):
     original = Pack.step
 
-    def poisoned(self, number):
+    def poisoned(self, number, *rest):
         if number == at:
             with torch.no_grad():
                 for slot, adapter in enumerate(self.bank.adapters):
                     if adapter in adapters:
                         self.bank.weights[slot].fill_(torch.inf)
-        return original(self, number)
+        return original(self, number, *rest)
 
     monkeypatch.setattr(Pack, "step", poisoned)
 
@@ -243,7 +243,7 @@ def test_a_restarting_launcher_resumes_by_itself(settings, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     steps = []
     original = loop.Pack.step
-    monkeypatch.setattr(Pack, "step", lambda self, n: (steps.append(n), original(self, n))[1])
+    monkeypatch.setattr(Pack, "step", lambda self, n, *rest: (steps.append(n), original(self, n, *rest))[1])
     train(config(settings))
     assert steps == [4, 5]
 
@@ -429,9 +429,10 @@ def test_dropout_of_the_base_itself_stays_off(settings, tiny_model_dir, tmp_path
     assert_same_bits(weights(first.folder, 0), weights(again.folder, 0))
 
 
-def test_several_processes_are_refused(settings, monkeypatch):
+def test_several_processes_without_a_launcher_are_refused(settings, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RequestError, match="one process"):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RequestError, match="accelerate launch"):
         train(config(settings))
 
 

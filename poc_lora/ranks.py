@@ -1,0 +1,295 @@
+"""The processes of one run under `accelerate launch`: what they tell each other, so that none waits in vain.
+
+Ranks exchange small messages through a key-value store that rank 0 holds: at the start, at commits and at the end.
+Between them every rank works alone. A thread in each shows the others that it lives, and watches for a rank that fails,
+dies or hangs; then all stop, and the message names that rank and the cause.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from poc_lora.errors import PeerError, PocLoraError, RequestError
+
+POLL_SECONDS = 0.5  # how often a rank looks after the others
+POLLS_UNTIL_GONE = 60  # counted in polls, not in time: a machine that slept is no rank that died
+GRACE_SECONDS = 10  # for the main thread to end by itself once another rank has failed
+RANK_0_GONE = {"rank": 0, "cause": "it is gone"}  # and the store with it
+# A rank hangs when it has been busy with one thing, such as a step or loading the model, for so long.
+HANG_SECONDS = float(os.environ.get("POC_LORA_HANG_SECONDS", "1800"))
+
+
+class Ranks:
+    """The ranks of a run as one of them sees it. Alone, with `size` 1, it exchanges nothing.
+
+    stop: set when this or another rank was asked to stop, by Ctrl-C, SIGTERM or the death of its launcher.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+        self.stop = threading.Event()
+        self._store: dist.Store | None = None
+        self._gathered = 0
+        self._beats, self._doing = 0, "starting"
+        self._problem: dict[str, Any] | None = None  # of one rank, the first that was known
+        self._joint = False  # every rank ends with the same error, or with none
+        self._closing = threading.Event()
+
+    def beat(self, doing: str) -> None:
+        """Show that this rank gets on, and with what. Raises PeerError where another rank has failed."""
+        self._beats += 1
+        self._doing = doing
+        if self._problem:
+            raise self._peer_error()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, as they come back from JSON.
+
+        Waits until every rank has called it as often. Raises PeerError where one has failed, died or hangs.
+        """
+        text = json.dumps(value)
+        if self._store is None:
+            return [json.loads(text)]
+        self._gathered += 1
+        keys = [f"gather/{self._gathered}/{rank}" for rank in range(self.size)]
+        doing, self._doing = self._doing, ""  # to wait for others is not to hang
+        pause = 0.001
+        try:
+            self._store.set(keys[self.rank], text)
+            while not self._store.check(keys):
+                if self._problem:
+                    raise self._peer_error()
+                time.sleep(pause)
+                pause = min(2 * pause, 0.1)
+            values = [json.loads(self._store.get(key)) for key in keys]
+            # Whoever is here has read what was gathered before.
+            self._store.delete_key(f"gather/{self._gathered - 1}/{self.rank}")
+        except RuntimeError:  # the store's
+            self._problem = self._problem or RANK_0_GONE
+        self.beat(doing)
+        return values
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A request that is found wrong within the block, on whichever rank, ends them all with one message."""
+        mine: PocLoraError | None = None
+        try:
+            yield
+        except PocLoraError as problem:
+            mine = problem
+        reports = self.gather(None if mine is None else [str(mine), mine.exit_status])
+        first = next((rank for rank, report in enumerate(reports) if report), None)
+        if first is None:
+            return
+        text, status = reports[first]
+        if mine is None or str(mine) != text:
+            mine = PeerError(f"rank {first}: {text}", exit_status=status)
+        raise self.jointly(mine)
+
+    def jointly(self, problem: PocLoraError) -> PocLoraError:
+        """`problem`, which every rank is about to raise and rank 0 will tell."""
+        self._joint = True
+        problem.told = self.rank != 0
+        return problem
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Raises RequestError, which names rank and key, where the ranks' facts differ."""
+        everyone = self.gather(facts)
+        for rank, theirs in enumerate(everyone):
+            for key in sorted(everyone[0].keys() | theirs.keys()):
+                here, there = everyone[0].get(key), theirs.get(key)
+                if here != there:
+                    problem = RequestError(
+                        f"the ranks disagree: {key} is {here!r} on rank 0, but {there!r} on rank {rank}",
+                        where=key,
+                        fix="start every rank with the same configuration, data and versions",
+                    )
+                    raise self.jointly(problem)
+
+    def _connect(self, host: str) -> None:
+        """Open the store, on a port that rank 0 chooses, and begin to watch."""
+        mine = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.rank == 0 else None
+        port = [mine.port if mine else 0]
+        dist.broadcast_object_list(port, src=0)
+        self._store = mine or dist.TCPStore(host, port[0], timeout=timedelta(minutes=1))
+        watch = dist.TCPStore(host, port[0], timeout=timedelta(minutes=1))  # a client of its own: a call blocks one
+        threading.Thread(target=self._watch, args=[watch], name="ranks", daemon=True).start()
+
+    def _watch(self, store: dist.Store) -> None:
+        launcher = os.getppid()
+        others = {rank: _Signs() for rank in range(self.size) if rank != self.rank}
+        polls = 0
+        while not self._closing.wait(POLL_SECONDS):
+            polls += 1
+            try:
+                if os.getppid() != launcher:
+                    self.stop.set()  # nobody is left to stop this process
+                self._pass_on_stop(store)
+                sign = [polls, self._beats, self._doing, socket.gethostname(), os.getpid()]
+                store.set(f"sign/{self.rank}", json.dumps(sign))
+                for rank, signs in others.items():
+                    cause = signs.problem(store.get(f"sign/{rank}") if store.check([f"sign/{rank}"]) else None)
+                    if cause and not self._problem:
+                        self._publish(store, rank, f"{cause}")
+                if store.check(["failed"]):
+                    self._problem = json.loads(store.get("failed"))
+            except RuntimeError:  # the store's
+                self._problem = self._problem or RANK_0_GONE
+            if self._problem:
+                self._give_up()
+
+    def _pass_on_stop(self, store: dist.Store) -> None:
+        if self.stop.is_set():
+            store.set("stop", "")
+        elif store.check(["stop"]):
+            self.stop.set()
+
+    def _publish(self, store: dist.Store, rank: int, cause: str) -> None:
+        """Tell all ranks what is wrong with one; the first word stands."""
+        store.compare_set("failed", "", json.dumps({"rank": rank, "cause": cause}))
+
+    def _peer_error(self) -> PeerError:
+        problem = self._problem or {}
+        error = PeerError(
+            f"rank {problem['rank']} failed: {problem['cause']}",
+            fix="what was committed stands: go on with the same command and --resume",
+        )
+        error.told = self.rank != (1 if problem["rank"] == 0 else 0)
+        return error
+
+    def _give_up(self) -> None:
+        """Let the main thread end; if it does not, it is stuck where nothing wakes it, and the process ends here."""
+        if self._closing.wait(GRACE_SECONDS):
+            return
+        error = self._peer_error()
+        if not error.told:
+            print(f"poc-lora: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(error.exit_status)
+
+    def _close(self, problem: BaseException | None) -> None:
+        """Leave; rank 0, which holds the store, leaves last."""
+        if self._store is None:
+            return
+        with contextlib.suppress(RuntimeError):  # of a store whose process has gone
+            if problem is not None and not self._joint and not isinstance(problem, PeerError):
+                self._publish(self._store, self.rank, str(problem) or type(problem).__name__)
+            if self.rank:
+                self._store.set(f"left/{self.rank}", "")
+            deadline = time.monotonic() + GRACE_SECONDS
+            left = [f"left/{rank}" for rank in range(1, self.size)]
+            while self.rank == 0 and not self._store.check(left) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        if problem is None or self._joint:
+            dist.destroy_process_group()
+        self._closing.set()
+
+
+class _Signs:
+    """The signs of life of one rank, as another sees them."""
+
+    def __init__(self) -> None:
+        self._polls = self._beats = -1
+        self._silent = self._stuck = 0
+
+    def problem(self, sign: bytes | None) -> str | None:
+        """What the newest sign, looked for once a poll, says is wrong with the rank."""
+        polls, beats, doing, host, pid = json.loads(sign) if sign else (0, 0, "starting", "", 0)
+        self._silent = self._silent + 1 if polls == self._polls else 0
+        self._stuck = self._stuck + 1 if beats == self._beats and doing else 0
+        self._polls, self._beats = polls, beats
+        gone = self._silent >= POLLS_UNTIL_GONE
+        if self._silent and host == socket.gethostname():
+            gone = gone or not _exists(pid)
+        if gone:
+            return f"it is gone; last seen {doing or 'waiting for others'}"
+        if self._stuck * POLL_SECONDS >= HANG_SECONDS:
+            return f"it hangs: {doing} for more than {HANG_SECONDS:g} s (longer work: set POC_LORA_HANG_SECONDS)"
+        return None
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def open_ranks() -> Iterator[Ranks]:
+    """The ranks that accelerate or another launcher started this process among, for the length of the block.
+
+    An error that leaves the block ends the other ranks too. Within it Ctrl-C and SIGTERM set `stop`; a second Ctrl-C
+    kills, unless there is a launcher, which passes signals on and kills by itself.
+    Raises RequestError for settings of accelerate that do not fit.
+    """
+    _refuse_plugins()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        ranks = Ranks()
+        with _stop_requests(ranks.stop):
+            yield ranks
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise RequestError(
+            f"one of {size} processes, but where rank 0 is was not said",
+            where="MASTER_ADDR",
+            fix="start them all with accelerate launch",
+        )
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    ranks = Ranks(state.process_index, size)
+    with _stop_requests(ranks.stop):
+        ranks._connect(os.environ["MASTER_ADDR"])
+        try:
+            yield ranks
+        except BaseException as problem:
+            ranks._close(problem)
+            raise
+        ranks._close(None)
+
+
+def _refuse_plugins() -> None:
+    """Raises RequestError for what accelerate would do to the model, which here belongs to no single optimizer."""
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise RequestError(
+                f"accelerate is configured to use {name.replace('_', '-')}, but adapters train apart on whole ranks",
+                where=f"ACCELERATE_USE_{name}",
+                fix="use a configuration of configs/accelerate; a base too large for one device: model.shard=true",
+            )
+
+
+@contextlib.contextmanager
+def _stop_requests(stop: threading.Event) -> Iterator[None]:
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT and not launched:
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,64 @@
+"""Which rank trains which adapters, and which of them together: whole adapters, packed, the work shared out evenly.
+
+Nothing that an adapter becomes depends on its place but for the rounding of matrix kernels. So a run resumed on as many
+ranks keeps its packs, and with them every bit; on fewer or more ranks it is placed anew.
+"""
+
+from collections.abc import Mapping
+from itertools import zip_longest
+
+from poc_lora.training.checkpoint import Placement, Progress
+
+
+def place(
+    progress: Mapping[int, Progress], steps: int, *, ranks: int, per_device: int, before: Placement | None = None
+) -> Placement:
+    """Place all adapters in training on `ranks` ranks, at most `per_device` in a pack; a run has `steps` steps.
+
+    before: the placement that the run was interrupted in. Its packs are kept, with adapters that diverged in their
+    old slots, where there are as many ranks and room for them; those not begun only if `per_device` is the same too.
+    """
+    rounds: list[list[list[int]]] = []
+    training = {adapter: state.step for adapter, state in progress.items() if state.status == "training"}
+    if before is not None:
+        for packs in before.rounds:
+            members = [a for pack in packs for a in pack if a in training]
+            begun = any(training[a] for a in members)
+            if (
+                members
+                and len(packs) == ranks
+                and max(map(len, packs)) <= per_device
+                and (begun or per_device == before.per_device)
+            ):
+                rounds.append([pack if any(a in training for a in pack) else [] for pack in packs])
+    load = [0] * ranks
+    for packs in rounds:
+        for rank, pack in enumerate(packs):
+            load[rank] += sum(steps - training.pop(a) for a in pack if a in training)
+    for step in sorted(set(training.values()), reverse=True):  # packs need adapters at one step
+        group = sorted(a for a, at in training.items() if at == step)
+        shares = _share(len(group), steps - step, load)
+        ends = [sum(shares[: rank + 1]) for rank in range(ranks)]
+        packs_of = [_cut(group[end - n : end], per_device) for end, n in zip(ends, shares, strict=True)]
+        rounds += [list(packs) for packs in zip_longest(*packs_of, fillvalue=[])]
+    return Placement(rounds, per_device)
+
+
+def _share(count: int, work: int, load: list[int]) -> list[int]:
+    """How many of `count` adapters, each `work` to do, every rank gets; the least loaded first. Adds to `load`."""
+    shares = [0] * len(load)
+    for _ in range(count):
+        rank = load.index(min(load))
+        shares[rank] += 1
+        load[rank] += work
+    return shares
+
+
+def _cut(adapters: list[int], most: int) -> list[list[int]]:
+    """Packs of at most `most` adapters, as few as that takes and of even sizes."""
+    packs: list[list[int]] = []
+    while adapters:
+        size = -(-len(adapters) // -(-len(adapters) // most))
+        packs.append(adapters[:size])
+        adapters = adapters[size:]
+    return packs
