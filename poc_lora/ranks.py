@@ -18,6 +18,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -125,24 +126,23 @@ class Ranks:
         dist.broadcast_object_list(port, src=0)
         self._store = mine or dist.TCPStore(host, port[0], timeout=timedelta(minutes=1))
         watch = dist.TCPStore(host, port[0], timeout=timedelta(minutes=1))  # a client of its own: a call blocks one
-        threading.Thread(target=self._watch, args=[watch], name="ranks", daemon=True).start()
+        homes = self.gather([socket.gethostname(), os.getpid()])
+        threading.Thread(target=self._watch, args=[watch, homes], name="ranks", daemon=True).start()
 
-    def _watch(self, store: dist.Store) -> None:
-        launcher = os.getppid()
-        others = {rank: _Signs() for rank in range(self.size) if rank != self.rank}
-        polls = 0
+    def _watch(self, store: dist.Store, homes: list[tuple[str, int]]) -> None:
+        launcher, polls = os.getppid(), 0
+        others = {rank: _Signs(*home) for rank, home in enumerate(homes) if rank != self.rank}
         while not self._closing.wait(POLL_SECONDS):
             polls += 1
             try:
                 if os.getppid() != launcher:
                     self.stop.set()  # nobody is left to stop this process
                 self._pass_on_stop(store)
-                sign = [polls, self._beats, self._doing, socket.gethostname(), os.getpid()]
-                store.set(f"sign/{self.rank}", json.dumps(sign))
+                store.set(f"sign/{self.rank}", json.dumps([polls, self._beats, self._doing]))
                 for rank, signs in others.items():
                     cause = signs.problem(store.get(f"sign/{rank}") if store.check([f"sign/{rank}"]) else None)
                     if cause and not self._problem:
-                        self._publish(store, rank, f"{cause}")
+                        self._publish(store, rank, cause)
                 if store.check(["failed"]):
                     self._problem = json.loads(store.get("failed"))
             except RuntimeError:  # the store's
@@ -187,9 +187,10 @@ class Ranks:
                 self._publish(self._store, self.rank, str(problem) or type(problem).__name__)
             if self.rank:
                 self._store.set(f"left/{self.rank}", "")
-            deadline = time.monotonic() + GRACE_SECONDS
-            left = [f"left/{rank}" for rank in range(1, self.size)]
-            while self.rank == 0 and not self._store.check(left) and time.monotonic() < deadline:
+            failed = self._problem["rank"] if self._problem else 0
+            left = [f"left/{rank}" for rank in range(1, self.size) if rank != failed]
+            deadline = time.monotonic() + GRACE_SECONDS / 2
+            while self.rank == 0 and left and not self._store.check(left) and time.monotonic() < deadline:
                 time.sleep(0.05)
         if problem is None or self._joint:
             dist.destroy_process_group()
@@ -199,20 +200,18 @@ class Ranks:
 class _Signs:
     """The signs of life of one rank, as another sees them."""
 
-    def __init__(self) -> None:
-        self._polls = self._beats = -1
+    def __init__(self, host: str, pid: int) -> None:
+        self._pid = pid if host == socket.gethostname() else None
+        self._polls = self._beats = 0
         self._silent = self._stuck = 0
 
     def problem(self, sign: bytes | None) -> str | None:
         """What the newest sign, looked for once a poll, says is wrong with the rank."""
-        polls, beats, doing, host, pid = json.loads(sign) if sign else (0, 0, "starting", "", 0)
+        polls, beats, doing = json.loads(sign) if sign else (0, 0, "starting")
         self._silent = self._silent + 1 if polls == self._polls else 0
         self._stuck = self._stuck + 1 if beats == self._beats and doing else 0
         self._polls, self._beats = polls, beats
-        gone = self._silent >= POLLS_UNTIL_GONE
-        if self._silent and host == socket.gethostname():
-            gone = gone or not _exists(pid)
-        if gone:
+        if self._silent >= POLLS_UNTIL_GONE or (self._silent and self._pid and not _exists(self._pid)):
             return f"it is gone; last seen {doing or 'waiting for others'}"
         if self._stuck * POLL_SECONDS >= HANG_SECONDS:
             return f"it hangs: {doing} for more than {HANG_SECONDS:g} s (longer work: set POC_LORA_HANG_SECONDS)"
@@ -221,17 +220,16 @@ class _Signs:
 
 def _exists(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    return True
 
 
 @contextlib.contextmanager
-def open_ranks() -> Iterator[Ranks]:
+def open_ranks(device: torch.device) -> Iterator[Ranks]:
     """The ranks that accelerate or another launcher started this process among, for the length of the block.
+
+    device: this process's own.
 
     An error that leaves the block ends the other ranks too. Within it Ctrl-C and SIGTERM set `stop`; a second Ctrl-C
     kills, unless there is a launcher, which passes signals on and kills by itself.
@@ -250,11 +248,9 @@ def open_ranks() -> Iterator[Ranks]:
             where="MASTER_ADDR",
             fix="start them all with accelerate launch",
         )
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.cuda.is_available())
-    ranks = Ranks(state.process_index, size)
+    ranks = Ranks(int(os.environ["RANK"]), size)
     with _stop_requests(ranks.stop):
+        _join_process_group(device)
         ranks._connect(os.environ["MASTER_ADDR"])
         try:
             yield ranks
@@ -262,6 +258,16 @@ def open_ranks() -> Iterator[Ranks]:
             ranks._close(problem)
             raise
         ranks._close(None)
+
+
+def _join_process_group(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store, rank, size = next(dist.rendezvous("env://"))
+    # A launcher that restarts its processes may keep the store, in which the dead have left their addresses.
+    attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
 
 
 def _refuse_plugins() -> None:

@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from poc_lora import ranks
 from poc_lora.errors import RequestError
@@ -12,14 +13,14 @@ from poc_lora.ranks import Ranks, open_ranks
 from tests.launch import finish, processes
 
 SCRIPT = """
-import os, sys, time
+import os, sys, time, torch
 from poc_lora import ranks
 from poc_lora.errors import DataError, PocLoraError
 ranks.POLL_SECONDS, ranks.POLLS_UNTIL_GONE, ranks.GRACE_SECONDS = 0.1, 30, 3
 def work(group):
 {body}
 try:
-    with ranks.open_ranks() as group:
+    with ranks.open_ranks(torch.device('cpu')) as group:
         work(group)
 except PocLoraError as problem:
     if not problem.told:
@@ -168,15 +169,14 @@ group.gather("saved")
 @pytest.mark.parametrize("plugin", ["DEEPSPEED", "FSDP"])
 def test_plugins_of_accelerate_are_refused_with_what_to_use_instead(monkeypatch, plugin):
     monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
-    with pytest.raises(RequestError, match=r"model\.shard"), open_ranks():
+    with pytest.raises(RequestError, match=r"model\.shard"), open_ranks(torch.device("cpu")):
         pass
 
 
 def test_a_machine_that_slept_is_no_dead_rank():
-    signs = ranks._Signs()
-    here = [1, 1, "at step 1", "elsewhere", 1]
-    for polls in range(3):
-        assert signs.problem(json.dumps([polls, *here[1:]])) is None
+    signs = ranks._Signs("elsewhere", 1)
+    for polls in range(1, 4):
+        assert signs.problem(json.dumps([polls, 1, "at step 1"])) is None
     for _ in range(ranks.POLLS_UNTIL_GONE - 1):
-        assert signs.problem(json.dumps([2, *here[1:]])) is None
-    assert "gone" in signs.problem(json.dumps([2, *here[1:]]))
+        assert signs.problem(json.dumps([3, 1, "at step 1"])) is None
+    assert "gone" in signs.problem(json.dumps([3, 1, "at step 1"]))

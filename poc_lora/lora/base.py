@@ -85,9 +85,6 @@ def _quantization(kind: str | None, dtype: str, *, floats_only: bool) -> BitsAnd
     if kind is None:
         return None
     require_quantization(kind)
-    # What bitsandbytes says at every call of an int8 layer, and of a kernel that `keep_differentiable` turns off.
-    for module in ("autograd._functions", "backends.cpu.ops"):
-        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
     if kind == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -106,6 +103,9 @@ def require_quantization(kind: str | None) -> None:
         raise ModelError(
             f"quantization '{kind}' needs bitsandbytes", where="model.quantization", fix="pip install 'poc-lora[bnb]'"
         )
+    # What bitsandbytes says at every call of an int8 layer, and of a kernel that `keep_differentiable` turns off.
+    for module in ("autograd._functions", "backends.cpu.ops"):
+        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
 
 
 def keep_differentiable(model: nn.Module) -> None:

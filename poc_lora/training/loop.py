@@ -16,7 +16,15 @@ from transformers import PreTrainedModel
 from poc_lora.config import RunConfig, flatten
 from poc_lora.errors import Interrupted, RunError, TrainingError
 from poc_lora.lora.bank import matching_linears
-from poc_lora.lora.base import context_length, default_device, empty_base, load_base, load_tokenizer, resolve_dtype
+from poc_lora.lora.base import (
+    context_length,
+    default_device,
+    empty_base,
+    load_base,
+    load_tokenizer,
+    require_quantization,
+    resolve_dtype,
+)
 from poc_lora.progress import Tracker, track
 from poc_lora.ranks import Ranks, open_ranks
 from poc_lora.training.checkpoint import Commits, Placement, Progress, restore
@@ -57,13 +65,14 @@ def train(config: RunConfig, *, resume: bool = False, device: torch.device | Non
     Raises RequestErrors for what is wrong with the request, TrainingError when every adapter diverged, PeerError when
     another process failed, and Interrupted, with everything saved, after Ctrl-C or SIGTERM.
     """
-    with open_ranks() as ranks, contextlib.ExitStack() as held:
+    device = device or default_device()
+    with open_ranks(device) as ranks, contextlib.ExitStack() as held:
         ranks.agree(_facts_of(config, resume))
         with ranks.together():
             require_processes(config, ranks.size)
             if ranks.rank == 0:
                 held.enter_context(run_lock(Path(config.output)))
-        return _train(config, resume, device or default_device(), ranks)
+        return _train(config, resume, device, ranks)
 
 
 def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) -> Trained:
@@ -74,6 +83,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
     with ranks.together():
         run = find_run(config, resume=resume or _restarted(config))
         require_trackers(config)
+        require_quantization(section.quantization)
         if config.train.compile:
             require_compiler(device)
         dtype = run.facts.get("dtype") or resolve_dtype(section.dtype, device)

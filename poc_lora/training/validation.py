@@ -18,17 +18,16 @@ def validate(pack: Pack) -> dict[int | str, dict[str, Any]]:
     bank, examples = pack.bank, pack.data.validation
     measures: dict[int | str, dict[str, Any]] = {"merge": _similarity(pack) if pack.live else {}}
     if examples:
+        most = max(pack.largest([len(pack.live)])) if pack.largest else 0
         with bank.disabled():
             measures["base"] = {"validation_loss": pack.loss(examples)}
+            for _ in range(most - len(pack.live)):  # other ranks, which share the base, have more adapters to measure
+                pack.loss(examples)
         for slot in pack.live:
             with bank.only(slot):
                 measures[bank.adapters[slot]] = {"validation_loss": pack.loss(examples)}
         with bank.merged():
             measures["merge"] = {"validation_loss": pack.loss(examples)} | measures["merge"]
-        most = max(pack.largest([len(pack.live)])) if pack.largest else 0
-        for _ in range(most - len(pack.live)):  # other ranks, which share the base, have more adapters to measure
-            with bank.disabled():
-                pack.loss(examples)
     return measures
 
 
