@@ -15,6 +15,7 @@ from poc_lora.config import dump_yaml
 from poc_lora.training.loop import train
 from tests.launch import finish, processes
 from tests.training.conftest import config, facts, metrics, weights
+from tests.training.test_trackers import curves
 
 pytestmark = pytest.mark.slow
 
@@ -261,3 +262,12 @@ def test_when_the_launcher_is_killed_its_ranks_save_and_end(settings, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert list((tmp_path / "run/checkpoints").glob("commit_*"))
+
+
+def test_rank_0_tells_the_trackers_of_all_adapters(settings, tmp_path):
+    with launch(2, config(settings, track=["tensorboard"]), tmp_path / "run.yaml") as ranks:
+        ended = finish(ranks)
+    assert [status for status, _, _ in ended] == [0, 0], [errors for _, _, errors in ended]
+    shown = curves(tmp_path / "run")
+    for adapter in range(3):
+        assert [step for step, _ in shown[f"loss/{adapter}"]] == list(range(1, 7))
