@@ -267,7 +267,8 @@ def _join_process_group(device: torch.device) -> None:
     # A launcher that restarts its processes may keep the store, in which the dead have left their addresses.
     attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
+    timeout = timedelta(seconds=HANG_SECONDS)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
 
 
 def _refuse_plugins() -> None:

@@ -177,26 +177,31 @@ def test_more_processes_than_adapters_are_refused_with_advice(settings, tmp_path
     assert not ended[1][2]
 
 
-def accelerate(run_config, path, *options):
-    root = Path(__file__).parents[2]
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(root / "configs/accelerate/cpu.yaml"),
-            *options,
-            "-m",
-            "poc_lora",
-            "train",
-            write(run_config, path),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=root,
-    )
+@pytest.fixture
+def accelerate(tmp_path):
+    """Starts accelerate launch; what is left of it is killed in the end."""
+    root, launchers = Path(__file__).parents[2], []
+
+    def start(run_config, *options):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *options]
+        arguments = ["--config_file", str(root / "configs/accelerate/cpu.yaml"), "-m", "poc_lora", "train"]
+        launcher = subprocess.Popen(
+            [*command, *arguments, write(run_config, tmp_path / "run.yaml")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=root,
+            start_new_session=True,
+        )
+        launchers.append(launcher)
+        return launcher
+
+    yield start
+    for launcher in launchers:
+        for process in workers(launcher):
+            os.kill(process, signal.SIGKILL)
+        launcher.kill()
+        launcher.wait()
 
 
 def workers(launcher):
@@ -223,25 +228,28 @@ def gone(pids):
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_accelerate_passes_sigterm_on_and_the_run_is_saved(settings, tmp_path, reference):
-    long = config(settings, adapters__count=5, train__max_steps=2000, output=str(tmp_path / "run"))
-    launcher = accelerate(long, tmp_path / "run.yaml")
+@pytest.mark.parametrize("how", ["SIGTERM to the launcher", "Ctrl-C"])
+def test_a_request_to_stop_under_accelerate_saves_once_and_leaves_no_process(settings, tmp_path, accelerate, how):
+    launcher = accelerate(config(settings, train__max_steps=2000))
     wait_for(lambda: (tmp_path / "run/checkpoints/commit_00003").exists(), launcher)
     ranks = workers(launcher)
     assert len(ranks) == 2
-    launcher.send_signal(signal.SIGTERM)
+    if how == "Ctrl-C":  # a terminal sends it to all of them, and the launcher passes it on once more
+        os.killpg(launcher.pid, signal.SIGINT)
+    else:
+        launcher.send_signal(signal.SIGTERM)
     _, errors = launcher.communicate(timeout=40)
-    assert "everything up to it is saved" in errors
+    assert errors.count("everything up to it is saved") == 1
+    assert "accelerate launch ... -m poc_lora train" in errors
     assert gone(ranks)
     newest = max((tmp_path / "run/checkpoints").glob("commit_*/manifest.json"))
-    steps = {state["step"] for state in json.loads(newest.read_text())["adapters"].values()}
-    assert all(step >= 6 for step in steps)
+    assert all(state["step"] >= 6 for state in json.loads(newest.read_text())["adapters"].values())
 
 
-def test_a_restarting_launcher_goes_on_by_itself_when_a_rank_is_killed(settings, tmp_path):
+def test_a_restarting_launcher_goes_on_by_itself_when_a_rank_is_killed(settings, tmp_path, accelerate):
     long = dict(adapters__count=2, train__max_steps=60)
     straight = train(config(settings, **long, output=str(tmp_path / "straight")))
-    launcher = accelerate(config(settings, **long), tmp_path / "run.yaml", "--max_restarts", "1")
+    launcher = accelerate(config(settings, **long), "--max_restarts", "1")
     wait_for(lambda: (tmp_path / "run/checkpoints/commit_00003").exists(), launcher)
     first = workers(launcher)
     os.kill(first[1], signal.SIGKILL)
@@ -251,17 +259,17 @@ def test_a_restarting_launcher_goes_on_by_itself_when_a_rank_is_killed(settings,
     assert_same_adapters(straight.folder, tmp_path / "run", range(2))
 
 
-def test_when_the_launcher_is_killed_its_ranks_save_and_end(settings, tmp_path):
-    launcher = accelerate(config(settings, train__max_steps=2000), tmp_path / "run.yaml")
+def test_when_the_launcher_is_killed_its_ranks_save_and_end(settings, tmp_path, accelerate):
+    launcher = accelerate(config(settings, train__max_steps=2000))
     wait_for(lambda: (tmp_path / "run/checkpoints/commit_00001").exists(), launcher)
     ranks = workers(launcher)
     launcher.kill()
-    launcher.communicate(timeout=60)  # until the last rank has closed stderr
+    _, errors = launcher.communicate(timeout=60)  # until the last rank has closed stderr
+    assert "everything up to it is saved" in errors
     deadline = time.monotonic() + 30
     while not gone(ranks):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert list((tmp_path / "run/checkpoints").glob("commit_*"))
 
 
 def test_rank_0_tells_the_trackers_of_all_adapters(settings, tmp_path):
