@@ -51,7 +51,14 @@ def reference(settings, tmp_path):
 
 @pytest.mark.parametrize(
     ("size", "changes"),
-    [(2, {}), (3, {}), (2, {"adapters__per_device": 2}), (2, {"model__shard": True}), (3, {"model__shard": True})],
+    [
+        (2, {}),
+        (3, {}),
+        (2, {"adapters__per_device": 2}),
+        (2, {"model__shard": True}),
+        (3, {"model__shard": True}),
+        (2, {"model__shard": True, "train__gradient_checkpointing": True}),
+    ],
 )
 def test_adapters_do_not_depend_on_the_number_of_processes(settings, tmp_path, reference, size, changes):
     many = config(settings, adapters__count=5, output=str(tmp_path / "many"), **changes)
