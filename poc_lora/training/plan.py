@@ -15,7 +15,7 @@ from poc_lora.data.batches import BatchOrder, padded_length, supervised_tokens
 from poc_lora.data.prompts import Example, encode_rows
 from poc_lora.data.rows import read_sources, source_files
 from poc_lora.errors import ConfigError, DataError, RequestError
-from poc_lora.files import sha256_file
+from poc_lora.files import read_json, sha256_file
 from poc_lora.lora.bank import matching_linears
 from poc_lora.lora.base import context_length, default_device, empty_base, load_tokenizer, require_quantization
 from poc_lora.training.checkpoint import Progress
@@ -111,7 +111,8 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     data = prepare_data(config, tokenizer, context=context_length(model))
     footprint = Footprint(config, device, longest=data.longest, ranks=processes)
     free = free_bytes(device)
-    sizes = footprint.choose(free)
+    facts = folder / "run.json"
+    sizes = footprint.choose(free, read_json(facts) if in_use and facts.exists() else {})
     fresh = {adapter: Progress(0) for adapter in range(config.adapters.count)}
     placement = place(fresh, data.total_steps, ranks=processes, per_device=sizes.per_device)
     memory = footprint.memory(sizes)

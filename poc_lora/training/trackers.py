@@ -1,7 +1,6 @@
 """A run's metrics in the trackers that accelerate knows: TensorBoard, Weights & Biases, Trackio and others."""
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -69,8 +68,6 @@ def require_trackers(config: RunConfig) -> None:
     """Raises ConfigError for a tracker that is not installed."""
     if not config.track:
         return
-    if importlib.util.find_spec("accelerate") is None:
-        raise ConfigError("trackers need accelerate", where="track", fix="pip install 'poc-lora[track]'")
     from accelerate.tracking import get_available_trackers
 
     available = [str(tracker) for tracker in get_available_trackers()]

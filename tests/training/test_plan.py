@@ -163,3 +163,17 @@ def test_a_run_that_is_there_can_be_checked(settings, monkeypatch):
 @pytest.mark.parametrize(("nbytes", "text"), [(0, "0 kB"), (1500, "2 kB"), (1.5e6, "1.5 MB"), (25e9, "25.0 GB")])
 def test_bytes_are_told_in_round_numbers(nbytes, text):
     assert size(nbytes) == text
+
+
+def test_a_check_shows_the_place_of_every_adapter_and_the_sizes_that_a_run_was_begun_with(settings):
+    auto = dict(adapters__count=5, train__tokens_per_microbatch="auto")
+    facts = check(config(settings, **auto, adapters__per_device=2), device=CPU, processes=2)
+    assert facts["rank 0 trains adapters"] == "0 to 1 together, then 2"
+    assert facts["rank 1 trains adapters"] == "3 to 4 together"
+    assert facts["tokens per micro-batch"].startswith("2,048")
+    with pytest.raises(RequestError, match="start at most 5 processes|6 processes for 5"):
+        check(config(settings, **auto), device=CPU, processes=6)
+    train(config(settings, **auto))
+    run = Path(settings["output"]) / "run.json"
+    run.write_text(run.read_text().replace('"tokens_per_microbatch": 2048', '"tokens_per_microbatch": 777'))
+    assert check(config(settings, **auto), device=CPU)["tokens per micro-batch"].startswith("777,")

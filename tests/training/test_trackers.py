@@ -1,6 +1,5 @@
 """Trackers are given what metrics.jsonl holds, and nothing else; those that are not there are refused in time."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from poc_lora.errors import ConfigError
 from poc_lora.training.loop import train
-from poc_lora.training.trackers import Trackers, require_trackers
+from poc_lora.training.trackers import Trackers
 from tests.training.conftest import config, metrics
 
 SECRETS = {"HF_TOKEN": "hf_PlantedSecret1", "WANDB_API_KEY": "PlantedSecret2" * 3, "COMET_API_KEY": "PlantedSecret3"}
@@ -87,16 +86,6 @@ def test_a_tracker_that_is_not_installed_is_refused_before_there_is_a_run(settin
         train(config(settings, track=["tensorboard", "comet_ml"]))
     assert refusal.value.fix == "pip install comet_ml, or choose among: tensorboard"
     assert not Path(settings["output"]).exists()
-
-
-def test_trackers_without_accelerate_are_refused_with_what_to_install(settings, monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else found(name))
-    with pytest.raises(ConfigError, match="need accelerate") as refusal:
-        train(config(settings, track=["tensorboard"]))
-    assert refusal.value.fix == "pip install 'poc-lora[track]'"
-    assert not Path(settings["output"]).exists()
-    require_trackers(config(settings))
 
 
 def test_without_trackers_accelerate_is_not_used(settings, monkeypatch):
