@@ -135,12 +135,25 @@ def train(
 
 @app.command()
 def merge(
-    sources: Annotated[list[Path], typer.Argument(help="Adapter folders, or runs (all their finished adapters).")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Adapter folders, runs (all their finished adapters), Hub ids org/name@revision."),
+    ],
     out: Annotated[Path, typer.Option(help="The folder to create for the merged adapter.")],
-    rank: Annotated[int | None, typer.Option(help="Best approximation of this rank; default: exact.")] = None,
+    method: Annotated[str, typer.Option(help="average, block, random or soup.")] = "average",
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the result: for average the best approximation; default: exact.")
+    ] = None,
+    rank_sweep: Annotated[
+        str | None, typer.Option(help="Ranks, comma-separated, to show the error of truncating to each.")
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="One weight per adapter, comma-separated; default 1/M each.")
     ] = None,
+    canonical: Annotated[
+        bool, typer.Option("--canonical", help="block, random: take singular triples as the components.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="random: the seed of its draws.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Merge adapters that name different base models.")
@@ -163,16 +176,39 @@ def merge(
     report = merge_folders(
         sources,
         out,
+        method=method,
         rank=rank,
+        rank_sweep=[] if rank_sweep is None else _whole_numbers(rank_sweep),
         weights=chosen,
+        canonical=canonical,
+        seed=seed,
         dtype=getattr(torch, dtype),
         allow_base_mismatch=allow_base_mismatch,
     )
     _show_merge(report)
-    run = next((s for s in sources if (s / "config.yaml").is_file() and out == s / "merged"), None)
+    run = next((s for s in map(Path, sources) if (s / "config.yaml").is_file() and out == s / "merged"), None)
     _next(
         f"the merged adapter: {out}",
         f"poc-lora eval {shlex.quote(str(run or out))} --data DIR" + ("" if run else " --out DIR"),
+    )
+
+
+@app.command()
+def fold(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder, such as RUN/merged.")],
+    base: Annotated[str, typer.Option(help="The base model: a folder or a Hub id. It is not changed.")],
+    out: Annotated[Path, typer.Option(help="The folder to create for the folded model.")],
+) -> None:
+    """Write the base model with an adapter's update in its weights, file by file: a plain model, without adapters.
+
+    Example: poc-lora fold runs/demo/merged --base poc_lora/microworld/model --out folded
+    """
+    from poc_lora.lora.fold import fold
+
+    done = fold(adapter, base, out)
+    typer.echo(f"{done.modules} modules folded into {done.files} files of weights")
+    _next(
+        f"the folded model: {done.folder}", f"load it with AutoModelForCausalLM.from_pretrained({str(done.folder)!r})"
     )
 
 
@@ -261,10 +297,12 @@ def _show_results(results: Any) -> None:
 
 
 def _show_merge(report: dict[str, Any]) -> None:
-    from poc_lora.reporting.summaries import merge_summary
+    from poc_lora.reporting.summaries import merge_summary, rank_table
 
     for line in merge_summary(report):
         typer.echo(line)
+    if "rank_sweep" in report:
+        _show("\n".join(rank_table(report)))
 
 
 def _show_training(done: Any) -> None:
@@ -282,6 +320,17 @@ def _numbers(text: str) -> list[float]:
     except ValueError:
         raise RequestError(
             f"'{text}' is not a list of numbers", where="--weights", fix="for example 0.5,0.25,0.25"
+        ) from None
+
+
+def _whole_numbers(text: str) -> list[int]:
+    from poc_lora.errors import RequestError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(
+            f"'{text}' is not a list of ranks", where="--rank-sweep", fix="for example 8,16,32,64"
         ) from None
 
 

@@ -9,7 +9,8 @@ from poc_lora.data.prompts import TEMPLATES
 from poc_lora.errors import RequestError, RunError
 from poc_lora.files import read_json, sha256_file
 from poc_lora.lora.adapter import WEIGHTS_NAME, Adapter, read_adapter
-from poc_lora.lora.merge_folders import REPORT_NAME, find_adapters
+from poc_lora.lora.merge_folders import REPORT_NAME
+from poc_lora.lora.sources import find_adapters
 
 
 @dataclass(frozen=True)

@@ -77,14 +77,15 @@ class Adapter:
     source: str = field(default="memory", compare=False)
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
     """Read a PEFT adapter folder; the factors keep their stored dtype, the scale is alpha / r or alpha / sqrt(r).
 
+    root: the folder that links may not lead out of, default the adapter's own.
     Raises AdapterError for whatever is missing, damaged, too large, or not plain LoRA.
     """
     folder = Path(folder)
     try:
-        config_path, weights_path = _real_file(folder, CONFIG_NAME), _real_file(folder, WEIGHTS_NAME)
+        config_path, weights_path = (_real_file(folder, name, root or folder) for name in (CONFIG_NAME, WEIGHTS_NAME))
     except OSError as problem:
         raise AdapterError(f"cannot be read: {problem.strerror}", where=folder) from None
     config = read_json(config_path, error=AdapterError, max_bytes=MAX_CONFIG_BYTES)
@@ -200,8 +201,8 @@ def _check_writable(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
             raise AdapterError(f"the factors of {name} are not finite", where=adapter.source)
 
 
-def _real_file(folder: Path, name: str) -> Path:
-    """The real path of a plain file of the folder; links may not lead out of it."""
+def _real_file(folder: Path, name: str, root: Path) -> Path:
+    """The real path of a plain file of the folder; links may not lead out of `root`."""
     path = folder / name
     if not folder.is_dir():
         raise AdapterError("no such folder", where=folder, fix="give the folder that holds adapter_config.json")
@@ -215,7 +216,7 @@ def _real_file(folder: Path, name: str) -> Path:
             )
         raise AdapterError(f"there is no {name}", where=folder, fix="a PEFT adapter has this file")
     real = path.resolve()
-    if not real.is_relative_to(folder.resolve()):
+    if not real.is_relative_to(root.resolve()):
         raise AdapterError(f"{name} is a link that leads out of its folder", where=path, fix="copy the file there")
     if not real.is_file():
         raise AdapterError(f"{name} is not a plain file", where=path)

@@ -8,19 +8,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from poc_lora import rng
 from poc_lora.errors import AdapterError
-from poc_lora.lora import similarity
+from poc_lora.lora import methods, similarity
 from poc_lora.lora.adapter import DTYPES, Adapter, Factors
+from poc_lora.lora.methods import Stacked
+
+METHODS = ("average", "block", "random", "soup")
 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One module of a merge: how many adapters have it, the rank kept, and what truncation cost."""
+    """One module of a merge: how many adapters have it, what was kept, and what that cost."""
 
     members: int
     rank: int
     norm: float  # ‖ΔW‖ of the exact average
-    error: float  # ‖ΔW − kept‖ / ‖ΔW‖
+    error: float  # ‖ΔW − kept‖ / ‖ΔW‖, before the cast
+    cast_error: float  # what the cast to the dtype added, over ‖ΔW‖
+    effective_rank: float  # (Σσ²)² / Σσ⁴ of ΔW's singular values: as many equal ones would be as concentrated
+    mean_cosine: float | None
+    error_bar: float | None
+    sweep: dict[int, float]  # rank: the error that truncation to it would have
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,14 @@ class MergeReport:
     rank: int  # the largest kept in any module
     norm: float
     error: float
+    cast_error: float
     mean_cosine: float | None
     spread: float | None  # S²
     error_bar: float | None  # S² Σ w_j², S²/M for equal weights
     relative_error_bar: float | None  # its square root over the norm
+    next_move: float | None  # how far one more adapter would move the average of equal weights, over its norm
+    cosines: list[list[float]]  # [M, M], of the whole updates
+    norms: list[float]  # of each adapter's update
     modules: dict[str, ModuleReport]
 
 
@@ -47,8 +60,12 @@ class Merged:
 def merge(
     adapters: Sequence[Adapter],
     *,
+    method: str = "average",
     rank: int | None = None,
+    rank_sweep: Sequence[int] = (),
     weights: Sequence[float] | None = None,
+    canonical: bool = False,
+    seed: int = 0,
     dtype: torch.dtype = torch.float32,
     allow_base_mismatch: bool = False,
 ) -> Merged:
@@ -58,31 +75,35 @@ def merge(
 
     Averaging products instead of factors merges M mean-field networks of r neurons into one of M·r neurons
     (Nitanda et al., "Propagation of Chaos for Mean-Field Langevin Dynamics and its Application to Model
-    Ensemble", ICML 2025). Without `rank` the factors are stacked: rank Σ r_j, and no error but rounding. With
-    `rank` each module is the nearest matrix of at most that rank (Eckart and Young, 1936), found by QR of the
-    stacked factors and an SVD of the small core. All in float64; one cast at the end, to `dtype`.
+    Ensemble", ICML 2025). `method`:
+
+    average  Without `rank` the factors are stacked: rank Σ r_j, and no error but rounding. With `rank` each module is
+             the nearest matrix of at most that rank (Eckart and Young, 1936), found by QR of the stacked factors and
+             an SVD of the small core.
+    block    The first k_j components b_i a_iᵀ of every adapter, Σ k_j = `rank`, rescaled: Σ_j w_j s_j (r_j / k_j)
+             Σ_{i ≤ k_j} b_i a_iᵀ. A pruned ensemble, as in the paper's appendix on LoRA.
+    random   `rank` components drawn with replacement, adapter j's with probability w_j / r_j each, and averaged with
+             weight s_j r_j: ΔW in expectation. The paper's remark prunes without replacement. Keyed by `seed`.
+    soup     A and B averaged apart, (Σ_j w_j s_j B_j) (Σ_i w_i A_i): "model soups" (Wortsman et al., 2022) of the
+             factors. It is not the average: it holds the cross terms B_j A_i of differing adapters.
+
+    `block` and `random` take the components as they were trained, and those depend on the factorisation: `canonical`
+    makes them each adapter's singular triples first, the largest first. All in float64; one cast at the end, to
+    `dtype`. `rank_sweep`: ranks for which the report tells the error of truncation.
 
     A module that an adapter lacks counts as zero. `weights` must sum to 1. Adapters of differently named Hub
     models are refused unless `allow_base_mismatch`; shapes must agree always. Raises AdapterError.
     """
     used = _check(adapters, rank, weights, dtype, allow_base_mismatch)
+    _check_method(method, rank, rank_sweep, used, canonical)
+    plan = _Plan(method, rank, tuple(rank_sweep), used, canonical, seed, dtype)
     modules: dict[str, Factors] = {}
     reports: dict[str, ModuleReport] = {}
     inner = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
         members = [adapter.modules.get(name) for adapter in adapters]
-        modules[name], reports[name], module_inner = _merge_module(name, members, used, rank, dtype)
+        modules[name], reports[name], module_inner = _merge_module(name, members, plan)
         inner += module_inner.cpu()
-    norm = math.hypot(*(report.norm for report in reports.values()))
-    lost = math.hypot(*(report.norm * report.error for report in reports.values()))
-    report = MergeReport(
-        weights=used,
-        rank=max(report.rank for report in reports.values()),
-        norm=norm,
-        error=lost / norm if norm else 0.0,
-        **similarity.summary(inner, used),
-        modules=reports,
-    )
     bases = [adapter.base_model for adapter in adapters if adapter.base_model is not None]
     revisions = {adapter.revision for adapter in adapters}
     merged = Adapter(
@@ -91,39 +112,104 @@ def merge(
         revision=revisions.pop() if len(revisions) == 1 else None,
         source="merge",
     )
-    return Merged(merged, report)
+    return Merged(merged, _total_report(reports, inner, used))
 
 
-def _merge_module(
-    name: str, members: Sequence[Factors | None], weights: Sequence[float], rank: int | None, dtype: torch.dtype
-) -> tuple[Factors, ModuleReport, Tensor]:
+@dataclass(frozen=True)
+class _Plan:
+    """What `merge` was asked for."""
+
+    method: str
+    rank: int | None
+    rank_sweep: tuple[int, ...]
+    weights: tuple[float, ...]
+    canonical: bool
+    seed: int
+    dtype: torch.dtype
+
+
+def _merge_module(name: str, members: Sequence[Factors | None], plan: _Plan) -> tuple[Factors, ModuleReport, Tensor]:
     """One module's merged factors, its report, and its Gram matrix."""
-    A, B, ranks = similarity.stack(members)
-    weight = torch.repeat_interleave(torch.tensor(weights, dtype=A.dtype), torch.tensor(ranks)).to(A.device)  # [Σr]
-    truncate = rank is not None and rank < sum(ranks)
+    stacked = Stacked(*similarity.stack(members))
+    inner = similarity.gram_of_stack(stacked.A, stacked.B, stacked.ranks)
+    weights = torch.tensor(plan.weights, dtype=torch.float64, device=stacked.A.device)
+    exact = methods.average(stacked, weights)
+    _check_finite(name, inner, *exact)
+    norm = math.sqrt(max(0.0, float(weights @ inner @ weights)))
+    total = len(stacked.A)
+    truncate = plan.method == "average" and plan.rank is not None and plan.rank < total
+    triples = methods.decompose(*exact) if truncate or plan.rank_sweep else None
     error = 0.0
-    if truncate:
-        # A = R_Aᵀ Q_Aᵀ and B = Q_B R_B: all that is left to decompose is the core R_B diag(w) R_Aᵀ.
-        Q_A, R_A = torch.linalg.qr(A.T)
-        Q_B, R_B = torch.linalg.qr(B)
-        inner = similarity.gram_of_stack(R_A.T, R_B, ranks)
-        core = (R_B * weight) @ R_A.T
-        _check_finite(name, core)
-        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-        norm = float(torch.linalg.vector_norm(S))
-        error = float(torch.linalg.vector_norm(S[rank:])) / norm if norm else 0.0
-        root = S[:rank].sqrt()
-        A = root[:, None] * (Vh[:rank] @ Q_A.T)
-        B = (Q_B @ U[:, :rank]) * root
+    if triples and truncate and plan.rank is not None:
+        A, B = triples.truncated(plan.rank)
+        error = triples.error(plan.rank)
+    elif plan.method == "average":
+        A, B = exact
     else:
-        inner = similarity.gram_of_stack(A, B, ranks)
-        B = B * weight
-        w = torch.tensor(weights, dtype=torch.float64).to(inner.device)
-        norm = math.sqrt(max(0.0, float(w @ inner @ w)))
-    factors = Factors(A.to(dtype), B.to(dtype))
-    _check_finite(name, factors.A, factors.B, inner)
+        A, B = _other_method(name, stacked, weights, plan)
+        error = methods.distance(*exact, A, B) / norm if norm else 0.0
+    if not len(A):  # nothing was drawn of a module
+        A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
+    factors = Factors(A.to(plan.dtype), B.to(plan.dtype))
+    _check_finite(name, factors.A, factors.B)
     present = sum(member is not None for member in members)
-    return factors, ModuleReport(members=present, rank=factors.rank, norm=norm, error=error), inner
+    report = ModuleReport(
+        members=present,
+        rank=factors.rank,
+        norm=norm,
+        error=error,
+        cast_error=methods.cast_distance(A, B, factors.A, factors.B) / norm if norm else 0.0,
+        effective_rank=methods.effective_rank(*exact),
+        mean_cosine=similarity.mean_cosine(inner),
+        error_bar=similarity.error_bar(inner, plan.weights),
+        sweep={rank: triples.error(rank) for rank in plan.rank_sweep} if triples else {},
+    )
+    return factors, report, inner
+
+
+def _other_method(name: str, stacked: Stacked, weights: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+    if plan.canonical:
+        stacked = methods.canonical(stacked)
+    if plan.method == "soup" or plan.rank is None:
+        return methods.soup(stacked, weights)
+    if plan.method == "block":
+        return methods.block(stacked, weights, plan.rank)
+    return methods.random(stacked, weights, plan.rank, rng.key(plan.seed, 0, "random merge", 0, name))
+
+
+def _total_report(modules: dict[str, ModuleReport], inner: Tensor, weights: tuple[float, ...]) -> MergeReport:
+    norm = math.hypot(*(report.norm for report in modules.values()))
+    lost, cast = (
+        math.hypot(*(report.norm * getattr(report, kind) for report in modules.values()))
+        for kind in ("error", "cast_error")
+    )
+    return MergeReport(
+        weights=weights,
+        rank=max(report.rank for report in modules.values()),
+        norm=norm,
+        error=lost / norm if norm else 0.0,
+        cast_error=cast / norm if norm else 0.0,
+        **similarity.summary(inner, weights),
+        next_move=similarity.next_move(inner),
+        cosines=similarity.cosine(inner).tolist(),
+        norms=inner.diagonal().clamp(min=0).sqrt().tolist(),
+        modules=modules,
+    )
+
+
+def sweep_by_type(report: MergeReport) -> dict[str, dict[int, float]]:
+    """The relative error of each rank of a sweep, over all modules of a type (`q_proj`, ...) and over `all`."""
+    types: dict[str, list[ModuleReport]] = {"all": list(report.modules.values())}
+    for name, module in report.modules.items():
+        types.setdefault(name.rpartition(".")[2], []).append(module)
+    table = {}
+    for kind, modules in types.items():
+        norm = math.hypot(*(module.norm for module in modules))
+        table[kind] = {
+            rank: math.hypot(*(module.norm * module.sweep[rank] for module in modules)) / norm if norm else 0.0
+            for rank in modules[0].sweep
+        }
+    return table
 
 
 def _check_finite(name: str, *tensors: Tensor) -> None:
@@ -131,6 +217,23 @@ def _check_finite(name: str, *tensors: Tensor) -> None:
         raise AdapterError(
             f"the merge of {name} overflows", where=name, fix="look for an adapter with huge factors, or use float32"
         )
+
+
+def _check_method(
+    method: str, rank: int | None, rank_sweep: Sequence[int], weights: tuple[float, ...], canonical: bool
+) -> None:
+    if method not in METHODS:
+        raise AdapterError(f"there is no method '{method}'", where="method", fix=f"one of: {', '.join(METHODS)}")
+    if method in ("block", "random") and rank is None:
+        raise AdapterError(f"the method {method} needs to know how many components to keep", fix="give a rank")
+    if method == "soup" and rank is not None:
+        raise AdapterError("a soup has the rank of its adapters", fix="leave out the rank, or use average")
+    if canonical and method not in ("block", "random"):
+        raise AdapterError(f"{method} does not depend on components", fix="leave out canonical")
+    if method == "random" and min(weights) < 0:
+        raise AdapterError("a negative weight is no probability", where="weights", fix="use average")
+    if any(r < 1 for r in rank_sweep):
+        raise AdapterError("a rank of the sweep is below 1", where="rank_sweep")
 
 
 def _check(

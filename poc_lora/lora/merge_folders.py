@@ -12,44 +12,67 @@ import torch
 import poc_lora
 from poc_lora.errors import AdapterError
 from poc_lora.files import sha256_file
-from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
-from poc_lora.lora.merge import merge
+from poc_lora.lora.adapter import WEIGHTS_NAME, Adapter, read_adapter, write_adapter
+from poc_lora.lora.merge import merge, sweep_by_type
+from poc_lora.lora.sources import find_sources, refuse_duplicates
 
 REPORT_NAME = "merge.json"
 
 
 def merge_folders(
-    sources: Sequence[Path],
+    sources: Sequence[str | Path],
     out: Path,
     *,
+    method: str = "average",
     rank: int | None = None,
+    rank_sweep: Sequence[int] = (),
     weights: Sequence[float] | None = None,
+    canonical: bool = False,
+    seed: int = 0,
     dtype: torch.dtype = torch.float32,
     allow_base_mismatch: bool = False,
 ) -> dict[str, Any]:
     """Merge adapters into the new folder `out`, and return what its merge.json says.
 
-    A source is an adapter folder, or a run folder, which stands for its finished adapters in order; `weights`
+    A source is an adapter folder, a run folder, which stands for its finished adapters in order, or a Hub id; `weights`
     has one for each adapter. See `poc_lora.lora.merge.merge` for the method. The same inputs give the same
     bytes. Raises AdapterError, before anything is written, for sources that cannot be read or merged.
     """
     out = Path(out)
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise AdapterError("the output exists already", where=out, fix="choose another folder or empty this one")
-    folders = [folder for source in sources for folder in find_adapters(Path(source))]
+    found = [source for given in sources for source in find_sources(given)]
     # Read first: a damaged file is reported as such, and only plain files are hashed.
-    adapters = [read_adapter(folder) for folder in folders]
-    hashes = [sha256_file(folder / WEIGHTS_NAME) for folder in folders]
-    _refuse_duplicates(folders, hashes)
-    merged = merge(adapters, rank=rank, weights=weights, dtype=dtype, allow_base_mismatch=allow_base_mismatch)
+    adapters = [read_adapter(source.folder, root=source.root) for source in found]
+    hashes = [sha256_file(source.folder / WEIGHTS_NAME) for source in found]
+    refuse_duplicates(found, hashes)
+    merged = merge(
+        adapters,
+        method=method,
+        rank=rank,
+        rank_sweep=rank_sweep,
+        weights=weights,
+        canonical=canonical,
+        seed=seed,
+        dtype=dtype,
+        allow_base_mismatch=allow_base_mismatch,
+    )
     report: dict[str, Any] = {
-        "method": "average",
+        "method": method,
         "requested_rank": rank,
+        "canonical": canonical,
+        "seed": seed if method == "random" else None,
         "dtype": str(dtype).removeprefix("torch."),
         "base_mismatch_allowed": allow_base_mismatch,
         "sources": [
-            {"name": _name(folder), "sha256": digest, "base_model": adapter.base_model, "revision": adapter.revision}
-            for folder, digest, adapter in zip(folders, hashes, adapters, strict=True)
+            {
+                "name": source.name,
+                "hub_commit": source.revision,
+                "sha256": digest,
+                "base_model": adapter.base_model,
+                "base_revision": adapter.revision,
+            }
+            for source, digest, adapter in zip(found, hashes, adapters, strict=True)
         ],
         "versions": {
             "poc_lora": poc_lora.__version__,
@@ -58,45 +81,24 @@ def merge_folders(
         },
         **asdict(merged.report),
     }
-    report["weights"] = list(merged.report.weights)
+    if rank_sweep:
+        report["rank_sweep"] = sweep_by_type(merged.report)
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     if out.exists():
         out.rmdir()
     write_adapter(merged.adapter, out, dtype=dtype, extra_files={REPORT_NAME: text})
-    return report
+    _compare(merged.adapter, read_adapter(out), out)
+    return json.loads(text)
 
 
-def find_adapters(source: Path) -> list[Path]:
-    """The adapter folders that `source` stands for: itself, or the finished ones of a run, by number."""
-    if (source / CONFIG_NAME).exists() or (source / WEIGHTS_NAME).exists():
-        return [source]
-    inside = source / "adapters"
-    if not inside.is_dir():
-        raise AdapterError(
-            "neither an adapter folder nor a run folder" if source.exists() else "no such folder",
-            where=source,
-            fix=f"give a folder with {CONFIG_NAME}, or a run with adapters/00, adapters/01, ...",
-        )
-    numbered = [folder for folder in inside.iterdir() if folder.name.isascii() and folder.name.isdigit()]
-    finished = [folder for folder in numbered if (folder / CONFIG_NAME).exists() and (folder / WEIGHTS_NAME).exists()]
-    if not finished:
-        raise AdapterError("the run has no finished adapters", where=inside, fix="let it train to the end first")
-    return sorted(finished, key=lambda folder: (int(folder.name), folder.name))
-
-
-def _refuse_duplicates(folders: Sequence[Path], hashes: Sequence[str]) -> None:
-    seen: dict[str, Path] = {}
-    for folder, digest in zip(folders, hashes, strict=True):
-        if digest in seen:
-            raise AdapterError(
-                f"the same weights as {seen[digest]}",
-                where=folder,
-                fix="give every adapter once; use weights to favour one",
-            )
-        seen[digest] = folder
-
-
-def _name(folder: Path) -> str:
-    """A name for provenance that does not tell where on this machine the folder lies."""
-    parts = folder.resolve().parts
-    return "/".join(parts[-3:] if len(parts) > 3 and parts[-2] == "adapters" else parts[-1:])
+def _compare(adapter: Adapter, written: Adapter, folder: Path) -> None:
+    """Raises AdapterError if what was written does not read as what was merged."""
+    same = adapter.modules.keys() == written.modules.keys() and all(
+        torch.equal(part.A, written.modules[name].A[: part.rank])
+        and torch.equal(part.B, written.modules[name].B[:, : part.rank])
+        and not written.modules[name].A[part.rank :].any()
+        and written.modules[name].scale == 1
+        for name, part in adapter.modules.items()
+    )
+    if not same:
+        raise AdapterError("the file reads back as other weights", where=folder, fix="check the disk, and merge again")

@@ -95,6 +95,16 @@ def relative_error_bar(inner: Tensor, weights: Sequence[float] | None = None) ->
     return None if squared is None or norm == 0 else math.sqrt(squared) / norm
 
 
+def next_move(inner: Tensor) -> float | None:
+    """How far one more adapter would move the average, over its norm: sqrt(S² / (M (M + 1))) / ‖mean‖.
+
+    The average moves by (ΔW_{M+1} − mean) / (M + 1), whose expected square is S² (1 + 1/M) / (M + 1)².
+    """
+    M, variance = len(inner), spread(inner)
+    norm = math.sqrt(max(0.0, float(inner.sum()))) / M
+    return None if variance is None or norm == 0 else math.sqrt(variance / (M * (M + 1))) / norm
+
+
 def _weights(inner: Tensor, weights: Sequence[float] | None) -> Tensor:
     M = len(inner)
     return torch.tensor(weights or [1 / M] * M, dtype=inner.dtype, device=inner.device)

@@ -2,8 +2,12 @@
 
 from typing import Any
 
+from poc_lora.lora.serving import serving_advice
 from poc_lora.training.loop import Trained
 from poc_lora.training.plan import size
+
+IDENTICAL = 0.9999  # cosine of updates that can hardly have come from different seeds
+UNRELATED = 0.01  # of one that shares nothing with any other
 
 
 def training_summary(done: Trained) -> list[str]:
@@ -28,12 +32,50 @@ def training_summary(done: Trained) -> list[str]:
 
 
 def merge_summary(report: dict[str, Any]) -> list[str]:
-    """What a merge did, and how far it is from the merge of ever more adapters."""
+    """What a merge did, how far it is from the merge of ever more adapters, and how to serve it."""
     M = len(report["sources"])
-    lines = [f"{M} adapters merged into one of rank {report['rank']}, relative error {report['error']:.1e}"]
+    lines = [
+        f"{M} adapters merged into one of rank {report['rank']}, {report['method']}: relative error "
+        f"{report['error']:.1e}, and {report['cast_error']:.1e} from rounding to {report['dtype']}"
+    ]
     if report["relative_error_bar"] is not None:
         lines.append(
             f"mean cosine of the updates {report['mean_cosine']:.3f}; "
             f"the merge is about {report['relative_error_bar']:.0%} of its norm from the limit of many adapters"
         )
+    if report["next_move"] is not None:
+        lines.append(f"one more adapter would move the merge by about {report['next_move']:.1%}")
+    absent = {name: module["members"] for name, module in report["modules"].items() if module["members"] < M}
+    if absent:
+        lines.append(f"{len(absent)} modules are not in every adapter and count as zero there, such as {min(absent)}")
+    return [*lines, *_oddities(report), *serving_advice(report["rank"])]
+
+
+def rank_table(report: dict[str, Any]) -> list[str]:
+    """The rank sweep: for each rank and type of module the relative error, and the share of ‖ΔW‖² that is kept."""
+    sweep = report["rank_sweep"]
+    lines = [
+        "rank  " + "".join(f"{kind:>18}" for kind in sweep),
+        "      " + "".join(f"{'error   kept':>18}" for _ in sweep),
+    ]
+    for rank in sweep["all"]:
+        cells = "".join(f"{errors[rank]:>10.4f}{1 - errors[rank] ** 2:>8.1%}" for errors in sweep.values())
+        lines.append(f"{rank:>4}  {cells}")
+    return lines
+
+
+def _oddities(report: dict[str, Any]) -> list[str]:
+    """Warnings of adapters that are one and the same, or that have nothing in common."""
+    cosines, names = report["cosines"], [source["name"] for source in report["sources"]]
+    M = len(names)
+    pairs = [(cosines[i][j], i, j) for i in range(M) for j in range(i)]
+    lines = [
+        f"warning: {names[j]} and {names[i]} are the same update (cosine {cosine:.5f}): one seed for both?"
+        for cosine, i, j in pairs
+        if cosine > IDENTICAL
+    ]
+    for i, name in enumerate(names):
+        others = [cosines[i][j] for j in range(M) if j != i]
+        if M > 2 and max(others) < UNRELATED:
+            lines.append(f"warning: {name} looks unrelated to the others (its largest cosine is {max(others):.3f})")
     return lines

@@ -1,0 +1,160 @@
+"""An adapter folded into its base model's weights: a plain model again, for engines that know no adapters."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from poc_lora.errors import AdapterError, ModelError, RequestError
+from poc_lora.files import commit_folder, read_json
+from poc_lora.lora.adapter import Adapter, Factors, read_adapter
+from poc_lora.progress import track
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a fold did."""
+
+    folder: Path
+    modules: int
+    files: int  # of weights
+
+
+def fold(adapter: Path, base: str, out: Path) -> Folded:
+    """Write the base model with the adapter's updates in its weights, W + ΔW, as the new folder `out`.
+
+    base: a folder, or a Hub id. It stays as it is: files, tensors, dtypes and shards have the same names and order in
+    `out`, and tokenizer and configuration are copied. Sums are taken in float32 (float64 of a float64 base) and rounded
+    once. One file of weights is in memory at a time.
+    Raises AdapterError for an adapter that cannot be read or is of another base, ModelError for a base that is
+    quantised or not in safetensors, RequestError for an `out` that exists.
+    """
+    read = read_adapter(adapter)
+    folder, out = _base_folder(base), Path(out)
+    if out.exists() or out.is_symlink():
+        raise RequestError("the output exists already", where=out, fix="choose a new folder")
+    _refuse_quantized(folder)
+    files = _weight_files(folder)
+    _check_fits(read, files)
+    with commit_folder(out) as aside, track(len(files), f"folding into {len(files)} files") as bar:
+        for path in _other_files(folder):
+            shutil.copyfile(path, aside / path.name)
+        for name, keys in files.items():
+            _fold_file(read, folder / name, keys, aside / name)
+            bar.advance()
+    return Folded(out, len(read.modules), len(files))
+
+
+def updated(weight: Tensor, factors: Factors) -> Tensor:
+    """W + scale · B A in W's dtype: multiplied and added in float32 or better, and rounded once."""
+    working = torch.promote_types(weight.dtype, torch.float32)
+    update = factors.B.to(working) @ (factors.A.to(working) * factors.scale)
+    return update.add_(weight.to(working)).to(weight.dtype)
+
+
+def _base_folder(base: str) -> Path:
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return path
+    if base.startswith((".", "/", "~")) or base.count("/") != 1:
+        raise ModelError(f"no base model at '{base}'", where="--base", fix="give a folder, or a Hub id org/name")
+    try:
+        return Path(snapshot_download(base, allow_patterns=["*.safetensors", *COPIED]))
+    except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be had
+        first = str(problem).strip().split("\n")[0]
+        raise ModelError(f"the base model '{base}' cannot be fetched: {first}", where="--base") from None
+
+
+def _refuse_quantized(folder: Path) -> None:
+    config = read_json(folder / "config.json", error=ModelError)
+    if not isinstance(config, dict):
+        raise ModelError("config.json is not an object", where=folder)
+    if config.get("quantization_config"):
+        raise ModelError(
+            "the base model is quantised, and sums with its weights would be rounded away",
+            where=folder,
+            fix="fold into the unquantised model, and quantise the result",
+        )
+
+
+def _weight_files(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The names of the weight files, and the shapes of the tensors in each, from their headers."""
+    if (folder / INDEX_NAME).exists():
+        index = read_json(folder / INDEX_NAME, error=ModelError)
+        mapping = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
+            raise ModelError("there is no weight_map in it", where=folder / INDEX_NAME)
+        names = sorted(set(mapping.values()))
+    elif (folder / SINGLE_NAME).exists():
+        names = [SINGLE_NAME]
+    else:
+        raise ModelError(
+            f"there is neither {SINGLE_NAME} nor {INDEX_NAME}",
+            where=folder,
+            fix="convert the weights with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)",
+        )
+    files: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{name!r} is not a safetensors file of this folder", where=folder / INDEX_NAME)
+        with _opened(folder / name) as stored:
+            files[name] = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    return files
+
+
+def _check_fits(adapter: Adapter, files: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    shapes = {key: shape for keys in files.values() for key, shape in keys.items()}
+    for module, factors in adapter.modules.items():
+        found = shapes.get(f"{module}.weight")
+        if found != factors.shape:
+            raise AdapterError(
+                f"the adapter updates '{module}' with shape {factors.shape}, the base has {found or 'no such weight'}",
+                where=adapter.source,
+                fix="fold it into the base model that it was trained on",
+            )
+
+
+def _fold_file(adapter: Adapter, source: Path, keys: Mapping[str, Any], target: Path) -> None:
+    with _opened(source) as stored:
+        metadata = stored.metadata()
+        tensors = {key: stored.get_tensor(key) for key in keys}
+    for key, tensor in tensors.items():
+        factors = adapter.modules.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        if factors is None:
+            continue
+        if tensor.dtype not in FLOATS:
+            raise ModelError(f"{key} is {tensor.dtype}: quantised weights cannot be folded into", where=source)
+        tensors[key] = updated(tensor, factors)
+        if not bool(torch.isfinite(tensors[key]).all()):
+            raise AdapterError(f"the sum overflows in {key}", where=adapter.source, fix="use a wider base dtype")
+    save_file(tensors, target, metadata=metadata)
+
+
+def _other_files(folder: Path) -> Iterator[Path]:
+    for pattern in COPIED:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file() and not any(path.match(weights) for weights in WEIGHT_FILES):
+                yield path
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as problem:
+        raise ModelError(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from None

@@ -1,0 +1,141 @@
+"""One module's adapters made one: the exact average and its best approximation, and three other ways.
+
+Pure functions of float64 factors. A module of M adapters is A [R, d_in] and B [d_out, R], R = Σ_j r_j, with the scales
+s_j in B, and the ranks r_j; an adapter without the module has rank 0. Each returns the factors of the merged update.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from poc_lora import rng
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The factors of M adapters in one module."""
+
+    A: Tensor  # [R, d_in]
+    B: Tensor  # [d_out, R], scales included
+    ranks: list[int]  # [M]
+
+    @property
+    def owner(self) -> Tensor:
+        """Which adapter each component belongs to, [R]."""
+        return torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks)).to(self.A.device)
+
+    def of(self, adapter: int) -> tuple[Tensor, Tensor]:
+        """One adapter's factors, A [r, d_in] and B [d_out, r]."""
+        start = sum(self.ranks[:adapter])
+        part = slice(start, start + self.ranks[adapter])
+        return self.A[part], self.B[:, part]
+
+
+def average(stacked: Stacked, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """ΔW = Σ_j w_j s_j B_j A_j, exactly: A stacked, and B with the weights in it."""
+    return stacked.A, stacked.B * weights[stacked.owner]
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The singular triples of a product B A, the largest first; `left` [d_out, n], `values` [n], `right` [n, d_in]."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The nearest factors of at most that rank (Eckart and Young, 1936)."""
+        root = self.values[:rank].sqrt()
+        return root[:, None] * self.right[:rank], self.left[:, :rank] * root
+
+    def error(self, rank: int) -> float:
+        """‖ΔW − its truncation‖ / ‖ΔW‖."""
+        norm = float(torch.linalg.vector_norm(self.values))
+        return float(torch.linalg.vector_norm(self.values[rank:])) / norm if norm else 0.0
+
+
+def decompose(A: Tensor, B: Tensor) -> Decomposition:
+    """The singular value decomposition of B A from its factors.
+
+    With Aᵀ = Q_A R_A and B = Q_B R_B, only the core R_B R_Aᵀ [R, R] is left to decompose.
+    """
+    Q_A, R_A = torch.linalg.qr(A.T)
+    Q_B, R_B = torch.linalg.qr(B)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    return Decomposition(Q_B @ U, S, Vh @ Q_A.T)
+
+
+def canonical(stacked: Stacked) -> Stacked:
+    """Every adapter's update factored anew into its singular triples: what its components are, whoever trained them."""
+    parts = [decompose(*stacked.of(j)).truncated(r) if r else stacked.of(j) for j, r in enumerate(stacked.ranks)]
+    A, B = torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], dim=1)
+    return Stacked(A, B, [len(A) for A, _ in parts])
+
+
+def block(stacked: Stacked, weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """ΔW = Σ_j w_j (r_j / k_j) Σ_{i ≤ k_j} s_j b_i a_iᵀ, Σ_j k_j = rank: each adapter's first components, rescaled."""
+    M = len(stacked.ranks)
+    parts = []
+    for j, r in enumerate(stacked.ranks):
+        k = min(r, rank // M + (j < rank % M))
+        A, B = stacked.of(j)
+        if k:
+            parts.append((A[:k], B[:, :k] * (weights[j] * r / k)))
+    if not parts:  # the only adapters that have the module got no share
+        return stacked.A[:0], stacked.B[:, :0]
+    return torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], dim=1)
+
+
+def random(stacked: Stacked, weights: Tensor, rank: int, key: int) -> tuple[Tensor, Tensor]:
+    """ΔW = (1 / rank) Σ_t s_j r_j b_i a_iᵀ over `rank` draws (j, i), each with probability w_j / r_j.
+
+    Drawn with replacement, so its mean is the average. An adapter without the module is drawn as zero.
+    """
+    M = len(stacked.ranks)
+    ranks = torch.tensor(stacked.ranks, device=weights.device)
+    draws = rng.uniform((2, rank), key).to(weights)
+    j = torch.searchsorted(weights.cumsum(0), draws[0] * weights.sum(), right=True).clamp(max=M - 1)
+    j = j[ranks[j] > 0]
+    i = (draws[1, : len(j)] * ranks[j]).long()
+    chosen = (ranks.cumsum(0) - ranks)[j] + i
+    return stacked.A[chosen], stacked.B[:, chosen] * (ranks[j] / rank)
+
+
+def soup(stacked: Stacked, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """ΔW = (Σ_j w_j s_j B_j) (Σ_i w_i A_i), smaller ranks padded with zeros: with the cross terms B_j A_i, i ≠ j."""
+    r = max(stacked.ranks)
+    A = stacked.A.new_zeros(r, stacked.A.shape[1])
+    B = stacked.B.new_zeros(stacked.B.shape[0], r)
+    for j, own in enumerate(stacked.ranks):
+        A_j, B_j = stacked.of(j)
+        A[:own] += weights[j] * A_j
+        B[:, :own] += weights[j] * B_j
+    return A, B
+
+
+def product_norm(A: Tensor, B: Tensor) -> float:
+    """‖B A‖, from the factors."""
+    return max(0.0, float(((A @ A.T) * (B.T @ B)).sum())) ** 0.5
+
+
+def distance(A: Tensor, B: Tensor, other_A: Tensor, other_B: Tensor) -> float:
+    """‖B A − B' A'‖. Precise for products that differ much."""
+    return product_norm(torch.cat([A, other_A]), torch.cat([B, -other_B], dim=1))
+
+
+def cast_distance(A: Tensor, B: Tensor, cast_A: Tensor, cast_B: Tensor) -> float:
+    """‖B A − B' A'‖ of factors that nearly agree: as (B − B') A + B' (A − A'), where nothing cancels."""
+    cast_A, cast_B = cast_A.to(A.dtype), cast_B.to(B.dtype)
+    return product_norm(torch.cat([A, A - cast_A]), torch.cat([B - cast_B, cast_B], dim=1))
+
+
+def effective_rank(A: Tensor, B: Tensor) -> float:
+    """(Σσ²)² / Σσ⁴ of the singular values of B A: the participation ratio, 0 for a product of zero.
+
+    The σ² are the eigenvalues of G = (A Aᵀ)(Bᵀ B), so Σσ² = tr G and Σσ⁴ = tr G².
+    """
+    G = (A @ A.T) @ (B.T @ B)
+    fourth = float((G * G.T).sum())
+    return float(G.trace()) ** 2 / fourth if fourth > 0 else 0.0

@@ -1,0 +1,85 @@
+"""Where adapters come from: folders, runs, and the Hugging Face Hub."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from poc_lora.errors import AdapterError
+from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
+
+HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter's folder, and what to call it in a report, which does not tell where on this machine it lies."""
+
+    folder: Path
+    name: str
+    root: Path  # links in the folder lead no further up than this
+    revision: str | None = None  # the commit of a Hub repository
+
+
+def find_sources(source: str | Path) -> list[Source]:
+    """The adapters that `source` stands for: an adapter folder, a run (its finished adapters, by number), or a Hub id.
+
+    A Hub id is org/name or org/name@revision, with no such folder here; its two files are fetched into
+    huggingface_hub's cache. Raises AdapterError.
+    """
+    path, match = Path(source), HUB_ID.fullmatch(str(source))
+    if match and not path.exists():
+        return [_fetch(match["repo"], match["revision"])]
+    return [Source(folder, _name(folder), folder) for folder in find_adapters(path)]
+
+
+def find_adapters(source: Path) -> list[Path]:
+    """The adapter folders that `source` stands for: itself, or the finished ones of a run, by number."""
+    if (source / CONFIG_NAME).exists() or (source / WEIGHTS_NAME).exists():
+        return [source]
+    inside = source / "adapters"
+    if not inside.is_dir():
+        raise AdapterError(
+            "neither an adapter folder nor a run folder" if source.exists() else "no such folder",
+            where=source,
+            fix=f"give a folder with {CONFIG_NAME}, a run with adapters/00, adapters/01, ..., or a Hub id org/name",
+        )
+    numbered = [folder for folder in inside.iterdir() if folder.name.isascii() and folder.name.isdigit()]
+    finished = [folder for folder in numbered if (folder / CONFIG_NAME).exists() and (folder / WEIGHTS_NAME).exists()]
+    if not finished:
+        raise AdapterError("the run has no finished adapters", where=inside, fix="let it train to the end first")
+    return sorted(finished, key=lambda folder: (int(folder.name), folder.name))
+
+
+def refuse_duplicates(sources: Sequence[Source], hashes: Sequence[str]) -> None:
+    """Raises AdapterError where two sources hold the same weights."""
+    seen: dict[str, Source] = {}
+    for source, digest in zip(sources, hashes, strict=True):
+        if digest in seen:
+            raise AdapterError(
+                f"the same weights as {seen[digest].folder}",
+                where=source.folder,
+                fix="give every adapter once; use weights to favour one",
+            )
+        seen[digest] = source
+
+
+def _fetch(repo: str, revision: str | None) -> Source:
+    try:
+        files = [Path(hf_hub_download(repo, name, revision=revision)) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be had
+        first = str(problem).strip().split("\n")[0]
+        raise AdapterError(
+            f"no folder here, and it cannot be fetched from the Hub: {first}",
+            where=repo,
+            fix="check the name, the network, and that you are logged in where it is private (hf auth login)",
+        ) from None
+    folder = files[0].parent  # models--org--name/snapshots/COMMIT, whose files are links into blobs/
+    return Source(folder, f"{repo}@{folder.name}", folder.parents[1], folder.name)
+
+
+def _name(folder: Path) -> str:
+    parts = folder.resolve().parts
+    return "/".join(parts[-3:] if len(parts) > 3 and parts[-2] == "adapters" else parts[-1:])

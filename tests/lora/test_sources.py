@@ -1,0 +1,72 @@
+"""Where adapters come from: a Hub cache as huggingface_hub lays it out, and links that lead elsewhere."""
+
+import os
+
+import pytest
+import torch
+
+from poc_lora.errors import AdapterError
+from poc_lora.lora import sources
+from poc_lora.lora.adapter import Adapter, Factors, write_adapter
+from poc_lora.lora.merge_folders import merge_folders
+from poc_lora.lora.serving import serving_advice
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """One adapter in a cache: snapshots/COMMIT holds links into blobs/."""
+    repo = tmp_path / "hub/models--org--name"
+    snapshot = repo / "snapshots" / COMMIT
+    write_adapter(Adapter({"layer.q_proj": Factors(torch.ones(2, 4), torch.ones(5, 2))}), repo / "blobs")
+    snapshot.mkdir(parents=True)
+    for path in (repo / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(os.path.relpath(path, snapshot))
+    asked = []
+
+    def download(name, file, *, revision):
+        asked.append((name, file, revision))
+        return str(snapshot / file)
+
+    monkeypatch.setattr(sources, "hf_hub_download", download)
+    return snapshot, asked
+
+
+def test_a_hub_id_is_fetched_and_its_commit_is_written_down(hub, tmp_path):
+    _, asked = hub
+    report = merge_folders(["org/name@v2"], tmp_path / "merged")
+    assert asked == [("org/name", name, "v2") for name in ("adapter_config.json", "adapter_model.safetensors")]
+    (source,) = report["sources"]
+    assert (source["name"], source["hub_commit"]) == (f"org/name@{COMMIT}", COMMIT)
+
+
+def test_links_may_not_lead_out_of_the_repository_s_cache(hub, tmp_path):
+    snapshot, _ = hub
+    elsewhere = tmp_path / "secret.safetensors"
+    (snapshot / "adapter_model.safetensors").resolve().rename(elsewhere)
+    (snapshot / "adapter_model.safetensors").unlink()
+    (snapshot / "adapter_model.safetensors").symlink_to(elsewhere)
+    with pytest.raises(AdapterError, match="link that leads out"):
+        merge_folders(["org/name"], tmp_path / "merged")
+
+
+def test_a_folder_here_comes_before_a_name_on_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_adapter(Adapter({"layer.q_proj": Factors(torch.ones(1, 4), torch.ones(5, 1))}), tmp_path / "org/name")
+    assert merge_folders(["org/name"], tmp_path / "merged")["rank"] == 1
+    assert hub[1] == []
+
+
+def test_what_cannot_be_fetched_says_where_it_was_looked_for(tmp_path):
+    with pytest.raises(AdapterError, match="cannot be fetched from the Hub") as problem:  # tests are offline
+        merge_folders(["org/nothing"], tmp_path / "merged")
+    assert problem.value.where == "org/nothing"
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"), [(9, "--max-lora-rank 16"), (256, "--max-lora-rank 256"), (300, " 320"), (513, "--rank 320")]
+)
+def test_serving_advice_names_a_rank_that_vllm_takes(rank, words):
+    assert words in " ".join(serving_advice(rank))
