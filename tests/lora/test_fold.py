@@ -89,7 +89,7 @@ def test_a_bfloat16_base_is_added_to_in_float32_and_rounded_once():
     exact = weight.double() + 0.5 * factors.B.double() @ factors.A.double()
     found = updated(weight, factors)
     assert found.dtype == torch.bfloat16
-    # Rounded once: no further from the exact sum than half a unit in the last place, of which there are 2^7 between powers of two.
+    # Rounded once: at most half a unit in the last place from the exact sum; 2^7 units lie between powers of two.
     unit = torch.exp2(torch.floor(torch.log2(exact.abs()))) * 2**-7
     assert ((found.double() - exact).abs() <= 0.5001 * unit + 1e-6).all()
 
