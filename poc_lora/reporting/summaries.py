@@ -52,15 +52,15 @@ def merge_summary(report: dict[str, Any]) -> list[str]:
 
 
 def rank_table(report: dict[str, Any]) -> list[str]:
-    """The rank sweep: for each rank and type of module the relative error, and the share of ‖ΔW‖² that is kept."""
+    """The rank sweep: for each type of module and rank the relative error, and the share of ‖ΔW‖² that is kept."""
     sweep = report["rank_sweep"]
+    width = max(map(len, sweep))
     lines = [
-        "rank  " + "".join(f"{kind:>18}" for kind in sweep),
-        "      " + "".join(f"{'error   kept':>18}" for _ in sweep),
+        "relative error (kept of the squared norm) at rank",
+        " " * width + "".join(f"{r:>17}" for r in sweep["all"]),
     ]
-    for rank in sweep["all"]:
-        cells = "".join(f"{errors[rank]:>10.4f}{1 - errors[rank] ** 2:>8.1%}" for errors in sweep.values())
-        lines.append(f"{rank:>4}  {cells}")
+    for kind, errors in sweep.items():
+        lines.append(f"{kind:<{width}}" + "".join(f"{e:>8.4f} ({1 - e**2:6.1%})" for e in errors.values()))
     return lines
 
 

@@ -1,0 +1,49 @@
+"""What the verbs say in the end."""
+
+import pytest
+import torch
+
+from poc_lora.lora.adapter import Adapter, Factors, write_adapter
+from poc_lora.lora.merge_folders import merge_folders
+from poc_lora.reporting.summaries import merge_summary, rank_table
+
+
+def adapter(seed, names=("layers.0.q_proj", "layers.0.up_proj")):
+    stream = torch.Generator().manual_seed(seed)
+    return Adapter(
+        {n: Factors(torch.randn(2, 40, generator=stream), torch.randn(50, 2, generator=stream)) for n in names}
+    )
+
+
+def report(tmp_path, adapters, **options):
+    for i, one in enumerate(adapters):
+        write_adapter(one, tmp_path / f"{i}")
+    return merge_folders([tmp_path / f"{i}" for i in range(len(adapters))], tmp_path / "merged", **options)
+
+
+def test_a_rank_sweep_is_a_table_of_types_by_ranks(tmp_path):
+    lines = rank_table(report(tmp_path, [adapter(i) for i in range(3)], rank_sweep=[2, 6]))
+    assert [line.split()[0] for line in lines[2:]] == ["all", "q_proj", "up_proj"]
+    assert lines[1].split() == ["2", "6"]
+    assert all(line.endswith("0.0000 (100.0%)") for line in lines[2:])
+    assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_a_summary_says_how_far_one_more_adapter_would_move_the_merge(tmp_path):
+    text = "\n".join(merge_summary(report(tmp_path, [adapter(i) for i in range(3)], dtype=torch.bfloat16)))
+    assert "rounding to bfloat16" in text
+    # Independent updates of equal size: S² is the mean square, the norm its third: sqrt(1 / 12) / sqrt(1 / 3).
+    found = float(text.split("would move the merge by about ")[1].split("%")[0]) / 100
+    assert found == pytest.approx(0.5, abs=0.05)
+    assert "--max-lora-rank 16" in text
+
+
+def test_twins_and_strangers_are_pointed_out(tmp_path):
+    twin = Adapter({name: Factors(f.A * 2, f.B / 2) for name, f in adapter(1).modules.items()})
+    text = "\n".join(
+        merge_summary(
+            report(tmp_path, [adapter(1), twin, Adapter({"layers.0.q_proj": adapter(3).modules["layers.0.q_proj"]})])
+        )
+    )
+    assert "warning: 0 and 1 are the same update" in text
+    assert "1 modules are not in every adapter" in text
