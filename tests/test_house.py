@@ -84,10 +84,3 @@ def test_public_names_resolve():
     assert set(poc_lora.__all__) == {*poc_lora._HOME, "__version__"}
     for name in poc_lora.__all__:
         assert getattr(poc_lora, name) is not None
-
-
-@pytest.mark.parametrize("path", sorted((PACKAGE.parent / "configs/accelerate").glob("*.yaml")), ids=lambda p: p.name)
-def test_accelerate_reads_our_configurations(path):
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    assert load_config_from_file(str(path)).num_processes >= 1

@@ -104,11 +104,6 @@ def no_trackers(monkeypatch):
     monkeypatch.setattr(accelerate.tracking, "get_available_trackers", list)
 
 
-def no_accelerate(monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else found(name))
-
-
 def no_bitsandbytes(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
@@ -133,7 +128,6 @@ def no_compiler(monkeypatch):
         ({"model__name": "./none"}, None, ModelError, "no base model"),
         ({"track": ["tensorboard"]}, no_trackers, ConfigError, "'tensorboard' is not installed"),
         ({"model__quantization": "nf4"}, no_bitsandbytes, ModelError, "needs bitsandbytes"),
-        ({"track": ["wandb"]}, no_accelerate, ConfigError, "need accelerate"),
         ({"train__compile": True}, no_compiler, ConfigError, "torch.compile does not work here"),
         ({}, full_disk, RequestError, "need 154 kB, 1 kB are free"),
     ],
