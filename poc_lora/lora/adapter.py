@@ -36,7 +36,7 @@ MAX_WIDTH = 2**20
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-_TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>(embedding_)?[AB])(?P<weight>\.weight)?")
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,22 @@ class Factors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter: module path in the base model (such as `model.layers.0.self_attn.q_proj`) to factors."""
+    """A LoRA adapter: module path in the base model (such as `model.layers.0.self_attn.q_proj`) to factors.
+
+    embeddings: the modules that are embeddings, whose ΔW [d, vocabulary] is added to the transposed table.
+    fan_in_fan_out: the base keeps the weights of the other modules transposed too, [d_in, d_out], as GPT-2 does.
+    """
 
     modules: dict[str, Factors]
     base_model: str | None = None
     revision: str | None = None
     source: str = field(default="memory", compare=False)
+    embeddings: frozenset[str] = frozenset()
+    fan_in_fan_out: bool = False
+
+    def is_transposed(self, module: str) -> bool:
+        """Whether the base's weight of a module has the shape of ΔW transposed."""
+        return self.fan_in_fan_out or module in self.embeddings
 
 
 def read_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
@@ -90,13 +100,15 @@ def read_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
         raise AdapterError(f"cannot be read: {problem.strerror}", where=folder) from None
     config = read_json(config_path, error=AdapterError, max_bytes=MAX_CONFIG_BYTES)
     check_config(config, config_path)
-    tensors = _read_tensors(weights_path)
+    tensors, embeddings = _read_tensors(weights_path)
     scales = module_scales(config, {name: A.shape[0] for name, (A, _) in tensors.items()}, config_path)
     return Adapter(
         modules={name: Factors(A, B, scales[name]) for name, (A, B) in tensors.items()},
         base_model=config.get("base_model_name_or_path") or None,
         revision=config.get("revision") or None,
         source=str(folder),
+        embeddings=embeddings,
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
     )
 
 
@@ -122,7 +134,8 @@ def write_adapter(
         if not (_finite(A) and _finite(B)):
             what = f"the factors of {name} do not fit in {dtype}"
             raise AdapterError(what, where=adapter.source, fix="write float32 or bfloat16")
-        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
+        kind = "lora_embedding_{}" if name in adapter.embeddings else "lora_{}.weight"
+        tensors[f"{PREFIX}{name}.{kind.format('A')}"], tensors[f"{PREFIX}{name}.{kind.format('B')}"] = A, B
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -134,7 +147,7 @@ def write_adapter(
         "lora_dropout": 0.0,
         "target_modules": target_modules(adapter.modules),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": adapter.fan_in_fan_out,
         "init_lora_weights": True,
         "modules_to_save": None,
         "use_dora": False,
@@ -223,30 +236,44 @@ def _real_file(folder: Path, name: str, root: Path) -> Path:
     return real
 
 
-def _read_tensors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Factors by module. Names, dtypes, shapes and sizes are checked on the header before any tensor is read."""
+def _read_tensors(path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], frozenset[str]]:
+    """Factors by module, and which modules are embeddings.
+
+    Names, dtypes, shapes and sizes are checked on the header before any tensor is read.
+    """
     try:
         _check_sizes(path)
         with safe_open(path, framework="pt") as stored:
             found: dict[str, dict[str, str]] = {}
             for key in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
                 match = _TENSOR.fullmatch(key)
-                if match is None:
-                    fix = f"only {PREFIX}<module>.lora_A.weight and .lora_B.weight are understood"
-                    what = f"the tensor {key[:MAX_NAME]!r} is not a LoRA factor of a linear layer"
+                if match is None or bool(match["weight"]) == match["factor"].startswith("embedding_"):
+                    fix = (
+                        f"only {PREFIX}<module>.lora_A.weight, .lora_B.weight and .lora_embedding_A, _B are understood"
+                    )
+                    what = f"the tensor {key[:MAX_NAME]!r} is not a LoRA factor of a linear layer or an embedding"
                     raise AdapterError(what, where=path, fix=fix)
                 found.setdefault(match["module"], {})[match["factor"]] = key
             if not 0 < len(found) <= MAX_MODULES:
                 raise AdapterError(f"{len(found)} modules, where 1 to {MAX_MODULES} are read", where=path)
             for module, keys in found.items():
                 _check_header(module, {factor: stored.get_slice(key) for factor, key in keys.items()}, path)
-            tensors = {m: (stored.get_tensor(k["A"]), stored.get_tensor(k["B"])) for m, k in sorted(found.items())}
+            tensors = {
+                module: (stored.get_tensor(first), stored.get_tensor(second))
+                for module, (first, second) in sorted((m, _in_order(keys)) for m, keys in found.items())
+            }
     except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
         raise AdapterError(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from None
     for module, pair in tensors.items():
         if not all(map(_finite, pair)):
             raise AdapterError(f"the factors of {module} hold NaN or infinity", where=path, fix="retrain this adapter")
-    return tensors
+    return tensors, frozenset(module for module, keys in found.items() if "embedding_A" in keys)
+
+
+def _in_order(keys: dict[str, str]) -> tuple[str, str]:
+    """The keys of A and of B."""
+    first, second = (key for _, key in sorted(keys.items()))
+    return first, second
 
 
 def _check_sizes(path: Path) -> None:
@@ -262,12 +289,14 @@ def _check_sizes(path: Path) -> None:
 
 def _check_header(module: str, slices: dict[str, Any], where: Path) -> None:
     _check_name(module, where)
-    if len(slices) != 2:
-        raise AdapterError(f"{module} has lora_{next(iter(slices))} without its partner", where=where)
+    if set(slices) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
+        found = " and ".join(f"lora_{factor}" for factor in sorted(slices))
+        raise AdapterError(f"{module} has {found} without its partner", where=where)
     for factor, part in slices.items():
         if part.get_dtype() not in DTYPES:
             raise AdapterError(f"lora_{factor} of {module} is {part.get_dtype()}, not F32, F16 or BF16", where=where)
-    _check_shapes(module, tuple(slices["A"].get_shape()), tuple(slices["B"].get_shape()), where)
+    A, B = (tuple(part.get_shape()) for _, part in sorted(slices.items()))
+    _check_shapes(module, A, B, where)
 
 
 def _check_name(module: str, where: str | Path) -> None:

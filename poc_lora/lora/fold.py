@@ -47,7 +47,13 @@ def fold(adapter: Path, base: str, out: Path) -> Folded:
     folder, out = _base_folder(base), Path(out)
     if out.exists() or out.is_symlink():
         raise RequestError("the output exists already", where=out, fix="choose a new folder")
-    _refuse_quantized(folder)
+    config = _read_config(folder)
+    if read.embeddings and config.get("tie_word_embeddings"):
+        raise AdapterError(
+            "the adapter updates the embedding, whose weights are the output head's too in this base",
+            where=adapter,
+            fix="use the adapter as it is, unfolded",
+        )
     files = _weight_files(folder)
     _check_fits(read, files)
     with commit_folder(out) as aside, track(len(files), f"folding into {len(files)} files") as bar:
@@ -79,7 +85,7 @@ def _base_folder(base: str) -> Path:
         raise ModelError(f"the base model '{base}' cannot be fetched: {first}", where="--base") from None
 
 
-def _refuse_quantized(folder: Path) -> None:
+def _read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json", error=ModelError)
     if not isinstance(config, dict):
         raise ModelError("config.json is not an object", where=folder)
@@ -89,6 +95,7 @@ def _refuse_quantized(folder: Path) -> None:
             where=folder,
             fix="fold into the unquantised model, and quantise the result",
         )
+    return config
 
 
 def _weight_files(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -120,6 +127,8 @@ def _check_fits(adapter: Adapter, files: Mapping[str, Mapping[str, tuple[int, ..
     shapes = {key: shape for keys in files.values() for key, shape in keys.items()}
     for module, factors in adapter.modules.items():
         found = shapes.get(f"{module}.weight")
+        if adapter.is_transposed(module) and found:
+            found = found[::-1]
         if found != factors.shape:
             raise AdapterError(
                 f"the adapter updates '{module}' with shape {factors.shape}, the base has {found or 'no such weight'}",
@@ -138,7 +147,10 @@ def _fold_file(adapter: Adapter, source: Path, keys: Mapping[str, Any], target: 
             continue
         if tensor.dtype not in FLOATS:
             raise ModelError(f"{key} is {tensor.dtype}: quantised weights cannot be folded into", where=source)
-        tensors[key] = updated(tensor, factors)
+        if adapter.is_transposed(key.removesuffix(".weight")):
+            tensors[key] = updated(tensor.T, factors).T.contiguous()
+        else:
+            tensors[key] = updated(tensor, factors)
         if not bool(torch.isfinite(tensors[key]).all()):
             raise AdapterError(f"the sum overflows in {key}", where=adapter.source, fix="use a wider base dtype")
     save_file(tensors, target, metadata=metadata)

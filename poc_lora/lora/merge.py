@@ -111,6 +111,8 @@ def merge(
         base_model=bases[0] if bases else None,
         revision=revisions.pop() if len(revisions) == 1 else None,
         source="merge",
+        embeddings=frozenset().union(*(adapter.embeddings for adapter in adapters)),
+        fan_in_fan_out=adapters[0].fan_in_fan_out,
     )
     return Merged(merged, _total_report(reports, inner, used))
 
@@ -252,6 +254,8 @@ def _check(
         raise AdapterError(f"an adapter cannot be kept in {dtype}", fix="use float32, bfloat16 or float16")
     if not allow_base_mismatch:
         _check_bases(adapters)
+    if len({adapter.fan_in_fan_out for adapter in adapters}) > 1:
+        raise AdapterError("fan_in_fan_out is set in some adapters only", fix="merge only adapters of one base model")
     first_with: dict[str, Adapter] = {}
     for adapter in adapters:
         if not adapter.modules:
@@ -261,6 +265,12 @@ def _check(
             if factors.shape != other.modules[name].shape:
                 raise AdapterError(
                     f"{name} is {_size(factors)} here, but {_size(other.modules[name])} in {other.source}",
+                    where=adapter.source,
+                    fix="merge only adapters of one base model",
+                )
+            if (name in adapter.embeddings) != (name in other.embeddings):
+                raise AdapterError(
+                    f"{name} is an embedding here or in {other.source}, but not in both",
                     where=adapter.source,
                     fix="merge only adapters of one base model",
                 )

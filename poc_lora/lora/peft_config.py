@@ -24,8 +24,8 @@ HARMLESS = {
 }  # fmt: skip
 
 UNDERSTOOD = {
-    "alpha_pattern", "base_model_name_or_path", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r",
-    "rank_pattern", "revision", "use_rslora",
+    "alpha_pattern", "base_model_name_or_path", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha",
+    "peft_type", "r", "rank_pattern", "revision", "use_rslora",
 }  # fmt: skip
 
 # Fields that, switched on, make the update something else than scale · B A on linear layers.
@@ -33,7 +33,6 @@ REFUSED = {
     "alora_invocation_tokens": "an activated LoRA applies only after certain tokens",
     "arrow_config": "Arrow routes every token among several adapters",
     "ensure_weight_tying": "tied embeddings share one update between two modules",
-    "fan_in_fan_out": "the base keeps these weights transposed, which is not supported yet",
     "kasa_config": "KaSA changes the base weights and adds singular values between A and B",
     "layer_replication": "the adapter belongs to a model with repeated layers",
     "lora_bias": "the update has a bias beside B A",
@@ -73,8 +72,9 @@ def check_config(config: Any, where: Path) -> None:
     for name in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(name), str | None):
             raise AdapterError(f"{name} is not a text", where=where)
-    if not isinstance(config.get("use_rslora", False), bool | None):
-        raise AdapterError("use_rslora is neither true nor false", where=where)
+    for name in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(config.get(name, False), bool | None):
+            raise AdapterError(f"{name} is neither true nor false", where=where)
     _check_init(config.get("init_lora_weights", True), where)
 
 

@@ -258,7 +258,6 @@ def test_what_is_not_plain_lora_is_refused_with_the_reason(tmp_path, options, wo
 @pytest.mark.parametrize(
     "field",
     [
-        "fan_in_fan_out",
         "megatron_config",
         "target_parameters",
         "use_qalora",
