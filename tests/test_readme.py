@@ -43,22 +43,25 @@ def call(monkeypatch, words):
 
 @pytest.mark.slow
 def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
-    ran = []
+    ran, merged = [], ""
+    paths = {"path/to/a": "runs/mine/adapters/00", "path/to/b": "runs/mine/adapters/01"}
+    paths["path/to/base"] = "poc_lora/microworld/model"
     for line in commands():
-        words = shlex.split(line)
-        if "path/to/a" in words:
-            words = [
-                re.sub("^path/to/(.)$", lambda m: f"runs/mine/adapters/0{'abc'.index(m[1]) % 2}", w) for w in words
-            ]
-            del words[words.index("runs/mine/adapters/00", 3)]
-            words[words.index("--out") + 1] = f"merged{len(ran)}"
+        words = [paths.get(word, word) for word in shlex.split(line) if word != "path/to/c"]
+        if words[1] == "merge" and "merged" in words:  # each its own
+            merged = words[words.index("merged")] = f"merged{len(ran)}"
+        if words[1] == "fold":
+            words[words.index("merged")] = merged
+        if "--processes" in words:
+            words[-1] = "2"
         if words[1] in ("check", "train"):
             words += SMALL
         if words[1] == "eval":
             words += ["--limit", "5"]
         call(monkeypatch, words)
         ran.append(words[1])
-    assert ran == ["check", "train", "merge", "eval", "report", "merge", "merge"]
+    first = ["check", "train", "merge", "eval", "report"]
+    assert ran == [*first, "check", "merge", "merge", "merge", "fold"]
     assert "PoC merge" in capsys.readouterr().out
 
 
