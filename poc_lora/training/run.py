@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from poc_lora import __version__
 from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
-from poc_lora.errors import RunError
+from poc_lora.errors import CheckpointError, RunError
 from poc_lora.files import read_json, read_text, sync, write_atomic, write_json
 from poc_lora.lora.adapter import Adapter, write_adapter
 from poc_lora.training.checkpoint import Commit, newest_commit
@@ -61,9 +61,17 @@ class Run:
         write_json(self.folder / "run.json", self.facts)
 
     def log(self, lines: list[dict[str, Any]]) -> None:
-        """Append lines to metrics.jsonl."""
-        with self._metrics.open("a") as out:
-            out.writelines(json.dumps(line) + "\n" for line in lines)
+        """Append lines to metrics.jsonl. Raises CheckpointError where they cannot be written."""
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        try:
+            with self._metrics.open("a") as out:
+                out.write(text)
+        except OSError as problem:
+            raise CheckpointError(
+                f"{len(text):,} bytes could not be added: {problem.strerror}",
+                where=self._metrics,
+                fix="make room or mend the folder; the run goes on from its last commit with --resume",
+            ) from None
 
     def settle(self) -> None:
         """Make metrics.jsonl survive a power cut up to here."""

@@ -85,3 +85,17 @@ def test_a_request_that_is_refused_leaves_no_lock_behind(settings):
     with pytest.raises(RequestError):
         train(config(settings, lora__targets=["nothing"]))
     assert not Path(settings["output"]).exists()
+
+
+def test_metrics_that_cannot_be_written_name_their_file(settings, monkeypatch):
+    original = Path.open
+
+    def full(path, mode="r", *rest, **keywords):
+        if path.name == "metrics.jsonl" and mode == "a":
+            raise FULL
+        return original(path, mode, *rest, **keywords)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(CheckpointError, match=r"\d+ bytes could not be added: No space left") as problem:
+        train(config(settings))
+    assert problem.value.where.endswith("metrics.jsonl")
