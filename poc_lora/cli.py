@@ -101,7 +101,9 @@ def check(
     width = max(map(len, facts))
     for name, value in facts.items():
         typer.echo(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
-    launcher = "poc-lora" if processes == 1 else f"accelerate launch --num_processes {processes} -m poc_lora"
+    launcher = (
+        "poc-lora" if processes == 1 else f"accelerate launch --multi_gpu --num_processes {processes} -m poc_lora"
+    )
     _next("the configuration is valid", f"{launcher} train " + shlex.join([str(config), *(overrides or [])]))
 
 
@@ -114,7 +116,7 @@ def train(
     """Train the adapters of a run, packed together; over several devices under accelerate launch.
 
     Example: poc-lora train configs/demo.yaml adapters.count=4 output=runs/four
-    Example: accelerate launch --num_processes 4 -m poc_lora train configs/demo.yaml output=runs/four
+    Example: accelerate launch --multi_gpu --num_processes 4 -m poc_lora train configs/demo.yaml output=runs/four
     """
     from poc_lora.config import load_config
 
@@ -167,7 +169,7 @@ def merge(
 
     if dtype not in DTYPES:
         raise RequestError(f"'{dtype}' is not a dtype to save in", where="--dtype", fix=" or ".join(DTYPES))
-    chosen = None if weights is None else _numbers(weights)
+    chosen = None if weights is None else _numbers(weights, float, "--weights", "0.5,0.25,0.25")
 
     import torch
 
@@ -178,7 +180,7 @@ def merge(
         out,
         method=method,
         rank=rank,
-        rank_sweep=[] if rank_sweep is None else _whole_numbers(rank_sweep),
+        rank_sweep=[] if rank_sweep is None else _numbers(rank_sweep, int, "--rank-sweep", "8,16,32,64"),
         weights=chosen,
         canonical=canonical,
         seed=seed,
@@ -312,26 +314,14 @@ def _show_training(done: Any) -> None:
         typer.echo(line)
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(text: str, kind: type, option: str, example: str) -> list[Any]:
+    """The numbers of a comma-separated list. Raises RequestError."""
     from poc_lora.errors import RequestError
 
     try:
-        return [float(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise RequestError(
-            f"'{text}' is not a list of numbers", where="--weights", fix="for example 0.5,0.25,0.25"
-        ) from None
-
-
-def _whole_numbers(text: str) -> list[int]:
-    from poc_lora.errors import RequestError
-
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise RequestError(
-            f"'{text}' is not a list of ranks", where="--rank-sweep", fix="for example 8,16,32,64"
-        ) from None
+        raise RequestError(f"'{text}' is not a list of numbers", where=option, fix=f"for example {example}") from None
 
 
 def _next(result: str, command: str) -> None:

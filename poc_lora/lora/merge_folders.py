@@ -1,6 +1,7 @@
 """Adapter folders and runs in, one merged adapter folder out."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -92,7 +93,7 @@ def merge_folders(
 
 
 def _compare(adapter: Adapter, written: Adapter, folder: Path) -> None:
-    """Raises AdapterError if what was written does not read as what was merged."""
+    """Raises AdapterError, and removes the folder, if what was written does not read as what was merged."""
     same = adapter.modules.keys() == written.modules.keys() and all(
         torch.equal(part.A, written.modules[name].A[: part.rank])
         and torch.equal(part.B, written.modules[name].B[:, : part.rank])
@@ -101,4 +102,5 @@ def _compare(adapter: Adapter, written: Adapter, folder: Path) -> None:
         for name, part in adapter.modules.items()
     )
     if not same:
+        shutil.rmtree(folder)
         raise AdapterError("the file reads back as other weights", where=folder, fix="check the disk, and merge again")
