@@ -10,6 +10,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+# A model of any family with Llama's names for its parts.
+SMALL = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    initializer_range=0.2,
+)
 QUESTIONS = [
     f"Which thing is made of {m} and kept in the {p}?" for m in ("wood", "glass", "wool") for p in ("shed", "hall")
 ]

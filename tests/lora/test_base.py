@@ -21,22 +21,10 @@ from poc_lora.data.prompts import Example
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.lora.base import has_plain_head, hidden_at, logits_at
 from poc_lora.training.loss import packed_loss
-from tests.conftest import build_llama
+from tests.conftest import SMALL, build_llama
 
-VOCAB = 97
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    initializer_range=0.2,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+VOCAB = SMALL["vocab_size"]
+SIZES = SMALL | dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 FAMILIES = {
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=3.0, query_pre_attn_scalar=8)),
     "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),

@@ -18,23 +18,13 @@ from poc_lora.lora.bank import AdapterBank
 from poc_lora.training import fused
 from poc_lora.training.fused import compiled_parts, gradient_checkpointing, require_compiler
 from poc_lora.training.loss import packed_loss
-from tests.conftest import build_llama
+from tests.conftest import SMALL, build_llama
 
-VOCAB, M = 97, 3
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    initializer_range=0.2,
-)
+VOCAB, M = SMALL["vocab_size"], 3
 FAMILIES = {
     "llama": lambda: build_llama(VOCAB),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, query_pre_attn_scalar=8)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, query_pre_attn_scalar=8)),
 }
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
