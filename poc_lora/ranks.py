@@ -47,6 +47,7 @@ class Ranks:
         self._problem: dict[str, Any] | None = None  # of one rank, the first that was known
         self._joint = False  # every rank ends with the same error, or with none
         self._closing = threading.Event()
+        self._watcher: threading.Thread | None = None
 
     def beat(self, doing: str) -> None:
         """Show that this rank gets on, and with what. Raises PeerError where another rank has failed."""
@@ -127,7 +128,8 @@ class Ranks:
         self._store = mine or dist.TCPStore(host, port[0], timeout=timedelta(minutes=1))
         watch = dist.TCPStore(host, port[0], timeout=timedelta(minutes=1))  # a client of its own: a call blocks one
         homes = self.gather([socket.gethostname(), os.getpid()])
-        threading.Thread(target=self._watch, args=[watch, homes], name="ranks", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, args=[watch, homes], name="ranks", daemon=True)
+        self._watcher.start()
 
     def _watch(self, store: dist.Store, homes: list[tuple[str, int]]) -> None:
         launcher, polls = os.getppid(), 0
@@ -185,6 +187,7 @@ class Ranks:
         with contextlib.suppress(RuntimeError):  # of a store whose process has gone
             if problem is not None and not self._joint and not isinstance(problem, PeerError):
                 self._publish(self._store, self.rank, str(problem) or type(problem).__name__)
+            self._stop_watching()
             if self.rank:
                 self._store.set(f"left/{self.rank}", "")
             failed = self._problem["rank"] if self._problem else 0
@@ -194,7 +197,13 @@ class Ranks:
                 time.sleep(0.05)
         if problem is None or self._joint:
             dist.destroy_process_group()
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        """End the thread: one that is in a call of the store when the interpreter ends would abort the process."""
         self._closing.set()
+        if self._watcher is not None:
+            self._watcher.join(GRACE_SECONDS)
 
 
 class _Signs:
