@@ -10,26 +10,7 @@ import torch
 from torch import Tensor
 
 from poc_lora import rng
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """The factors of M adapters in one module."""
-
-    A: Tensor  # [R, d_in]
-    B: Tensor  # [d_out, R], scales included
-    ranks: list[int]  # [M]
-
-    @property
-    def owner(self) -> Tensor:
-        """Which adapter each component belongs to, [R]."""
-        return torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks)).to(self.A.device)
-
-    def of(self, adapter: int) -> tuple[Tensor, Tensor]:
-        """One adapter's factors, A [r, d_in] and B [d_out, r]."""
-        start = sum(self.ranks[:adapter])
-        part = slice(start, start + self.ranks[adapter])
-        return self.A[part], self.B[:, part]
+from poc_lora.lora.stacked import Stacked
 
 
 def average(stacked: Stacked, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,15 +108,18 @@ def distance(A: Tensor, B: Tensor, other_A: Tensor, other_B: Tensor) -> float:
 
 def cast_distance(A: Tensor, B: Tensor, cast_A: Tensor, cast_B: Tensor) -> float:
     """‖B A − B' A'‖ of factors that nearly agree: as (B − B') A + B' (A − A'), where nothing cancels."""
-    cast_A, cast_B = cast_A.to(A.dtype), cast_B.to(B.dtype)
-    return product_norm(torch.cat([A, A - cast_A]), torch.cat([B - cast_B, cast_B], dim=1))
+    lost_A, lost_B = A - cast_A.to(A.dtype), B - cast_B.to(B.dtype)
+    if not lost_A.any():  # as where a float32 average keeps the A of its adapters
+        return product_norm(A, lost_B) if lost_B.any() else 0.0
+    return product_norm(torch.cat([A, lost_A]), torch.cat([lost_B, cast_B.to(B.dtype)], dim=1))
 
 
-def effective_rank(A: Tensor, B: Tensor) -> float:
-    """(Σσ²)² / Σσ⁴ of the singular values of B A: the participation ratio, 0 for a product of zero.
+def effective_rank(stacked: Stacked, weights: Tensor) -> float:
+    """(Σσ²)² / Σσ⁴ of the singular values of the average B A: the participation ratio, 0 for a product of zero.
 
     The σ² are the eigenvalues of G = (A Aᵀ)(Bᵀ B), so Σσ² = tr G and Σσ⁴ = tr G².
     """
-    G = (A @ A.T) @ (B.T @ B)
+    w = weights[stacked.owner]
+    G = stacked.inner_A @ (w[:, None] * stacked.inner_B * w)
     fourth = float((G * G.T).sum())
     return float(G.trace()) ** 2 / fourth if fourth > 0 else 0.0

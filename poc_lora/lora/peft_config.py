@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from poc_lora.errors import AdapterError
+from poc_lora.lora.factors import MAX_NAME, MAX_RANK, check_name
 
-MAX_NAME = 256
-MAX_RANK = 4096
 MAX_ALPHA = 1e6
+MAX_WHOLE = 64  # modules saved whole
 MAX_PATTERN_STEPS = 3e8  # what matching all patterns may cost at worst; 1,000 plain ones on as many modules: 6e7
 
 # Fields that do not change what the saved factors mean: how they were trained, initialised or selected.
@@ -25,7 +25,7 @@ HARMLESS = {
 
 UNDERSTOOD = {
     "alpha_pattern", "base_model_name_or_path", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha",
-    "peft_type", "r", "rank_pattern", "revision", "use_rslora",
+    "modules_to_save", "peft_type", "r", "rank_pattern", "revision", "use_rslora",
 }  # fmt: skip
 
 # Fields that, switched on, make the update something else than scale · B A on linear layers.
@@ -37,7 +37,6 @@ REFUSED = {
     "layer_replication": "the adapter belongs to a model with repeated layers",
     "lora_bias": "the update has a bias beside B A",
     "megatron_config": "Megatron's parallel layers shard the factors",
-    "modules_to_save": "whole modules were trained beside the factors, and their average is not an adapter",
     "monteclora_config": "MonteCLoRA draws random factors at every step",
     "target_parameters": "factors of bare parameters have another layout",
     "trainable_token_indices": "embedding rows were trained beside the factors",
@@ -75,6 +74,11 @@ def check_config(config: Any, where: Path) -> None:
     for name in ("use_rslora", "fan_in_fan_out"):
         if not isinstance(config.get(name, False), bool | None):
             raise AdapterError(f"{name} is neither true nor false", where=where)
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list) or len(whole) > MAX_WHOLE or not all(isinstance(name, str) for name in whole):
+        raise AdapterError(f"modules_to_save is not a list of up to {MAX_WHOLE} names", where=where)
+    for name in whole:
+        check_name(name, where)
     _check_init(config.get("init_lora_weights", True), where)
 
 

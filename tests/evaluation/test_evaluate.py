@@ -13,8 +13,9 @@ from poc_lora.errors import AdapterError, DataError, ModelError, RequestError, R
 from poc_lora.evaluation.evaluate import evaluate
 from poc_lora.evaluation.label import prepare, score_labels
 from poc_lora.evaluation.results import read_results
-from poc_lora.lora.adapter import Adapter, Factors, write_adapter
+from poc_lora.lora.adapter import Adapter, write_adapter
 from poc_lora.lora.base import load_base
+from poc_lora.lora.factors import Factors
 
 TARGETS = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.up_proj": (32, 48)}
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "commonsense"

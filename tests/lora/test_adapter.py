@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from poc_lora.errors import AdapterError, PocLoraError, RequestError
 from poc_lora.lora import peft_config
-from poc_lora.lora.adapter import Adapter, Factors, read_adapter, target_modules, write_adapter
+from poc_lora.lora.adapter import Adapter, read_adapter, target_modules, write_adapter
+from poc_lora.lora.factors import Factors
 
 Q, V, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "model.layers.1.mlp.up_proj"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -239,7 +240,6 @@ def test_a_converted_pissa_adapter_is_plain_and_an_unconverted_one_is_refused(tm
         ({"use_dora": True}, "use_dora is set"),
         ({"bias": "lora_only"}, "bias is 'lora_only'"),
         ({"lora_bias": True}, "lora_bias is set"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices is set"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is set"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication is set"),

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from poc_lora.errors import AdapterError, RequestError
 from poc_lora.lora import merge_folders as merge_folders_module
-from poc_lora.lora.adapter import Adapter, Factors, read_adapter, write_adapter
+from poc_lora.lora.adapter import Adapter, read_adapter, write_adapter
+from poc_lora.lora.factors import Factors
 from poc_lora.lora.merge import merge
 from poc_lora.lora.merge_folders import merge_folders
 
@@ -302,10 +303,10 @@ def test_peft_and_transformers_apply_the_mean_of_the_members(tmp_path):
 def test_a_file_that_reads_back_otherwise_is_removed(tmp_path, mixed, monkeypatch):
     sources = write_members(tmp_path / "in", mixed)
     other = {**merge(mixed).adapter.modules, Q: Factors(torch.zeros(10, 10), torch.zeros(12, 10))}
-    original = merge_folders_module.read_adapter
+    original = merge_folders_module.open_adapter
     monkeypatch.setattr(
         merge_folders_module,
-        "read_adapter",
+        "open_adapter",
         lambda folder, **options: Adapter(other) if folder == tmp_path / "out" else original(folder, **options),
     )
     with pytest.raises(AdapterError, match="reads back as other weights"):

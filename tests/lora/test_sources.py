@@ -7,7 +7,8 @@ import torch
 
 from poc_lora.errors import AdapterError
 from poc_lora.lora import sources
-from poc_lora.lora.adapter import Adapter, Factors, write_adapter
+from poc_lora.lora.adapter import Adapter, write_adapter
+from poc_lora.lora.factors import Factors
 from poc_lora.lora.merge_folders import merge_folders
 from poc_lora.lora.serving import serving_advice
 
