@@ -93,15 +93,29 @@ def merge_folders(
     if rank_sweep:
         report["rank_sweep"] = sweep_by_type(merged.report)
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    if out.exists():
-        out.rmdir()
-    write_adapter(merged.adapter, out, dtype=dtype, extra_files={REPORT_NAME: text})
-    _compare(merged.adapter, open_adapter(out), out)
+    was_there = out.exists()  # and empty
+    try:
+        if was_there:
+            out.rmdir()
+        write_adapter(merged.adapter, out, dtype=dtype, extra_files={REPORT_NAME: text})
+        _check_written(merged.adapter, out)
+    except BaseException:
+        if was_there:
+            out.mkdir(exist_ok=True)
+        raise
     return json.loads(text)
 
 
+def _check_written(adapter: Adapter, folder: Path) -> None:
+    """Raises AdapterError, and removes the folder, if it does not read as what was merged."""
+    try:
+        _compare(adapter, open_adapter(folder), folder)
+    except AdapterError:
+        shutil.rmtree(folder)
+        raise
+
+
 def _compare(adapter: Adapter, written: Adapter, folder: Path) -> None:
-    """Raises AdapterError, and removes the folder, if what was written does not read as what was merged."""
     same = (
         adapter.modules.keys() == written.modules.keys()
         and adapter.whole.keys() == written.whole.keys()
@@ -109,7 +123,6 @@ def _compare(adapter: Adapter, written: Adapter, folder: Path) -> None:
         and all(torch.equal(tensor, written.whole[name]) for name, tensor in adapter.whole.items())
     )
     if not same:
-        shutil.rmtree(folder)
         raise AdapterError("the file reads back as other weights", where=folder, fix="check the disk, and merge again")
 
 

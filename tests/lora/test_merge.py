@@ -225,6 +225,22 @@ def test_existing_output_is_kept_unless_empty(tmp_path, mixed):
     assert contents(out) == before
 
 
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_merge_that_cannot_be_read_back_is_removed(tmp_path, mixed, monkeypatch, was_there):
+    def refuse(folder, **options):
+        if folder == tmp_path / "out":
+            raise AdapterError("too many modules")
+        return open_adapter(folder, **options)
+
+    sources = write_members(tmp_path / "in", mixed)
+    if was_there:
+        (tmp_path / "out").mkdir()
+    monkeypatch.setattr(merge_folders_module, "open_adapter", refuse)
+    with pytest.raises(AdapterError, match="too many modules"):
+        merge_folders(sources, tmp_path / "out")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.glob("out*/**")] == ["out"] * was_there
+
+
 @pytest.mark.parametrize("damage", ["truncate", "config", "absent"])
 def test_a_damaged_source_writes_nothing(tmp_path, mixed, damage):
     sources = write_members(tmp_path / "in", mixed)
