@@ -30,9 +30,12 @@ def find_sources(source: str | Path) -> list[Source]:
     huggingface_hub's cache. Raises AdapterError.
     """
     path, match = Path(source), HUB_ID.fullmatch(str(source))
-    if match and not path.exists():
-        return [_fetch(match["repo"], match["revision"])]
-    return [Source(folder, _name(folder), folder) for folder in find_adapters(path)]
+    try:
+        if match and not path.exists():
+            return [_fetch(match["repo"], match["revision"])]
+        return [Source(folder, _name(folder), folder) for folder in find_adapters(path)]
+    except OSError as problem:  # a name that is too long, a folder that may not be searched
+        raise AdapterError(f"cannot be read: {problem.strerror}", where=source) from None
 
 
 def find_adapters(source: Path) -> list[Path]:

@@ -66,6 +66,12 @@ def test_what_cannot_be_fetched_says_where_it_was_looked_for(tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "org/" + "x" * 300, "x\0y"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
+    with pytest.raises(AdapterError):
+        merge_folders([name], tmp_path / "merged")
+
+
 @pytest.mark.parametrize(
     ("rank", "words"), [(9, "--max-lora-rank 16"), (256, "--max-lora-rank 256"), (300, " 320"), (513, "--rank 320")]
 )
