@@ -117,9 +117,11 @@ def cast_distance(A: Tensor, B: Tensor, cast_A: Tensor, cast_B: Tensor) -> float
 def effective_rank(stacked: Stacked, weights: Tensor) -> float:
     """(Σσ²)² / Σσ⁴ of the singular values of the average B A: the participation ratio, 0 for a product of zero.
 
-    The σ² are the eigenvalues of G = (A Aᵀ)(Bᵀ B), so Σσ² = tr G and Σσ⁴ = tr G².
+    The σ² are the eigenvalues of G = (A Aᵀ)(Bᵀ B), so Σσ² = tr G and Σσ⁴ = tr G². The scale of G cancels, and is taken
+    out first: the fourth power of large float32 products leaves the range of float64.
     """
     w = weights[stacked.owner]
     G = stacked.inner_A @ (w[:, None] * stacked.inner_B * w)
+    G = G / G.abs().max().clamp(min=torch.finfo(G.dtype).tiny)
     fourth = float((G * G.T).sum())
     return float(G.trace()) ** 2 / fourth if fourth > 0 else 0.0

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from poc_lora.errors import AdapterError, RequestError
 from poc_lora.lora import merge_folders as merge_folders_module
-from poc_lora.lora.adapter import Adapter, read_adapter, write_adapter
+from poc_lora.lora.adapter import Adapter, open_adapter, read_adapter, write_adapter
 from poc_lora.lora.factors import Factors
 from poc_lora.lora.merge import merge
 from poc_lora.lora.merge_folders import merge_folders

@@ -149,6 +149,14 @@ def test_norms_and_effective_rank_are_those_of_the_dense_product(ranks, seed):
     assert methods.cast_distance(A, B, *cast) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-45, 1e-20, 3e38])
+def test_effective_rank_does_not_depend_on_the_size_of_the_factors(size):
+    A, B = torch.eye(3, 5, dtype=torch.float64), torch.eye(4, 3, dtype=torch.float64)
+    weights = weights_of(1)
+    assert methods.effective_rank(Stacked(size * A, size * B, [3]), weights) == pytest.approx(3, rel=1e-10)
+    assert methods.effective_rank(Stacked(0 * A, B, [3]), weights) == 0
+
+
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj")
 
 
