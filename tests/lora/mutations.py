@@ -371,6 +371,7 @@ def more_modules_than_are_read(draw, folder):
     names = [f"{PREFIX}layers.{i}.q.lora_{f}.weight" for i in range(17_000) for f in "AB"]
     header = {n: {"dtype": "F16", "shape": [1, 1], "data_offsets": [2 * i, 2 * i + 2]} for i, n in enumerate(names)}
     write_weights(folder, header, bytes(2 * len(names)))
+    _set_config(folder, r=1, rank_pattern={}, alpha_pattern={})
 
 
 @kind()
@@ -579,6 +580,28 @@ ODD_PIECES = ["", "\\", "(", ")", "[", "]", "+", "*", "(?:q)", "(?i)", "\n", "\0
               r"\b", r"\1", "\u0660"]  # fmt: skip
 
 
+@kind(READ)
+def patterns_that_overlap(draw, folder):
+    """Several that match a module, or only begin or end as its path does: the first that matches counts."""
+    near = [
+        "q_proj",
+        "q",
+        "proj",
+        ".*proj",
+        "self_attn.q_proj",
+        "self_attn",
+        "[qv]_proj",
+        "q_proj|v_proj",
+        "v",
+        "up",
+        ".*",
+    ]
+    names = draw.sample(
+        [*near, "model.layers", Q, V, "wt", "wte", "te", r".*attn\.q_proj", "layers.0", "layers.1.mlp"], 6
+    )
+    _set_config(folder, alpha_pattern={name: alpha for alpha, name in enumerate(names, start=1)})
+
+
 @kind()
 def patterns(draw, folder):
     pieces = PIECES if draw.random() < 0.6 else PIECES + ODD_PIECES
@@ -608,9 +631,14 @@ def patterns_that_take_for_ever(draw, folder):
 def thousands_of_patterns(draw, folder):
     count = draw.choice([300, 1000, 40_000])
     pieces = ["layers.{}.q_proj", r"layers\.{}\..*", "x{}", ".*{}", "(a|b|{})", "q_proj|" + "[!-~]" * 40 + "{}"]
-    slow_to_compile = "[\u0100-\uffff]" * 30 + "{}", "[\\u0100-\\uffff]" * 12 + "{}"
-    piece = draw.choice([*pieces, *slow_to_compile])
+    piece = draw.choice(pieces)
     _set_config(folder, alpha_pattern={piece.format(i): 1 for i in range(count)})
+
+
+@kind(REFUSED)
+def patterns_slow_to_compile(draw, folder):
+    classes = draw.choice(["[\u0100-\uffff]" * 30, r"[\u0100-\uffff]" * 12])
+    _set_config(folder, alpha_pattern={f"{classes}{i}": 1 for i in range(2000)})
 
 
 def _nested(depth: int, draw: random.Random) -> str:
