@@ -135,7 +135,8 @@ def check_message(problem: RequestError) -> None:
 def contents(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Everything below a folder, links not followed: what it is, how large, and when it was last written."""
     found = {}
-    for path in folder.rglob("*"):
+    below = [Path(parent) / name for parent, folders, files in os.walk(folder) for name in (*folders, *files)]
+    for path in below:
         status = path.lstat()
         is_out = path == folder / "out"  # made anew where a merge fails
         found[str(path.relative_to(folder))] = (status.st_mode, 0, 0) if is_out else _facts(status)
