@@ -119,23 +119,31 @@ def read_weights(folder: Path) -> tuple[Header, bytes]:
 
 
 def slow_updates(folder: Path) -> dict[str, np.ndarray]:
-    """ΔW of every module of a folder that was accepted; a folder that should not have been fails here."""
+    """The change of every module's weight, as the base keeps it, by a folder that was accepted.
+
+    A folder that should not have been fails here.
+    """
     config = json.loads((folder / CONFIG).read_bytes().decode("utf-8"))
     header, data = read_weights(folder)
     header.pop("__metadata__", None)
     factors: dict[str, dict[str, np.ndarray]] = {}
+    tables = set()
     for name, info in header.items():
         module, _, factor = name.removeprefix(PREFIX).rpartition(".lora_")
         start, end = info["data_offsets"]
         values = decode(data[start:end], info["dtype"]).reshape(info["shape"])
         assert np.isfinite(values).all(), name
         factors.setdefault(module, {})[{"A.weight": "A", "embedding_A": "A"}.get(factor, "B")] = values
+        if factor.startswith("embedding_"):
+            tables.add(module)
     updates = {}
     for module, pair in factors.items():
         rank = _of_module(config, "rank_pattern", "r", module)
         alpha = _of_module(config, "alpha_pattern", "lora_alpha", module)
         assert pair["A"].shape[0] == pair["B"].shape[1] == rank, module
-        updates[module] = alpha / (math.sqrt(rank) if _flag(config, "use_rslora") else rank) * (pair["B"] @ pair["A"])
+        scale = alpha / (math.sqrt(rank) if _flag(config, "use_rslora") else rank)
+        update = scale * (pair["B"] @ pair["A"])
+        updates[module] = update.T if module in tables or _flag(config, "fan_in_fan_out") else update
     return updates
 
 

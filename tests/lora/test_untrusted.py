@@ -104,7 +104,7 @@ def read_all(folder: Path) -> dict[str, np.ndarray]:
 
 
 def updates(adapter) -> dict[str, np.ndarray]:
-    """ΔW of every module as the reader gives it."""
+    """The change of every module's weight, as the base keeps it, from what the reader gives."""
     found = {}
     for name in adapter.modules:
         factors = adapter.modules[name]
@@ -112,7 +112,8 @@ def updates(adapter) -> dict[str, np.ndarray]:
         A, B = factors.A.double().numpy(), factors.B.double().numpy()
         assert np.isfinite(A).all()
         assert np.isfinite(B).all()
-        found[name] = factors.scale * (B @ A)
+        update = factors.scale * (B @ A)
+        found[name] = update.T if adapter.is_transposed(name) else update
     return found
 
 
