@@ -9,6 +9,7 @@ from torch import Tensor
 
 from poc_lora.errors import AdapterError
 from poc_lora.lora.adapter import Adapter
+from poc_lora.lora.stored import MAX_MODULES
 
 SAME_BASE = "merge only adapters of one base model"
 
@@ -38,6 +39,9 @@ def check_compatible(adapters: Sequence[Adapter], *, allow_base_mismatch: bool =
             if (name in adapter.embeddings) != (name in other.embeddings):
                 what = f"{name} is an embedding here or in {other.source}, but not in both"
                 raise AdapterError(what, where=adapter.source, fix=SAME_BASE)
+    if len(first_with) > MAX_MODULES:
+        what = f"the adapters have {len(first_with)} different modules together, where up to {MAX_MODULES} are written"
+        raise AdapterError(what, fix=SAME_BASE)
     _check_whole(adapters)
 
 

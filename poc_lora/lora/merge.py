@@ -1,6 +1,7 @@
 """The average of adapters as one adapter, from their factors alone. Pure functions of tensors."""
 
 import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -165,7 +166,7 @@ def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[
         error = methods.distance(*exact, A, B) / norm if norm else 0.0
     if not len(A):  # nothing was drawn of a module
         A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
-    factors = Factors(A.to(plan.dtype), B.to(plan.dtype))
+    factors = Factors(_kept(A, plan.dtype), _kept(B, plan.dtype))
     if not factors.is_finite():
         _refuse_overflow(name)
     present = sum(member is not None for member in members)
@@ -181,6 +182,18 @@ def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[
         sweep={rank: triples.error(rank) for rank in plan.rank_sweep} if triples else {},
     )
     return factors, report, inner
+
+
+def _kept(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in `dtype`; on the CPU in memory of its own.
+
+    On the heap, the results of a large merge would lie between its float64 temporaries, whose space could then not be
+    used for the larger ones of the next module.
+    """
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return tensor.to(dtype)
+    memory = mmap.mmap(-1, tensor.numel() * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(tensor.shape).copy_(tensor)
 
 
 def _other_method(name: str, stacked: Stacked, weights: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from poc_lora.lora.sources import find_sources, refuse_duplicates
 from poc_lora.progress import track
 
 REPORT_NAME = "merge.json"
+READERS = 2  # threads that read files; each holds one module
 
 
 def merge_folders(
@@ -48,7 +49,7 @@ def merge_folders(
     found = [source for given in sources for source in find_sources(given)]
     # Opened first: a damaged file is reported as such, and only plain files are hashed.
     adapters = [open_adapter(source.folder, root=source.root) for source in found]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         hashes = list(pool.map(sha256_file, [source.folder / WEIGHTS_NAME for source in found]))
     refuse_duplicates(found, hashes)
     modules = {name for adapter in adapters for name in adapter.modules}
@@ -116,13 +117,17 @@ def _check_written(adapter: Adapter, folder: Path) -> None:
 
 
 def _compare(adapter: Adapter, written: Adapter, folder: Path) -> None:
-    same = (
-        adapter.modules.keys() == written.modules.keys()
-        and adapter.whole.keys() == written.whole.keys()
-        and all(_same(part, written.modules[name]) for name, part in adapter.modules.items())
-        and all(torch.equal(tensor, written.whole[name]) for name, tensor in adapter.whole.items())
-    )
-    if not same:
+    def same(name: str) -> bool:
+        return _same(adapter.modules[name], written.modules[name])
+
+    with ThreadPoolExecutor(READERS) as pool:
+        all_same = (
+            adapter.modules.keys() == written.modules.keys()
+            and adapter.whole.keys() == written.whole.keys()
+            and all(pool.map(same, adapter.modules))
+            and all(torch.equal(tensor, written.whole[name]) for name, tensor in adapter.whole.items())
+        )
+    if not all_same:
         raise AdapterError("the file reads back as other weights", where=folder, fix="check the disk, and merge again")
 
 

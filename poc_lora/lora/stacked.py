@@ -43,6 +43,16 @@ class Stacked:
 def stack(members: Sequence[Factors | None]) -> Stacked:
     """The members' factors in float64, with the scales in B. None is a member without this module; one has it."""
     present = [member for member in members if member is not None]
-    A = torch.cat([member.A.detach().double() for member in present])
-    B = torch.cat([member.B.detach().double() * member.scale for member in present], dim=1)
-    return Stacked(A, B, [0 if member is None else member.rank for member in members])
+    ranks = [0 if member is None else member.rank for member in members]
+    d_out, d_in = present[0].shape
+    A = torch.empty(sum(ranks), d_in, dtype=torch.float64, device=present[0].A.device)
+    B = torch.empty(d_out, sum(ranks), dtype=torch.float64, device=present[0].B.device)
+    start = 0
+    for member in present:
+        part = slice(start, start + member.rank)
+        A[part] = member.A.detach()
+        B[:, part] = member.B.detach()
+        if member.scale != 1:
+            B[:, part] *= member.scale
+        start = part.stop
+    return Stacked(A, B, ranks)
