@@ -122,12 +122,13 @@ def train(
 
     loaded = load_config(config, overrides or [])
 
+    from poc_lora.reporting.summaries import training_summary
     from poc_lora.training.loop import train
 
     done = train(loaded, resume=resume)
     if not done.tells:
         return
-    _show_training(done)
+    _tell(training_summary(done))
     merged = done.folder / "merged"
     command = "poc-lora merge " + shlex.join([str(done.folder), "--out", str(merged)])
     if merged.exists():  # of the adapters before the run was extended
@@ -174,6 +175,7 @@ def merge(
     import torch
 
     from poc_lora.lora.merge_folders import merge_folders
+    from poc_lora.reporting.summaries import merge_summary, rank_table
 
     report = merge_folders(
         sources,
@@ -187,7 +189,9 @@ def merge(
         dtype=getattr(torch, dtype),
         allow_base_mismatch=allow_base_mismatch,
     )
-    _show_merge(report)
+    _tell(merge_summary(report))
+    if "rank_sweep" in report:
+        _show("\n".join(rank_table(report)))
     run = next((s for s in map(Path, sources) if (s / "config.yaml").is_file() and out == s / "merged"), None)
     _next(
         f"the merged adapter: {out}",
@@ -274,6 +278,32 @@ def report(run: Annotated[Path, typer.Argument(help="A run, or a folder of resul
 
 
 @app.command()
+def push(
+    adapter: Annotated[Path, typer.Argument(help="An adapter's folder, or a run: its merged adapter.")],
+    repo_id: Annotated[str, typer.Argument(help="The repository, such as you/adapter; created where missing.")],
+    all: Annotated[bool, typer.Option("--all", help="A run's single adapters too, in adapters/00 ...")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Create it public; default: private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch, created where missing; default: main.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base-model", help="The base model's Hub id, where the adapter names a folder.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Such as apache-2.0; default: none is stated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, print the card, send nothing.")] = False,
+) -> None:
+    """Upload an adapter with a model card to the Hugging Face Hub, in one commit. Log in first: hf auth login.
+
+    Example: poc-lora push runs/mine you/adapter --base-model org/base --dry-run
+    """
+    from poc_lora.hub import push as hub
+
+    done = hub.push(
+        adapter, repo_id, all=all, public=public, revision=revision, dry_run=dry_run, base_model=base, licence=license
+    )
+    _tell(hub.summary(done))
+    _next(*hub.next_step(done))
+
+
+@app.command()
 def env() -> None:
     """Versions and hardware, for bug reports."""
     from poc_lora.training.run import environment
@@ -298,19 +328,8 @@ def _show_results(results: Any) -> None:
         _show(note)
 
 
-def _show_merge(report: dict[str, Any]) -> None:
-    from poc_lora.reporting.summaries import merge_summary, rank_table
-
-    for line in merge_summary(report):
-        typer.echo(line)
-    if "rank_sweep" in report:
-        _show("\n".join(rank_table(report)))
-
-
-def _show_training(done: Any) -> None:
-    from poc_lora.reporting.summaries import training_summary
-
-    for line in training_summary(done):
+def _tell(lines: list[str]) -> None:
+    for line in lines:
         typer.echo(line)
 
 

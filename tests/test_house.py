@@ -15,6 +15,7 @@ LAYERS = [
     ("__init__", "__main__"),
     ("cli",),
     ("microworld",),
+    ("hub",),
     ("reporting",),
     ("evaluation",),
     ("training",),
