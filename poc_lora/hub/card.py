@@ -48,6 +48,7 @@ def model_card(subject: Subject, repo_id: str, *, revision: str | None = None, l
     if licence is not None and not LICENCE.fullmatch(licence):
         raise RequestError(f"{licence!r} is not a licence's identifier", where="--license", fix="such as apache-2.0")
     name = repo_id.rpartition("/")[2]
+    evaluated = _eval_results(subject.evaluation)
     data = ModelCardData(
         base_model=subject.base_model,
         base_model_relation="adapter",
@@ -56,8 +57,8 @@ def model_card(subject: Subject, repo_id: str, *, revision: str | None = None, l
         license=licence,
         datasets=_hub_datasets(subject) or None,
         tags=["lora", "poc-lora", *(["merge"] if subject.merge else [])],
-        model_name=name,
-        eval_results=_eval_results(subject.evaluation) or None,
+        model_name=name if evaluated else None,
+        eval_results=evaluated or None,
     )
     sections = [
         f"# {name}",
@@ -193,7 +194,7 @@ def _making(subject: Subject) -> str:
     if config is None:
         lines += [
             "",
-            "How its adapters were trained is not recorded here." if merge else "Its training is not recorded.",
+            "How its adapters were trained is not recorded." if merge else "Its training is not recorded.",
         ]
         lines += _sources(merge)
     versions = merge.get("versions") or subject.run.get("versions")
@@ -256,6 +257,7 @@ def _measured(evaluation: Evaluation) -> str:
 
 def _usage(subject: Subject, repo_id: str, revision: str | None) -> str:
     at = f', revision="{revision}"' if revision else ""
+    kwargs_at = f', adapter_kwargs={{"revision": "{revision}"}}' if revision else ""  # it knows no `revision` itself
     base_at = f', revision="{subject.base_revision}"' if subject.base_revision else ""
     rank = subject.ranks[-1]
     fitting = [largest for largest in VLLM_RANKS if largest >= rank]
@@ -273,7 +275,7 @@ def _usage(subject: Subject, repo_id: str, revision: str | None) -> str:
         f'model = PeftModel.from_pretrained(base, "{repo_id}"{at})',
         "```",
         "",
-        f'With transformers alone: `base.load_adapter("{repo_id}"{at})`.',
+        f'With transformers alone: `base.load_adapter("{repo_id}"{kwargs_at})`.',
     ]
     if subject.members:
         where = f'subfolder="adapters/{subject.members[0]}"'

@@ -98,8 +98,10 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
     names = {adapter.base_model: base} if adapter.base_model else {}
     config = _public_config(folder, base, keep_revision=adapter.base_model == base)
     files = [File(CONFIG_NAME, _json(config)), File(WEIGHTS_NAME, folder / WEIGHTS_NAME)]
-    siblings = find_adapters(run) if run and not (run / "adapters").is_symlink() else []
+    siblings = _singles(run, required=members)
     for member in siblings if members else []:
+        if member.is_symlink() or member.parent.is_symlink():
+            raise AdapterError("the folder is a link, and links are not followed", where=member, fix="copy it there")
         own, _ = _read(member)
         public = _public_config(member, base, keep_revision=own.base_model == base)
         place = f"adapters/{member.name}"
@@ -147,6 +149,16 @@ def _adapter_and_run(source: Path, members: bool) -> tuple[Path, Path | None]:
         if source in (run / "merged", run / "adapters" / source.name) and (run / "config.yaml").is_file():
             return source, run
     return source, None
+
+
+def _singles(run: Path | None, *, required: bool) -> list[Path]:
+    """The run's single adapters, which it need not have any more."""
+    try:
+        return find_adapters(run) if run else []
+    except AdapterError:
+        if required:
+            raise
+        return []
 
 
 def _read(folder: Path) -> tuple[Adapter, tuple[int, ...]]:

@@ -24,6 +24,7 @@ def hub(tmp_path, monkeypatch):
     """The server; in this process huggingface_hub reads its settings at import, so they are set where they lie."""
     server = Hub()
     monkeypatch.setattr(hf, "ENDPOINT", server.url)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
     monkeypatch.setattr(hf, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(hf, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hf, "HF_HUB_DISABLE_XET", True)

@@ -1,0 +1,190 @@
+"""The model card: what huggingface_hub reads in it, and that it says nothing that is not known."""
+
+import re
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+
+from poc_lora.errors import RequestError
+from poc_lora.evaluation.benchmarks import FACTS
+from poc_lora.hub.card import eval_results_files, model_card
+from poc_lora.hub.collect import collect
+from poc_lora.lora.adapter import Adapter, write_adapter
+from poc_lora.lora.factors import Factors
+from poc_lora.lora.merge_folders import merge_folders
+from tests.hub.conftest import make_run, small_adapter, some_results, write_results
+
+
+def card(source, **options):
+    licence, revision = options.pop("licence", None), options.pop("revision", None)
+    return model_card(collect(source, **options), "me/demo", licence=licence, revision=revision)
+
+
+def loaded(text, tmp_path):
+    (tmp_path / "README.md").write_text(text)
+    return ModelCard.load(tmp_path / "README.md")
+
+
+def facts(text):
+    """The table of how an adapter was made."""
+    return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text.partition("## Evaluation")[0], flags=re.MULTILINE))
+
+
+def test_the_library_reads_the_metadata(run, tmp_path):
+    data = loaded(card(run, licence="apache-2.0"), tmp_path).data
+    assert (data.base_model, data.base_model_relation, data.library_name) == ("org/base", "adapter", "peft")
+    assert (data.license, data.pipeline_tag, data.datasets) == ("apache-2.0", "text-generation", ["org/rows"])
+    assert data.tags == ["lora", "poc-lora", "merge"]
+    assert data.model_name == "demo"
+    assert [(r.dataset_type, r.dataset_split, r.metric_type, r.metric_value) for r in data.eval_results] == [
+        (f.source, f.split, "accuracy", 81.17) for f in FACTS.values()
+    ]
+    assert [r.dataset_config for r in data.eval_results if r.dataset_config] == ["ARC-Challenge", "ARC-Easy"]
+
+
+def test_metadata_survive_the_library_s_round_trip(run, tmp_path):
+    text = card(run)
+    read = loaded(text, tmp_path)
+    assert yaml.safe_load(read.data.to_yaml()) == yaml.safe_load(text.split("---\n")[1])
+    assert str(read).partition("# demo")[2] == text.partition("# demo")[2]
+
+
+def test_eval_results_are_what_the_library_parses(run):
+    files = eval_results_files(collect(run).evaluation)
+    entries = [entry for file in files for entry in parse_eval_result_entries(yaml.safe_load(file.content))]
+    assert [e.dataset_id for e in entries] == [f.source for f in FACTS.values()]
+    assert {e.value for e in entries} == {81.17}
+    assert len({file.path for file in files}) == len({(e.dataset_id, e.task_id) for e in entries}) == 8
+    assert all(file.path.startswith(".eval_results/") and file.path.endswith(".yaml") for file in files)
+
+
+def test_questions_of_ones_own_are_not_given_out_as_a_benchmark_s(tmp_path):
+    subject = collect(make_run(tmp_path / "run", real=False))
+    text = model_card(subject, "me/demo")
+    assert eval_results_files(subject.evaluation) == []
+    results = loaded(text, tmp_path).data.eval_results
+    assert {r.dataset_type for r in results} == {"custom"}
+    assert results[0].dataset_name == "400 questions in the format of SIQA"
+    assert "Not the benchmark's own test questions" in text
+    assert "Not the benchmark's own test questions" not in card(make_run(tmp_path / "real"))
+
+
+def test_how_it_was_made_is_what_the_run_says(run):
+    text = card(run)
+    made = facts(text)
+    assert made["adapters merged (M)"] == "2"
+    assert made["λ (temperature of the noise)"] == "0.0003"
+    assert (made["rank"], made["rank and alpha in training"], made["length"]) == ("4", "2 and 4", "7 steps")
+    assert (
+        made["data"]
+        == "[org/rows](https://huggingface.co/datasets/org/rows), `train.jsonl` (SHA-256 `abababababababab`)"
+    )
+    assert "secret-project" not in text
+    assert "the average of the products B·A of 2 adapters" in text
+
+
+def test_the_table_and_its_row_are_those_of_the_adapter(run):
+    assert "| PoC merge | 81.17 ± 1.00 |" in card(run)
+    assert "This adapter is the row `PoC merge`." in card(run)
+    member = card(run / "adapters" / "00")
+    assert "This adapter is the row `00`." in member
+    assert "value: 70.0\n" in member
+    assert "81.17" not in member.partition("\n---\n")[0]
+    assert "adapters merged" not in facts(member)
+
+
+def test_an_adapter_of_unknown_origin_has_no_story(tmp_path):
+    write_adapter(small_adapter(0), tmp_path / "alone")
+    text = card(tmp_path / "alone")
+    assert "Its training is not recorded." in text
+    assert list(facts(text)) == ["rank"]
+    assert not {"λ", "NoisyAdamW", "noisy", "## Evaluation"} & set(
+        re.findall(r"λ|NoisyAdamW|noisy|## Evaluation", text)
+    )
+    data = loaded(text, tmp_path).data
+    assert data.eval_results is None
+    assert data.datasets is None
+    assert data.license is None
+    assert "No licence was stated" in text
+
+
+def test_a_merge_of_adapters_from_elsewhere_names_them(tmp_path):
+    for i in range(2):
+        write_adapter(small_adapter(i), tmp_path / f"theirs-{i}")
+    merge_folders([tmp_path / "theirs-0", tmp_path / "theirs-1"], tmp_path / "out", method="soup")
+    text = card(tmp_path / "out")
+    assert "- `theirs-0`, SHA-256 `" in text
+    assert "How its adapters were trained is not recorded." in text
+    assert "a model soup" in text
+    assert "λ" not in text
+
+
+def test_a_merge_of_other_adapters_than_the_run_s_does_not_take_its_story(run):
+    write_adapter(small_adapter(7), run / "adapters" / "02")
+    subject = collect(run)
+    assert subject.config is None
+    assert subject.evaluation is None
+    assert subject.left_out == {"eval/results.json": "not an evaluation of this adapter: evaluate again"}
+    assert "λ" not in model_card(subject, "me/demo")
+
+
+def test_an_evaluation_beside_a_loose_adapter_is_taken(tmp_path):
+    write_adapter(small_adapter(0), tmp_path / "alone")
+    write_results(tmp_path / "alone", some_results(["alone"], merged=False))
+    assert "This adapter is the row `LoRA alone`." in card(tmp_path / "alone")
+    write_results(tmp_path / "alone", some_results(["others", "too"], merged=False))
+    assert "## Evaluation" not in card(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [(2, "--max-lora-rank 16 "), (64, "--max-lora-rank 64 "), (300, "--max-lora-rank 320 "), (513, "ranks up to 512")],
+)
+def test_vllm_is_given_a_rank_that_it_takes(tmp_path, rank, expected):
+    write_adapter(small_adapter(0, rank=rank), tmp_path / "a")
+    assert expected in card(tmp_path / "a")
+    assert ("vllm serve" in card(tmp_path / "a")) == (rank <= 512)
+
+
+def test_vllm_is_not_promised_modules_trained_whole(tmp_path):
+    write_adapter(small_adapter(0, whole={"lm_head.weight": torch.ones(3, 8)}), tmp_path / "a")
+    assert "vllm serve" not in card(tmp_path / "a")
+
+
+def test_usage_names_repository_branch_and_members(run):
+    text = card(run, members=True, revision="v2")
+    assert 'PeftModel.from_pretrained(base, "me/demo", revision="v2")' in text
+    assert 'base.load_adapter("me/demo", adapter_kwargs={"revision": "v2"})' in text
+    assert 'subfolder="adapters/00", revision="v2"' in text
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        compile(code, "card", "exec")
+
+
+@pytest.mark.parametrize("licence", ["Apache 2.0", "", "mit\nfoo: bar", "-"])
+def test_what_is_no_licence_s_identifier_is_refused(run, licence):
+    with pytest.raises(RequestError, match="licence's identifier"):
+        card(run, licence=licence)
+
+
+def test_text_of_a_file_ends_neither_code_nor_table(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "run.json").write_text('{"data_sha256": {"a`|b\\n---\\n<script>.json": "`|"}}')
+    made = card(run).partition("## Evaluation")[0]
+    assert "<script>" not in made
+    assert "`a??b?---??script?.json`" in made
+
+
+def test_the_citation_is_there(run):
+    assert "@inproceedings{nitanda2025propagation," in card(run)
+
+
+def test_the_same_run_has_the_same_card(run):
+    assert card(run, members=True) == card(run, members=True)
+
+
+def test_the_ranks_of_modules_that_differ_are_a_range(tmp_path):
+    modules = {f"layers.{i}.q_proj": Factors(torch.ones(r, 4), torch.ones(5, r)) for i, r in enumerate((1, 3))}
+    write_adapter(Adapter(modules, base_model="org/base"), tmp_path / "a")  # written with one rank
+    assert facts(card(tmp_path / "a"))["rank"] == "3"

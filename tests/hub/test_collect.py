@@ -1,0 +1,177 @@
+"""Which files are uploaded, and what is refused or left out."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from poc_lora.errors import AdapterError, RequestError, RunError
+from poc_lora.hub.collect import collect
+from poc_lora.lora.adapter import write_adapter
+from poc_lora.lora.merge_folders import merge_folders
+from tests.hub.conftest import make_run, small_adapter, snapshot
+
+
+def paths(subject):
+    return {file.path for file in subject.files}
+
+
+def content(subject, path):
+    (file,) = [file for file in subject.files if file.path == path]
+    return json.loads(file.content)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("where", ["merged", "adapters/01"])
+def test_an_adapter_that_is_a_link_is_refused(run, name, where):
+    path = run / where / name
+    path.rename(run / where / f"real-{name}")
+    path.symlink_to(f"real-{name}")
+    with pytest.raises(AdapterError, match=f"{name} is a link"):
+        collect(run, members=True)
+
+
+def test_a_merged_folder_that_is_a_link_is_refused(run, tmp_path):
+    (run / "merged").rename(tmp_path / "elsewhere")
+    (run / "merged").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AdapterError, match="merged is a link"):
+        collect(run)
+
+
+@pytest.mark.parametrize("name", ["adapters", "adapters/01"])
+def test_members_that_are_links_are_refused(run, tmp_path, name):
+    (run / name).rename(tmp_path / "elsewhere")
+    (run / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AdapterError, match="the folder is a link"):
+        collect(run, members=True)
+
+
+def test_other_links_are_left_out_and_said_so(run, tmp_path):
+    (tmp_path / "secret.svg").write_text("secret")
+    (run / "figures" / "leak.svg").symlink_to(tmp_path / "secret.svg")
+    (run / "merged" / "merge.json").rename(tmp_path / "merge.json")
+    (run / "merged" / "merge.json").symlink_to(tmp_path / "merge.json")
+    (run / "eval").rename(tmp_path / "eval")
+    (run / "eval").symlink_to(tmp_path / "eval")
+    subject = collect(run)
+    assert subject.left_out == {
+        "merged/merge.json": "a link",
+        "eval/results.json": "a link",
+        "figures/leak.svg": "a link",
+    }
+    assert not paths(subject) & {"merge.json", "results.json", "results.md", "figures/leak.svg"}
+
+
+def test_pictures_are_taken_from_run_evaluation_and_figures(run):
+    (run / "eval" / "figures").mkdir()
+    (run / "eval" / "figures" / "table.svg").write_text("<svg/>")
+    (run / "figures" / "data.csv").write_text("1")
+    (run / "figures" / "deep").mkdir()
+    (run / "figures" / "deep" / "deep.png").write_text("1")
+    figures = {path for path in paths(collect(run)) if path.startswith("figures/")}
+    assert figures == {"figures/curves.svg", "figures/spectrum.png", "figures/table.svg"}
+
+
+def test_a_run_without_a_merge_says_how_to_make_one(run):
+    shutil.rmtree(run / "merged")
+    with pytest.raises(RunError, match="no merged adapter") as problem:
+        collect(run)
+    assert f"poc-lora merge {run}" in str(problem.value)
+
+
+def test_a_run_whose_single_adapters_are_gone_still_has_its_merge(run):
+    shutil.rmtree(run / "adapters")
+    assert "merge.json" in paths(collect(run))
+    with pytest.raises(AdapterError):
+        collect(run, members=True)
+
+
+def test_only_a_run_has_members(run):
+    with pytest.raises(RequestError, match="only a run"):
+        collect(run / "merged", members=True)
+
+
+def test_what_is_not_there_or_no_adapter_is_refused(tmp_path):
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(AdapterError):
+            collect(folder)
+
+
+def test_a_factor_that_is_not_finite_is_refused(run):
+    path = run / "merged" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[max(tensors)][0, 0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="NaN or infinity"):
+        collect(run)
+
+
+def test_what_is_not_plain_lora_is_refused(run):
+    path = run / "merged" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    with pytest.raises(AdapterError, match="use_dora"):
+        collect(run)
+
+
+@pytest.mark.parametrize("base", [None, "/home/someone/model", "./model", "a/b/c"])
+def test_a_base_model_without_a_name_is_asked_for(tmp_path, base):
+    write_adapter(small_adapter(0, base=base), tmp_path / "a")
+    with pytest.raises(RequestError, match="base model") as problem:
+        collect(tmp_path / "a")
+    assert "--base-model ORG/NAME" in str(problem.value)
+    config = content(collect(tmp_path / "a", base_model="org/base"), "adapter_config.json")
+    assert config["base_model_name_or_path"] == "org/base"
+
+
+def test_a_folder_here_is_not_taken_for_a_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    write_adapter(small_adapter(0, base="models/llama"), tmp_path / "a")
+    with pytest.raises(RequestError, match="folder models/llama"):
+        collect(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "", "../x", "a b", "/x"])
+def test_a_name_that_is_none_is_refused(run, name):
+    with pytest.raises(RequestError, match="not a Hub id"):
+        collect(run, base_model=name)
+
+
+def test_what_is_uploaded_tells_no_local_path(tmp_path):
+    base = str(tmp_path / "private" / "model")
+    subject = collect(make_run(tmp_path / "run", base=base), members=True, base_model="org/base")
+    texts = {file.path: file.content.decode() for file in subject.files if isinstance(file.content, bytes)}
+    assert len(texts) == 6
+    assert not [path for path, text in texts.items() if str(tmp_path) in text]
+    assert content(subject, "results.json")["base_model"] == "org/base"
+    assert {s["base_model"] for s in content(subject, "merge.json")["sources"]} == {"org/base"}
+    assert "Base model `org/base`" in texts["results.md"]
+
+
+def test_all_else_of_a_configuration_is_as_it_was(run):
+    written = json.loads((run / "merged" / "adapter_config.json").read_text())
+    assert content(collect(run), "adapter_config.json") == written
+    assert content(collect(run), "merge.json") == json.loads((run / "merged" / "merge.json").read_text())
+    assert content(collect(run), "results.json") == json.loads((run / "eval" / "results.json").read_text())
+
+
+def test_a_merge_elsewhere_takes_nothing_from_the_folder_around_it(run, tmp_path):
+    merge_folders([run], run / "other")
+    subject = collect(run / "other")
+    assert paths(subject) == {"adapter_config.json", "adapter_model.safetensors", "merge.json"}
+    assert subject.config is None
+
+
+def test_collecting_writes_nothing(run):
+    before = snapshot(run)
+    collect(run, members=True)
+    assert snapshot(run) == before
+
+
+def test_ids_are_those_of_git_and_the_hub(run):
+    config, weights = collect(run / "merged").files[:2]
+    assert weights.size == (run / "merged" / "adapter_model.safetensors").stat().st_size
+    assert type(config)("x", b"hello\n").blob_id() == "ce013625030ba8dba906f756967f9e9ca394464a"  # git hash-object
+    assert type(config)("x", b"").sha256() == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
