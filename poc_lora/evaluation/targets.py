@@ -7,6 +7,7 @@ from pathlib import Path
 from poc_lora.config import load_config
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.errors import RequestError, RunError
+from poc_lora.evaluation.control import folder_name
 from poc_lora.files import read_json, sha256_file
 from poc_lora.lora.adapter import WEIGHTS_NAME, Adapter, read_adapter
 from poc_lora.lora.merge_folders import REPORT_NAME
@@ -20,6 +21,7 @@ class Subjects:
     base: str
     revision: str | None
     dtype: str
+    quantization: str | None
     prompt: str
     adapters: dict[str, Adapter]
     merged: Adapter | None
@@ -34,6 +36,7 @@ def find_subjects(
     dtype: str | None = None,
     prompt: str | None = None,
     out: Path | None = None,
+    protocol: str = "label",
 ) -> Subjects:
     """Read the adapters that `targets` stand for: one run folder, or one or more adapter folders.
 
@@ -55,18 +58,19 @@ def find_subjects(
             fix="evaluate runs one by one",
         )
     if runs:
-        return _of_run(runs[0], base=base, revision=revision, dtype=dtype, prompt=prompt, out=out)
+        folder = out or runs[0] / folder_name(protocol)
+        return _of_run(runs[0], base=base, revision=revision, dtype=dtype, prompt=prompt, out=folder)
     if out is None:
         raise RequestError("adapters outside a run need a folder for the results", fix="add --out DIR")
     adapters = {name: read_adapter(path) for name, path in _names(targets).items()}
     if base is None:
         base, own_revision = _common_base(adapters)
         revision = revision or own_revision
-    return Subjects(base, revision, dtype or "auto", prompt or "clean", adapters, None, out)
+    return Subjects(base, revision, dtype or "auto", None, prompt or "clean", adapters, None, out)
 
 
 def _of_run(
-    run: Path, *, base: str | None, revision: str | None, dtype: str | None, prompt: str | None, out: Path | None
+    run: Path, *, base: str | None, revision: str | None, dtype: str | None, prompt: str | None, out: Path
 ) -> Subjects:
     config = load_config(run / "config.yaml")
     folders = find_adapters(run)
@@ -76,10 +80,11 @@ def _of_run(
         base=base or config.model.name,
         revision=revision or (config.model.revision if base is None else None),
         dtype=dtype or config.model.dtype,
+        quantization=config.model.quantization,
         prompt=prompt or config.data.prompt,
         adapters={folder.name: read_adapter(folder) for folder in folders},
         merged=read_adapter(merged) if merged.is_dir() else None,
-        out=out or run / "eval",
+        out=out,
     )
 
 
