@@ -88,6 +88,8 @@ def evaluate(
             )
         way = Protocol(protocol, subjects.prompt, beams)
         files = _files(subjects, way, items, str(resolve_dtype(subjects.dtype, device)), ranks, seed, subsets)
+        # All ranks have read what was answered before any of them adds to it: they share out the same rest.
+        ranks.gather("read")
         _ask_everything(model, tokenizer, subjects, way, files, ranks)
         results = _summarise(subjects, way, items, files, compared, seed, limit)
         if ranks.rank == 0:
@@ -190,7 +192,7 @@ def _ask_everything(
     ranks.gather("answered")
     for file in files.asked:  # by the other ranks
         file.read()
-    ranks.gather("read")
+    ranks.gather("read again")
     if files.ensemble is not None:
         files.ensemble.answers.update(_ensemble(files.ensemble.items, list(files.adapters.values())))
 

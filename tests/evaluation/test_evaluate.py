@@ -283,20 +283,24 @@ def test_generated_answers_have_no_ensemble_and_tell_what_could_not_be_read(run,
 
 
 def test_the_best_adapter_is_chosen_on_validation_questions_where_there_are_some(run, data):
-    chosen = evaluate([run], data=data, benchmarks=["piqa"])
+    chosen = evaluate([run], data=data, benchmarks=["openbookqa"])
     assert chosen.best_chosen_on == "test"
-    rows = json.loads((data / "piqa" / "test.json").read_text())
-    for worst in chosen.adapters:  # validation answers that are one adapter's own choices
-        said = lines(run / "eval" / f"adapter-{worst}.jsonl")
-        own = {x["row"]: x["choice"] for x in said if x["split"] == "test"}
-        validation = [row | {"answer": own[i]} for i, row in enumerate(rows, start=1)]
-        (data / "piqa" / "validation.json").write_text(json.dumps(validation))
-        results = evaluate([run], data=data, benchmarks=["piqa"])
-        assert (results.best, results.best_chosen_on) == (worst, "validation")
-        assert results.questions == {"piqa": 12}
+    rows = json.loads((data / "openbookqa" / "test.json").read_text())
+    said = {name: lines(run / "eval" / f"adapter-{name}.jsonl") for name in chosen.adapters}
+    choices = {name: [x["choice"] for x in answers] for name, answers in said.items()}
+    best = []
+    for name, own in choices.items():  # validation answers that are one adapter's own choices
+        validation = [row | {"answer": choice} for row, choice in zip(rows, own, strict=True)]
+        (data / "openbookqa" / "validation.json").write_text(json.dumps(validation))
+        results = evaluate([run], data=data, benchmarks=["openbookqa"])
+        assert results.best_chosen_on == "validation"
+        assert choices[results.best] == own
+        assert results.questions == {"openbookqa": 12}
         assert results.adapters == chosen.adapters
-        assert len(lines(run / "eval" / f"adapter-{worst}.jsonl")) == 24
+        assert len(lines(run / "eval" / f"adapter-{name}.jsonl")) == 24
         assert len(lines(run / "eval" / "merged.jsonl")) == 12
+        best.append(results.best)
+    assert len(set(best)) > 1
     assert "on validation questions" in " ".join(notes(results))
 
 
