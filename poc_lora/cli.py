@@ -220,12 +220,25 @@ def fold(
 
 @app.command("eval")
 def evaluate(
-    targets: Annotated[list[Path], typer.Argument(help="One run folder, or adapter folders of one base model.")],
-    data: Annotated[Path, typer.Option(help="Folder of BENCHMARK/test.json files.")],
+    targets: Annotated[
+        list[Path] | None, typer.Argument(help="One run folder, or adapter folders of one base model.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of BENCHMARK/test.json files.")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Show the benchmarks, and do nothing else.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the run or adapters name.")] = None,
     benchmarks: Annotated[str | None, typer.Option(help="Comma-separated names; default: all eight.")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="label: the likeliest label. generate: the first label in what the model writes.")
+    ] = "label",
+    beams: Annotated[int, typer.Option(help="generate: the number of beams; 1 is greedy, the paper's is 4.")] = 1,
     prompt: Annotated[
-        str | None, typer.Option(help="clean or bare; default: the run's own, clean outside a run.")
+        str | None,
+        typer.Option(help="clean, llm-adapters or bare; default: the run's own, clean outside a run."),
+    ] = None,
+    subsets: Annotated[bool, typer.Option("--subsets", help="Score merges of 2, 4, ... of the adapters too.")] = False,
+    control: Annotated[
+        Path | None,
+        typer.Option(help="A run evaluated alike, such as one of temperature 0, to compare with."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the base: float32, bfloat16, float16; default: auto.")] = None,
@@ -237,10 +250,20 @@ def evaluate(
     """
     from poc_lora.errors import RequestError
 
+    if show_list:
+        from poc_lora.reporting.tables import benchmark_table
+
+        _show(benchmark_table())
+        _next("the benchmarks, as LLM-Adapters renders them", "scripts/download_commonsense.py builds them in a folder")
+        return
+    if not targets or data is None:
+        missing = "TARGETS" if not targets else "--data"
+        raise RequestError(f"{missing} is missing", fix="for example: poc-lora eval runs/demo --data ../commonsense")
     if dtype not in (None, "auto", *DTYPES):
         raise RequestError(f"'{dtype}' is not a dtype", where="--dtype", fix=" or ".join(DTYPES))
 
     from poc_lora.evaluation.evaluate import evaluate
+    from poc_lora.ranks import is_first_rank
     from poc_lora.reporting.tables import write_report
 
     results = evaluate(
@@ -249,10 +272,16 @@ def evaluate(
         base=base,
         dtype=dtype,
         benchmarks=None if benchmarks is None else [name.strip() for name in benchmarks.split(",")],
+        protocol=protocol,
+        beams=beams,
         prompt=prompt,
         limit=limit,
+        subsets=subsets,
+        control=control,
         out=out,
     )
+    if not is_first_rank():
+        return
     written = write_report(out or targets[0], results)
     _show_results(results)
     _next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")

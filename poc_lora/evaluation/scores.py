@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from poc_lora import rng
+from poc_lora.evaluation.answers import Answer, Item
 
 RESAMPLES = 10_000
 
@@ -35,25 +35,18 @@ class Difference:
     p: float
 
 
-def choices(log_probs: Tensor) -> Tensor:
-    """The label with the largest score, the first of them at a tie: [..., n, k] -> [..., n]."""
-    return log_probs.argmax(-1)
-
-
-def is_correct(log_probs: Tensor, answers: Tensor, too_long: Tensor) -> Tensor:
-    """1.0 where the choice is the answer, else 0.0, also for questions that were too long to score: [..., n]."""
-    return ((choices(log_probs) == answers) & ~too_long).double()
+def is_right(item: Item, answer: Answer) -> float:
+    """1.0 where the choice is the answer, else 0.0, also where the question was too long or no label could be read."""
+    return float(answer.choice == item.question.answer)
 
 
 def ensemble(log_probs: Tensor) -> Tensor:
-    """The prediction ensemble: log of the members' mean probability over the labels. [M, n, k] -> [n, k].
+    """The prediction ensemble: log of the members' mean probability over the labels. [M, ..., k] -> [..., k].
 
-    Each member's label scores are normalised to sum to one before the mean is taken. Questions without scores
-    (all labels -inf) stay so.
+    Each member's label scores are normalised to sum to one before the mean is taken.
     """
     members = log_probs.double().log_softmax(-1)
-    mean = members.logsumexp(0) - math.log(len(members))
-    return torch.where(log_probs.isneginf().all(0), -torch.inf, mean).float()
+    return members.logsumexp(0) - math.log(len(members))
 
 
 def mean(values: Tensor) -> Estimate:
@@ -94,7 +87,7 @@ def paired_difference(
     return Difference(float(observed / len(ours)), float(low), float(high), p)
 
 
-def agreement(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], too_long: Mapping[str, Tensor]) -> float:
-    """The share of scored questions on which two sets of label scores choose the same label; NaN if none was scored."""
-    same = [(choices(ours[b]) == choices(theirs[b]))[~too_long[b]] for b in ours]
-    return torch.cat(same).double().mean().item()
+def agreement(ours: Mapping[Item, Answer], theirs: Mapping[Item, Answer]) -> float:
+    """The share of questions on which two models choose the same label, of those that fit; NaN if none did."""
+    same = [ours[item].choice == theirs[item].choice for item in ours if not ours[item].too_long]
+    return sum(same) / len(same) if same else math.nan

@@ -206,10 +206,15 @@ class AdapterBank:
             yield
 
     @contextlib.contextmanager
-    def merged(self) -> Iterator[None]:
-        """Within the block every row goes through the average of the B A of all adapters not dropped."""
-        with self._as("merged"):
-            yield
+    def merged(self, slots: Sequence[int] | None = None) -> Iterator[None]:
+        """Within the block every row goes through the average of the B A of all adapters not dropped, or of `slots`."""
+        members = self.view.members
+        self.view.members = members if slots is None else list(slots)
+        try:
+            with self._as("merged"):
+                yield
+        finally:
+            self.view.members = members
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:

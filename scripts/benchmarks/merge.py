@@ -2,8 +2,8 @@
 
     python scripts/benchmarks/merge.py --out FILE
 
-Two parts, each in alternating rounds. The five modules of one layer, in memory, truncated to rank 32: this library, and
-PEFT's `svd` as it comes and with `svd_full_matrices=False`; and how far ours and PEFT's `cat`, both exact, are apart. All
+Two parts, each in alternating rounds. The five modules of one layer, in memory, truncated to rank 32: this library and
+PEFT's `svd` as it comes and with `svd_full_matrices=False`; and how far ours and PEFT's `cat`, both exact, differ. All
 160 modules, from files to files, each in a process of its own: the exact average, the truncated one, and nothing but
 reading the inputs and writing an output of that size.
 """
