@@ -68,7 +68,7 @@ def test_modules_stay_small():
     assert not long
 
 
-@pytest.mark.parametrize("arguments", ["--help", "train --help", "merge --help", "eval --help"])
+@pytest.mark.parametrize("arguments", ["--help", "train --help", "merge --help", "eval --help", "push --help"])
 def test_help_imports_no_torch(arguments):
     code = (
         "import sys\n"

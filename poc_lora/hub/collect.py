@@ -16,6 +16,7 @@ from typing import Any
 
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import AdapterError, RequestError, RunError
+from poc_lora.evaluation.control import folder_name
 from poc_lora.evaluation.results import RESULTS_FILE, Results, Scored, read_results
 from poc_lora.files import read_json, sha256_file
 from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, open_adapter
@@ -24,6 +25,7 @@ from poc_lora.lora.sources import find_adapters
 from poc_lora.reporting.tables import REPORT_FILE, markdown
 
 FIGURES = (".png", ".svg")
+PROTOCOLS = ("label", "generate", "harness")  # whose results are taken, in this order
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
@@ -232,9 +234,13 @@ def _evaluation(
     left_out: dict[str, str],
 ) -> Evaluation | None:
     """The evaluation in the run or beside the adapter, if it is of this adapter; its files are added to `files`."""
-    places = [run / "eval"] if run else [folder, folder / "eval"]
+    places = [run / folder_name(p) for p in PROTOCOLS] if run else [folder, folder / "eval"]
     place = next((p for p in places if _is_plain(p / RESULTS_FILE, left_out)), None)
     if place is None:
+        return None
+    if (place / RESULTS_FILE).stat().st_mtime_ns < (folder / WEIGHTS_NAME).stat().st_mtime_ns:
+        # All that tells a merge made anew, with another rank say, from the one that was evaluated.
+        left_out[f"{place.name}/{RESULTS_FILE}"] = "older than the adapter's weights: evaluate again"
         return None
     results = read_results(place)
     results = dataclasses.replace(results, base_model=_public(results.base_model, names))

@@ -1,6 +1,7 @@
 """The model card: what huggingface_hub reads in it, and that it says nothing that is not known."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -128,6 +129,20 @@ def test_a_merge_of_other_adapters_than_the_run_s_does_not_take_its_story(run):
     assert subject.evaluation is None
     assert subject.left_out == {"eval/results.json": "not an evaluation of this adapter: evaluate again"}
     assert "λ" not in model_card(subject, "me/demo")
+
+
+def test_an_evaluation_older_than_the_weights_is_not_theirs(run):
+    shutil.rmtree(run / "merged")
+    merge_folders([run], run / "merged", rank=1)
+    subject = collect(run)
+    assert subject.evaluation is None
+    assert subject.left_out == {"eval/results.json": "older than the adapter's weights: evaluate again"}
+    assert subject.config is not None
+
+
+def test_results_of_another_protocol_are_taken_where_there_are_no_others(run):
+    (run / "eval").rename(run / "eval-generate")
+    assert "This adapter is the row `PoC merge`." in card(run)
 
 
 def test_an_evaluation_beside_a_loose_adapter_is_taken(tmp_path):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from huggingface_hub import HfApi
 
 from poc_lora import cli
 from poc_lora.errors import AdapterError, RequestError
+from poc_lora.evaluation.targets import find_subjects
 from poc_lora.hub import push as pushing
 from poc_lora.hub.push import HubError, push, summary
 from poc_lora.lora.adapter import read_adapter, write_adapter
@@ -433,6 +435,24 @@ def test_what_cannot_be_had_is_a_refusal_that_names_it(hub, adapters, tmp_path, 
     assert problem.value.where == source.partition("@")[0]
     assert problem.value.exit_status == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_reads_adapters_from_the_hub(hub, adapters, tmp_path):
+    subjects = find_subjects([Path("org/a"), Path("org/b@v2")], out=tmp_path / "out")
+    assert subjects.base == "org/base"
+    for name, folder in (("a", adapters[0]), ("b", adapters[2])):
+        (factors, *_), (expected, *_) = (
+            list(x.modules.values()) for x in (subjects.adapters[name], read_adapter(folder))
+        )
+        assert torch.equal(factors.A, expected.A)
+
+
+@pytest.mark.parametrize(("source", "kind"), [("org/empty", {}), ("org/gated", {"gated": True})])
+def test_an_evaluation_of_what_cannot_be_had_is_refused(hub, tmp_path, monkeypatch, source, kind):
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    hub.add(source, private=False, **kind)
+    with pytest.raises(AdapterError, match="cannot be fetched from the Hub"):
+        find_subjects([Path(source)], out=tmp_path / "out")
 
 
 def test_a_private_adapter_needs_a_token(hub, adapters, tmp_path, monkeypatch):
