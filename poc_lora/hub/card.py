@@ -107,7 +107,8 @@ def _eval_results(evaluation: Evaluation | None) -> list[EvalResult]:
             if facts.benchmark.folder in official
             else _own(facts, evaluation.results),
             dataset_split=facts.split if facts.benchmark.folder in official else None,
-            dataset_config=_config(facts) if facts.benchmark.folder in official else None,
+            # Results that differ in nothing of their data set's but its name would become one in model-index.
+            dataset_config=_config(facts) if facts.benchmark.folder in official else facts.benchmark.folder,
             metric_type="accuracy",
             metric_name="accuracy (%)",
             metric_value=value,
@@ -154,7 +155,8 @@ def _opening(subject: Subject, licence: str | None) -> str:
     if subject.config:
         paper = "[propagation of chaos](https://arxiv.org/abs/2502.05784)"
         many = "They were trained independently" if subject.merge else "It was trained"
-        lines.append(f"{many} with a noisy AdamW, after the idea of {paper}.")
+        how = "a noisy AdamW" if subject.config.optim.temperature else "AdamW, without noise"
+        lines.append(f"{many} with {how}, after the idea of {paper}.")
     if subject.members:
         lines.append(f"The {len(subject.members)} single adapters are in `adapters/`.")
     if licence is None:
@@ -182,8 +184,8 @@ def _making(subject: Subject) -> str:
             "λ (temperature of the noise)": f"{optim.temperature:g}",
             "rank and alpha in training": f"{config.lora.rank} and {config.lora.alpha:g}",
             "modules": ", ".join(map(_code, config.lora.targets)),
-            "optimizer": f"noisy AdamW, lr {optim.lr:g}, weight decay {optim.weight_decay:g}, "
-            f"{optim.schedule} schedule, {optim.warmup_steps} warm-up steps",
+            "optimizer": f"{'noisy ' if optim.temperature else ''}AdamW, lr {optim.lr:g}, "
+            f"weight decay {optim.weight_decay:g}, {optim.schedule} schedule, {optim.warmup_steps} warm-up steps",
             "length": f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs",
             "batch": f"{train.batch_size} rows per adapter and step, at most {config.data.max_length} tokens each",
             "prompt": _code(config.data.prompt),
@@ -216,9 +218,12 @@ def _sources(merge: dict[str, Any]) -> list[str]:
 def _data(subject: Subject) -> list[str]:
     """The training rows: Hub data sets by id, files by name and checksum, as run.json has them."""
     told = [f"[{name}](https://huggingface.co/datasets/{name})" for name in _hub_datasets(subject)]
+    sources = [Path(source) for source in (subject.config.data.train if subject.config else ())]
     for path, digest in _files_of_data(subject).items():
-        told.append(f"{_code(Path(path).name)} (SHA-256 {_code(str(digest)[:16])})")
-    return told or [_code(Path(source).name) for source in (subject.config.data.train if subject.config else ())]
+        # No more of the path than tells the files of a folder apart.
+        inside = next((source for source in sources if source in Path(path).parents), Path(path).parent)
+        told.append(f"{_code(Path(path).relative_to(inside))} (SHA-256 {_code(str(digest)[:16])})")
+    return told or [_code(source.name) for source in sources]
 
 
 def _files_of_data(subject: Subject) -> dict[str, Any]:

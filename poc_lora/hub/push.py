@@ -11,6 +11,7 @@ import contextlib
 import fnmatch
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,12 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    get_session,
+)
 
 from poc_lora.errors import PocLoraError, RequestError
 from poc_lora.evaluation.results import RESULTS_FILE
@@ -222,7 +228,7 @@ def _until_done(upload: _Upload) -> Pushed:
 def _told(attempt: Callable[[], Pushed]) -> Pushed | _Failure:
     """What the attempt returns, or what its error says. Our own errors pass."""
     try:
-        with _time_limit():
+        with _settings():
             return attempt()
     except PocLoraError:
         raise
@@ -231,14 +237,19 @@ def _told(attempt: Callable[[], Pushed]) -> Pushed | _Failure:
 
 
 @contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-    """Requests of the library's shared client give up within TIMEOUT_SECONDS of silence."""
+def _settings() -> Iterator[None]:
+    """The library's shared client gives up within TIMEOUT_SECONDS of silence, and shows no bars but to a terminal."""
     before = get_session().timeout
     get_session().timeout = TIMEOUT_SECONDS
+    hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
     try:
         yield
     finally:
         get_session().timeout = before
+        if hide:
+            enable_progress_bars()
 
 
 def _failure(problem: BaseException) -> _Failure:

@@ -1,5 +1,6 @@
 """The model card: what huggingface_hub reads in it, and that it says nothing that is not known."""
 
+import json
 import re
 import shutil
 
@@ -67,7 +68,9 @@ def test_questions_of_ones_own_are_not_given_out_as_a_benchmark_s(tmp_path):
     assert eval_results_files(subject.evaluation) == []
     results = loaded(text, tmp_path).data.eval_results
     assert {r.dataset_type for r in results} == {"custom"}
-    assert results[0].dataset_name == "400 questions in the format of SIQA"
+    assert [r.dataset_name for r in results] == [
+        f"400 questions in the format of {f.benchmark.short}" for f in FACTS.values()
+    ]
     assert "Not the benchmark's own test questions" in text
     assert "Not the benchmark's own test questions" not in card(make_run(tmp_path / "real"))
 
@@ -84,6 +87,27 @@ def test_how_it_was_made_is_what_the_run_says(run):
     )
     assert "secret-project" not in text
     assert "the average of the products B·A of 2 adapters" in text
+
+
+def test_files_of_a_folder_are_told_apart(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["train"] = ["secret-project"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    files = {f"secret-project/{name}/train.json": name * 32 for name in ("ab", "cd")}
+    (run / "run.json").write_text(json.dumps({"data_sha256": files}))
+    text = card(run)
+    assert "`ab/train.json` (SHA-256 `abababababababab`), `cd/train.json`" in facts(text)["data"]
+    assert "secret-project" not in text
+
+
+def test_training_without_noise_is_not_called_noisy(run):
+    assert "with a noisy AdamW" in card(run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["optim"]["temperature"] = 0.0
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    text = card(run)
+    assert "noisy" not in text
+    assert facts(text)["λ (temperature of the noise)"] == "0"
 
 
 def test_the_table_and_its_row_are_those_of_the_adapter(run):

@@ -231,12 +231,13 @@ def test_a_hub_that_is_not_there_is_given_up(hub, run):
         push(run, "me/demo")
 
 
-def test_the_library_s_time_limit_is_as_it_was(hub, run):
-    from huggingface_hub.utils import get_session
+def test_the_library_s_settings_are_as_they_were(hub, run, capfd):
+    from huggingface_hub.utils import are_progress_bars_disabled, get_session
 
-    before = get_session().timeout
+    before = get_session().timeout, are_progress_bars_disabled()
     push(run, "me/demo")
-    assert get_session().timeout == before
+    assert (get_session().timeout, are_progress_bars_disabled()) == before
+    assert "B/s" not in capfd.readouterr().err  # no bars where there is no terminal
 
 
 @pytest.mark.parametrize(
