@@ -241,10 +241,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _preupload(self, body: bytes, repo_id: str, revision: str) -> object:
         self._writer()
-        self._files(self._repo(repo_id), revision)
+        ignored = self._files(self._repo(repo_id), revision).get(".gitignore", b"").decode().split()
         modes = [
-            {"path": f["path"], "uploadMode": "lfs" if is_large(f["path"]) else "regular", "shouldIgnore": False}
-            for f in json.loads(body)["files"]
+            {"path": p, "uploadMode": "lfs" if is_large(p) else "regular", "shouldIgnore": p in ignored}
+            for p in (f["path"] for f in json.loads(body)["files"])
         ]
         return {"files": modes}
 

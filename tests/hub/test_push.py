@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -125,6 +126,12 @@ def test_what_we_would_not_read_is_not_sent(hub, run):
 
 
 # What goes wrong on the way
+
+
+def test_a_file_that_the_repository_ignores_is_missed(hub, run):
+    hub.add("me/demo", {".gitignore": b"results.md\n"})
+    with pytest.raises(HubError, match=r"the commit lacks results\.md"):
+        push(run, "me/demo")
 
 
 def test_another_commit_in_between_is_seen_and_ours_comes_on_top(hub, run):
@@ -308,6 +315,17 @@ def test_a_token_that_comes_back_in_an_answer_goes_no_further(hub, run, monkeypa
     assert error.__context__ is None
     assert error.__cause__ is None
     assert TOKEN not in told + caplog.text + repr(vars(error))
+
+
+@pytest.mark.parametrize(
+    ("own", "body"), [("of-no-usual-form-0123", "AUTH denied"), (TOKEN, "hf_anothersToken0123 denied")]
+)
+def test_tokens_of_any_form_or_person_are_blotted_out(hub, run, monkeypatch, own, body):
+    monkeypatch.setenv("HF_TOKEN", own)
+    hub.faults = [Fault("POST", "/repos/create", 403, body=json.dumps({"error": body}))]
+    with pytest.raises(RequestError, match="<token> denied") as problem:
+        push(run, "me/demo")
+    assert not re.search("0123", str(problem.value))
 
 
 def program(hub, tmp_path, *arguments, **environment):
