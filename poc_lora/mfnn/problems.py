@@ -87,3 +87,15 @@ def multi_index(
         test_targets=targets[samples:],
         probe=points[samples:],
     )
+
+
+def linear(samples: int, dim: int, *, seed: int = 0) -> Problem:
+    """y = <θ, z> + noise for the solvable analogue, in float64; z is Gaussian, its coordinates' deviations 1.5 to 0.5.
+
+    They differ so that the modes do: see poc_lora.mfnn.gaussian. Test samples and probe are the training samples.
+    """
+    points = rng.normal((samples, dim), rng.key(seed, 0, "linear", name="inputs")).double()
+    points *= torch.linspace(1.5, 0.5, dim, dtype=torch.float64)
+    theta = 1 + rng.uniform((dim,), rng.key(seed, 0, "linear", name="direction")).double()
+    targets = points @ theta + 0.1 * rng.normal((samples,), rng.key(seed, 0, "linear", name="noise")).double()
+    return Problem("linear regression", SQUARED, points, targets, points, targets, points)
