@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="The theory's experiments with mean-field networks: figures, CSV files, and what they show.",
+    help="The theory's experiments with mean-field networks: figures and CSV files.\n\n"
+    "Example: poc-lora mfnn figure1 --quick",
     no_args_is_help=True,
 )
 
@@ -71,4 +72,6 @@ def _run(name: str, quick: bool, out: Path | None, overrides: list[str] | None) 
     tables = ", ".join(path.name for path in sorted(out.glob(f"{name}*.csv")))
     following = NAMES[(NAMES.index(name) + 1) % len(NAMES)]
     command = f"poc-lora mfnn {name}" if quick else f"poc-lora mfnn {following}"
-    typer.echo(f"\nthe figure: {shlex.quote(str(out / f'{name}.png'))} (also .svg; numbers in {tables})\nnext: {command}")
+    typer.echo(
+        f"\nthe figure: {shlex.quote(str(out / f'{name}.png'))} (also .svg; numbers in {tables})\nnext: {command}"
+    )

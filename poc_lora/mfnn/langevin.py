@@ -2,8 +2,9 @@
 
     X ← X − η N ∇_X F(ρ_X) + sqrt(2 η λ) ξ,   ξ ~ N(0, I)
 
-with learning rate η and temperature λ (Nitanda et al., ICML 2025). As η → 0 it samples the law with density proportional
-to exp(−(N/λ) F(ρ_X)); a finite η adds a bias of its own, known exactly for linear neurons (poc_lora.mfnn.gaussian).
+with learning rate η and temperature λ (Nitanda et al., ICML 2025). As η → 0 it samples the law with density
+proportional to exp(−(N/λ) F(ρ_X)); a finite η adds a bias of its own, known exactly for linear neurons
+(poc_lora.mfnn.gaussian).
 
 Network j's path is a function of the seed, j, the sizes and the settings: it does not depend, by a bit, on which other
 networks run beside it, nor on the number of threads. On a CPU every network is computed by one thread, and as many
@@ -55,9 +56,7 @@ class Noise:
         return self._drawn[offset]
 
 
-def initial_particles(
-    networks: Sequence[int], width: int, size: int, *, seed: int, std: float, like: Tensor
-) -> Tensor:
+def initial_particles(networks: Sequence[int], width: int, size: int, *, seed: int, std: float, like: Tensor) -> Tensor:
     """Independent N(0, std² I) particles [M, N, P], network j's a function of (seed, j), dtype and device as `like`."""
     keys = [rng.key(seed, network, "mfnn initial") for network in networks]
     return torch.stack([rng.normal((width, size), key, like.device).to(like.dtype) * std for key in keys])

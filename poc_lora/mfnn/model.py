@@ -43,8 +43,8 @@ LOGISTIC = Loss("logistic", lambda h, y: softplus(-y * h), lambda h, y: -y * tor
 class Neuron(Protocol):
     """One kind of neuron: P numbers that make a function of an input z in R^d.
 
-    `forward` and `add_gradient` see a network transposed, `x [P, N]`, and a slice of B samples. `forward` leaves in `work
-    [B, N]` what `add_gradient` needs, so the neurons are evaluated once.
+    `forward` and `add_gradient` see a network transposed, `x [P, N]`, and a slice of B samples. `forward` leaves in
+    `work [B, N]` what `add_gradient` needs, so the neurons are evaluated once.
     """
 
     @property
@@ -72,9 +72,9 @@ class Neuron(Protocol):
 class Tanh:
     """R tanh(<w, z> + b), with x = (w, b) in R^(d+1) and `bound` R.
 
-    tanh(u) = 2 S − 1 and 1 − tanh(u)² = 4 S (1 − S) for S = sigmoid(2u): torch's sigmoid takes a sixth of its tanh's time
-    on a CPU, and S(1 − S) can take its place in memory. The factor 2 sits in the features. In float32 outputs are off
-    by about 1e-7 R, as with any sum of this kind.
+    tanh(u) = 2 S − 1 and 1 − tanh(u)² = 4 S (1 − S) for S = sigmoid(2u): torch's sigmoid takes a sixth of its tanh's
+    time on a CPU, and S(1 − S) can take its place in memory. The factor 2 sits in the features. In float32 outputs are
+    off by about 1e-7 R, as with any sum of this kind.
     """
 
     dim: int
@@ -198,7 +198,7 @@ class Objective:
     def data_gradient(
         self, x: Tensor, slices: list[tuple[Tensor, Tensor, Tensor]], workspace: Tensor, gradient: Tensor
     ) -> Tensor:
-        """E ℓ'(h_X(Z), Y) ∇_x h(x_i, Z), the gradient without the regularizer's, into `gradient` [P, N] for x [P, N]."""
+        """E ℓ'(h_X(Z), Y) ∇_x h(x_i, Z), without the regulariser's part, into `gradient` [P, N] for x [P, N]."""
         n, width = len(self.inputs), x.shape[1]
         gradient.zero_()
         for features, features_t, targets in slices:
@@ -211,7 +211,7 @@ class Objective:
     def gradient(self, particles: Tensor) -> Tensor:
         """N ∇_X F(ρ_X), the gradient of the first variation at each particle: [..., N, P] for particles [..., N, P].
 
-            ∇_x (δF/δμ)(ρ_X)(x_i) = E[ℓ'(h_X(Z), Y) ∇_x h(x_i, Z)] + 2 λ' x_i
+        ∇_x (δF/δμ)(ρ_X)(x_i) = E[ℓ'(h_X(Z), Y) ∇_x h(x_i, Z)] + 2 λ' x_i
         """
         self._check(particles)
         width = particles.shape[-2]
@@ -248,7 +248,9 @@ class Objective:
         check_particles(self.neuron, particles)
         if particles.dtype != self.inputs.dtype:
             raise RequestError(
-                f"particles are {particles.dtype} and the samples {self.inputs.dtype}", where="Objective", fix="same dtype"
+                f"particles are {particles.dtype} and the samples {self.inputs.dtype}",
+                where="Objective",
+                fix="same dtype",
             )
 
 

@@ -46,7 +46,7 @@ def double_circle(
     label = torch.ones(samples)
     label[samples // 2 :] = -1.0
     angle = 2 * math.pi * rng.uniform((samples,), rng.key(seed, 0, "double circle", name="angle"))
-    radius = torch.where(label > 0, *(torch.tensor(r) for r in radii))
+    radius = torch.where(label > 0, torch.tensor(radii[0]), torch.tensor(radii[1]))
     points = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
     points += noise * rng.normal((samples, 2), rng.key(seed, 0, "double circle", name="noise"))
     order = rng.permutation(samples, rng.key(seed, 0, "double circle", name="split"))

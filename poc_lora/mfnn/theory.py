@@ -1,8 +1,8 @@
 """The bounds of the theory as functions, each with its source.
 
-Nitanda, Lee, Tan, Sakaguchi, Suzuki, "Propagation of Chaos for Mean-Field Langevin Dynamics and its Application to Model
-Ensemble", ICML 2025: "the paper" below. Setting: F(μ) = E ℓ(h_μ(Z), Y) + λ' E|x|² convex in μ, neurons bounded by R,
-temperature λ; L(μ) = F(μ) + λ Ent(μ) with minimiser μ*; L^(N)(μ^(N)) = N E F(ρ_X) + λ Ent(μ^(N)) for N particles X ~
+Nitanda, Lee, Tan, Sakaguchi, Suzuki, "Propagation of Chaos for Mean-Field Langevin Dynamics and its Application to
+Model Ensemble", ICML 2025: "the paper" below. Setting: F(μ) = E ℓ(h_μ(Z), Y) + λ' E|x|² convex in μ, neurons bounded by
+R, temperature λ; L(μ) = F(μ) + λ Ent(μ) with minimiser μ*; L^(N)(μ^(N)) = N E F(ρ_X) + λ Ent(μ^(N)) for N particles X ~
 μ^(N), minimised by μ*^(N) ∝ exp(−(N/λ) F(ρ_X)).
 
     proved    by the paper, for dynamics in continuous time: `objective_gap_bound`, `ensemble_error_bound`
@@ -68,11 +68,11 @@ def ensemble_error_bound(bound: float, networks: int, neurons: int, kl: float) -
 
     Proved by the paper; M = 1 is the bound without ensembling. networks: M. neurons: N. kl: KL(μ^(N) | μ*^⊗N).
 
-    How it comes about. Let a = h(x, z) − h_μ*(z), so |a| ≤ 2R, and A the mean of a over the neurons of one network. The
-    networks are independent, so the error is exactly (1/M) E A² + (1 − 1/M) (E A)²: a part that falls with M and one that
-    does not. By exchangeability E A = E a_1 and E A² ≤ 4R²/N + |E a_1 a_2|. The laws of one and of two neurons are within
-    KL/N and 2KL/N of their limits (superadditivity of KL), hence by Pinsker's inequality |E a_1| ≤ 4R sqrt(KL/(2N)) · ½
-    and |E a_1 a_2| ≤ 8R² sqrt(KL/N).
+    How it comes about. Let a = h(x, z) − h_μ*(z), so |a| ≤ 2R, and A the mean of a over the neurons of one network.
+    The networks are independent, so the error is exactly (1/M) E A² + (1 − 1/M) (E A)²: a part that falls with M and
+    one that does not. By exchangeability E A = E a_1 and E A² ≤ 4R²/N + |E a_1 a_2|. The laws of one and of two
+    neurons have a KL of at most KL/N and 2 KL/N to their limits (superadditivity of KL; N even), hence by Pinsker's
+    inequality |E a_1| ≤ 2R sqrt(KL/(2N)) and |E a_1 a_2| ≤ 8R² sqrt(KL/N).
     """
     _positive(bound=bound, networks=networks, neurons=neurons)
     falling = 4 * bound**2 / neurons + 8 * bound**2 * math.sqrt(kl / neurons)

@@ -1,6 +1,6 @@
 """Experiments in pieces that stay done: each cell's result is one file, written when the cell is finished."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ class Folder:
                     fix="give another folder with --out, or remove this one",
                 )
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RunError("the folder is not empty and holds no experiment", where=out, fix="give another one with --out")
+            raise RunError(
+                "the folder is not empty and holds no experiment", where=out, fix="give another one with --out"
+            )
         else:
             write_json(path, stated)
 
-    def compute(self, cells: dict[str, Cell]) -> dict[str, dict[str, Any]]:
+    def compute(self, cells: Mapping[str, Cell]) -> dict[str, dict[str, Any]]:
         """The results of all cells by name, computing those that have no file yet, in order.
 
         A result is a dictionary that JSON can hold. Raises Interrupted on Ctrl-C; finished cells stay.

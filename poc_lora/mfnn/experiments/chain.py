@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from poc_lora.mfnn import problems
@@ -24,12 +23,10 @@ class Snapshot:
 
 
 def simulate(settings: Chain, width: int, *, seed: int) -> tuple[Gaussian, dict[str, Snapshot]]:
-    """The analogue and snapshots "early" and "late" of `settings.networks` networks, trained as any other network is."""
+    """The analogue, and snapshots "early" and "late" of networks trained as any other network is."""
     problem = problems.linear(settings.samples, settings.dim, seed=seed)
     case, vectors = from_samples(problem.inputs, problem.targets, settings.regularization, settings.temperature)
-    objective = Objective(
-        Linear(problem.dim), problem.loss, problem.inputs, problem.targets, settings.regularization
-    )
+    objective = Objective(Linear(problem.dim), problem.loss, problem.inputs, problem.targets, settings.regularization)
     times = {"early": settings.early_steps, "late": settings.steps}
     found = {}
 
@@ -56,8 +53,9 @@ def simulate(settings: Chain, width: int, *, seed: int) -> tuple[Gaussian, dict[
 def law_rows(snapshot: Snapshot, time: str) -> list[dict[str, Any]]:
     """Measured mean, variances and correlation in every direction, beside the chain's law: one row for each direction.
 
-    The z-scores are (measured − law) / (standard error of the measurement under the law); with M networks of N neurons
-    the errors are sqrt(along/(NM)) for the mean of x̄, along · sqrt(2/M) and across · sqrt(2/(M(N−1))) for the variances.
+    The z-scores are (measured − law) / (standard error of the measurement under the law); with M networks of N
+    neurons the errors are sqrt(along/(NM)) for the mean of x̄, along · sqrt(2/M) and across · sqrt(2/(M(N−1))) for the
+    variances.
     """
     x, law = snapshot.particles, snapshot.law
     networks, width, dim = x.shape
@@ -91,9 +89,7 @@ def law_rows(snapshot: Snapshot, time: str) -> list[dict[str, Any]]:
     ]
 
 
-def split_rows(
-    case: Gaussian, snapshots: dict[str, Snapshot], members: tuple[int, ...]
-) -> list[dict[str, Any]]:
+def split_rows(case: Gaussian, snapshots: dict[str, Snapshot], members: tuple[int, ...]) -> list[dict[str, Any]]:
     """Squared error of merges of M networks to the limit, measured and as known: one row for each quantity and M.
 
     "early" and "late" prediction: E_z (h_merged − h_μ*)² when training stopped early, and at stationarity. "late"

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from poc_lora.mfnn.ensemble import log_slope, mean_and_error, merged_outputs, sup_norm
 from poc_lora.mfnn.experiments.cells import Folder
-from poc_lora.mfnn.experiments.figures import new_figure, power, save_csv, save_figure
+from poc_lora.mfnn.experiments.figures import new_figure, power, save_csv, save_figure, styled
 from poc_lora.mfnn.experiments.settings import DoubleCircleAt, Figure1, MultiIndexAt
 from poc_lora.mfnn.langevin import train
 from poc_lora.mfnn.model import outputs
 from poc_lora.mfnn.problems import Problem
 
+Section = DoubleCircleAt | MultiIndexAt
 REFERENCE = 1_000_000  # the number of the network that stands for the limit: none of the merged ones
 
 
@@ -23,7 +24,7 @@ def run(folder: Folder, settings: Figure1) -> list[dict[str, Any]]:
 
     In a row: mean and standard error of the natural logarithm of the sup norm, over disjoint groups of M networks.
     """
-    sections = {"double_circle": settings.double_circle, "multi_index": settings.multi_index}
+    sections: dict[str, Section] = {"double_circle": settings.double_circle, "multi_index": settings.multi_index}
     problems = {name: section.problem(settings.seed) for name, section in sections.items()}
     cells = {}
     for name, section in sections.items():
@@ -58,9 +59,7 @@ def slopes(rows: list[dict[str, Any]], problem: str) -> tuple[float, float]:
     )
 
 
-def _outputs(
-    section: DoubleCircleAt | MultiIndexAt, problem: Problem, settings: Figure1, networks: range, width: int
-) -> Tensor:
+def _outputs(section: Section, problem: Problem, settings: Figure1, networks: range, width: int) -> Tensor:
     objective = section.objective(problem)
     particles = train(
         objective,
@@ -75,12 +74,12 @@ def _outputs(
     return outputs(objective.neuron, particles, problem.probe)
 
 
-def _reference(section: DoubleCircleAt | MultiIndexAt, problem: Problem, settings: Figure1) -> dict[str, Any]:
+def _reference(section: Section, problem: Problem, settings: Figure1) -> dict[str, Any]:
     found = _outputs(section, problem, settings, range(REFERENCE, REFERENCE + 1), settings.reference_width)
     return {"outputs": found[0].tolist()}
 
 
-def _trained(section: DoubleCircleAt | MultiIndexAt, problem: Problem, settings: Figure1, width: int) -> dict[str, Any]:
+def _trained(section: Section, problem: Problem, settings: Figure1, width: int) -> dict[str, Any]:
     return {"outputs": _outputs(section, problem, settings, range(settings.networks), width).tolist()}
 
 
@@ -105,6 +104,7 @@ def _compare(
     return rows
 
 
+@styled
 def _draw(folder: Folder, settings: Figure1, titles: dict[str, str], rows: list[dict[str, Any]]) -> None:
     figure, axes = new_figure(9.6, 4.4, 2)
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
@@ -115,7 +115,15 @@ def _draw(folder: Folder, settings: Figure1, titles: dict[str, str], rows: list[
         for i, line in enumerate(values):
             for j, value in enumerate(line):
                 dark = value < low + (high - low) * 0.6
-                axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
+                axis.text(
+                    j,
+                    i,
+                    f"{value:.2f}".replace("-", "−"),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="w" if dark else "k",
+                )
         axis.set_xticks(range(len(settings.widths)), map(str, settings.widths))
         axis.set_yticks(range(len(settings.members)), map(str, settings.members))
         axis.grid(False)
@@ -124,15 +132,15 @@ def _draw(folder: Folder, settings: Figure1, titles: dict[str, str], rows: list[
         axis.set(xlabel="N, neurons of each network", ylabel="M, networks merged")
         axis.set_title(
             f"{title} (λ = {power(section.temperature)}, {section.steps} steps)\n"
-            f"slope along M {along_m:.2f}, along N {along_n:.2f}"
+            f"slope along M {along_m:.2f}, along N {along_n:.2f}".replace("-", "−")
         )
         figure.colorbar(image, ax=axis, label="log sup |h − h_ref|")
-    section = settings.double_circle, settings.multi_index
+    a, b = settings.double_circle, settings.multi_index
     save_figure(
         figure,
         folder.out,
         "figure1",
         f"seed {settings.seed}; {settings.networks} networks for each N, in groups of M; reference of "
-        f"{settings.reference_width:,} neurons; R {section[0].bound:g} and {section[1].bound:g}, "
-        f"η {section[0].lr:g} and {section[1].lr:g}, λ' {section[0].regularization:g} and {section[1].regularization:g}",
+        f"{settings.reference_width:,} neurons; R {a.bound:g} and {b.bound:g}, "
+        f"η {a.lr:g} and {b.lr:g}, λ' {a.regularization:g} and {b.regularization:g}",
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from poc_lora.mfnn.ensemble import mean_and_error, squared_l2
 from poc_lora.mfnn.experiments.cells import Folder
-from poc_lora.mfnn.experiments.figures import COLOURS, new_figure, power, save_csv, save_figure
+from poc_lora.mfnn.experiments.figures import COLOURS, log_axes, new_figure, power, save_csv, save_figure, styled
 from poc_lora.mfnn.experiments.settings import Figure2
 from poc_lora.mfnn.langevin import train
 from poc_lora.mfnn.model import outputs
@@ -80,6 +80,7 @@ def _trained(settings: Figure2, temperature: float) -> dict[str, Any]:
     return {"rows": rows}
 
 
+@styled
 def _draw(folder: Folder, settings: Figure2, rows: list[dict[str, Any]]) -> None:
     figure, axes = new_figure(9.6, 4.0, 2)
     for colour, temperature in zip(COLOURS, settings.temperatures, strict=False):
@@ -97,7 +98,8 @@ def _draw(folder: Folder, settings: Figure2, rows: list[dict[str, Any]]) -> None
     axes[1].legend(title=f"below {NEAR:g} for good from")
     axes[0].legend()
     for axis in axes:
-        axis.set(xscale="log", yscale="log", xlabel="epoch")
+        axis.set(xlabel="epoch")
+        log_axes(axis)
     section = settings.multi_index
     save_figure(
         figure,

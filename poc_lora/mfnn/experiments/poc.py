@@ -8,7 +8,7 @@ import torch
 from poc_lora.mfnn.experiments.bounded import error_row, trained_outputs
 from poc_lora.mfnn.experiments.cells import Folder
 from poc_lora.mfnn.experiments.chain import law_rows, simulate, split_rows
-from poc_lora.mfnn.experiments.figures import COLOURS, new_figure, power, save_csv, save_figure
+from poc_lora.mfnn.experiments.figures import COLOURS, log_axes, new_figure, power, save_csv, save_figure, styled
 from poc_lora.mfnn.experiments.settings import Bounded, Chain, ClosedForm, Poc
 from poc_lora.mfnn.gaussian import Gaussian, from_samples
 from poc_lora.mfnn.problems import linear
@@ -81,6 +81,7 @@ def _bounded_rows(settings: Bounded, found: dict[str, dict[str, Any]]) -> Rows:
     return rows
 
 
+@styled
 def _draw(folder: Folder, settings: Poc, results: dict[str, Rows]) -> None:
     figure, axes = new_figure(10.0, 7.6, 2, 2)
     _draw_gap(axes[0], settings.closed_form, results["poc_gap"])
@@ -95,8 +96,8 @@ def _draw(folder: Folder, settings: Poc, results: dict[str, Rows]) -> None:
         f"seed {settings.seed}; linear: d {chain.dim}, {chain.networks} networks, λ {chain.temperature:g}, λ' "
         f"{chain.regularization:g}, η {chain.lr:g}, {chain.early_steps} and {chain.steps} steps; tanh: multi-index, d "
         f"{bounded.multi_index.dim},\n{bounded.networks} networks, R {bounded.multi_index.bound:g}, λ' "
-        f"{bounded.multi_index.regularization:g}, η {bounded.multi_index.lr:g}, {bounded.multi_index.steps} steps, limit: "
-        f"{bounded.reference_width:,} neurons after as many steps",
+        f"{bounded.multi_index.regularization:g}, η {bounded.multi_index.lr:g}, {bounded.multi_index.steps} steps, "
+        f"limit: {bounded.reference_width:,} neurons after as many steps",
     )
 
 
@@ -118,9 +119,10 @@ def _draw_gap(axis: Any, grid: ClosedForm, rows: Rows) -> None:
             )
     axis.plot([], [], "k--", label="bound E Var(h)/(2N)")
     axis.plot([], [], "k:", label="(λ/N) KL")
-    axis.set(xscale="log", yscale="log", xlabel="N", ylabel="objective gap")
+    log_axes(axis)
+    axis.set(xlabel="N", ylabel="objective gap")
     axis.set_title(f"Linear neurons, closed form (d = {dim}): gap and bound")
-    axis.legend()
+    axis.legend(loc="lower left")
 
 
 def _draw_law(axis: Any, chain: Chain, rows: Rows) -> None:
@@ -139,7 +141,8 @@ def _draw_law(axis: Any, chain: Chain, rows: Rows) -> None:
             label=f"direction of Σ's {'smallest' if k == 0 else 'largest'} eigenvalue",
         )
     worst = max(abs(row[f"{what}_z"]) for row in rows for what in ("mean", "along", "across"))
-    axis.set(xscale="log", yscale="log", xlabel="N", ylabel="−correlation of two neurons")
+    log_axes(axis, chain.widths)
+    axis.set(xlabel="N", ylabel="−correlation of two neurons")
     axis.set_title(f"Linear neurons, simulated: law (lines) and chain\nlargest of {3 * len(rows)} |z|: {worst:.1f}")
     axis.legend(title="bars: 2 standard errors")
 
@@ -165,7 +168,8 @@ def _draw_ensemble(axis: Any, chain: Chain, rows: Rows) -> None:
         )
         if mine[0]["known_floor"] > 1e-3 * mine[-1]["known"]:
             axis.axhline(mine[0]["known_floor"], color=colour, lw=0.8, ls="--")
-    axis.set(xscale="log", yscale="log", xlabel="M, networks merged", ylabel="squared error to the limit")
+    log_axes(axis, chain.members)
+    axis.set(xlabel="M, networks merged", ylabel="squared error to the limit")
     axis.set_title(f"Linear neurons, N = {chain.ensemble_width}: known (lines), measured, floor (dashed)")
     axis.legend()
 
@@ -182,6 +186,7 @@ def _draw_bounded(axis: Any, bounded: Bounded, rows: Rows) -> None:
             capsize=2,
             label=f"λ = {power(temperature)}",
         )
-    axis.set(xscale="log", yscale="log", xlabel="N", ylabel="N × squared error to the limit")
+    log_axes(axis, bounded.widths)
+    axis.set(xlabel="N", ylabel="N × squared error to the limit")
     axis.set_title("Tanh neurons: the constant of the 1/N rate")
     axis.legend()

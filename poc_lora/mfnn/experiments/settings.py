@@ -1,4 +1,4 @@
-"""The schema of the experiments' configurations, configs/mfnn/NAME.yaml: full sizes, and under `quick` what is smaller."""
+"""The schema of the experiments' configurations, configs/mfnn/NAME.yaml: full sizes, under `quick` what is smaller."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,8 +41,7 @@ class Training(Section):
 
     def objective(self, problem: problems.Problem) -> Objective:
         """F for this problem's training samples."""
-        kind = {"tanh": Tanh, "tanh_bias": TanhBias}[self.neuron]
-        neuron: Neuron = kind(problem.dim, self.bound)
+        neuron: Neuron = (Tanh if self.neuron == "tanh" else TanhBias)(problem.dim, self.bound)
         return Objective(neuron, problem.loss, problem.inputs, problem.targets, self.regularization)
 
 
@@ -165,7 +164,9 @@ def load(
     path = path or next(folder for folder in _FOLDERS if folder.is_dir()) / f"{name}.yaml"
     raw = parse_yaml(read_text(path, error=ConfigError, max_bytes=MAX_CONFIG_BYTES), where=str(path))
     if not isinstance(raw, dict):
-        raise ConfigError("the file is not a mapping", where=path, fix="start from the one of that name in configs/mfnn")
+        raise ConfigError(
+            "the file is not a mapping", where=path, fix="start from the one of that name in configs/mfnn"
+        )
     smaller = raw.pop("quick", None) or {}
     if quick:
         raw = _merged(raw, smaller, path)

@@ -6,7 +6,7 @@ from typing import Any
 from poc_lora.files import write_atomic
 from poc_lora.mfnn.ensemble import mean_and_error, merged_outputs, squared_l2
 from poc_lora.mfnn.experiments.cells import Folder
-from poc_lora.mfnn.experiments.figures import COLOURS, new_figure, power, save_csv, save_figure
+from poc_lora.mfnn.experiments.figures import COLOURS, log_axes, new_figure, power, save_csv, save_figure, styled
 from poc_lora.mfnn.experiments.settings import Table2
 from poc_lora.mfnn.langevin import train
 from poc_lora.mfnn.model import outputs
@@ -64,9 +64,7 @@ def _trained(settings: Table2, temperature: float, width: int) -> dict[str, Any]
     )
     h = outputs(objective.neuron, particles, problem.test_inputs)
     single, single_error = mean_and_error(squared_l2(h, problem.test_targets))
-    merged, merged_error = mean_and_error(
-        squared_l2(merged_outputs(h, settings.members), problem.test_targets)
-    )
+    merged, merged_error = mean_and_error(squared_l2(merged_outputs(h, settings.members), problem.test_targets))
     return {
         "temperature": temperature,
         "N": width,
@@ -77,6 +75,7 @@ def _trained(settings: Table2, temperature: float, width: int) -> dict[str, Any]
     }
 
 
+@styled
 def _draw(folder: Folder, settings: Table2, rows: list[dict[str, Any]]) -> None:
     figure, (axis,) = new_figure(6.4, 4.2, 1)
     for colour, temperature in zip(COLOURS, settings.temperatures, strict=False):
@@ -89,10 +88,12 @@ def _draw(folder: Folder, settings: Table2, rows: list[dict[str, Any]]) -> None:
                 fmt=style,
                 color=colour,
                 capsize=2,
-                label=f"λ = {power(temperature)}, {'merge of ' + str(settings.members) if kind == 'merged' else 'single'}",
+                label=f"λ = {power(temperature)}, {f'merge of {settings.members}' if kind == 'merged' else 'single'}",
             )
-    axis.set(yscale="log", xlabel="N, neurons of each network", ylabel="test MSE (bars: 2 standard errors)")
-    figure.legend(loc="outside right upper")
+    log_axes(axis, settings.widths)
+    axis.set(xlabel="N, neurons of each network", ylabel="test MSE (bars: 2 standard errors)")
+    axis.set_title("merged (●) and single (×) networks")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     section = settings.multi_index
     save_figure(
         figure,
