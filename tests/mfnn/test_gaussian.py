@@ -1,7 +1,7 @@
 """The solvable analogue: its formulas against densities, and the simulated chain against its law.
 
-z-scores of the chain are compared with 4.5: of the few hundred that these tests look at, one beyond that happens in less
-than one seed of 500. The seeds are fixed, so a pass stays a pass.
+z-scores of the chain are compared with 4.5: of the few hundred that these tests look at, one beyond that happens in
+less than one seed of 500. The seeds are fixed, so a pass stays a pass.
 """
 
 import itertools
@@ -140,7 +140,7 @@ def test_the_simulated_chain_has_its_law_early_and_late():
 
 
 def test_the_ensemble_error_splits_as_known():
-    """Measured errors within 4.5 standard errors; the chi-square laws are skewed, so those are of the known variance."""
+    """Within 4.5 standard errors, as measured but at least a tenth: few groups of a skewed law may show too little."""
     analogue, snapshots = simulate(SMALL, 4, seed=0)
     rows = split_rows(analogue, snapshots, SMALL.members)
     for row in rows:
