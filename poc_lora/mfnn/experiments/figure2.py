@@ -14,16 +14,20 @@ from poc_lora.mfnn.langevin import train
 from poc_lora.mfnn.model import outputs
 
 LOGGED = 60  # epochs at which the error is measured, evenly spaced in their logarithm
-NEAR = 1.1  # a curve has settled when it stays within this factor of its own last value
+NEAR = 1.1  # a curve has settled once it stays below this times its own last value
 
 
 def run(folder: Folder, settings: Figure2) -> list[dict[str, Any]]:
-    """Train, measure, draw; returns the rows of figure2.csv: one for each λ and logged epoch.
+    """Train, measure, draw; returns the rows of figure2.csv: one for each start, λ and logged epoch.
 
     An epoch is one step: the gradient is that of all samples. Test targets are free of noise. The standard error is
     that of the mean over networks.
     """
-    cells = {f"temperature_{t:g}": partial(_trained, settings, t) for t in settings.temperatures}
+    cells = {
+        f"initial_std_{s:g}_temperature_{t:g}": partial(_trained, settings, s, t)
+        for s in settings.initial_stds
+        for t in settings.temperatures
+    }
     found = folder.compute(cells)
     rows = [row for name in cells for row in found[name]["rows"]]
     save_csv(folder.out, "figure2", rows)
@@ -31,9 +35,13 @@ def run(folder: Folder, settings: Figure2) -> list[dict[str, Any]]:
     return rows
 
 
-def settled(rows: list[dict[str, Any]], temperature: float) -> int:
-    """The first logged epoch from which on the test error stays below NEAR times its last value."""
-    mine = [row for row in rows if row["temperature"] == temperature]
+def curve(rows: list[dict[str, Any]], initial_std: float, temperature: float) -> list[dict[str, Any]]:
+    """The rows of one start and temperature."""
+    return [row for row in rows if (row["initial_std"], row["temperature"]) == (initial_std, temperature)]
+
+
+def settled(mine: list[dict[str, Any]]) -> int:
+    """The first logged epoch of a curve from which on the test error stays below NEAR times its last value."""
     outside = [i for i, row in enumerate(mine) if row["test_mse"] > NEAR * mine[-1]["test_mse"]]
     return mine[outside[-1] + 1 if outside else 0]["epoch"]
 
@@ -43,7 +51,7 @@ def epochs(last: int) -> list[int]:
     return sorted({round(last ** (i / (LOGGED - 1))) for i in range(LOGGED)})
 
 
-def _trained(settings: Figure2, temperature: float) -> dict[str, Any]:
+def _trained(settings: Figure2, initial_std: float, temperature: float) -> dict[str, Any]:
     section = settings.multi_index
     problem = section.problem(settings.seed)
     objective = section.objective(problem)
@@ -56,6 +64,7 @@ def _trained(settings: Figure2, temperature: float) -> dict[str, Any]:
         test_mse, test_error = mean_and_error(squared_l2(test_h, problem.test_targets))
         rows.append(
             {
+                "initial_std": initial_std,
                 "temperature": temperature,
                 "epoch": epoch,
                 "train_mse": train_mse,
@@ -73,7 +82,7 @@ def _trained(settings: Figure2, temperature: float) -> dict[str, Any]:
         lr=section.lr,
         temperature=temperature,
         seed=settings.seed,
-        initial_std=section.initial_std,
+        initial_std=initial_std,
         log_at=epochs(section.steps),
         on_log=measure,
     )
@@ -82,24 +91,18 @@ def _trained(settings: Figure2, temperature: float) -> dict[str, Any]:
 
 @styled
 def _draw(folder: Folder, settings: Figure2, rows: list[dict[str, Any]]) -> None:
-    figure, axes = new_figure(9.6, 4.0, 2)
-    for colour, temperature in zip(COLOURS, settings.temperatures, strict=False):
-        mine = [row for row in rows if row["temperature"] == temperature]
-        epoch = torch.tensor([row["epoch"] for row in mine])
-        test, error = (torch.tensor([row[k] for row in mine]) for k in ("test_mse", "test_standard_error"))
-        label = f"λ = {power(temperature)}"
-        axes[0].plot(epoch, test, color=colour, label=label)
-        axes[0].fill_between(epoch, test - 2 * error, test + 2 * error, color=colour, alpha=0.2, lw=0)
-        when = settled(rows, temperature)
-        axes[1].plot(epoch, test / test[-1], color=colour, label=f"{label}: epoch {when}")
-    axes[0].set(title="test MSE (band: 2 standard errors)", ylabel="mean squared error")
-    axes[1].axhline(NEAR, color="#888888", lw=0.8, ls="--")
-    axes[1].set(title="the same over its own last value", ylabel=f"MSE / last MSE (dashed: {NEAR:g})")
-    axes[1].legend(title=f"below {NEAR:g} for good from")
-    axes[0].legend()
-    for axis in axes:
-        axis.set(xlabel="epoch")
+    figure, axes = new_figure(4.8 * len(settings.initial_stds), 4.2, len(settings.initial_stds))
+    for axis, initial_std in zip(axes, settings.initial_stds, strict=True):
+        for colour, temperature in zip(COLOURS, settings.temperatures, strict=False):
+            mine = curve(rows, initial_std, temperature)
+            epoch = torch.tensor([row["epoch"] for row in mine])
+            test, error = (torch.tensor([row[k] for row in mine]) for k in ("test_mse", "test_standard_error"))
+            axis.plot(epoch, test, color=colour, label=f"λ = {power(temperature)}, epoch {settled(mine)}")
+            axis.fill_between(epoch, test - 2 * error, test + 2 * error, color=colour, alpha=0.2, lw=0)
         log_axes(axis)
+        axis.set(xlabel="epoch", ylabel="test MSE (band: 2 standard errors)")
+        axis.set_title(f"neurons start from N(0, {initial_std:g}²)")
+        axis.legend(title="λ, and when within 10 % of the last value", loc="upper right")
     section = settings.multi_index
     save_figure(
         figure,

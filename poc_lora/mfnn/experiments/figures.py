@@ -39,7 +39,10 @@ STYLE: Any = {
 
 def save_figure(figure: Figure, folder: Path, name: str, footer: str) -> list[Path]:
     """Write NAME.png and NAME.svg with a footer of settings and version."""
-    figure.text(0.01, 0.008, f"poc_lora {__version__}; {footer}", fontsize=6.5, color="#555555", va="bottom")
+    text = f"poc_lora {__version__}; {footer}"
+    room = (0.1 + 0.13 * len(text.splitlines())) / figure.get_figheight()
+    figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, room, 1, 1 - room)))
+    figure.text(0.01, 0.008, text, fontsize=6.5, color="#555555", va="bottom")
     paths = []
     FigureCanvasAgg(figure)
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
@@ -62,8 +65,8 @@ def styled(draw: Callable[P, None]) -> Callable[P, None]:
 
 
 def new_figure(width: float, height: float, columns: int, rows: int = 1) -> tuple[Figure, list[Any]]:
-    """A figure of `width` × `height` inches with a row-major list of axes, and room for the footer."""
-    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(rect=(0, 0.05, 1, 0.95)))
+    """A figure of `width` × `height` inches with a row-major list of axes."""
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine())  # colour bars need to know it
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
@@ -77,7 +80,7 @@ def log_axes(axis: Any, at: Sequence[int] | None = None) -> None:
     else:
         axis.xaxis.set_major_formatter(plain)
     low, high = axis.get_ylim()
-    if high < 300 * low:  # of a few decades, so that the ticks at powers of ten alone would be too few
+    if high < 1000 * low:  # of a few decades, so that the ticks at powers of ten alone would be too few
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)))
         axis.yaxis.set_major_formatter(plain)
         axis.yaxis.set_minor_formatter(NullFormatter())

@@ -186,7 +186,9 @@ def _draw_bounded(axis: Any, bounded: Bounded, rows: Rows) -> None:
             capsize=2,
             label=f"λ = {power(temperature)}",
         )
+    axis.set_yscale("log")
+    axis.set_ylim(top=6 * axis.get_ylim()[1])  # room for the legend
     log_axes(axis, bounded.widths)
     axis.set(xlabel="N", ylabel="N × squared error to the limit")
     axis.set_title("Tanh neurons: the constant of the 1/N rate")
-    axis.legend()
+    axis.legend(loc="upper right", ncols=3)

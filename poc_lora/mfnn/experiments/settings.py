@@ -35,7 +35,6 @@ class Training(Section):
     lr: PositiveFloat
     regularization: NonNegativeFloat  # λ'
     steps: Positive
-    initial_std: NonNegativeFloat = 1.0
     samples: Positive
     noise: NonNegativeFloat
 
@@ -64,11 +63,25 @@ class MultiIndex(Training):
         return problems.multi_index(self.samples, self.dim, self.directions, noise=self.noise, seed=seed)
 
 
-class DoubleCircleAt(DoubleCircle):
+class Started(Section):
+    """Neurons start from N(0, initial_std² I)."""
+
+    initial_std: NonNegativeFloat = 1.0
+
+
+class StartedMultiIndex(MultiIndex, Started):
+    """Multi-index regression from a given start."""
+
+
+class DoubleCircleAt(DoubleCircle, Started):
+    """Two circles from a given start, at a given temperature."""
+
     temperature: NonNegativeFloat  # λ
 
 
-class MultiIndexAt(MultiIndex):
+class MultiIndexAt(StartedMultiIndex):
+    """Multi-index regression from a given start, at a given temperature."""
+
     temperature: NonNegativeFloat  # λ
 
 
@@ -93,6 +106,7 @@ class Figure2(Settings):
     """MSE per epoch."""
 
     multi_index: MultiIndex
+    initial_stds: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
     temperatures: Temperatures
     width: Positive
     networks: Positive
@@ -101,7 +115,7 @@ class Figure2(Settings):
 class Table2(Settings):
     """Merged error, λ by N."""
 
-    multi_index: MultiIndex
+    multi_index: StartedMultiIndex
     temperatures: Temperatures
     widths: Widths
     members: Positive  # M
@@ -136,7 +150,7 @@ class ClosedForm(Section):
 class Bounded(Section):
     """Networks of bounded neurons against the limit."""
 
-    multi_index: MultiIndex
+    multi_index: StartedMultiIndex
     temperatures: Temperatures
     widths: Widths
     networks: Positive

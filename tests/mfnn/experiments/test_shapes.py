@@ -62,7 +62,7 @@ def falls(before, after):
     return after["log_sup_norm"] < before["log_sup_norm"] - 3 * error
 
 
-def test_larger_temperatures_settle_sooner_and_higher(tmp_path):
+def test_larger_temperatures_settle_sooner_and_higher_and_lead_from_a_common_start(tmp_path):
     settings, rows = run(
         figure2,
         "figure2",
@@ -73,14 +73,22 @@ def test_larger_temperatures_settle_sooner_and_higher(tmp_path):
         "networks=10",
     )
     check_files(tmp_path, "figure2", settings, ["figure2"])
-    hot, cold = ([row for row in rows if row["temperature"] == t] for t in settings.temperatures)
-    assert figure2.settled(rows, 0.1) < figure2.settled(rows, 1e-3) / 3
-    difference = hot[-1]["test_mse"] - cold[-1]["test_mse"]
-    assert difference > 3 * math.hypot(hot[-1]["test_standard_error"], cold[-1]["test_standard_error"])
-    # the first epochs hardly tell them apart: the noise has had no time
-    assert hot[0]["test_mse"] == pytest.approx(cold[0]["test_mse"], rel=0.05)
-    assert hot[0]["epoch"] == 1
-    assert hot[-1]["epoch"] == 200
+    for initial_std in settings.initial_stds:
+        hot, cold = (figure2.curve(rows, initial_std, t) for t in settings.temperatures)
+        assert figure2.settled(hot) < figure2.settled(cold) / 3
+        assert exceeds(hot[-1], cold[-1])
+        assert (hot[0]["epoch"], hot[-1]["epoch"]) == (1, 200)
+        early = next(i for i, row in enumerate(hot) if row["epoch"] >= 4)
+        if initial_std < 0.1:  # neurons start almost equal, and only noise tells them apart
+            assert exceeds(cold[early], hot[early])
+        else:  # they start apart, and noise only disturbs
+            assert hot[0]["test_mse"] == pytest.approx(cold[0]["test_mse"], rel=0.05)
+            assert hot[early]["test_mse"] > cold[early]["test_mse"]
+
+
+def exceeds(more, less):
+    error = math.hypot(more["test_standard_error"], less["test_standard_error"])
+    return more["test_mse"] > less["test_mse"] + 3 * error
 
 
 def test_merging_lowers_the_error_and_more_neurons_do(tmp_path):
