@@ -24,6 +24,8 @@ from poc_lora.errors import RequestError
 
 # Neuron-samples worked on at a time: on a CPU what its second-level cache holds (1 MiB in float32), on a GPU 256 MiB.
 SLICE = {"cpu": 2**18, "cuda": 2**26}
+# Samples at a time, at least: with fewer, adding to the gradient of a very wide network takes longer than computing it.
+FEWEST_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,6 @@ def check_particles(neuron: Neuron, particles: Tensor) -> None:
 
 
 def _slices(samples: Tensor, width: int) -> Iterator[Tensor]:
-    """Equal slices of the samples, as many as keep slices times `width` within SLICE."""
+    """Equal slices of the samples that keep rows times `width` within SLICE, or have FEWEST_SAMPLES."""
     count = math.ceil(len(samples) * width / SLICE.get(samples.device.type, SLICE["cpu"]))
-    return iter(samples.split(math.ceil(len(samples) / max(1, count))))
+    return iter(samples.split(max(FEWEST_SAMPLES, math.ceil(len(samples) / max(1, count)))))
