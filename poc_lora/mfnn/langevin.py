@@ -79,7 +79,8 @@ def train(
 
     networks: their numbers, which key initialisation and noise. width: N. lr: η. temperature: λ. steps: how many.
     initial_std: of the Gaussian law the particles start from. log_at: steps after which `on_log(step, particles
-    [M, N, P])` is called, 0 meaning the start. dtype and device are those of the objective's samples.
+    [M, N, P])` is called, 0 meaning the start. dtype and device are those of the objective's samples. While it runs,
+    torch's own number of threads is 1; it is given back at the end.
 
     Raises RequestError for settings that make no sense and TrainingError where particles are no longer finite.
     """

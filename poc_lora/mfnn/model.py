@@ -8,7 +8,7 @@ A network is its particles `[N, P]`: N neurons of P numbers each, and M networks
 Gaussian and known, see poc_lora.mfnn.gaussian).
 
 Each network is computed by itself, in slices of the samples whose size depends on N alone. So what comes out does not
-depend on the other networks, by a bit, and memory stays bounded whatever M·N·n is.
+depend on the other networks, by a bit, and beside the particles there is never more in memory than one slice a thread.
 """
 
 import math
