@@ -45,6 +45,7 @@ BYTES_PER_NEURON_SAMPLE = 4 * 7
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", type=Path, help="the loop's program; without it the library is timed alone")
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--divide-steps", type=int, default=1, help="so many times fewer steps, to try the script")
@@ -54,6 +55,7 @@ def main() -> None:
     shapes = {
         name: shape | {"steps": shape["steps"] // a.divide_steps}
         for name, shape in (SHAPES if device.type == "cpu" else GPU_SHAPES).items()
+        if name in a.shape
     }
     report: dict[str, Any] = {"device": str(device), "shapes": {}}
     for name, shape in shapes.items():
