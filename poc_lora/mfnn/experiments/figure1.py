@@ -130,10 +130,8 @@ def _draw(folder: Folder, settings: Figure1, titles: dict[str, str], rows: list[
         along_m, along_n = slopes(rows, name)
         section = getattr(settings, name)
         axis.set(xlabel="N, neurons of each network", ylabel="M, networks merged")
-        axis.set_title(
-            f"{title} (λ = {power(section.temperature)}, {section.steps} steps)\n"
-            f"slope along M {along_m:.2f}, along N {along_n:.2f}".replace("-", "−")
-        )
+        slopes_text = f"slope along M {along_m:.2f}, along N {along_n:.2f}".replace("-", "−")
+        axis.set_title(f"{title} (λ = {power(section.temperature)}, {section.steps} steps)\n{slopes_text}")
         figure.colorbar(image, ax=axis, label="log sup |h − h_ref|")
     a, b = settings.double_circle, settings.multi_index
     save_figure(
