@@ -3,13 +3,14 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from poc_lora import __version__
 from poc_lora.errors import PocLoraError
 from poc_lora.mfnn import commands as mfnn
+from poc_lora.terminal import numbers, show, show_merge, show_results, show_training, tell_next
 
 app = typer.Typer(
     name="poc-lora",
@@ -77,8 +78,8 @@ def demo(
     """
     from poc_lora.microworld.demo import run_demo
 
-    run_demo(out, overrides or [], show=_show)
-    _next(
+    run_demo(out, overrides or [], show=show)
+    tell_next(
         f"the report: {out / 'eval' / 'results.md'}",
         f"copy {out / 'config.yaml'}, set model, data and output to your own, and poc-lora train YOUR.yaml",
     )
@@ -107,7 +108,7 @@ def check(
     launcher = (
         "poc-lora" if processes == 1 else f"accelerate launch --multi_gpu --num_processes {processes} -m poc_lora"
     )
-    _next("the configuration is valid", f"{launcher} train " + shlex.join([str(config), *(overrides or [])]))
+    tell_next("the configuration is valid", f"{launcher} train " + shlex.join([str(config), *(overrides or [])]))
 
 
 @app.command()
@@ -130,12 +131,12 @@ def train(
     done = train(loaded, resume=resume)
     if not done.tells:
         return
-    _show_training(done)
+    show_training(done)
     merged = done.folder / "merged"
     command = "poc-lora merge " + shlex.join([str(done.folder), "--out", str(merged)])
     if merged.exists():  # of the adapters before the run was extended
         command = f"rm -r {shlex.quote(str(merged))} && {command}"
-    _next(f"adapters: {done.folder / 'adapters'}", command)
+    tell_next(f"adapters: {done.folder / 'adapters'}", command)
 
 
 @app.command()
@@ -172,7 +173,7 @@ def merge(
 
     if dtype not in DTYPES:
         raise RequestError(f"'{dtype}' is not a dtype to save in", where="--dtype", fix=" or ".join(DTYPES))
-    chosen = None if weights is None else _numbers(weights, float, "--weights", "0.5,0.25,0.25")
+    chosen = None if weights is None else numbers(weights, float, "--weights", "0.5,0.25,0.25")
 
     import torch
 
@@ -183,16 +184,16 @@ def merge(
         out,
         method=method,
         rank=rank,
-        rank_sweep=[] if rank_sweep is None else _numbers(rank_sweep, int, "--rank-sweep", "8,16,32,64"),
+        rank_sweep=[] if rank_sweep is None else numbers(rank_sweep, int, "--rank-sweep", "8,16,32,64"),
         weights=chosen,
         canonical=canonical,
         seed=seed,
         dtype=getattr(torch, dtype),
         allow_base_mismatch=allow_base_mismatch,
     )
-    _show_merge(report)
+    show_merge(report)
     run = next((s for s in map(Path, sources) if (s / "config.yaml").is_file() and out == s / "merged"), None)
-    _next(
+    tell_next(
         f"the merged adapter: {out}",
         f"poc-lora eval {shlex.quote(str(run or out))} --data DIR" + ("" if run else " --out DIR"),
     )
@@ -212,19 +213,36 @@ def fold(
 
     done = fold(adapter, base, out)
     typer.echo(f"{done.modules} modules folded into {done.files} files of weights")
-    _next(
+    tell_next(
         f"the folded model: {done.folder}", f"load it with AutoModelForCausalLM.from_pretrained({str(done.folder)!r})"
     )
 
 
 @app.command("eval")
 def evaluate(
-    targets: Annotated[list[Path], typer.Argument(help="One run folder, or adapter folders of one base model.")],
-    data: Annotated[Path, typer.Option(help="Folder of BENCHMARK/test.json files.")],
+    targets: Annotated[
+        list[Path] | None, typer.Argument(help="One run folder, or adapter folders of one base model.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of BENCHMARK/test.json files.")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Show the benchmarks, and do nothing else.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the run or adapters name.")] = None,
     benchmarks: Annotated[str | None, typer.Option(help="Comma-separated names; default: all eight.")] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="label: the likeliest label. generate: the first label in what the model writes. "
+            "harness: by lm-eval, on its own tasks where there is no --data."
+        ),
+    ] = "label",
+    beams: Annotated[int, typer.Option(help="generate: the number of beams; 1 is greedy, the paper's is 4.")] = 1,
     prompt: Annotated[
-        str | None, typer.Option(help="clean or bare; default: the run's own, clean outside a run.")
+        str | None,
+        typer.Option(help="clean, llm-adapters or bare; default: the run's own, clean outside a run."),
+    ] = None,
+    subsets: Annotated[bool, typer.Option("--subsets", help="Score merges of 2, 4, ... of the adapters too.")] = False,
+    control: Annotated[
+        Path | None,
+        typer.Option(help="A run evaluated alike, such as one of temperature 0, to compare with."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the base: float32, bfloat16, float16; default: auto.")] = None,
@@ -236,10 +254,20 @@ def evaluate(
     """
     from poc_lora.errors import RequestError
 
+    if show_list:
+        from poc_lora.reporting.tables import benchmark_table
+
+        show(benchmark_table())
+        tell_next("the benchmarks as LLM-Adapters renders them", "python scripts/download_commonsense.py --out DIR")
+        return
+    if not targets or (data is None and protocol != "harness"):
+        missing = "TARGETS" if not targets else "--data"
+        raise RequestError(f"{missing} is missing", fix="for example: poc-lora eval runs/demo --data ../commonsense")
     if dtype not in (None, "auto", *DTYPES):
         raise RequestError(f"'{dtype}' is not a dtype", where="--dtype", fix=" or ".join(DTYPES))
 
     from poc_lora.evaluation.evaluate import evaluate
+    from poc_lora.ranks import is_first_rank
     from poc_lora.reporting.tables import write_report
 
     results = evaluate(
@@ -248,13 +276,19 @@ def evaluate(
         base=base,
         dtype=dtype,
         benchmarks=None if benchmarks is None else [name.strip() for name in benchmarks.split(",")],
+        protocol=protocol,
+        beams=beams,
         prompt=prompt,
         limit=limit,
+        subsets=subsets,
+        control=control,
         out=out,
     )
+    if not is_first_rank():
+        return
     written = write_report(out or targets[0], results)
-    _show_results(results)
-    _next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")
+    show_results(results)
+    tell_next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")
 
 
 @app.command()
@@ -272,8 +306,8 @@ def report(run: Annotated[Path, typer.Argument(help="A run, or a folder of resul
         raise RunError("nothing has been evaluated here", where=run, fix=f"first: poc-lora eval {run} --data DIR")
     results = read_results(folder)
     written = write_report(run, results)
-    _show_results(results)
-    _next(f"the report: {written}", "paste it where you need it")
+    show_results(results)
+    tell_next(f"the report: {written}", "paste it where you need it")
 
 
 @app.command()
@@ -284,49 +318,3 @@ def env() -> None:
     for section in environment().values():
         for name, value in section.items():
             typer.echo(f"{name:<16}{value}")
-
-
-def _show(thing: Any) -> None:
-    """Print a line of text or a rich table."""
-    from rich.console import Console
-
-    Console().print(thing, markup=False, highlight=False)
-
-
-def _show_results(results: Any) -> None:
-    from poc_lora.reporting.tables import notes, terminal_table
-
-    _show(terminal_table(results))
-    for note in notes(results):
-        _show(note)
-
-
-def _show_merge(report: dict[str, Any]) -> None:
-    from poc_lora.reporting.summaries import merge_summary, rank_table
-
-    for line in merge_summary(report):
-        typer.echo(line)
-    if "rank_sweep" in report:
-        _show("\n".join(rank_table(report)))
-
-
-def _show_training(done: Any) -> None:
-    from poc_lora.reporting.summaries import training_summary
-
-    for line in training_summary(done):
-        typer.echo(line)
-
-
-def _numbers(text: str, kind: type, option: str, example: str) -> list[Any]:
-    """The numbers of a comma-separated list. Raises RequestError."""
-    from poc_lora.errors import RequestError
-
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise RequestError(f"'{text}' is not a list of numbers", where=option, fix=f"for example {example}") from None
-
-
-def _next(result: str, command: str) -> None:
-    """How every verb ends: where the result lies, and what to run next."""
-    typer.echo(f"\n{result}\nnext: {command}")

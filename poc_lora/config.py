@@ -66,7 +66,7 @@ class DataSection(Section):
     """Training rows and how they become tokens."""
 
     train: Annotated[tuple[Name, ...], Field(min_length=1)]  # files, folders or Hub ids
-    prompt: Literal["clean", "bare"] = "clean"
+    prompt: Literal["clean", "llm-adapters", "bare"] = "clean"
     max_length: Positive = 256
     train_on_prompt: Flag = True
     group_by_length: Flag = True

@@ -6,6 +6,8 @@ cannot be carried out as written, 1 for a run that failed on the way.
 
 from pathlib import Path
 
+MAX_SHOWN = 2000
+
 
 class PocLoraError(Exception):
     """Base of all errors raised on purpose.
@@ -20,15 +22,21 @@ class PocLoraError(Exception):
     told = False
 
     def __init__(self, what: str, *, where: str | Path | None = None, fix: str | None = None):
-        self.what = what
-        self.where = None if where is None else str(where)
+        self.what = _shown(what)
+        self.where = None if where is None else _shown(str(where))
         self.fix = fix
-        lines = [what]
+        lines = [self.what]
         if self.where:
             lines.append(f"  where: {self.where}")
         if fix:
             lines.append(f"  fix:   {fix}")
         super().__init__("\n".join(lines))
+
+
+def _shown(text: str) -> str:
+    """What a terminal can show safely of a text that may quote a file: shortened, control characters escaped."""
+    short = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in short)
 
 
 class RequestError(PocLoraError):

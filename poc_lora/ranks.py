@@ -234,6 +234,11 @@ def _exists(pid: int) -> bool:
         return False
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one of its run that tells what came of it."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextlib.contextmanager
 def open_ranks(device: torch.device) -> Iterator[Ranks]:
     """The ranks that accelerate or another launcher started this process among, for the length of the block.

@@ -14,6 +14,7 @@ PACKAGE = Path(poc_lora.__file__).parent
 LAYERS = [
     ("__init__", "__main__"),
     ("cli",),
+    ("terminal",),
     ("microworld",),
     ("reporting",),
     ("evaluation",),

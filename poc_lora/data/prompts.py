@@ -1,7 +1,9 @@
 """Prompt templates, and rows turned into token ids with the boundary between prompt and answer."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -9,18 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from poc_lora.data.rows import ChatRow, CompletionRow, InstructionRow, Row
 from poc_lora.errors import DataError, ModelError
 
-_INTRO = "Below is an instruction that describes a task"
-_TASK = "Write a response that appropriately completes the request."
-
-# template name -> (without an input, with an input)
-TEMPLATES = {
-    "clean": (
-        f"{_INTRO}. {_TASK}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n",
-        f"{_INTRO}, paired with an input that provides further context. {_TASK}\n\n"
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
-    ),
-    "bare": ("{instruction}\n", "{instruction}\n{input}\n"),
-}
+# Template name -> for training and for evaluation -> without an input and with one. `llm-adapters` is what that project
+# trains and evaluates with to the byte (github.com/HZQ950419/LLM-Adapters, 6e05a24): its two differ in white space.
+TEMPLATES: dict[str, dict[str, dict[str, str]]] = json.loads(
+    Path(__file__).with_name("templates.json").read_text(encoding="utf-8")
+)
 
 
 @dataclass(frozen=True)
@@ -40,10 +35,9 @@ class Encoded:
     lost: int  # rows left out because the cut took their whole answer
 
 
-def render_prompt(instruction: str, input: str, template: str) -> str:
-    """The text before the answer. Braces in the row are left alone."""
-    plain, with_input = TEMPLATES[template]
-    text = with_input if input else plain
+def render_prompt(instruction: str, input: str, template: str, *, purpose: str = "evaluation") -> str:
+    """The text before the answer, for `training` or `evaluation`. Braces in the row are left alone."""
+    text = TEMPLATES[template][purpose]["with_input" if input else "alone"]
     head, _, tail = text.partition("{instruction}")
     middle, _, end = tail.partition("{input}")
     return head + instruction + (middle + input + end if input else tail)
@@ -81,7 +75,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, temp
 
 def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, where: str) -> tuple[str, str]:
     if isinstance(row, InstructionRow):
-        return render_prompt(row.instruction, row.input, template), row.output
+        return render_prompt(row.instruction, row.input, template, purpose="training"), row.output
     if isinstance(row, CompletionRow):
         return row.prompt, row.completion
     if tokenizer.chat_template is None:

@@ -1,181 +1,246 @@
 """`evaluate`: the base, every adapter, the merge and the prediction ensemble, scored over one loaded base model."""
 
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from poc_lora.data.commonsense import Question, chance_level, find_benchmarks, read_questions
-from poc_lora.errors import AdapterError, ModelError, RequestError
-from poc_lora.evaluation import scores
-from poc_lora.evaluation.label import PreparedQuestions, prepare, score_labels
-from poc_lora.evaluation.results import RESULTS_FILE, Results, Scored, adapter_key, summarise
-from poc_lora.evaluation.scores import Estimate
+from poc_lora.data.commonsense import Benchmark, chance_level, find_benchmarks, read_questions
+from poc_lora.errors import RequestError
+from poc_lora.evaluation import subsets as subset_merges
+from poc_lora.evaluation.answers import AnswerFile, Item
+from poc_lora.evaluation.by_harness import evaluate_by_harness
+from poc_lora.evaluation.control import Control, read_control
+from poc_lora.evaluation.passes import Asker, Protocol, adapter_digest, base_digest
+from poc_lora.evaluation.results import RESULTS_FILE, Results, adapter_key, summarise, write_results
+from poc_lora.evaluation.scores import ensemble
 from poc_lora.evaluation.targets import Subjects, find_subjects
-from poc_lora.files import write_atomic, write_json
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.lora.base import context_length, load_base
+from poc_lora.lora.base import default_device, load_base, resolve_dtype
 from poc_lora.progress import track
+from poc_lora.ranks import Ranks, open_ranks
+
+PROTOCOLS = ("label", "generate", "harness")
 
 
 def evaluate(
     targets: Sequence[Path],
     *,
-    data: Path,
+    data: Path | None,
     base: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
     benchmarks: Sequence[str] | None = None,
+    protocol: str = "label",
+    beams: int = 1,
     prompt: str | None = None,
     limit: int | None = None,
+    subsets: bool = False,
+    control: Path | None = None,
     out: Path | None = None,
     seed: int = 0,
     device: torch.device | None = None,
 ) -> Results:
-    """Score one run, or adapters of one base model, on the benchmarks in `data` by the label protocol.
+    """Score one run, or adapters of one base model, on the benchmarks in `data`.
 
-    targets: a run folder, whose config gives base, prompt and dtype where they are not given here; or adapter
-    folders, whose base is `base` or the one they name. benchmarks: folder or paper names, default all eight. limit:
-    the first so many questions of each. seed: of the bootstrap of the paired differences. out: default `RUN/eval`;
-    required for loose adapters. Writes a JSON and a per-question JSONL file for everything scored, then
-    results.json.
+    targets: a run folder, whose config gives base, prompt, dtype and quantization where they are not given here; or
+    adapter folders and Hub ids, whose base is `base` or the one they name. benchmarks: folder or paper names, default
+    all eight. protocol: `label`; `generate`, greedy or with `beams`; or `harness`, by lm-eval, whose own tasks are
+    taken where `data` is None. limit: the first so many questions of each. subsets: score merges of 2, 4, ... adapters
+    too. control: a run that was evaluated in the same way, such as one trained with temperature 0, whose merge is
+    compared with this one's. seed: of the bootstrap of the paired differences and of the subsets. out: default
+    `RUN/eval`, `RUN/eval-generate` or `RUN/eval-harness`; required for loose adapters.
 
-    Raises RequestError, RunError, AdapterError, DataError or ModelError before any weights are loaded where it can.
+    Every answer is kept as it comes, and not asked for again by the same call: an interrupted evaluation goes on. Under
+    `accelerate launch` the questions are split over the ranks. Where there are files BENCHMARK/validation.json for all
+    benchmarks, the best adapter is chosen on them.
+
+    Writes a JSON and a per-question JSONL file for everything scored, then results.json. Raises RequestError, RunError,
+    AdapterError, DataError or ModelError before any weights are loaded where it can, and Interrupted.
     """
     if limit is not None and limit < 1:
         raise RequestError(f"a limit of {limit} questions leaves nothing to score", fix="give a limit of 1 or more")
-    subjects = find_subjects(targets, base=base, revision=revision, dtype=dtype, prompt=prompt, out=out)
-    questions = {b.folder: read_questions(data, b, limit=limit) for b in find_benchmarks(benchmarks)}
-    model, tokenizer = load_base(subjects.base, revision=subjects.revision, dtype=subjects.dtype, device=device)
-    prepared = {
-        b: prepare(qs, tokenizer, prompt=subjects.prompt, max_length=context_length(model))
-        for b, qs in questions.items()
-    }
-    log_probs = _score(model, subjects, prepared)
-    results = summarise(
-        log_probs,
-        {b: p.answers for b, p in prepared.items()},
-        {b: p.too_long for b, p in prepared.items()},
-        adapters=list(subjects.adapters),
-        seed=seed,
-        base_model=subjects.base,
-        prompt=subjects.prompt,
-        limit=limit,
-        chance={b: chance_level(qs) for b, qs in questions.items()},
-    )
-    _write(subjects, results, questions, prepared, log_probs)
+    if protocol not in PROTOCOLS:
+        raise RequestError(f"there is no protocol '{protocol}'", fix=f"one of: {', '.join(PROTOCOLS)}")
+    if beams < 1 or (beams > 1 and protocol != "generate"):
+        raise RequestError(f"{beams} beams make no sense here", fix="1 or more, for the protocol generate")
+    device = device or default_device()
+    with open_ranks(device) as ranks:
+        with ranks.together():
+            asked = find_benchmarks(benchmarks)
+            subjects = find_subjects(
+                targets, base=base, revision=revision, dtype=dtype, prompt=prompt, out=out, protocol=protocol
+            )
+            if subsets and (len(subjects.adapters) < 2 or protocol != "label"):
+                raise RequestError("subsets are of several adapters, by the protocol label", where="--subsets")
+            if protocol == "harness":
+                if ranks.size > 1 or control is not None:
+                    what = (
+                        "lm-eval scores in one process"
+                        if ranks.size > 1
+                        else "a control is compared by the label protocol"
+                    )
+                    raise RequestError(what, where="--protocol harness")
+                return evaluate_by_harness(subjects, asked, data, limit=limit, seed=seed, device=device)
+            if data is None:
+                raise RequestError("there is no folder of questions", where="--data", fix="add --data DIR")
+            items = _items(data, asked, limit)
+            compared = None if control is None else read_control(control, protocol, subjects.prompt, items)
+            model, tokenizer = load_base(
+                subjects.base,
+                revision=subjects.revision,
+                dtype=subjects.dtype,
+                quantization=subjects.quantization,
+                device=device,
+            )
+        way = Protocol(protocol, subjects.prompt, beams)
+        files = _files(subjects, way, items, str(resolve_dtype(subjects.dtype, device)), ranks, seed, subsets)
+        # All ranks have read what was answered before any of them adds to it: they share out the same rest.
+        ranks.gather("read")
+        _ask_everything(model, tokenizer, subjects, way, files, ranks)
+        results = _summarise(subjects, way, items, files, compared, seed, limit)
+        if ranks.rank == 0:
+            for file in (*files.asked, *([files.ensemble] if files.ensemble else [])):
+                file.finish()
+            write_results(subjects, results)
+        ranks.gather("written")
     return results
 
 
-def _score(
-    model: PreTrainedModel, subjects: Subjects, prepared: Mapping[str, PreparedQuestions]
-) -> dict[str, dict[str, Tensor]]:
-    """The label scores [n, k] of everything: thing to benchmark to scores."""
-    adapters = list(subjects.adapters.values())
-    passes = 1 + len(adapters) + (subjects.merged is not None)
-    with track(passes * sum(p.rows for p in prepared.values()), "evaluating") as progress:
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """Where the answers of everything scored are kept."""
 
-        def score(copies: int, note: str) -> dict[str, Tensor]:
-            def advance(rows: int) -> None:
-                progress.advance(rows * copies, note)
+    base: AnswerFile
+    adapters: dict[str, AnswerFile]
+    merged: AnswerFile | None
+    subsets: dict[tuple[int, ...], AnswerFile]  # by slots: merges of some of the adapters, or of all
+    ensemble: AnswerFile | None
 
-            return {b: score_labels(model, p, copies=copies, advance=advance) for b, p in prepared.items()}
+    @property
+    def asked(self) -> list[AnswerFile]:
+        merged = [] if self.merged is None else [self.merged]
+        return [self.base, *self.adapters.values(), *merged, *self.subsets.values()]
 
-        single = {}
-        if subjects.merged is not None:
+
+def _items(data: Path, benchmarks: Sequence[Benchmark], limit: int | None) -> list[Item]:
+    """The questions in the paper's order; with those to choose the best adapter on, where all benchmarks have them."""
+
+    def of(split: str) -> list[Item]:
+        return [
+            Item(b.folder, split, row, question)
+            for b in benchmarks
+            for row, question in enumerate(read_questions(data, b, split=split, limit=limit), start=1)
+        ]
+
+    has_validation = all((data / b.folder / "validation.json").is_file() for b in benchmarks)
+    return of("test") + (of("validation") if has_validation else [])
+
+
+def _files(
+    subjects: Subjects, way: Protocol, items: Sequence[Item], dtype: str, ranks: Ranks, seed: int, subsets: bool
+) -> _Files:
+    if ranks.rank == 0:  # where results.json stands, everything else is of the same evaluation
+        (subjects.out / RESULTS_FILE).unlink(missing_ok=True)
+    ranks.gather("started")
+    test = [item for item in items if item.split == "test"]
+    shared = way.settings | {
+        "base": base_digest(subjects.base),
+        "revision": subjects.revision,
+        "dtype": dtype,
+        "quantization": subjects.quantization,
+    }
+
+    def file(name: str, adapters: Sequence[str], asked: Sequence[Item] = test) -> AnswerFile:
+        path = subjects.out / f"{name}.jsonl"
+        return AnswerFile(path, shared | {"adapters": list(adapters)}, asked, rank=ranks.rank)
+
+    digests = {name: adapter_digest(Path(adapter.source)) for name, adapter in subjects.adapters.items()}
+    names, M = list(digests), len(digests)
+    groups = [group for size in subset_merges.draw_subsets(M, seed).values() for group in size] if subsets else []
+    if subsets:
+        groups.append(tuple(range(M)))
+    return _Files(
+        base=file("base", []),
+        adapters={name: file(adapter_key(name), [digest], items) for name, digest in digests.items()},
+        merged=None if subjects.merged is None else file("merged", [adapter_digest(Path(subjects.merged.source))]),
+        subsets={
+            group: file(
+                f"subsets/{len(group)}-{'-'.join(names[slot] for slot in group)}",
+                ["mean", *(digests[names[slot]] for slot in group)],
+            )
+            for group in groups
+        },
+        ensemble=file("ensemble", sorted(digests.values())) if M > 1 and way.name == "label" else None,
+    )
+
+
+def _ask_everything(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    subjects: Subjects,
+    way: Protocol,
+    files: _Files,
+    ranks: Ranks,
+) -> None:
+    with track(sum(len(file.items) for file in files.asked), "evaluating", hidden=ranks.rank > 0) as progress:
+        asker = Asker(model, tokenizer, way, ranks, progress.advance)
+        if subjects.merged is not None and files.merged is not None:
             # A bank of its own: in the pack its rank, the sum of theirs, would pad every adapter.
             bank = AdapterBank.from_adapters(model, [subjects.merged])
-            single["merged"] = score(1, "merged")
+            asker.ask({"merged": files.merged})
             bank.remove()
-        bank = AdapterBank.from_adapters(model, adapters)
+        bank = AdapterBank.from_adapters(model, list(subjects.adapters.values()))
         with bank.disabled():
-            single["base"] = score(1, "base")
-        packed = score(bank.size, "adapters")
+            asker.ask({"base": files.base})
+        asker.ask({adapter_key(name): file for name, file in files.adapters.items()}, copies=bank.size)
+        for group, file in files.subsets.items():
+            with bank.merged(group):
+                asker.ask({f"merge of {len(group)}": file})
         bank.remove()
-    log_probs = {thing: {b: x[0] for b, x in parts.items()} for thing, parts in single.items()}
-    for slot, name in enumerate(subjects.adapters):
-        log_probs[adapter_key(name)] = {b: x[slot] for b, x in packed.items()}
-    _check_finite(log_probs, subjects)
-    if len(adapters) > 1:
-        log_probs["ensemble"] = {b: scores.ensemble(x) for b, x in packed.items()}
-    return log_probs
+    ranks.gather("answered")
+    for file in files.asked:  # by the other ranks
+        file.read()
+    ranks.gather("read again")
+    if files.ensemble is not None:
+        members = [file.answers for file in files.adapters.values()]
+        for item in files.ensemble.items:
+            files.ensemble.answers[item] = ensemble(item, [given[item] for given in members])
 
 
-def _check_finite(log_probs: Mapping[str, Mapping[str, Tensor]], subjects: Subjects) -> None:
-    for thing, parts in log_probs.items():
-        for benchmark, x in parts.items():
-            if x.isnan().any():
-                where = f"{thing} on {benchmark}"
-                if thing == "base":
-                    raise ModelError("the base model's scores are not numbers", where=where, fix="try --dtype float32")
-                fix = "the adapter has diverged or overflows in this dtype: leave it out, or try float32"
-                raise AdapterError("the adapter's scores are not numbers", where=where, fix=fix)
-
-
-def _write(
+def _summarise(
     subjects: Subjects,
-    results: Results,
-    questions: Mapping[str, Sequence[Question]],
-    prepared: Mapping[str, PreparedQuestions],
-    log_probs: Mapping[str, Mapping[str, Tensor]],
-) -> None:
-    """One JSON and one JSONL per thing; where results.json stands, the rest is of the same evaluation."""
-    (subjects.out / RESULTS_FILE).unlink(missing_ok=True)
-    sources = {adapter_key(name): adapter.source for name, adapter in subjects.adapters.items()}
-    if subjects.merged is not None:
-        sources["merged"] = subjects.merged.source
-    found: dict[str, Scored | None] = {adapter_key(name): scored for name, scored in results.adapters.items()}
-    found |= {"base": results.base, "merged": results.merged, "ensemble": results.ensemble}
-    for thing, scored in found.items():
-        if scored is None:
-            continue
-        lines = (
-            json.dumps(line, ensure_ascii=False)
-            for b, qs in questions.items()
-            for line in _per_question(b, qs, log_probs[thing][b], prepared[b].too_long)
-        )
-        write_atomic(subjects.out / f"{thing}.jsonl", "".join(f"{line}\n" for line in lines))
-        write_json(
-            subjects.out / f"{thing}.json",
-            {
-                "thing": thing,
-                "source": sources.get(thing),
-                "base_model": results.base_model,
-                "protocol": results.protocol,
-                "prompt": results.prompt,
-                "benchmarks": {
-                    b: _plain(e) | {"questions": results.questions[b]} for b, e in scored.benchmarks.items()
-                },
-                "average": _plain(scored.average),
-            },
-        )
-    write_json(subjects.out / RESULTS_FILE, results.to_json())
-
-
-def _per_question(
-    benchmark: str, questions: Sequence[Question], log_probs: Tensor, too_long: Tensor
-) -> Iterator[dict[str, Any]]:
-    """`row` counts from 1, as in messages about the file. A question that was too long has no choice and is wrong."""
-    chosen = scores.choices(log_probs).tolist()
-    rows = zip(questions, chosen, log_probs.tolist(), too_long.tolist(), strict=True)
-    for row, (question, choice, values, skipped) in enumerate(rows, start=1):
-        label = None if skipped else question.labels[choice]
-        yield {
-            "benchmark": benchmark,
-            "row": row,
-            "answer": question.answer,
-            "choice": label,
-            "correct": label == question.answer,
-            "log_probs": None
-            if skipped
-            else {name: round(x, 6) for name, x in zip(question.labels, values, strict=False)},
-        }
-
-
-def _plain(estimate: Estimate) -> dict[str, float | None]:
-    return {"accuracy": estimate.value, "error": None if math.isnan(estimate.error) else estimate.error}
+    way: Protocol,
+    items: Sequence[Item],
+    files: _Files,
+    compared: Control | None,
+    seed: int,
+    limit: int | None,
+) -> Results:
+    single = {"base": files.base, "merged": files.merged, "ensemble": files.ensemble}
+    answers = {thing: file.answers for thing, file in single.items() if file is not None}
+    answers |= {adapter_key(name): file.answers for name, file in files.adapters.items()}
+    points = None
+    if files.subsets:
+        alone = {(slot,): file for slot, file in enumerate(files.adapters.values())}
+        points = subset_merges.subset_points(alone | files.subsets, len(alone))
+    questions: dict[str, list[Any]] = {}
+    for item in items:
+        if item.split == "test":
+            questions.setdefault(item.benchmark, []).append(item.question)
+    return summarise(
+        answers,
+        items,
+        adapters=list(subjects.adapters),
+        control=compared,
+        seed=seed,
+        base_model=subjects.base,
+        protocol=way.name,
+        prompt=way.prompt,
+        limit=limit,
+        chance={b: chance_level(asked) for b, asked in questions.items()},
+        subsets=None if points is None else subset_merges.to_json(points),
+    )

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from poc_lora.data.commonsense import Question
 from poc_lora.data.prompts import render_prompt
 from poc_lora.errors import DataError
-from poc_lora.lora.base import logits_at
+from poc_lora.evaluation.answers import Answer
+from poc_lora.lora.base import context_length, logits_at
 
 ANSWER_PREFIX = "the correct answer is"
 TOKENS_PER_BATCH = 16_384  # padded, over all adapters of the pack
@@ -78,6 +79,29 @@ def prepare(
         label_exists=torch.arange(k) < torch.tensor([len(q.labels) for q in questions])[:, None],
         too_long=too_long,
     )
+
+
+def label_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    prompt: str,
+    copies: int = 1,
+) -> list[list[Answer]]:
+    """What each of `copies` models answers to every question, [copies][n]: see `score_labels`."""
+    prepared = prepare(questions, tokenizer, prompt=prompt, max_length=context_length(model))
+    log_probs = score_labels(model, prepared, copies=copies)
+    chosen, too_long = log_probs.argmax(-1).tolist(), prepared.too_long.tolist()
+
+    def answer(copy: int, i: int) -> Answer:
+        if too_long[i]:
+            return Answer(None, too_long=True)
+        labels = questions[i].labels
+        values = log_probs[copy, i, : len(labels)].tolist()
+        return Answer(labels[chosen[copy][i]], log_probs=tuple(round(value, 6) for value in values))
+
+    return [[answer(copy, i) for i in range(len(questions))] for copy in range(copies)]
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,14 @@ from torch import Tensor
 
 from poc_lora.errors import RunError
 from poc_lora.evaluation import scores
+from poc_lora.evaluation.answers import Answer, Item
+from poc_lora.evaluation.control import Control
 from poc_lora.evaluation.scores import Difference, Estimate
-from poc_lora.files import read_json
+from poc_lora.evaluation.targets import Subjects
+from poc_lora.files import read_json, write_json
 
 RESULTS_FILE = "results.json"
-ROWS = ("base", "average", "merged", "ensemble")
+ROWS = ("base", "average", "merged", "ensemble", "control")
 NESTED = (*ROWS, "adapters", "comparisons")
 
 
@@ -36,10 +39,12 @@ class Scored:
 class Results:
     """Everything the paper's table needs. Accuracies are shares of 1, in the paper's order of benchmarks.
 
-    best: the adapter of the largest average, chosen on `best_chosen_on`: the test questions themselves, as in the
-    paper, which flatters it. average: the mean over adapters. comparisons: the merge minus `best` and minus
-    `average`. agreement: how often merge and ensemble choose the same label. merged is None where there is no merge,
-    ensemble where there are fewer than two adapters.
+    best: the adapter of the largest average, chosen on `best_chosen_on`: a validation split, or the test questions
+    themselves, as in the paper, which flatters it. average: the mean over adapters. control: another run's merge.
+    comparisons: the merge minus `best`, minus `average` and minus `control`. agreement: how often merge and ensemble
+    choose the same label. unread: by thing, the share of generated answers in which no label was found. subsets: see
+    `poc_lora.evaluation.subsets`. merged is None where there is no merge, ensemble where there are fewer than two
+    adapters or nothing but generated text.
     """
 
     base_model: str
@@ -58,6 +63,10 @@ class Results:
     agreement: float | None
     protocol: str = "label"
     best_chosen_on: str = "test"
+    unread: dict[str, float] = field(default_factory=dict)
+    control: Scored | None = None
+    control_name: str | None = None
+    subsets: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; what cannot be told (NaN) is null."""
@@ -65,43 +74,96 @@ class Results:
 
 
 def summarise(
-    log_probs: Mapping[str, Mapping[str, Tensor]],
-    answers: Mapping[str, Tensor],
-    too_long: Mapping[str, Tensor],
+    answers: Mapping[str, Mapping[Item, Answer]],
+    items: Sequence[Item],
     *,
     adapters: Sequence[str],
+    control: Control | None,
     seed: int,
     **described: Any,
 ) -> Results:
-    """Turn label scores into Results.
+    """Turn answers into Results.
 
-    log_probs: thing (`base`, the `adapter_key` of each adapter, `merged`, `ensemble`) to benchmark to scores [n, k];
-    the last two may be absent. seed: of the bootstrap. described: the fields of Results that scores do not tell.
+    answers: of each thing (`base`, the `adapter_key` of each adapter, `merged`, `ensemble`; the last two may be absent)
+    to the test questions among `items`, of adapters to all. seed: of the bootstrap. described: the fields of Results
+    that answers do not tell.
     """
-    correct = {
-        thing: {b: scores.is_correct(parts[b], answers[b], too_long[b]) for b in parts}
-        for thing, parts in log_probs.items()
-    }
-    mean_correct = {b: torch.stack([correct[adapter_key(a)][b] for a in adapters]).mean(0) for b in answers}
+    test = [item for item in items if item.split == "test"]
+    validation = [item for item in items if item.split == "validation"]
+    correct = {thing: _correct(test, given) for thing, given in answers.items()}
+    benchmarks = list(correct["base"])
+    mean_correct = {b: torch.stack([correct[adapter_key(a)][b] for a in adapters]).mean(0) for b in benchmarks}
     scored = {thing: _scored(parts) for thing, parts in correct.items()}
-    best = max(adapters, key=lambda a: scored[adapter_key(a)].average.value)
-    rivals = {"best": correct[adapter_key(best)], "average": mean_correct} if "merged" in correct else {}
-    both = "merged" in log_probs and "ensemble" in log_probs
+    chosen_on = {a: _scored(_correct(validation or test, answers[adapter_key(a)])) for a in adapters}
+    best = max(adapters, key=lambda a: chosen_on[a].average.value)
+    rivals = {"best": correct[adapter_key(best)], "average": mean_correct}
+    if control is not None:
+        rivals["control"] = control.correct
+    both = "merged" in answers and "ensemble" in answers
     return Results(
-        questions={b: len(a) for b, a in answers.items()},
-        too_long={b: int(x.sum()) for b, x in too_long.items()},
+        questions={b: len(values) for b, values in correct["base"].items()},
+        too_long={b: sum(i.benchmark == b and answers["base"][i].too_long for i in test) for b in benchmarks},
+        unread=_unread(answers, test) if described["protocol"] == "generate" else {},
         base=scored["base"],
         adapters={a: scored[adapter_key(a)] for a in adapters},
         best=best,
+        best_chosen_on="validation" if validation else "test",
         average=_scored(mean_correct),
         merged=scored.get("merged"),
         ensemble=scored.get("ensemble"),
+        control=None if control is None else _scored(control.correct),
+        control_name=None if control is None else control.name,
         comparisons={
             name: scores.paired_difference(correct["merged"], rival, seed=seed) for name, rival in rivals.items()
-        },
-        agreement=scores.agreement(log_probs["merged"], log_probs["ensemble"], too_long) if both else None,
+        }
+        if "merged" in correct
+        else {},
+        agreement=scores.agreement(answers["merged"], answers["ensemble"]) if both else None,
         **described,
     )
+
+
+def _correct(items: Sequence[Item], answers: Mapping[Item, Answer]) -> dict[str, Tensor]:
+    found: dict[str, list[float]] = {}
+    for item in items:
+        found.setdefault(item.benchmark, []).append(scores.is_right(item, answers[item]))
+    return {b: torch.tensor(values, dtype=torch.float64) for b, values in found.items()}
+
+
+def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item]) -> dict[str, float]:
+    """The share of answers in which no label was found, of questions that fit."""
+    shares = {}
+    for thing, given in answers.items():
+        asked = [given[item] for item in items if not given[item].too_long]
+        shares[thing] = sum(answer.choice is None for answer in asked) / len(asked) if asked else math.nan
+    return shares
+
+
+def write_results(subjects: Subjects, results: Results) -> None:
+    """A JSON for everything scored, then results.json: where it stands, the rest is of the same evaluation."""
+    sources = {adapter_key(name): adapter.source for name, adapter in subjects.adapters.items()}
+    if subjects.merged is not None:
+        sources["merged"] = subjects.merged.source
+    found: dict[str, Scored | None] = {adapter_key(name): scored for name, scored in results.adapters.items()}
+    found |= {"base": results.base, "merged": results.merged, "ensemble": results.ensemble}
+    for thing, scored in found.items():
+        if scored is None:
+            continue
+        summary = {
+            "thing": thing,
+            "source": sources.get(thing),
+            "base_model": results.base_model,
+            "protocol": results.protocol,
+            "prompt": results.prompt,
+            "benchmarks": {b: _plain(e) | {"questions": results.questions[b]} for b, e in scored.benchmarks.items()},
+            "average": _plain(scored.average),
+        }
+        write_json(subjects.out / f"{thing}.json", summary)
+    write_json(subjects.out / RESULTS_FILE, results.to_json())
+
+
+def _plain(estimate: Estimate) -> dict[str, float | None]:
+    return {"accuracy": estimate.value, "error": None if math.isnan(estimate.error) else estimate.error}
 
 
 def read_results(folder: Path) -> Results:

@@ -5,7 +5,7 @@ nothing about other seeds.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from poc_lora import rng
+from poc_lora.evaluation.answers import Answer, Item
 
 RESAMPLES = 10_000
 
@@ -35,25 +36,22 @@ class Difference:
     p: float
 
 
-def choices(log_probs: Tensor) -> Tensor:
-    """The label with the largest score, the first of them at a tie: [..., n, k] -> [..., n]."""
-    return log_probs.argmax(-1)
+def is_right(item: Item, answer: Answer) -> float:
+    """1.0 where the choice is the answer, else 0.0, also where the question was too long or no label could be read."""
+    return float(answer.choice == item.question.answer)
 
 
-def is_correct(log_probs: Tensor, answers: Tensor, too_long: Tensor) -> Tensor:
-    """1.0 where the choice is the answer, else 0.0, also for questions that were too long to score: [..., n]."""
-    return ((choices(log_probs) == answers) & ~too_long).double()
+def ensemble(item: Item, members: Sequence[Answer]) -> Answer:
+    """The prediction ensemble's answer: the label of the largest mean probability over the members.
 
-
-def ensemble(log_probs: Tensor) -> Tensor:
-    """The prediction ensemble: log of the members' mean probability over the labels. [M, n, k] -> [n, k].
-
-    Each member's label scores are normalised to sum to one before the mean is taken. Questions without scores
-    (all labels -inf) stay so.
+    Each member's label scores are normalised to sum to one before the mean is taken.
     """
-    members = log_probs.double().log_softmax(-1)
-    mean = members.logsumexp(0) - math.log(len(members))
-    return torch.where(log_probs.isneginf().all(0), -torch.inf, mean).float()
+    said = [answer.log_probs for answer in members]
+    if None in said:
+        return Answer(None, too_long=True)
+    mean = torch.tensor(said, dtype=torch.float64).log_softmax(-1).logsumexp(0) - math.log(len(said))
+    log_probs = tuple(round(value, 6) for value in mean.tolist())
+    return Answer(item.question.labels[int(mean.argmax())], log_probs=log_probs)
 
 
 def mean(values: Tensor) -> Estimate:
@@ -94,7 +92,7 @@ def paired_difference(
     return Difference(float(observed / len(ours)), float(low), float(high), p)
 
 
-def agreement(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], too_long: Mapping[str, Tensor]) -> float:
-    """The share of scored questions on which two sets of label scores choose the same label; NaN if none was scored."""
-    same = [(choices(ours[b]) == choices(theirs[b]))[~too_long[b]] for b in ours]
-    return torch.cat(same).double().mean().item()
+def agreement(ours: Mapping[Item, Answer], theirs: Mapping[Item, Answer]) -> float:
+    """The share of questions on which two models choose the same label, of those that fit; NaN if none did."""
+    same = [ours[item].choice == theirs[item].choice for item in ours if not ours[item].too_long]
+    return sum(same) / len(same) if same else math.nan

@@ -7,10 +7,11 @@ from pathlib import Path
 from poc_lora.config import load_config
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.errors import RequestError, RunError
+from poc_lora.evaluation.control import folder_name
 from poc_lora.files import read_json, sha256_file
-from poc_lora.lora.adapter import WEIGHTS_NAME, Adapter, read_adapter
+from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from poc_lora.lora.merge_folders import REPORT_NAME
-from poc_lora.lora.sources import find_adapters
+from poc_lora.lora.sources import Source, find_adapters, find_sources, is_hub_id
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Subjects:
     base: str
     revision: str | None
     dtype: str
+    quantization: str | None
     prompt: str
     adapters: dict[str, Adapter]
     merged: Adapter | None
@@ -34,6 +36,7 @@ def find_subjects(
     dtype: str | None = None,
     prompt: str | None = None,
     out: Path | None = None,
+    protocol: str = "label",
 ) -> Subjects:
     """Read the adapters that `targets` stand for: one run folder, or one or more adapter folders.
 
@@ -44,9 +47,9 @@ def find_subjects(
         raise RequestError(f"no prompt template is called {prompt!r}", fix=f"known: {', '.join(TEMPLATES)}")
     runs = [target for target in targets if (target / "config.yaml").is_file()]
     for target in targets:
-        if target not in runs and not (target / "adapter_config.json").is_file():
+        if target not in runs and not (target / CONFIG_NAME).is_file() and not is_hub_id(target):
             what = "no such folder" if not target.is_dir() else "neither a run nor an adapter"
-            fix = "give a run folder (with config.yaml) or adapter folders (with adapter_config.json)"
+            fix = "give a run folder (with config.yaml), or adapters: folders with adapter_config.json, or Hub ids"
             raise RequestError(what, where=target, fix=fix)
     if not targets or (runs and len(targets) > 1):
         raise RequestError(
@@ -55,18 +58,20 @@ def find_subjects(
             fix="evaluate runs one by one",
         )
     if runs:
-        return _of_run(runs[0], base=base, revision=revision, dtype=dtype, prompt=prompt, out=out)
+        folder = out or runs[0] / folder_name(protocol)
+        return _of_run(runs[0], base=base, revision=revision, dtype=dtype, prompt=prompt, out=folder)
     if out is None:
         raise RequestError("adapters outside a run need a folder for the results", fix="add --out DIR")
-    adapters = {name: read_adapter(path) for name, path in _names(targets).items()}
+    sources = [source for target in targets for source in find_sources(target)]
+    adapters = {name: read_adapter(source.folder, root=source.root) for name, source in _names(sources).items()}
     if base is None:
         base, own_revision = _common_base(adapters)
         revision = revision or own_revision
-    return Subjects(base, revision, dtype or "auto", prompt or "clean", adapters, None, out)
+    return Subjects(base, revision, dtype or "auto", None, prompt or "clean", adapters, None, out)
 
 
 def _of_run(
-    run: Path, *, base: str | None, revision: str | None, dtype: str | None, prompt: str | None, out: Path | None
+    run: Path, *, base: str | None, revision: str | None, dtype: str | None, prompt: str | None, out: Path
 ) -> Subjects:
     config = load_config(run / "config.yaml")
     folders = find_adapters(run)
@@ -76,10 +81,11 @@ def _of_run(
         base=base or config.model.name,
         revision=revision or (config.model.revision if base is None else None),
         dtype=dtype or config.model.dtype,
+        quantization=config.model.quantization,
         prompt=prompt or config.data.prompt,
         adapters={folder.name: read_adapter(folder) for folder in folders},
         merged=read_adapter(merged) if merged.is_dir() else None,
-        out=out or run / "eval",
+        out=out,
     )
 
 
@@ -98,15 +104,15 @@ def _check_merge_is_of(folders: Sequence[Path], merged: Path) -> None:
         )
 
 
-def _names(folders: Sequence[Path]) -> dict[str, Path]:
-    """Names for loose adapters: their folders' names, numbered where two are alike."""
-    resolved = [folder.resolve() for folder in folders]
+def _names(sources: Sequence[Source]) -> dict[str, Source]:
+    """Names for loose adapters: their folders' or repositories' names, numbered where two are alike."""
+    resolved = [source.folder.resolve() for source in sources]
     if len(set(resolved)) < len(resolved):
-        raise RequestError("the same adapter is named twice", where=", ".join(map(str, folders)))
-    names = [path.name for path in resolved]
+        raise RequestError("the same adapter is named twice", where=", ".join(source.name for source in sources))
+    names = [source.name.partition("@")[0].rpartition("/")[2] for source in sources]
     if len(set(names)) < len(names):
         names = [f"{i:02d}-{name}" for i, name in enumerate(names)]
-    return dict(zip(names, folders, strict=True))
+    return dict(zip(names, sources, strict=True))
 
 
 def _common_base(adapters: dict[str, Adapter]) -> tuple[str, str | None]:

@@ -5,66 +5,29 @@ AdapterError that says why, before a tensor is read. Nothing in the folder but t
 """
 
 import json
-import math
 import re
-import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
 
 from poc_lora.errors import AdapterError, PocLoraError
 from poc_lora.files import commit_folder, read_json
-from poc_lora.lora.peft_config import MAX_NAME, MAX_RANK, check_config, module_scales
+from poc_lora.lora.factors import DTYPES, Factors, check_name, check_shapes, is_finite
+from poc_lora.lora.peft_config import check_config, module_scales
+from poc_lora.lora.stored import PREFIX, StoredFactors, StoredWhole, read_header
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-PREFIX = "base_model.model."  # PEFT's wrapper around the base model, in every tensor name
 
 MAX_CONFIG_BYTES = 2**20
-MAX_HEADER_BYTES = 16 * 2**20
-MAX_WEIGHTS_BYTES = 32 * 2**30
-MAX_MODULES = 2**14
-MAX_WIDTH = 2**20
-
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-_TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>(embedding_)?[AB])(?P<weight>\.weight)?")
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One module's update ΔW = scale · B A, with A [r, d_in] and B [d_out, r]."""
-
-    A: Tensor
-    B: Tensor
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
-            raise AdapterError(
-                f"factors of shapes A {list(self.A.shape)} and B {list(self.B.shape)} have no product B A",
-                fix="A is [r, d_in] and B is [d_out, r]",
-            )
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The shape [d_out, d_in] of ΔW."""
-        return self.B.shape[0], self.A.shape[1]
-
-    def is_finite(self) -> bool:
-        return math.isfinite(self.scale) and _finite(self.A) and _finite(self.B)
 
 
 @dataclass(frozen=True)
@@ -73,14 +36,20 @@ class Adapter:
 
     embeddings: the modules that are embeddings, whose ΔW [d, vocabulary] is added to the transposed table.
     fan_in_fan_out: the base keeps the weights of the other modules transposed too, [d_in, d_out], as GPT-2 does.
+    whole: parameters that replace the base's, by path (such as lm_head.weight): PEFT's modules_to_save.
     """
 
-    modules: dict[str, Factors]
+    modules: Mapping[str, Factors]
     base_model: str | None = None
     revision: str | None = None
     source: str = field(default="memory", compare=False)
     embeddings: frozenset[str] = frozenset()
     fan_in_fan_out: bool = False
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """The shape [d_out, d_in] of a module's ΔW, whose factors are not read."""
+        return self.modules.shape(module) if isinstance(self.modules, StoredFactors) else self.modules[module].shape
 
     def is_transposed(self, module: str) -> bool:
         """Whether the base's weight of a module has the shape of ΔW transposed."""
@@ -93,6 +62,12 @@ def read_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
     root: the folder that links may not lead out of, default the adapter's own.
     Raises AdapterError for whatever is missing, damaged, too large, or not plain LoRA.
     """
+    opened = open_adapter(folder, root=root)
+    return replace(opened, modules=dict(opened.modules), whole=dict(opened.whole))
+
+
+def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
+    """As `read_adapter`, but tensors stay in the file until one is asked for, and are not kept."""
     folder = Path(folder)
     try:
         config_path, weights_path = (_real_file(folder, name, root or folder) for name in (CONFIG_NAME, WEIGHTS_NAME))
@@ -100,15 +75,16 @@ def read_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
         raise AdapterError(f"cannot be read: {problem.strerror}", where=folder) from None
     config = read_json(config_path, error=AdapterError, max_bytes=MAX_CONFIG_BYTES)
     check_config(config, config_path)
-    tensors, embeddings = _read_tensors(weights_path)
-    scales = module_scales(config, {name: A.shape[0] for name, (A, _) in tensors.items()}, config_path)
+    header = read_header(weights_path, config.get("modules_to_save") or ())
+    scales = module_scales(config, {name: pair.shape_A[0] for name, pair in header.pairs.items()}, config_path)
     return Adapter(
-        modules={name: Factors(A, B, scales[name]) for name, (A, B) in tensors.items()},
+        modules=StoredFactors(header, scales),
         base_model=config.get("base_model_name_or_path") or None,
         revision=config.get("revision") or None,
         source=str(folder),
-        embeddings=embeddings,
+        embeddings=header.embeddings,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        whole=StoredWhole(header),
     )
 
 
@@ -122,16 +98,20 @@ def write_adapter(
     """Write `adapter` as a new PEFT adapter folder, whole or not at all; same adapter, same bytes.
 
     One rank for all modules (the largest; smaller ones are padded with zeros), lora_alpha = rank, the scales
-    folded into B. `extra_files`: further text files of the folder by name. Raises AdapterError for an adapter
-    that cannot be written in `dtype`, RequestError if `folder` exists.
+    folded into B; parameters saved whole keep their dtype. `extra_files`: further text files of the folder by name.
+    Raises AdapterError for an adapter that cannot be written in `dtype`, RequestError if `folder` exists.
     """
     folder = Path(folder)
     _check_writable(adapter, folder, dtype)
     rank = max(factors.rank for factors in adapter.modules.values())
-    tensors = {}
+    tensors = {PREFIX + name: tensor.detach().contiguous() for name, tensor in adapter.whole.items()}
     for name, factors in adapter.modules.items():
+        check_name(name, adapter.source)
+        check_shapes(name, tuple(factors.A.shape), tuple(factors.B.shape), adapter.source)
         A, B = _padded(factors, rank, dtype)
-        if not (_finite(A) and _finite(B)):
+        if not (is_finite(A) and is_finite(B)):
+            if not factors.is_finite():
+                raise AdapterError(f"the factors of {name} are not finite", where=adapter.source)
             what = f"the factors of {name} do not fit in {dtype}"
             raise AdapterError(what, where=adapter.source, fix="write float32 or bfloat16")
         kind = "lora_embedding_{}" if name in adapter.embeddings else "lora_{}.weight"
@@ -149,7 +129,7 @@ def write_adapter(
         "bias": "none",
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.whole}) or None,
         "use_dora": False,
         "use_rslora": False,
         "rank_pattern": {},
@@ -186,18 +166,14 @@ def target_modules(names: Iterable[str]) -> list[str]:
     return sorted(layers_of) if regular else names
 
 
-def _finite(tensor: Tensor) -> bool:
-    # One pass and no copy: minimum and maximum carry a NaN through.
-    return tensor.numel() == 0 or all(math.isfinite(bound.item()) for bound in torch.aminmax(tensor.detach()))
-
-
 def _padded(factors: Factors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    d_out, d_in = factors.shape
-    A = torch.zeros(rank, d_in, dtype=dtype)
-    B = torch.zeros(d_out, rank, dtype=dtype)
-    A[: factors.rank] = factors.A.detach()
-    B[:, : factors.rank] = (factors.B.detach().double() * factors.scale).to(dtype)
-    return A, B
+    """Factors as they are written: of that rank and dtype, with the scale in B. No copy where they are so already."""
+    A, B = factors.A.detach(), factors.B.detach()
+    B = (B.double() * factors.scale if factors.scale != 1 else B).to(dtype)
+    missing = rank - factors.rank
+    if missing:
+        A, B = functional.pad(A, (0, 0, 0, missing)), functional.pad(B, (0, missing))
+    return A.to(dtype).contiguous(), B.contiguous()
 
 
 def _check_writable(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
@@ -207,11 +183,6 @@ def _check_writable(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
         raise AdapterError("an adapter without modules cannot be written", where=adapter.source)
     if folder.exists():
         raise AdapterError("the folder to write exists already", where=folder, fix="choose another or remove this one")
-    for name, factors in adapter.modules.items():
-        _check_name(name, adapter.source)
-        _check_shapes(name, tuple(factors.A.shape), tuple(factors.B.shape), adapter.source)
-        if not factors.is_finite():
-            raise AdapterError(f"the factors of {name} are not finite", where=adapter.source)
 
 
 def _real_file(folder: Path, name: str, root: Path) -> Path:
@@ -234,79 +205,3 @@ def _real_file(folder: Path, name: str, root: Path) -> Path:
     if not real.is_file():
         raise AdapterError(f"{name} is not a plain file", where=path)
     return real
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], frozenset[str]]:
-    """Factors by module, and which modules are embeddings.
-
-    Names, dtypes, shapes and sizes are checked on the header before any tensor is read.
-    """
-    try:
-        _check_sizes(path)
-        with safe_open(path, framework="pt") as stored:
-            found: dict[str, dict[str, str]] = {}
-            for key in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
-                match = _TENSOR.fullmatch(key)
-                if match is None or bool(match["weight"]) == match["factor"].startswith("embedding_"):
-                    fix = (
-                        f"only {PREFIX}<module>.lora_A.weight, .lora_B.weight and .lora_embedding_A, _B are understood"
-                    )
-                    what = f"the tensor {key[:MAX_NAME]!r} is not a LoRA factor of a linear layer or an embedding"
-                    raise AdapterError(what, where=path, fix=fix)
-                found.setdefault(match["module"], {})[match["factor"]] = key
-            if not 0 < len(found) <= MAX_MODULES:
-                raise AdapterError(f"{len(found)} modules, where 1 to {MAX_MODULES} are read", where=path)
-            for module, keys in found.items():
-                _check_header(module, {factor: stored.get_slice(key) for factor, key in keys.items()}, path)
-            tensors = {
-                module: (stored.get_tensor(first), stored.get_tensor(second))
-                for module, (first, second) in sorted((m, _in_order(keys)) for m, keys in found.items())
-            }
-    except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
-        raise AdapterError(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from None
-    for module, pair in tensors.items():
-        if not all(map(_finite, pair)):
-            raise AdapterError(f"the factors of {module} hold NaN or infinity", where=path, fix="retrain this adapter")
-    return tensors, frozenset(module for module, keys in found.items() if "embedding_A" in keys)
-
-
-def _in_order(keys: dict[str, str]) -> tuple[str, str]:
-    """The keys of A and of B."""
-    first, second = (key for _, key in sorted(keys.items()))
-    return first, second
-
-
-def _check_sizes(path: Path) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        start = handle.read(8)
-    header = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-    if header is None or header > size:
-        raise AdapterError("not a safetensors file, or only a part of one", where=path, fix="fetch it again")
-    if header > MAX_HEADER_BYTES or size > MAX_WEIGHTS_BYTES:
-        raise AdapterError(f"larger than any adapter should be ({size:,} bytes, header {header:,})", where=path)
-
-
-def _check_header(module: str, slices: dict[str, Any], where: Path) -> None:
-    _check_name(module, where)
-    if set(slices) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
-        found = " and ".join(f"lora_{factor}" for factor in sorted(slices))
-        raise AdapterError(f"{module} has {found} without its partner", where=where)
-    for factor, part in slices.items():
-        if part.get_dtype() not in DTYPES:
-            raise AdapterError(f"lora_{factor} of {module} is {part.get_dtype()}, not F32, F16 or BF16", where=where)
-    A, B = (tuple(part.get_shape()) for _, part in sorted(slices.items()))
-    _check_shapes(module, A, B, where)
-
-
-def _check_name(module: str, where: str | Path) -> None:
-    if len(module) > MAX_NAME or not _NAME.fullmatch(module):
-        raise AdapterError(f"{module[:MAX_NAME]!r} is not a module path", where=where)
-
-
-def _check_shapes(module: str, A: tuple[int, ...], B: tuple[int, ...], where: str | Path) -> None:
-    shapes = f"A {list(A)} and B {list(B)}"
-    if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
-        raise AdapterError(f"{module} has factors {shapes}, not [r, d_in] and [d_out, r]", where=where)
-    if not (1 <= A[0] <= MAX_RANK and 1 <= A[1] <= MAX_WIDTH and 1 <= B[0] <= MAX_WIDTH):
-        raise AdapterError(f"{module} has factors {shapes}, outside rank {MAX_RANK} or width {MAX_WIDTH}", where=where)

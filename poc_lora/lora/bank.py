@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from poc_lora import rng
 from poc_lora.errors import AdapterError, ModelError
-from poc_lora.lora.adapter import Adapter, Factors
+from poc_lora.lora.adapter import Adapter
 from poc_lora.lora.base import keep_differentiable, linear_names
+from poc_lora.lora.factors import Factors
 from poc_lora.lora.packed import BankLinear, Stack, View
 
 
@@ -73,8 +74,14 @@ class AdapterBank:
         linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
         paths = [path for path in linears if any(path in a.modules for a in adapters)]
         for adapter in adapters:
-            for path, factors in adapter.modules.items():
-                shape = (factors.B.shape[0], factors.A.shape[1])
+            if adapter.whole:
+                raise AdapterError(
+                    f"the adapter replaces {min(adapter.whole)} whole (modules_to_save), which cannot be packed",
+                    where=adapter.source,
+                    fix="fold it into its base first: poc-lora fold ADAPTER --base BASE --out DIR",
+                )
+            for path in adapter.modules:
+                shape = adapter.shape(path)
                 found = (linears[path].out_features, linears[path].in_features) if path in linears else None
                 if shape != found:
                     raise AdapterError(
@@ -199,10 +206,15 @@ class AdapterBank:
             yield
 
     @contextlib.contextmanager
-    def merged(self) -> Iterator[None]:
-        """Within the block every row goes through the average of the B A of all adapters not dropped."""
-        with self._as("merged"):
-            yield
+    def merged(self, slots: Sequence[int] | None = None) -> Iterator[None]:
+        """Within the block every row goes through the average of the B A of all adapters not dropped, or of `slots`."""
+        members = self.view.members
+        self.view.members = members if slots is None else list(slots)
+        try:
+            with self._as("merged"):
+                yield
+        finally:
+            self.view.members = members
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:

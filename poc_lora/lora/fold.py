@@ -15,7 +15,8 @@ from torch import Tensor
 
 from poc_lora.errors import AdapterError, ModelError, RequestError
 from poc_lora.files import commit_folder, read_json
-from poc_lora.lora.adapter import Adapter, Factors, read_adapter
+from poc_lora.lora.adapter import Adapter, open_adapter
+from poc_lora.lora.factors import Factors
 from poc_lora.progress import track
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -43,14 +44,15 @@ def fold(adapter: Path, base: str, out: Path) -> Folded:
     Raises AdapterError for an adapter that cannot be read or is of another base, ModelError for a base that is
     quantised or not in safetensors, RequestError for an `out` that exists.
     """
-    read = read_adapter(adapter)
+    read = open_adapter(adapter)
     folder, out = _base_folder(base), Path(out)
     if out.exists() or out.is_symlink():
         raise RequestError("the output exists already", where=out, fix="choose a new folder")
     config = _read_config(folder)
-    if read.embeddings and config.get("tie_word_embeddings"):
+    tables = [name for name, tensor in read.whole.items() if tensor.shape[0] == config.get("vocab_size")]
+    if (read.embeddings or tables) and config.get("tie_word_embeddings"):
         raise AdapterError(
-            "the adapter updates the embedding, whose weights are the output head's too in this base",
+            "the adapter changes the embedding, whose weights are the output head's too in this base",
             where=adapter,
             fix="use the adapter as it is, unfolded",
         )
@@ -125,13 +127,14 @@ def _weight_files(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
 
 def _check_fits(adapter: Adapter, files: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
     shapes = {key: shape for keys in files.values() for key, shape in keys.items()}
-    for module, factors in adapter.modules.items():
-        found = shapes.get(f"{module}.weight")
-        if adapter.is_transposed(module) and found:
-            found = found[::-1]
-        if found != factors.shape:
+    wanted: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in adapter.whole.items()}
+    for module in adapter.modules:
+        d_out, d_in = adapter.shape(module)
+        wanted[f"{module}.weight"] = (d_in, d_out) if adapter.is_transposed(module) else (d_out, d_in)
+    for name, shape in wanted.items():
+        if shapes.get(name) != shape:
             raise AdapterError(
-                f"the adapter updates '{module}' with shape {factors.shape}, the base has {found or 'no such weight'}",
+                f"the adapter changes {name} of shape {shape}, the base has {shapes.get(name) or 'no such weight'}",
                 where=adapter.source,
                 fix="fold it into the base model that it was trained on",
             )
@@ -142,15 +145,17 @@ def _fold_file(adapter: Adapter, source: Path, keys: Mapping[str, Any], target: 
         metadata = stored.metadata()
         tensors = {key: stored.get_tensor(key) for key in keys}
     for key, tensor in tensors.items():
-        factors = adapter.modules.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
-        if factors is None:
+        module = key.removesuffix(".weight") if key.endswith(".weight") else ""
+        if key not in adapter.whole and module not in adapter.modules:
             continue
         if tensor.dtype not in FLOATS:
             raise ModelError(f"{key} is {tensor.dtype}: quantised weights cannot be folded into", where=source)
-        if adapter.is_transposed(key.removesuffix(".weight")):
-            tensors[key] = updated(tensor.T, factors).T.contiguous()
+        if key in adapter.whole:
+            tensors[key] = adapter.whole[key].to(tensor.dtype)
+        elif adapter.is_transposed(module):
+            tensors[key] = updated(tensor.T, adapter.modules[module]).T.contiguous()
         else:
-            tensors[key] = updated(tensor, factors)
+            tensors[key] = updated(tensor, adapter.modules[module])
         if not bool(torch.isfinite(tensors[key]).all()):
             raise AdapterError(f"the sum overflows in {key}", where=adapter.source, fix="use a wider base dtype")
     save_file(tensors, target, metadata=metadata)

@@ -1,9 +1,10 @@
 """The average of adapters as one adapter, from their factors alone. Pure functions of tensors."""
 
 import math
-import re
-from collections.abc import Sequence
+import mmap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -11,8 +12,10 @@ from torch import Tensor
 from poc_lora import rng
 from poc_lora.errors import AdapterError
 from poc_lora.lora import methods, similarity
-from poc_lora.lora.adapter import DTYPES, Adapter, Factors
-from poc_lora.lora.methods import Stacked
+from poc_lora.lora.adapter import Adapter
+from poc_lora.lora.compatible import check_compatible, checked_weights
+from poc_lora.lora.factors import DTYPES, Factors, is_finite
+from poc_lora.lora.stacked import Stacked, stack
 
 METHODS = ("average", "block", "random", "soup")
 
@@ -68,6 +71,7 @@ def merge(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     allow_base_mismatch: bool = False,
+    on_module: Callable[[str], object] = lambda name: None,
 ) -> Merged:
     """The weighted average of M adapters' updates as one adapter.
 
@@ -92,18 +96,21 @@ def merge(
     `dtype`. `rank_sweep`: ranks for which the report tells the error of truncation.
 
     A module that an adapter lacks counts as zero. `weights` must sum to 1. Adapters of differently named Hub
-    models are refused unless `allow_base_mismatch`; shapes must agree always. Raises AdapterError.
+    models are refused unless `allow_base_mismatch`; shapes must agree always. Parameters saved whole (modules_to_save)
+    must be the same in all. One module at a time is asked of the adapters; `on_module` is told each name when it is
+    done. Raises AdapterError.
     """
-    used = _check(adapters, rank, weights, dtype, allow_base_mismatch)
-    _check_method(method, rank, rank_sweep, used, canonical)
+    check_compatible(adapters, allow_base_mismatch=allow_base_mismatch)
+    used = checked_weights(weights, len(adapters))
+    _check_method(method, rank, rank_sweep, used, canonical, dtype)
     plan = _Plan(method, rank, tuple(rank_sweep), used, canonical, seed, dtype)
     modules: dict[str, Factors] = {}
     reports: dict[str, ModuleReport] = {}
     inner = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
-        members = [adapter.modules.get(name) for adapter in adapters]
-        modules[name], reports[name], module_inner = _merge_module(name, members, plan)
+        modules[name], reports[name], module_inner = _merge_module(name, adapters, plan)
         inner += module_inner.cpu()
+        on_module(name)
     bases = [adapter.base_model for adapter in adapters if adapter.base_model is not None]
     revisions = {adapter.revision for adapter in adapters}
     merged = Adapter(
@@ -113,6 +120,7 @@ def merge(
         source="merge",
         embeddings=frozenset().union(*(adapter.embeddings for adapter in adapters)),
         fan_in_fan_out=adapters[0].fan_in_fan_out,
+        whole=adapters[0].whole,
     )
     return Merged(merged, _total_report(reports, inner, used))
 
@@ -130,13 +138,19 @@ class _Plan:
     dtype: torch.dtype
 
 
-def _merge_module(name: str, members: Sequence[Factors | None], plan: _Plan) -> tuple[Factors, ModuleReport, Tensor]:
+def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[Factors, ModuleReport, Tensor]:
     """One module's merged factors, its report, and its Gram matrix."""
-    stacked = Stacked(*similarity.stack(members))
-    inner = similarity.gram_of_stack(stacked.A, stacked.B, stacked.ranks)
+    members = [adapter.modules.get(name) for adapter in adapters]
+    stacked = stack(members)
+    inner = similarity.gram_of_stack(stacked)
     weights = torch.tensor(plan.weights, dtype=torch.float64, device=stacked.A.device)
     exact = methods.average(stacked, weights)
-    _check_finite(name, inner, *exact)
+    if not is_finite(inner):
+        for adapter, member in zip(adapters, members, strict=True):
+            if member is not None and not member.is_finite():
+                what = f"the factors of {name} hold NaN or infinity"
+                raise AdapterError(what, where=adapter.source, fix="leave this adapter out")
+        _refuse_overflow(name)
     norm = math.sqrt(max(0.0, float(weights @ inner @ weights)))
     total = len(stacked.A)
     truncate = plan.method == "average" and plan.rank is not None and plan.rank < total
@@ -152,8 +166,9 @@ def _merge_module(name: str, members: Sequence[Factors | None], plan: _Plan) -> 
         error = methods.distance(*exact, A, B) / norm if norm else 0.0
     if not len(A):  # nothing was drawn of a module
         A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
-    factors = Factors(A.to(plan.dtype), B.to(plan.dtype))
-    _check_finite(name, factors.A, factors.B)
+    factors = Factors(_kept(A, plan.dtype), _kept(B, plan.dtype))
+    if not factors.is_finite():
+        _refuse_overflow(name)
     present = sum(member is not None for member in members)
     report = ModuleReport(
         members=present,
@@ -161,12 +176,24 @@ def _merge_module(name: str, members: Sequence[Factors | None], plan: _Plan) -> 
         norm=norm,
         error=error,
         cast_error=methods.cast_distance(A, B, factors.A, factors.B) / norm if norm else 0.0,
-        effective_rank=methods.effective_rank(*exact),
+        effective_rank=methods.effective_rank(stacked, weights),
         mean_cosine=similarity.mean_cosine(inner),
         error_bar=similarity.error_bar(inner, plan.weights),
         sweep={rank: triples.error(rank) for rank in plan.rank_sweep} if triples else {},
     )
     return factors, report, inner
+
+
+def _kept(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in `dtype`; on the CPU in memory of its own.
+
+    On the heap, the results of a large merge would lie between its float64 temporaries, whose space could then not be
+    used for the larger ones of the next module.
+    """
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return tensor.to(dtype)
+    memory = mmap.mmap(-1, tensor.numel() * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(tensor.shape).copy_(tensor)
 
 
 def _other_method(name: str, stacked: Stacked, weights: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
@@ -214,16 +241,24 @@ def sweep_by_type(report: MergeReport) -> dict[str, dict[int, float]]:
     return table
 
 
-def _check_finite(name: str, *tensors: Tensor) -> None:
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise AdapterError(
-            f"the merge of {name} overflows", where=name, fix="look for an adapter with huge factors, or use float32"
-        )
+def _refuse_overflow(name: str) -> NoReturn:
+    raise AdapterError(
+        f"the merge of {name} overflows", where=name, fix="look for an adapter with huge factors, or use float32"
+    )
 
 
 def _check_method(
-    method: str, rank: int | None, rank_sweep: Sequence[int], weights: tuple[float, ...], canonical: bool
+    method: str,
+    rank: int | None,
+    rank_sweep: Sequence[int],
+    weights: tuple[float, ...],
+    canonical: bool,
+    dtype: torch.dtype,
 ) -> None:
+    if rank is not None and rank < 1:
+        raise AdapterError(f"the rank to keep is {rank}", fix="give a rank of at least 1")
+    if dtype not in DTYPES.values():
+        raise AdapterError(f"an adapter cannot be kept in {dtype}", fix="use float32, bfloat16 or float16")
     if method not in METHODS:
         raise AdapterError(f"there is no method '{method}'", where="method", fix=f"one of: {', '.join(METHODS)}")
     if method in ("block", "random") and rank is None:
@@ -236,78 +271,3 @@ def _check_method(
         raise AdapterError("a negative weight is no probability", where="weights", fix="use average")
     if any(r < 1 for r in rank_sweep):
         raise AdapterError("a rank of the sweep is below 1", where="rank_sweep")
-
-
-def _check(
-    adapters: Sequence[Adapter],
-    rank: int | None,
-    weights: Sequence[float] | None,
-    dtype: torch.dtype,
-    allow_base_mismatch: bool,
-) -> tuple[float, ...]:
-    """Refuse what cannot be merged; return the weights to use."""
-    if not adapters:
-        raise AdapterError("there are no adapters to merge", fix="give at least one")
-    if rank is not None and rank < 1:
-        raise AdapterError(f"the rank to keep is {rank}", fix="give a rank of at least 1")
-    if dtype not in DTYPES.values():
-        raise AdapterError(f"an adapter cannot be kept in {dtype}", fix="use float32, bfloat16 or float16")
-    if not allow_base_mismatch:
-        _check_bases(adapters)
-    if len({adapter.fan_in_fan_out for adapter in adapters}) > 1:
-        raise AdapterError("fan_in_fan_out is set in some adapters only", fix="merge only adapters of one base model")
-    first_with: dict[str, Adapter] = {}
-    for adapter in adapters:
-        if not adapter.modules:
-            raise AdapterError("the adapter has no modules", where=adapter.source)
-        for name, factors in adapter.modules.items():
-            other = first_with.setdefault(name, adapter)
-            if factors.shape != other.modules[name].shape:
-                raise AdapterError(
-                    f"{name} is {_size(factors)} here, but {_size(other.modules[name])} in {other.source}",
-                    where=adapter.source,
-                    fix="merge only adapters of one base model",
-                )
-            if (name in adapter.embeddings) != (name in other.embeddings):
-                raise AdapterError(
-                    f"{name} is an embedding here or in {other.source}, but not in both",
-                    where=adapter.source,
-                    fix="merge only adapters of one base model",
-                )
-            if not factors.is_finite():
-                raise AdapterError(
-                    f"the factors of {name} hold NaN or infinity", where=adapter.source, fix="leave this adapter out"
-                )
-    return _check_weights(weights, len(adapters))
-
-
-def _size(factors: Factors) -> str:
-    return "×".join(map(str, factors.shape))
-
-
-def _check_bases(adapters: Sequence[Adapter]) -> None:
-    """Names are compared where both are Hub ids; two paths may hold the same model."""
-    named = [a for a in adapters if a.base_model and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", a.base_model)]
-    for adapter in named[1:]:
-        if adapter.base_model != named[0].base_model:
-            raise AdapterError(
-                f"the base model is {adapter.base_model}, but {named[0].source} has {named[0].base_model}",
-                where=adapter.source,
-                fix="merge adapters of one base model; if both names mean the same weights, allow the mismatch "
-                "(--allow-base-mismatch)",
-            )
-
-
-def _check_weights(weights: Sequence[float] | None, M: int) -> tuple[float, ...]:
-    if weights is None:
-        return (1 / M,) * M
-    if len(weights) != M:
-        raise AdapterError(f"{len(weights)} weights for {M} adapters", where="weights", fix="give one weight each")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise AdapterError("a weight is not a finite number", where="weights")
-    total = math.fsum(weights)
-    if abs(total - 1) > 1e-6:
-        raise AdapterError(
-            f"the weights sum to {total:g}", where="weights", fix="divide each by that sum, so that they sum to 1"
-        )
-    return tuple(float(weight) for weight in weights)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,11 +14,14 @@ import torch
 import poc_lora
 from poc_lora.errors import AdapterError
 from poc_lora.files import sha256_file
-from poc_lora.lora.adapter import WEIGHTS_NAME, Adapter, read_adapter, write_adapter
+from poc_lora.lora.adapter import WEIGHTS_NAME, Adapter, open_adapter, write_adapter
+from poc_lora.lora.factors import Factors
 from poc_lora.lora.merge import merge, sweep_by_type
 from poc_lora.lora.sources import find_sources, refuse_duplicates
+from poc_lora.progress import track
 
 REPORT_NAME = "merge.json"
+READERS = 2  # threads that read files; each holds one module
 
 
 def merge_folders(
@@ -43,21 +47,25 @@ def merge_folders(
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise AdapterError("the output exists already", where=out, fix="choose another folder or empty this one")
     found = [source for given in sources for source in find_sources(given)]
-    # Read first: a damaged file is reported as such, and only plain files are hashed.
-    adapters = [read_adapter(source.folder, root=source.root) for source in found]
-    hashes = [sha256_file(source.folder / WEIGHTS_NAME) for source in found]
+    # Opened first: a damaged file is reported as such, and only plain files are hashed.
+    adapters = [open_adapter(source.folder, root=source.root) for source in found]
+    with ThreadPoolExecutor(READERS) as pool:
+        hashes = list(pool.map(sha256_file, [source.folder / WEIGHTS_NAME for source in found]))
     refuse_duplicates(found, hashes)
-    merged = merge(
-        adapters,
-        method=method,
-        rank=rank,
-        rank_sweep=rank_sweep,
-        weights=weights,
-        canonical=canonical,
-        seed=seed,
-        dtype=dtype,
-        allow_base_mismatch=allow_base_mismatch,
-    )
+    modules = {name for adapter in adapters for name in adapter.modules}
+    with track(len(modules), f"merging {len(adapters)} adapters") as bar:
+        merged = merge(
+            adapters,
+            method=method,
+            rank=rank,
+            rank_sweep=rank_sweep,
+            weights=weights,
+            canonical=canonical,
+            seed=seed,
+            dtype=dtype,
+            allow_base_mismatch=allow_base_mismatch,
+            on_module=lambda name: bar.advance(),
+        )
     report: dict[str, Any] = {
         "method": method,
         "requested_rank": rank,
@@ -80,27 +88,55 @@ def merge_folders(
             "torch": version("torch"),
             "safetensors": version("safetensors"),
         },
+        "modules_to_save": sorted(merged.adapter.whole),
         **asdict(merged.report),
     }
     if rank_sweep:
         report["rank_sweep"] = sweep_by_type(merged.report)
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    if out.exists():
-        out.rmdir()
-    write_adapter(merged.adapter, out, dtype=dtype, extra_files={REPORT_NAME: text})
-    _compare(merged.adapter, read_adapter(out), out)
+    was_there = out.exists()  # and empty
+    try:
+        if was_there:
+            out.rmdir()
+        write_adapter(merged.adapter, out, dtype=dtype, extra_files={REPORT_NAME: text})
+        _check_written(merged.adapter, out)
+    except BaseException:
+        if was_there:
+            out.mkdir(exist_ok=True)
+        raise
     return json.loads(text)
 
 
-def _compare(adapter: Adapter, written: Adapter, folder: Path) -> None:
-    """Raises AdapterError, and removes the folder, if what was written does not read as what was merged."""
-    same = adapter.modules.keys() == written.modules.keys() and all(
-        torch.equal(part.A, written.modules[name].A[: part.rank])
-        and torch.equal(part.B, written.modules[name].B[:, : part.rank])
-        and not written.modules[name].A[part.rank :].any()
-        and written.modules[name].scale == 1
-        for name, part in adapter.modules.items()
-    )
-    if not same:
+def _check_written(adapter: Adapter, folder: Path) -> None:
+    """Raises AdapterError, and removes the folder, if it does not read as what was merged."""
+    try:
+        _compare(adapter, open_adapter(folder), folder)
+    except AdapterError:
         shutil.rmtree(folder)
+        raise
+
+
+def _compare(adapter: Adapter, written: Adapter, folder: Path) -> None:
+    def same(name: str) -> bool:
+        return _same(adapter.modules[name], written.modules[name])
+
+    with ThreadPoolExecutor(READERS) as pool:
+        all_same = (
+            adapter.modules.keys() == written.modules.keys()
+            and adapter.whole.keys() == written.whole.keys()
+            and all(pool.map(same, adapter.modules))
+            and all(torch.equal(tensor, written.whole[name]) for name, tensor in adapter.whole.items())
+        )
+    if not all_same:
         raise AdapterError("the file reads back as other weights", where=folder, fix="check the disk, and merge again")
+
+
+def _same(merged: Factors, written: Factors) -> bool:
+    """Whether factors were written as they are, with zeros where the uniform rank is larger than theirs."""
+    r = merged.rank
+    return (
+        torch.equal(merged.A, written.A[:r])
+        and torch.equal(merged.B, written.B[:, :r])
+        and not written.A[r:].any()
+        and written.scale == 1
+    )

@@ -8,28 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from poc_lora import rng
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """The factors of M adapters in one module."""
-
-    A: Tensor  # [R, d_in]
-    B: Tensor  # [d_out, R], scales included
-    ranks: list[int]  # [M]
-
-    @property
-    def owner(self) -> Tensor:
-        """Which adapter each component belongs to, [R]."""
-        return torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks)).to(self.A.device)
-
-    def of(self, adapter: int) -> tuple[Tensor, Tensor]:
-        """One adapter's factors, A [r, d_in] and B [d_out, r]."""
-        start = sum(self.ranks[:adapter])
-        part = slice(start, start + self.ranks[adapter])
-        return self.A[part], self.B[:, part]
+from poc_lora.lora.stacked import Stacked
 
 
 def average(stacked: Stacked, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,17 +20,39 @@ def average(stacked: Stacked, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Decomposition:
-    """The singular triples of a product B A, the largest first; `left` [d_out, n], `values` [n], `right` [n, d_in]."""
+class Orthogonal:
+    """The Q [m, k] of a QR decomposition, as the reflections that make it up: never formed, only applied."""
 
-    left: Tensor
+    reflections: Tensor
+    tau: Tensor
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Q X for X [k, n], as [m, n]."""
+        padded = functional.pad(other, (0, 0, 0, len(self.reflections) - len(other)))
+        return torch.ormqr(self.reflections, self.tau, padded)
+
+
+def qr(matrix: Tensor) -> tuple[Orthogonal, Tensor]:
+    """Q [m, k] and R [k, n] of a matrix [m, n], k = min(m, n)."""
+    reflections, tau = torch.geqrf(matrix)
+    k = len(tau)
+    return Orthogonal(reflections[:, :k], tau), reflections[:k].triu()
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The singular triples of a product B A, the largest first: B A = (Q_B U) diag(values) (Q_A V)ᵀ."""
+
+    Q_A: Orthogonal
+    Q_B: Orthogonal
+    U: Tensor
     values: Tensor
-    right: Tensor
+    V: Tensor
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
         """The nearest factors of at most that rank (Eckart and Young, 1936)."""
         root = self.values[:rank].sqrt()
-        return root[:, None] * self.right[:rank], self.left[:, :rank] * root
+        return (self.Q_A @ (self.V[:, :rank] * root)).T, self.Q_B @ (self.U[:, :rank] * root)
 
     def error(self, rank: int) -> float:
         """‖ΔW − its truncation‖ / ‖ΔW‖."""
@@ -61,10 +65,10 @@ def decompose(A: Tensor, B: Tensor) -> Decomposition:
 
     With Aᵀ = Q_A R_A and B = Q_B R_B, only the core R_B R_Aᵀ [R, R] is left to decompose.
     """
-    Q_A, R_A = torch.linalg.qr(A.T)
-    Q_B, R_B = torch.linalg.qr(B)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    return Decomposition(Q_B @ U, S, Vh @ Q_A.T)
+    Q_A, R_A = qr(A.T)
+    Q_B, R_B = qr(B)
+    U, values, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    return Decomposition(Q_A, Q_B, U, values, Vh.T)
 
 
 def canonical(stacked: Stacked) -> Stacked:
@@ -128,14 +132,19 @@ def distance(A: Tensor, B: Tensor, other_A: Tensor, other_B: Tensor) -> float:
 def cast_distance(A: Tensor, B: Tensor, cast_A: Tensor, cast_B: Tensor) -> float:
     """‖B A − B' A'‖ of factors that nearly agree: as (B − B') A + B' (A − A'), where nothing cancels."""
     cast_A, cast_B = cast_A.to(A.dtype), cast_B.to(B.dtype)
+    if torch.equal(A, cast_A):  # a float32 average has the very A of its adapters
+        return 0.0 if torch.equal(B, cast_B) else product_norm(A, B - cast_B)
     return product_norm(torch.cat([A, A - cast_A]), torch.cat([B - cast_B, cast_B], dim=1))
 
 
-def effective_rank(A: Tensor, B: Tensor) -> float:
-    """(Σσ²)² / Σσ⁴ of the singular values of B A: the participation ratio, 0 for a product of zero.
+def effective_rank(stacked: Stacked, weights: Tensor) -> float:
+    """(Σσ²)² / Σσ⁴ of the singular values of the average B A: the participation ratio, 0 for a product of zero.
 
-    The σ² are the eigenvalues of G = (A Aᵀ)(Bᵀ B), so Σσ² = tr G and Σσ⁴ = tr G².
+    The σ² are the eigenvalues of G = (A Aᵀ)(Bᵀ B), so Σσ² = tr G and Σσ⁴ = tr G². The scale of G cancels, and is taken
+    out first: the fourth power of large float32 products leaves the range of float64.
     """
-    G = (A @ A.T) @ (B.T @ B)
+    w = weights[stacked.owner]
+    G = stacked.inner_A @ (w[:, None] * stacked.inner_B * w)
+    G = G / G.abs().max().clamp(min=torch.finfo(G.dtype).tiny)
     fourth = float((G * G.T).sum())
     return float(G.trace()) ** 2 / fourth if fourth > 0 else 0.0

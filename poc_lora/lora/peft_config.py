@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from poc_lora.errors import AdapterError
+from poc_lora.lora.factors import MAX_NAME, MAX_RANK, check_name
 
-MAX_NAME = 256
-MAX_RANK = 4096
 MAX_ALPHA = 1e6
+MAX_BASE_NAME = 4096  # the longest path; a merge writes the name on
+MAX_WHOLE = 64  # modules saved whole
+COMPILE_STEPS = 1e5
 MAX_PATTERN_STEPS = 3e8  # what matching all patterns may cost at worst; 1,000 plain ones on as many modules: 6e7
 
 # Fields that do not change what the saved factors mean: how they were trained, initialised or selected.
@@ -25,7 +27,7 @@ HARMLESS = {
 
 UNDERSTOOD = {
     "alpha_pattern", "base_model_name_or_path", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha",
-    "peft_type", "r", "rank_pattern", "revision", "use_rslora",
+    "modules_to_save", "peft_type", "r", "rank_pattern", "revision", "use_rslora",
 }  # fmt: skip
 
 # Fields that, switched on, make the update something else than scale · B A on linear layers.
@@ -37,7 +39,6 @@ REFUSED = {
     "layer_replication": "the adapter belongs to a model with repeated layers",
     "lora_bias": "the update has a bias beside B A",
     "megatron_config": "Megatron's parallel layers shard the factors",
-    "modules_to_save": "whole modules were trained beside the factors, and their average is not an adapter",
     "monteclora_config": "MonteCLoRA draws random factors at every step",
     "target_parameters": "factors of bare parameters have another layout",
     "trainable_token_indices": "embedding rows were trained beside the factors",
@@ -70,11 +71,17 @@ def check_config(config: Any, where: Path) -> None:
     if config.get("bias", "none") not in ("none", None):
         raise AdapterError(f"bias is {str(config['bias'])[:80]!r}: biases were trained beside the factors", where=where)
     for name in ("base_model_name_or_path", "revision"):
-        if not isinstance(config.get(name), str | None):
-            raise AdapterError(f"{name} is not a text", where=where)
+        text = config.get(name)
+        if not isinstance(text, str | None) or len(text or "") > MAX_BASE_NAME:
+            raise AdapterError(f"{name} is not a text of at most {MAX_BASE_NAME} characters", where=where)
     for name in ("use_rslora", "fan_in_fan_out"):
         if not isinstance(config.get(name, False), bool | None):
             raise AdapterError(f"{name} is neither true nor false", where=where)
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list) or len(whole) > MAX_WHOLE or not all(isinstance(name, str) for name in whole):
+        raise AdapterError(f"modules_to_save is not a list of up to {MAX_WHOLE} names", where=where)
+    for name in whole:
+        check_name(name, where)
     _check_init(config.get("init_lora_weights", True), where)
 
 
@@ -130,15 +137,16 @@ def _compile(patterns: Iterable[str], names: list[str], where: Path) -> list[tup
     """PEFT's regular expressions for the patterns; those that could take long to match are refused untried.
 
     Without repeated groups, matching takes at most len(name) to the power of a pattern's repetitions, times the
-    product of its choices.
+    product of its choices. Compiling one counts as many steps.
     """
     compiled, steps, longest = [], 0.0, max(map(len, names))
     for key in patterns:
         plain = key.replace("(?:", "(")
         repetitions = len(re.findall(r"[*+]", plain))
         choices = plain.count("?") + sum(math.log2(1 + part.count("|")) for part in re.split(r"[()]", plain))
-        simple = len(key) <= MAX_NAME and not re.search(r"\(\?|\)[*+]|\\[0-9]|[{}]", plain)
-        steps += 2.0 ** min(1000, choices + (1 + repetitions) * math.log2(longest)) * len(names)
+        # Module paths are ASCII, and a class of other characters takes long to compile.
+        simple = len(key) <= MAX_NAME and key.isascii() and not re.search(r"\(\?|\)[*+]|\\[0-9NUu]|[{}]", plain)
+        steps += 2.0 ** min(1000, choices + (1 + repetitions) * math.log2(longest)) * len(names) + COMPILE_STEPS
         if not simple or steps > MAX_PATTERN_STEPS:
             fix = "name the modules plainly, for example layers.0.self_attn.q_proj"
             raise AdapterError(f"the pattern {key[:80]!r} could take very long to match", where=where, fix=fix)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from poc_lora.lora.adapter import Adapter, Factors
+from poc_lora.lora.adapter import Adapter
+from poc_lora.lora.stacked import Stacked, stack
 
 
 @dataclass(frozen=True)
@@ -30,28 +32,14 @@ def gram(adapters: Sequence[Adapter]) -> Gram:
     names = dict.fromkeys(name for adapter in adapters for name in adapter.modules)
     modules = {}
     for name in names:
-        A, B, ranks = stack([adapter.modules.get(name) for adapter in adapters])
-        modules[name] = gram_of_stack(A, B, ranks)
+        modules[name] = gram_of_stack(stack([adapter.modules.get(name) for adapter in adapters]))
     return Gram(modules)
 
 
-def stack(members: Sequence[Factors | None]) -> tuple[Tensor, Tensor, list[int]]:
-    """The members' factors in float64, A [Σr, d_in] and B [d_out, Σr] with the scales in B, and each one's rank.
-
-    None is a member without this module: rank 0. At least one member has it.
-    """
-    present = [member for member in members if member is not None]
-    A = torch.cat([member.A.detach().double() for member in present])
-    B = torch.cat([member.B.detach().double() * member.scale for member in present], dim=1)
-    return A, B, [0 if member is None else member.rank for member in members]
-
-
-def gram_of_stack(A: Tensor, B: Tensor, ranks: Sequence[int]) -> Tensor:
+def gram_of_stack(stacked: Stacked) -> Tensor:
     """The Gram matrix [M, M] of the products of a stack; see `gram` for the formula."""
-    products = (A @ A.T) * (B.T @ B)
-    owner = torch.repeat_interleave(torch.eye(len(ranks), dtype=A.dtype), torch.tensor(ranks), dim=0)  # [Σr, M]
-    owner = owner.to(A.device)
-    inner = owner.T @ products @ owner
+    owned = functional.one_hot(stacked.owner, len(stacked.ranks)).to(stacked.A)  # [R, M]
+    inner = owned.T @ (stacked.inner_A * stacked.inner_B) @ owned
     return (inner + inner.T) / 2
 
 

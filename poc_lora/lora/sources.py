@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download
 from poc_lora.errors import AdapterError
 from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
 
-HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,19 @@ def find_sources(source: str | Path) -> list[Source]:
     A Hub id is org/name or org/name@revision, with no such folder here; its two files are fetched into
     huggingface_hub's cache. Raises AdapterError.
     """
-    path, match = Path(source), HUB_ID.fullmatch(str(source))
-    if match and not path.exists():
-        return [_fetch(match["repo"], match["revision"])]
-    return [Source(folder, _name(folder), folder) for folder in find_adapters(path)]
+    path = Path(source)
+    try:
+        if is_hub_id(source):
+            repo, _, revision = str(source).partition("@")
+            return [_fetch(repo, revision or None)]
+        return [Source(folder, _name(folder), folder) for folder in find_adapters(path)]
+    except OSError as problem:  # a name that is too long, a folder that may not be searched
+        raise AdapterError(f"cannot be read: {problem.strerror}", where=source) from None
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether a source is org/name or org/name@revision, with no such folder here."""
+    return bool(HUB_ID.fullmatch(str(source))) and not Path(source).exists()
 
 
 def find_adapters(source: Path) -> list[Path]:

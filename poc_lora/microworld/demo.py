@@ -61,9 +61,9 @@ def conclusion(results: Results) -> list[str]:
     over_best = 100 * (merged.average.value - best)
     over_average = 100 * (merged.average.value - results.average.average.value)
     verb = "beats" if over_best > 0 else "does not beat"
+    where = "on the test itself" if results.best_chosen_on == "test" else "on validation questions"
     return [
         f"The merge of {len(results.adapters)} adapters scores {100 * merged.average.value:.2f} %: {over_average:+.2f} "
-        f"points against the average adapter, and it {verb} the best one ({over_best:+.2f}), which had to be picked "
-        "on the test itself.",
+        f"points against the average adapter, and it {verb} the best one ({over_best:+.2f}), which was picked {where}.",
         "It is one adapter and costs what one adapter costs; the prediction ensemble beside it runs all of them.",
     ]

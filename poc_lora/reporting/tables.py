@@ -1,12 +1,16 @@
 """The paper's table from the results of an evaluation: for the terminal, and as Markdown."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from poc_lora.data.commonsense import BENCHMARKS
+from poc_lora.evaluation.benchmarks import FACTS
+from poc_lora.evaluation.control import folder_name
 from poc_lora.evaluation.results import Results, Scored
 from poc_lora.evaluation.scores import Difference, Estimate
 from poc_lora.files import write_atomic
@@ -21,7 +25,8 @@ def table_rows(results: Results) -> list[tuple[str, Scored]]:
         adapters = [("LoRA (best)", results.adapters[results.best]), ("LoRA (average)", results.average)]
     else:
         adapters = [(f"LoRA {name}", scored) for name, scored in results.adapters.items()]
-    rows = [("base", results.base), *adapters, ("PoC merge", results.merged), ("prediction ensemble", results.ensemble)]
+    rows = [("base", results.base), *adapters, ("PoC merge", results.merged)]
+    rows += [(f"PoC merge, {results.control_name}", results.control), ("prediction ensemble", results.ensemble)]
     return [(name, scored) for name, scored in rows if scored is not None]
 
 
@@ -70,19 +75,29 @@ def notes(results: Results) -> list[str]:
     """Sentences that belong under the table: what was chosen how, paired differences, what was cut or left out."""
     said = []
     if len(results.adapters) > 1:
-        where = "the test questions themselves, as in the paper" if results.best_chosen_on == "test" else "validation"
+        where = "the test questions themselves, as in the paper"
+        if results.best_chosen_on == "validation":
+            where = "validation questions"
         said.append(
             f"LoRA (best) is adapter {results.best} of {len(results.adapters)}, chosen by its average on {where}."
         )
         for rival, difference in results.comparisons.items():
-            said.append(f"PoC merge minus LoRA ({rival}): {_difference(difference)}.")
+            name = f"PoC merge, {results.control_name}" if rival == "control" else f"LoRA ({rival})"
+            said.append(f"PoC merge minus {name}: {_difference(difference)}.")
     else:
-        for difference in list(results.comparisons.values())[:1]:
-            said.append(f"PoC merge minus the adapter: {_difference(difference)}.")
+        for rival, difference in results.comparisons.items():
+            if rival != "average":  # of one adapter
+                name = "the adapter" if rival == "best" else "the control's"
+                said.append(f"PoC merge minus {name}: {_difference(difference)}.")
     if results.agreement is not None and not math.isnan(results.agreement):
         said.append(
             f"Merge and prediction ensemble choose the same label on {_percent(results.agreement)} % of questions."
         )
+    if results.unread:
+        shares = ", ".join(f"{thing} {_percent(share)}" for thing, share in results.unread.items())
+        said.append(f"Answers in which no label was found, in percent: {shares}.")
+    if results.subsets is not None:
+        said += _subset_notes(results.subsets)
     for folder, short in columns(results).items():
         if results.too_long[folder]:
             said.append(
@@ -95,11 +110,40 @@ def notes(results: Results) -> list[str]:
     return said
 
 
+def benchmark_table() -> Table:
+    """What is known of the eight benchmarks: sizes, sources, licences, chance levels."""
+    table = Table(title="Benchmarks", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "folder", "questions", "chance %", "source on the Hub (split)", "licence"):
+        table.add_column(name, justify="right" if name in ("questions", "chance %") else "left")
+    for folder, facts in FACTS.items():
+        source = f"{facts.source} ({facts.split})"
+        table.add_row(
+            facts.benchmark.short, folder, f"{facts.questions:,}", _percent(facts.chance), source, facts.licence
+        )
+    return table
+
+
 def write_report(folder: Path, results: Results) -> Path:
     """Write results.md to `folder`, or to its eval/ where `folder` is a run; returns the file."""
-    place = folder / "eval" if (folder / "config.yaml").is_file() else folder
+    place = folder / folder_name(results.protocol) if (folder / "config.yaml").is_file() else folder
     write_atomic(place / REPORT_FILE, markdown(results))
     return place / REPORT_FILE
+
+
+def _subset_notes(subsets: dict[str, Any]) -> Iterator[str]:
+    points = ", ".join(
+        f"m = {p['m']}: {_percent(p['accuracy'])}" + ("" if p["error"] is None else f" ± {_percent(p['error'])}")
+        for p in subsets["points"]
+    )
+    yield f"Accuracy of merges of m adapters (± over subsets): {points}."
+    law = subsets["variance_law"]
+    if law is not None:
+        below = [p for p in subsets["points"] if p["distance"] is not None]
+        distances = ", ".join(f"m = {p['m']}: {p['distance']:.3g}" for p in below)
+        yield (
+            f"Squared distance of their label logits from the merge of all: {distances}; "
+            f"fitted as c (1/m − 1/M) + floor with c = {law['c']:.3g}, floor = {law['floor']:.3g}."
+        )
 
 
 def _estimates(results: Results, scored: Scored) -> list[Estimate]:

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from poc_lora.lora.adapter import Factors
-from poc_lora.lora.similarity import cosine, gram_of_stack, stack, summary
+from poc_lora.lora.factors import Factors
+from poc_lora.lora.similarity import cosine, gram_of_stack, summary
+from poc_lora.lora.stacked import stack
 from poc_lora.training.pack import Pack
 
 
@@ -36,5 +37,5 @@ def _similarity(pack: Pack) -> dict[str, Any]:
     inner = torch.zeros(len(pack.live), len(pack.live), dtype=torch.float64, device=pack.device)
     for module in pack.bank.modules.values():
         A, B, scale = module.stack.A, module.stack.B, pack.bank.scale
-        inner += gram_of_stack(*stack([Factors(A[slot], B[slot].T, scale) for slot in pack.live]))
+        inner += gram_of_stack(stack([Factors(A[slot], B[slot].T, scale) for slot in pack.live]))
     return {**summary(inner), "cosines": cosine(inner).tolist()}

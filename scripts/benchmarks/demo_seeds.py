@@ -32,7 +32,8 @@ CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 def accuracy(log_probs: dict[str, torch.Tensor], prepared: dict[str, PreparedQuestions]) -> float:
     """The plain average over benchmarks, in percent."""
-    shares = [scores.is_correct(log_probs[b], q.answers, q.too_long).double().mean() for b, q in prepared.items()]
+    right = {b: (log_probs[b].argmax(-1) == q.answers) & ~q.too_long for b, q in prepared.items()}
+    shares = [values.double().mean() for values in right.values()]
     return 100 * float(torch.stack(shares).mean())
 
 
@@ -53,8 +54,7 @@ def one_seed(config: RunConfig, model, tokenizer, prepared: dict[str, PreparedQu
     for m in (2, 4, M):
         merges[m] = []
         for first in range(0, M, m)[:2]:
-            pack.bank.view.members = list(range(first, first + m))
-            with pack.bank.merged():
+            with pack.bank.merged(range(first, first + m)):
                 merges[m].append(accuracy({b: score_labels(model, q)[0] for b, q in prepared.items()}, prepared))
     ensemble = accuracy({b: scores.ensemble(x) for b, x in packed.items()}, prepared)
     pack.close()

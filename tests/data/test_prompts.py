@@ -47,7 +47,7 @@ def test_the_input_section_appears_only_with_an_input(template):
     assert "DO" in without
     assert "GIVEN" in with_input
     assert "{" not in without + with_input
-    assert ("### Input" in without, "### Input" in with_input) == (False, template == "clean")
+    assert ("### Input" in without, "### Input" in with_input) == (False, template != "bare")
 
 
 def test_prompt_and_answer_tokens_partition_the_text(tokenizer):
@@ -167,3 +167,20 @@ def test_a_tokenizer_without_eos_is_refused(fresh_tokenizer):
 def test_no_rows_at_all_are_refused(tokenizer):
     with pytest.raises(DataError, match="no training rows"):
         encode(tokenizer)
+
+
+def test_the_llm_adapters_template_has_that_projects_bytes():
+    """Its training and evaluation scripts indent by sixteen spaces, and differ at the ends of lines."""
+    start, deep = "Below is an instruction that describes a task", " " * 16
+    task = "Write a response that appropriately completes the request."
+    given = ", paired with an input that provides further context"
+    expected = {
+        ("training", ""): f"{start}. {task}  \n\n{deep}### Instruction:\n{deep}DO\n{deep}\n{deep}### Response:\n{deep}",
+        ("evaluation", ""): f"{start}. {task} \n\n{deep}### Instruction:\n{deep}DO\n\n{deep}### Response:\n{deep}",
+        ("training", "GIVEN"): f"{start}{given}. {task} \n\n{deep}### Instruction:\n{deep}DO\n{deep}\n"
+        f"{deep}### Input:\n{deep}GIVEN\n{deep}\n{deep}### Response:\n{deep}",
+        ("evaluation", "GIVEN"): f"{start}{given}. {task}\n\n{deep}### Instruction:\n{deep}DO\n\n"
+        f"{deep}### Input:\n{deep}GIVEN\n\n{deep}### Response:\n{deep}",
+    }
+    for (purpose, text), prompt in expected.items():
+        assert render_prompt("DO", text, "llm-adapters", purpose=purpose) == prompt

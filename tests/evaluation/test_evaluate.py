@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,16 @@ import torch
 import yaml
 
 from poc_lora.data.commonsense import find_benchmarks, read_questions
-from poc_lora.errors import AdapterError, DataError, ModelError, RequestError, RunError
+from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError, RunError
+from poc_lora.evaluation import passes
 from poc_lora.evaluation.evaluate import evaluate
 from poc_lora.evaluation.label import prepare, score_labels
 from poc_lora.evaluation.results import read_results
-from poc_lora.lora.adapter import Adapter, Factors, write_adapter
+from poc_lora.lora.adapter import Adapter, write_adapter
 from poc_lora.lora.base import load_base
+from poc_lora.lora.factors import Factors
+from poc_lora.reporting.tables import notes
+from tests.launch import finish, processes
 
 TARGETS = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.up_proj": (32, 48)}
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "commonsense"
@@ -216,6 +222,165 @@ def test_results_of_something_else_are_refused(tmp_path):
     (tmp_path / "results.json").write_text('{"base": 3}')
     with pytest.raises(RunError, match="not the results"):
         read_results(tmp_path)
+
+
+def test_what_was_answered_is_not_asked_again(run, data, monkeypatch):
+    whole = evaluate([run], data=data, benchmarks=["piqa"], subsets=True)
+    before = {path.name: path.read_bytes() for path in (run / "eval").glob("*.jsonl")}
+
+    def never(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(passes, "label_answers", never)
+    assert evaluate([run], data=data, benchmarks=["piqa"], subsets=True) == whole
+    assert {path.name: path.read_bytes() for path in (run / "eval").glob("*.jsonl")} == before
+    evaluate([run], data=data, benchmarks=["piqa"], limit=5)  # a part of it
+    for change in ({"prompt": "clean"}, {"dtype": "bfloat16"}, {"benchmarks": ["openbookqa"]}):
+        with pytest.raises(AssertionError):
+            evaluate([run], data=data, **{"benchmarks": ["piqa"], **change})
+    write_adapter(adapter(7, "x"), run / "other")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (run / "adapters" / "01" / name).write_bytes((run / "other" / name).read_bytes())
+    with pytest.raises(AssertionError):
+        evaluate([run], data=data, benchmarks=["piqa"])
+
+
+@pytest.mark.parametrize("protocol", ["label", "generate"])
+def test_an_interrupted_evaluation_goes_on_to_the_same_results(run, data, tmp_path, monkeypatch, protocol):
+    expected = evaluate([run], data=data, benchmarks=["piqa"], protocol=protocol, out=tmp_path / "straight")
+    monkeypatch.setattr(passes, "QUESTIONS_PER_COMMIT", 5)
+    calls = []
+    answers = passes.Protocol.answers
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) in (2, 5, 6):
+            signal.raise_signal(signal.SIGINT)  # seen at the next commit
+        return answers(*args, **kwargs)
+
+    monkeypatch.setattr(passes.Protocol, "answers", interrupted)
+    out = tmp_path / "parts"
+    for _ in range(3):
+        with pytest.raises(Interrupted, match="answers so far are kept"):
+            evaluate([run], data=data, benchmarks=["piqa"], protocol=protocol, out=out)
+        assert not (out / "results.json").exists()
+    found = evaluate([run], data=data, benchmarks=["piqa"], protocol=protocol, out=out)
+    assert len(calls) == 9  # three parts for each of merge, base and pack: none was asked twice
+    assert found == expected
+    assert not list(out.glob("*.part-*"))
+
+
+def test_generated_answers_have_no_ensemble_and_tell_what_could_not_be_read(run, data):
+    results = evaluate([run], data=data, benchmarks=["piqa"], protocol="generate")
+    assert results.ensemble is None
+    assert set(results.unread) == {"base", "merged", "adapter-00", "adapter-01", "adapter-02"}
+    for thing, share in results.unread.items():
+        found = lines(run / "eval-generate" / f"{thing}.jsonl")
+        assert share == pytest.approx(sum(x["choice"] is None for x in found) / 12)
+        assert all(isinstance(x["text"], str) for x in found)
+    assert read_results(run / "eval-generate") == results
+    assert "no label was found" in " ".join(notes(results))
+
+
+def test_the_best_adapter_is_chosen_on_validation_questions_where_there_are_some(run, data):
+    chosen = evaluate([run], data=data, benchmarks=["openbookqa"])
+    assert chosen.best_chosen_on == "test"
+    rows = json.loads((data / "openbookqa" / "test.json").read_text())
+    said = {name: lines(run / "eval" / f"adapter-{name}.jsonl") for name in chosen.adapters}
+    choices = {name: [x["choice"] for x in answers] for name, answers in said.items()}
+    best = []
+    for name, own in choices.items():  # validation answers that are one adapter's own choices
+        validation = [row | {"answer": choice} for row, choice in zip(rows, own, strict=True)]
+        (data / "openbookqa" / "validation.json").write_text(json.dumps(validation))
+        results = evaluate([run], data=data, benchmarks=["openbookqa"])
+        assert results.best_chosen_on == "validation"
+        assert choices[results.best] == own
+        assert results.questions == {"openbookqa": 12}
+        assert results.adapters == chosen.adapters
+        assert len(lines(run / "eval" / f"adapter-{name}.jsonl")) == 24
+        assert len(lines(run / "eval" / "merged.jsonl")) == 12
+        best.append(results.best)
+    assert len(set(best)) > 1
+    assert "on validation questions" in " ".join(notes(results))
+
+
+def test_subsets_are_the_merges_of_their_members(run, data, tmp_path, tiny_model_dir):
+    results = evaluate([run], data=data, benchmarks=["openbookqa"], subsets=True)
+    assert [point["m"] for point in results.subsets["points"]] == [1, 2, 3]
+    (pair,) = [path for path in (run / "eval" / "subsets").iterdir() if path.name.startswith("2-")][:1]
+    members = [int(name) for name in pair.stem.split("-")[1:]]
+    both = average([adapter(seed, tiny_model_dir) for seed in members])
+    write_adapter(dataclasses.replace(both, base_model=str(tiny_model_dir)), tmp_path / "both")
+    evaluate([tmp_path / "both"], data=data, benchmarks=["openbookqa"], prompt="bare", out=tmp_path / "alone")
+    for ours, theirs in zip(lines(pair), lines(tmp_path / "alone" / "adapter-both.jsonl"), strict=True):
+        assert list(ours["log_probs"].values()) == pytest.approx(list(theirs["log_probs"].values()), abs=1e-4)
+    whole = lines(run / "eval" / "subsets" / "3-00-01-02.jsonl")
+    for ours, theirs in zip(whole, lines(run / "eval" / "merged.jsonl"), strict=True):
+        assert list(ours["log_probs"].values()) == pytest.approx(list(theirs["log_probs"].values()), abs=1e-4)
+    with pytest.raises(RequestError, match="several adapters"):
+        evaluate([run], data=data, benchmarks=["piqa"], subsets=True, protocol="generate")
+
+
+def test_another_runs_merge_is_a_control(run, data, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    config = yaml.safe_load((other / "config.yaml").read_text()) | {"optim": {"temperature": 0.0}}
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(RunError, match="no merge of it was evaluated"):
+        evaluate([run], data=data, benchmarks=["piqa"], control=other)
+    evaluate([other], data=data, benchmarks=["piqa"], limit=3)
+    with pytest.raises(RunError, match="was not asked piqa, row 4"):
+        evaluate([run], data=data, benchmarks=["piqa"], control=other)
+    theirs = evaluate([other], data=data, benchmarks=["piqa"])
+    results = evaluate([run], data=data, benchmarks=["piqa"], control=other)
+    assert results.control == theirs.merged == results.merged  # the same adapters
+    assert results.control_name == "λ = 0"
+    assert results.comparisons["control"].value == 0
+    assert read_results(run / "eval") == results
+    with pytest.raises(RunError, match="prompt clean"):
+        evaluate([run], data=data, benchmarks=["piqa"], prompt="clean", control=other)
+
+
+def test_lm_eval_gives_the_same_table(run, data):
+    ours = evaluate([run], data=data, benchmarks=["piqa", "openbookqa"])
+    theirs = evaluate([run], data=data, benchmarks=["piqa", "openbookqa"], protocol="harness")
+    assert (theirs.protocol, theirs.prompt) == ("harness", "bare")
+    assert theirs.adapters == ours.adapters
+    assert (theirs.base, theirs.merged, theirs.ensemble) == (ours.base, ours.merged, ours.ensemble)
+    assert theirs.comparisons == ours.comparisons
+    assert read_results(run / "eval-harness") == theirs
+    found = json.loads((run / "eval-harness" / "harness" / "merged" / "results.json").read_text())
+    assert found["results"]["poc_lora_piqa"]["acc,none"] == pytest.approx(theirs.merged.benchmarks["piqa"].value)
+    for change in ({"control": run}, {"subsets": True}, {"data": None, "protocol": "label"}):
+        with pytest.raises(RequestError):
+            evaluate([run], **{"data": data, "benchmarks": ["piqa"], "protocol": "harness", **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"protocol": "harnes"}, "no protocol"), ({"beams": 4}, "beams"), ({"beams": 0, "protocol": "generate"}, "beams")],
+)
+def test_a_way_of_asking_that_there_is_not_is_refused(run, data, change, said):
+    with pytest.raises(RequestError, match=said):
+        evaluate([run], data=data, benchmarks=["piqa"], **change)
+
+
+def test_two_ranks_share_the_questions(run, data, tmp_path):
+    alone = evaluate([run], data=data, out=tmp_path / "alone", benchmarks=["piqa", "openbookqa"])
+    code = (
+        "import sys; from poc_lora.evaluation import passes; passes.QUESTIONS_PER_COMMIT = 4;"
+        " from poc_lora.__main__ import main; main()"
+    )
+    arguments = ["eval", str(run), "--data", str(data), "--benchmarks", "piqa,openbookqa"]
+    with processes(2, "-c", code, *arguments) as ranks:
+        (first, shown, errors), (second, silent, _) = finish(ranks)
+    assert (first, second) == (0, 0), errors
+    assert "PoC merge" in shown
+    assert silent == ""
+    together = read_results(run / "eval")
+    assert together.adapters == alone.adapters
+    assert together.merged == alone.merged
+    assert together.ensemble == alone.ensemble
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real benchmarks are not here")

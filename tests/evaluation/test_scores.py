@@ -5,18 +5,21 @@ import math
 import pytest
 import torch
 
+from poc_lora.data.commonsense import Question
+from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.scores import (
     Estimate,
     agreement,
-    choices,
     ensemble,
-    is_correct,
+    is_right,
     macro_average,
     mean,
     paired_difference,
 )
 
-INF = math.inf
+
+def items(n):
+    return [Item("piqa", "test", row, Question(f"Which {row}?", "", ("a", "b"), "a")) for row in range(1, n + 1)]
 
 
 def test_the_standard_error_is_that_of_a_sample_mean():
@@ -32,26 +35,29 @@ def test_the_macro_average_weighs_benchmarks_equally():
     assert macro_average(parts) == pytest.approx((0.7, 0.025))
 
 
-def test_ties_go_to_the_first_label_and_long_questions_are_wrong():
-    log_probs = torch.tensor([[-1.0, -1.0, -INF], [-3.0, -2.0, -2.0], [-INF, -INF, -INF]])
-    assert choices(log_probs).tolist() == [0, 1, 0]
-    too_long = torch.tensor([False, False, True])
-    assert is_correct(log_probs, torch.tensor([0, 2, 0]), too_long).tolist() == [1, 0, 0]
+def test_answers_that_were_not_given_are_wrong():
+    item = items(1)[0]
+    assert [is_right(item, Answer(choice)) for choice in ("a", "b", None)] == [1, 0, 0]
+    assert is_right(item, Answer(None, too_long=True)) == 0
 
 
 def test_the_ensemble_averages_probabilities_normalised_over_the_labels():
-    first = torch.tensor([[0.6, 0.2, 0.0], [0.0, 0.0, 0.0]]).log()  # normalised: 0.75, 0.25
-    second = torch.tensor([[0.001, 0.009, 0.0], [0.0, 0.0, 0.0]]).log()  # normalised: 0.1, 0.9
-    together = ensemble(torch.stack([first, second]))
-    assert together[0].exp().tolist() == pytest.approx([0.425, 0.575, 0.0])
-    assert together[1].tolist() == [-INF, -INF, -INF]
+    (item,) = items(1)
+    first = Answer("a", log_probs=(math.log(0.6), math.log(0.2)))  # normalised: 0.75, 0.25
+    second = Answer("b", log_probs=(math.log(0.001), math.log(0.009)))  # normalised: 0.1, 0.9
+    together = ensemble(item, [first, second])
+    assert together.choice == "b"
+    assert [math.exp(x) for x in together.log_probs] == pytest.approx([0.425, 0.575], abs=1e-5)
+    assert ensemble(item, [Answer(None, too_long=True)] * 2) == Answer(None, too_long=True)
 
 
 def test_agreement_counts_scored_questions_only():
-    ours = {"a": torch.tensor([[-1.0, -2], [-1, -2], [-INF, -INF]])}
-    theirs = {"a": torch.tensor([[-1.0, -2], [-3, -2], [-INF, -INF]])}
-    assert agreement(ours, theirs, {"a": torch.tensor([False, False, True])}) == 0.5
-    assert math.isnan(agreement(ours, theirs, {"a": torch.tensor([True, True, True])}))
+    asked = items(3)
+    long = Answer(None, too_long=True)
+    ours = dict(zip(asked, [Answer("a"), Answer("a"), long], strict=True))
+    theirs = dict(zip(asked, [Answer("a"), Answer("b"), long], strict=True))
+    assert agreement(ours, theirs) == 0.5
+    assert math.isnan(agreement(dict.fromkeys(asked, long), dict.fromkeys(asked, long)))
 
 
 def test_the_paired_interval_is_that_of_the_normal_law_where_questions_are_many():

@@ -8,9 +8,10 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from poc_lora import rng
 from poc_lora.errors import AdapterError, ModelError
-from poc_lora.lora.adapter import Adapter, Factors
+from poc_lora.lora.adapter import Adapter
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.lora.base import logits_at
+from poc_lora.lora.factors import Factors
 from poc_lora.optim.noisy_adamw import NoisyAdamW
 from poc_lora.training.fused import gradient_checkpointing
 from tests.conftest import build_llama

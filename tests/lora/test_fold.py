@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from poc_lora.errors import AdapterError, ModelError, RequestError
-from poc_lora.lora.adapter import Factors, read_adapter
+from poc_lora.lora.adapter import read_adapter
+from poc_lora.lora.factors import Factors
 from poc_lora.lora.fold import fold, updated
 from tests.conftest import build_llama
 

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from poc_lora.errors import AdapterError
-from poc_lora.lora.adapter import Adapter, Factors, read_adapter
+from poc_lora.lora.adapter import Adapter, read_adapter
+from poc_lora.lora.factors import Factors
 from poc_lora.lora.fold import fold
 from poc_lora.lora.merge import merge
 from poc_lora.lora.merge_folders import merge_folders

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from poc_lora import rng
 from poc_lora.errors import AdapterError
 from poc_lora.lora import methods
-from poc_lora.lora.adapter import Adapter, Factors
+from poc_lora.lora.adapter import Adapter
+from poc_lora.lora.factors import Factors
 from poc_lora.lora.merge import merge, sweep_by_type
-from poc_lora.lora.methods import Stacked
+from poc_lora.lora.stacked import Stacked
 
 D_OUT, D_IN = 9, 7
 
@@ -137,14 +138,23 @@ def test_canonical_makes_block_independent_of_the_factorisation():
 
 @given(RANKS, st.integers(0, 2**20))
 def test_norms_and_effective_rank_are_those_of_the_dense_product(ranks, seed):
-    A, B = methods.average(stack_of(ranks, seed), weights_of(len(ranks)))
+    stacked, weights = stack_of(ranks, seed), weights_of(len(ranks))
+    A, B = methods.average(stacked, weights)
     values = torch.linalg.svdvals(dense(A, B))
     assert methods.product_norm(A, B) == pytest.approx(float(values.norm()), rel=1e-10)
     expected = float((values**2).sum() ** 2 / (values**4).sum())
-    assert methods.effective_rank(A, B) == pytest.approx(expected, rel=1e-10)
+    assert methods.effective_rank(stacked, weights) == pytest.approx(expected, rel=1e-10)
     cast = A.float(), B.float()
     expected = float((dense(A, B) - dense(cast[0].double(), cast[1].double())).norm())
     assert methods.cast_distance(A, B, *cast) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-20, 3e38])
+def test_effective_rank_does_not_depend_on_the_size_of_the_factors(size):
+    A, B = torch.eye(3, 5, dtype=torch.float64), torch.eye(4, 3, dtype=torch.float64)
+    weights = weights_of(1)
+    assert methods.effective_rank(Stacked(size * A, size * B, [3]), weights) == pytest.approx(3, rel=1e-10)
+    assert methods.effective_rank(Stacked(0 * A, B, [3]), weights) == 0
 
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from poc_lora.lora import similarity
-from poc_lora.lora.adapter import Adapter, Factors
+from poc_lora.lora.adapter import Adapter
+from poc_lora.lora.factors import Factors
 
 SHAPES = {"layers.0.q_proj": (12, 10), "layers.0.up_proj": (16, 10)}
 

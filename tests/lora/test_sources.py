@@ -7,7 +7,8 @@ import torch
 
 from poc_lora.errors import AdapterError
 from poc_lora.lora import sources
-from poc_lora.lora.adapter import Adapter, Factors, write_adapter
+from poc_lora.lora.adapter import Adapter, write_adapter
+from poc_lora.lora.factors import Factors
 from poc_lora.lora.merge_folders import merge_folders
 from poc_lora.lora.serving import serving_advice
 
@@ -63,6 +64,12 @@ def test_what_cannot_be_fetched_says_where_it_was_looked_for(tmp_path):
         merge_folders(["org/nothing"], tmp_path / "merged")
     assert problem.value.where == "org/nothing"
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "org/" + "x" * 300, "x\0y"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
+    with pytest.raises(AdapterError):
+        merge_folders([name], tmp_path / "merged")
 
 
 @pytest.mark.parametrize(

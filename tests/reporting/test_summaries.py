@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from poc_lora.lora.adapter import Adapter, Factors, write_adapter
+from poc_lora.lora.adapter import Adapter, write_adapter
+from poc_lora.lora.factors import Factors
 from poc_lora.lora.merge_folders import merge_folders
 from poc_lora.reporting.summaries import merge_summary, rank_table
 

@@ -1,0 +1,134 @@
+"""Questions that are asked and the answers given, kept on disk as they come, so that an evaluation can go on."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from poc_lora.data.commonsense import Question
+from poc_lora.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of an evaluation; `row` counts from 1, as in messages about its file."""
+
+    benchmark: str
+    split: str  # test, or validation
+    row: int
+    question: Question
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model said to one question.
+
+    choice: one of the labels; None where the prompt does not fit the context, or no label could be read.
+    log_probs: of every label (protocol `label`). text: what was generated (protocol `generate`).
+    """
+
+    choice: str | None
+    too_long: bool = False
+    log_probs: tuple[float, ...] | None = None
+    text: str | None = None
+
+
+class AnswerFile:
+    """The answers of one model, `NAME.jsonl`: a line for each question, in the benchmarks' order once all are there.
+
+    settings: everything that answers depend on beside the question: base model, adapter, protocol, prompt, dtype. Lines
+    of other settings or of another question are not believed. While answers come, each rank appends to a file of its
+    own, `NAME.jsonl.part-RANK`; what an interrupted evaluation left there is read again.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], items: Sequence[Item], *, rank: int = 0):
+        self.path, self.items = path, items
+        self._part = path.with_name(f"{path.name}.part-{rank}")
+        self._settings = json.dumps(settings, sort_keys=True)
+        self._keys = {item: self._key(item) for item in items}
+        self.answers: dict[Item, Answer] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Take up the answers that all ranks have written."""
+        wanted = {key: item for item, key in self._keys.items()}
+        for path in (self.path, *self._parts()):
+            for line in read_lines(path):
+                item = wanted.get(line.get("key", ""))
+                answer = None if item is None else _parsed(line, item.question)
+                if item is not None and answer is not None:
+                    self.answers[item] = answer
+
+    def append(self, items: Sequence[Item], answers: Sequence[Answer]) -> None:
+        """Keep answers: they are on the disk when this returns."""
+        lines = []
+        for item, answer in zip(items, answers, strict=True):
+            self.answers[item] = answer
+            lines.append(json.dumps(self._line(item, answer), ensure_ascii=False) + "\n")
+        self._part.parent.mkdir(parents=True, exist_ok=True)
+        with self._part.open("a", encoding="utf-8") as out:
+            out.write("".join(lines))
+            out.flush()
+            os.fsync(out.fileno())
+
+    def finish(self) -> None:
+        """Put all answers into one file in order, in place of the parts."""
+        lines = [json.dumps(self._line(item, self.answers[item]), ensure_ascii=False) for item in self.items]
+        write_atomic(self.path, "".join(f"{line}\n" for line in lines))
+        for part in self._parts():
+            part.unlink()
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.name}.part-*"))
+
+    def _key(self, item: Item) -> str:
+        asked = [item.benchmark, item.split, item.row, item.question.instruction, item.question.input]
+        text = json.dumps([self._settings, asked, item.question.labels, item.question.answer])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _line(self, item: Item, answer: Answer) -> dict[str, Any]:
+        line = {
+            "benchmark": item.benchmark,
+            "split": item.split,
+            "row": item.row,
+            "answer": item.question.answer,
+            "choice": answer.choice,
+            "correct": answer.choice == item.question.answer,
+            "too_long": answer.too_long,
+            "key": self._keys[item],
+        }
+        if answer.text is not None:
+            line["text"] = answer.text
+        else:
+            found = answer.log_probs
+            line["log_probs"] = None if found is None else dict(zip(item.question.labels, found, strict=True))
+        return line
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file that are JSON objects; one that was being written when the power went is none."""
+    with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as handle:
+        for text in handle:
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict):
+                    yield line
+
+
+def _parsed(line: Mapping[str, Any], question: Question) -> Answer | None:
+    """The answer on a line, None where it is none to this question."""
+    choice, text, found, too_long = (line.get(name) for name in ("choice", "text", "log_probs", "too_long"))
+    if (choice is not None and choice not in question.labels) or not isinstance(too_long, bool):
+        return None
+    log_probs: tuple[float, ...] | None = None
+    if found is not None:
+        if not isinstance(found, dict) or tuple(found) != question.labels:
+            return None
+        if not all(isinstance(value, int | float) for value in found.values()):
+            return None
+        log_probs = tuple(map(float, found.values()))
+    return Answer(choice, too_long, log_probs, text if isinstance(text, str) else None)

@@ -1,0 +1,118 @@
+"""Questions put to models: the base, each adapter, merges of them, in passes over one loaded base model."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from poc_lora.errors import AdapterError, Interrupted, ModelError
+from poc_lora.evaluation.answers import Answer, AnswerFile, Item
+from poc_lora.evaluation.generate import generate_answers
+from poc_lora.evaluation.label import label_answers
+from poc_lora.files import sha256_file
+from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
+from poc_lora.ranks import Ranks
+
+QUESTIONS_PER_COMMIT = 256  # answered at once, then kept: what an interruption costs
+
+Advance = Callable[[int, str], object]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How questions are asked and answers read: `label` or `generate`, with a prompt template."""
+
+    name: str
+    prompt: str
+    beams: int = 1
+
+    def answers(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: Sequence[Item],
+        *,
+        copies: int,
+    ) -> list[list[Answer]]:
+        """What each of `copies` models answers to every question: [copies][n]."""
+        asked = [item.question for item in questions]
+        if self.name == "generate":
+            return generate_answers(model, tokenizer, asked, prompt=self.prompt, beams=self.beams, copies=copies)
+        return label_answers(model, tokenizer, asked, prompt=self.prompt, copies=copies)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What answers depend on."""
+        return {"protocol": self.name, "prompt": self.prompt} | (
+            {"beams": self.beams} if self.name == "generate" else {}
+        )
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Puts questions to a model and keeps the answers; each rank takes every so-manieth part of them."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    protocol: Protocol
+    ranks: Ranks
+    advance: Advance  # is told of answers, and whose
+
+    def ask(self, files: Mapping[str, AnswerFile], *, copies: int = 1) -> None:
+        """Fill the files of `copies` models, which answer together, one behind the other in every batch.
+
+        Answers that a file holds already are not asked for again.
+        """
+        (first, *_) = files.values()
+        missing = [item for item in first.items if any(item not in file.answers for file in files.values())]
+        note = next(iter(files)) if copies == 1 else "adapters"
+        self.advance((len(first.items) - len(missing)) * copies, note)
+        for number, part in enumerate(_parts(missing)):
+            if number % self.ranks.size == self.ranks.rank:
+                self._stop_if_asked()
+                self.ranks.beat(f"asking {note}")
+                everyone = self.protocol.answers(self.model, self.tokenizer, part, copies=copies)
+                for (thing, file), answers in zip(files.items(), everyone, strict=True):
+                    _check_numbers(thing, part, answers)
+                    file.append(part, answers)
+            self.advance(len(part) * copies, note)
+
+    def _stop_if_asked(self) -> None:
+        if self.ranks.stop.is_set():
+            problem = Interrupted("stopped; the answers so far are kept", fix="the same command goes on from there")
+            raise self.ranks.jointly(problem)
+
+
+def _parts(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """The longest questions first, so that those of a batch are alike in length and the memory needed shows at once."""
+    ordered = sorted(items, key=lambda item: -len(item.question.instruction) - len(item.question.input))
+    for at in range(0, len(ordered), QUESTIONS_PER_COMMIT):
+        yield ordered[at : at + QUESTIONS_PER_COMMIT]
+
+
+def _check_numbers(thing: str, items: Sequence[Item], answers: Sequence[Answer]) -> None:
+    for item, answer in zip(items, answers, strict=True):
+        if any(math.isnan(value) for value in answer.log_probs or ()):
+            where = f"{thing} on {item.benchmark}"
+            if thing == "base":
+                raise ModelError("the base model's scores are not numbers", where=where, fix="try --dtype float32")
+            fix = "the adapter has diverged or overflows in this dtype: leave it out, or try float32"
+            raise AdapterError("the adapter's scores are not numbers", where=where, fix=fix)
+
+
+def adapter_digest(folder: Path) -> str:
+    """What tells two adapters apart: a hash of weights and configuration."""
+    return sha256_file(folder / WEIGHTS_NAME) + sha256_file(folder / CONFIG_NAME)
+
+
+def base_digest(name: str) -> str:
+    """What tells two base models apart: a Hub id's name, and for a folder its files' sizes and times."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    return f"{name} {hashlib.sha256(repr(files).encode()).hexdigest()}"

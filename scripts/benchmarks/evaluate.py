@@ -1,0 +1,214 @@
+"""Answers per second: the `label` protocol over eight adapters and their merge, against stock ways with one adapter.
+
+    python scripts/benchmarks/evaluate.py RUN --data DIR --benchmark openbookqa --out FILE
+
+RUN is a trained run with a merge. The stock ways, each on one adapter through PEFT, with the same questions and prompt:
+generation (4 beams, 32 new tokens, batches of 16) with the first label read, and lm-eval's Hugging Face backend with
+log-likelihoods of the labels (batches of 16). Loading of models is left out on all sides. An answer is one question put
+to one model. Rounds alternate; medians. Also: how often the protocols choose the same label.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from peft import PeftModel
+
+from poc_lora.config import load_config
+from poc_lora.data.commonsense import find_benchmarks, read_questions
+from poc_lora.data.prompts import render_prompt
+from poc_lora.evaluation.answers import AnswerFile, Item
+from poc_lora.evaluation.generate import first_label, generate_answers
+from poc_lora.evaluation.label import ANSWER_PREFIX
+from poc_lora.evaluation.passes import Asker, Protocol
+from poc_lora.files import write_json
+from poc_lora.lora.adapter import read_adapter
+from poc_lora.lora.bank import AdapterBank
+from poc_lora.lora.base import load_base
+from poc_lora.lora.sources import find_adapters
+from poc_lora.ranks import Ranks
+from poc_lora.training.run import environment
+
+BATCH, BEAMS, NEW_TOKENS = 16, 4, 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--benchmark", default="openbookqa")
+    parser.add_argument("--prompt", default="clean")
+    parser.add_argument("--limit", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    a = parser.parse_args()
+    config = load_config(a.run / "config.yaml")
+    base = config.model.name
+    (benchmark,) = find_benchmarks([a.benchmark])
+    questions = read_questions(a.data, benchmark, limit=a.limit)
+    items = [Item(benchmark.folder, "test", row, question) for row, question in enumerate(questions, start=1)]
+    folders = find_adapters(a.run)
+
+    seconds: dict[str, list[float]] = {"label": [], "generate_baseline": [], "harness_baseline": []}
+    answers: dict[str, list[str | None]] = {}
+    for number in range(a.rounds):
+        taken, answers["label"], answers["label_merged"] = ours(base, folders, a.run / "merged", items, a.prompt)
+        seconds["label"].append(taken)
+        taken, answers["generate"] = generation(base, folders[0], items, a.prompt)
+        seconds["generate_baseline"].append(taken)
+        taken, answers["harness"] = harness(base, folders[0], items, a.prompt)
+        seconds["harness_baseline"].append(taken)
+        told = ", ".join(f"{name} {values[-1]:.1f} s" for name, values in seconds.items())
+        print(f"round {number}: {told}", file=sys.stderr, flush=True)
+
+    models = {"label": len(folders) + 1, "generate_baseline": 1, "harness_baseline": 1}
+    rates = {name: [models[name] * len(items) / value for value in values] for name, values in seconds.items()}
+    report: dict[str, Any] = {
+        "answers_per_s": {
+            name: {"median": round(statistics.median(values), 2), "rounds": [round(value, 2) for value in values]}
+            for name, values in rates.items()
+        },
+        "ratio": {
+            name: {
+                "median": round(statistics.median(quotients), 2),
+                "rounds": [round(value, 2) for value in quotients],
+            }
+            for name in ("generate_baseline", "harness_baseline")
+            for quotients in [[x / y for x, y in zip(rates["label"], rates[name], strict=True)]]
+        },
+        "same_choice": {
+            "label and lm-eval": share(answers["label"], answers["harness"]),
+            "label and generation, first adapter": share(answers["label"], answers["generate"]),
+            "label and generation, merge": share(
+                answers["label_merged"], merged_generation(base, a.run / "merged", items, a.prompt)
+            ),
+        },
+        "unread_by_generation": round(sum(choice is None for choice in answers["generate"]) / len(items), 4),
+        "settings": {
+            "benchmark": benchmark.folder,
+            "questions": len(items),
+            "prompt": a.prompt,
+            "adapters": len(folders),
+            "rank": config.lora.rank,
+            "batch": BATCH,
+            "beams": BEAMS,
+            "new_tokens": NEW_TOKENS,
+        },
+        "command": shlex.join(["python", *sys.argv]),
+        **environment(),
+    }
+    print(json.dumps(report))
+    if a.out:
+        write_json(a.out, report)
+
+
+def share(ours: list[str | None], theirs: list[str | None]) -> float:
+    return round(sum(x == y for x, y in zip(ours, theirs, strict=True)) / len(ours), 4)
+
+
+def ours(
+    base: str, folders: list[Path], merged: Path, items: list[Item], prompt: str
+) -> tuple[float, list[str | None], list[str | None]]:
+    """Seconds for all adapters and the merge, and the choices of the first adapter and of the merge."""
+    model, tokenizer = load_base(base, dtype="float32")
+    adapters, merge = [read_adapter(folder) for folder in folders], read_adapter(merged)
+    with tempfile.TemporaryDirectory() as scratch:
+        things = [f"adapter-{number}" for number in range(len(adapters))]
+        files = {thing: AnswerFile(Path(scratch) / f"{thing}.jsonl", {}, items) for thing in [*things, "merged"]}
+        asker = Asker(model, tokenizer, Protocol("label", prompt), Ranks(), lambda n, note: None)
+        start = time.perf_counter()
+        bank = AdapterBank.from_adapters(model, adapters)
+        asker.ask({thing: files[thing] for thing in things}, copies=bank.size)
+        bank.remove()
+        bank = AdapterBank.from_adapters(model, [merge])
+        asker.ask({"merged": files["merged"]})
+        bank.remove()
+        taken = time.perf_counter() - start
+    chosen = [[files[thing].answers[item].choice for item in items] for thing in (things[0], "merged")]
+    return taken, chosen[0], chosen[1]
+
+
+def generation(base: str, folder: Path, items: list[Item], prompt: str) -> tuple[float, list[str | None]]:
+    """As the benchmarks are usually scored: PEFT, transformers' generate, in the order of the file."""
+    model, tokenizer = load_base(base, dtype="float32")
+    model = PeftModel.from_pretrained(model, folder).eval()
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    choices: list[str | None] = []
+    start = time.perf_counter()
+    for at in range(0, len(items), BATCH):
+        asked = [item.question for item in items[at : at + BATCH]]
+        texts = [render_prompt(q.instruction, q.input, prompt) for q in asked]
+        encoded = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
+        with torch.inference_mode():
+            written = model.generate(
+                **encoded,
+                max_new_tokens=NEW_TOKENS,
+                num_beams=BEAMS,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        found = tokenizer.batch_decode(written[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+        choices += [first_label(text, q.labels) for text, q in zip(found, asked, strict=True)]
+    return time.perf_counter() - start, choices
+
+
+def harness(base: str, folder: Path, items: list[Item], prompt: str) -> tuple[float, list[str | None]]:
+    """lm-eval's own backend and adapter loading, on a task of the same contexts and labels."""
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = [
+            {
+                "context": render_prompt(q.instruction, q.input, prompt) + ANSWER_PREFIX,
+                "choices": list(q.labels),
+                "gold": q.answer_index,
+            }
+            for q in (item.question for item in items)
+        ]
+        (Path(scratch) / "rows.json").write_text(json.dumps(rows))
+        task = {
+            "task": "stock",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(Path(scratch) / "rows.json")}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{context}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "gold",
+            "target_delimiter": " ",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
+        (Path(scratch) / "stock.yaml").write_text(json.dumps(task))
+        model = HFLM(pretrained=base, dtype="float32", peft=str(folder), batch_size=BATCH)
+        tasks = TaskManager(include_path=scratch, include_defaults=False)
+        start = time.perf_counter()
+        found = lm_eval.simple_evaluate(model=model, tasks=["stock"], task_manager=tasks, bootstrap_iters=0)
+        taken = time.perf_counter() - start
+    samples = sorted(found["samples"]["stock"], key=lambda sample: sample["doc_id"])
+    choices: list[str | None] = []
+    for item, sample in zip(items, samples, strict=True):
+        scores = [score for score, _ in sample["filtered_resps"]]
+        choices.append(item.question.labels[scores.index(max(scores))])
+    return taken, choices
+
+
+def merged_generation(base: str, merged: Path, items: list[Item], prompt: str) -> list[str | None]:
+    model, tokenizer = load_base(base, dtype="float32")
+    AdapterBank.from_adapters(model, [read_adapter(merged)])
+    asked = [item.question for item in items]
+    (found,) = generate_answers(model, tokenizer, asked, prompt=prompt, beams=BEAMS)
+    return [answer.choice for answer in found]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The paper's Table 1: eight adapters trained for three epochs, the best of them, their average and their merge on the
+# eight benchmarks.
+#
+#   scripts/reproduce_table1.sh CONFIG DATA [key=value ...]
+#   scripts/reproduce_table1.sh configs/demo.yaml poc_lora/microworld/data               # minutes, on a CPU
+#   LAUNCH="accelerate launch --num_processes 8 -m poc_lora" \
+#     scripts/reproduce_table1.sh configs/commonsense/llama3_8b.yaml ../commonsense      # hours, on GPUs
+#
+# CONFIG: a run's YAML. DATA: the benchmarks' folder (scripts/download_commonsense.py builds it). OUT: where the run goes,
+# default runs/table1. Started again, it goes on where it was stopped.
+set -euo pipefail
+[ $# -ge 2 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+. "$(dirname "$0")/run_and_score.sh"
+
+config=$1 data=$2 out=${OUT:-runs/table1}
+shift 2
+run_and_score "$config" "$data" "$out" train.epochs=3 train.max_steps=null "$@"
+poc-lora report "$out"

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The paper's Table 3: one epoch at several temperatures λ, 0 among them; best adapter, average and merge of each.
+#
+#   scripts/reproduce_table3.sh CONFIG DATA [key=value ...]
+#   scripts/reproduce_table3.sh configs/demo.yaml poc_lora/microworld/data               # minutes, on a CPU
+#
+# As reproduce_table1.sh. TEMPERATURES: default "0 1e-6 1e-5 1e-4 1e-3"; the paper's own values are not known to us. OUT:
+# the folder of the runs, default runs/table3. The λ = 0 run is the control that the others are compared with.
+set -euo pipefail
+[ $# -ge 2 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+. "$(dirname "$0")/run_and_score.sh"
+
+config=$1 data=$2 out=${OUT:-runs/table3}
+shift 2
+runs=()
+for temperature in ${TEMPERATURES:-0 1e-6 1e-5 1e-4 1e-3}; do
+  run=$out/lambda-$temperature
+  control=()
+  [ ${#runs[@]} -eq 0 ] || control=(--control "${runs[0]}")
+  EVAL="${EVAL:-} ${control[*]}" run_and_score "$config" "$data" "$run" \
+    train.epochs=1 train.max_steps=null "optim.temperature=$temperature" "$@"
+  runs+=("$run")
+done
+poc-lora report --compare "${runs[@]}"

@@ -1,0 +1,77 @@
+"""Answers on disk: kept as they come, believed only where everything they depend on is the same."""
+
+import json
+
+import pytest
+
+from poc_lora.data.commonsense import Question
+from poc_lora.evaluation.answers import Answer, AnswerFile, Item
+
+SETTINGS = {"base": "org/base", "prompt": "clean"}
+ITEMS = [
+    Item("piqa", "test", row, Question(f"Which {row}? Answer format: a/b", "", ("a", "b"), "a")) for row in (1, 2, 3)
+]
+ANSWERS = [
+    Answer("a", log_probs=(-0.5, -1.25)),
+    Answer(None, too_long=True),
+    Answer(None, text="neither \u2028 nor\n"),
+]
+
+
+def opened(tmp_path, settings=SETTINGS, items=ITEMS, rank=0):
+    return AnswerFile(tmp_path / "eval" / "merged.jsonl", settings, items, rank=rank)
+
+
+def test_answers_come_back_from_parts_of_all_ranks_and_from_the_whole(tmp_path):
+    opened(tmp_path, rank=1).append(ITEMS[2:], ANSWERS[2:])
+    opened(tmp_path).append(ITEMS[:2], ANSWERS[:2])
+    file = opened(tmp_path)
+    assert file.answers == dict(zip(ITEMS, ANSWERS, strict=True))
+    file.finish()
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["merged.jsonl"]
+    lines = [json.loads(line) for line in file.path.read_text().split("\n")[:-1]]
+    assert [(x["row"], x["choice"], x["correct"], x["too_long"]) for x in lines] == [
+        (1, "a", True, False),
+        (2, None, False, True),
+        (3, None, False, False),
+    ]
+    assert opened(tmp_path).answers == file.answers
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(settings=SETTINGS | {"base": "org/other"}),
+        dict(settings=SETTINGS | {"beams": 4}),
+        dict(items=[Item("boolq", "test", 1, ITEMS[0].question)]),
+        dict(items=[Item("piqa", "validation", 1, ITEMS[0].question)]),
+        dict(items=[Item("piqa", "test", 1, Question("Who 1? Answer format: a/b", "", ("a", "b"), "a"))]),
+        dict(items=[Item("piqa", "test", 1, Question(ITEMS[0].question.instruction, "more", ("a", "b"), "a"))]),
+        dict(items=[Item("piqa", "test", 1, Question(ITEMS[0].question.instruction, "", ("a", "b"), "b"))]),
+    ],
+)
+def test_answers_of_something_else_are_not_believed(tmp_path, other):
+    opened(tmp_path).append(ITEMS, ANSWERS)
+    assert opened(tmp_path, **other).answers == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"choice": "c"},
+        {"too_long": "no"},
+        {"log_probs": {"a": -1.0}},
+        {"log_probs": {"a": -1.0, "b": "x"}},
+        {"log_probs": [1]},
+        {"key": 3},
+    ],
+)
+def test_lines_that_are_no_answers_are_passed_over(tmp_path, change):
+    opened(tmp_path).append(ITEMS[:1], ANSWERS[:1])
+    part = tmp_path / "eval" / "merged.jsonl.part-0"
+    line = json.loads(part.read_text())
+    part.write_text(json.dumps(line | change) + "\n[1]\n" + part.read_text()[:40])  # the last was cut off
+    file = opened(tmp_path)
+    assert file.answers == {}
+    file.append(ITEMS, ANSWERS)
+    assert opened(tmp_path).answers[ITEMS[2]] == ANSWERS[2]

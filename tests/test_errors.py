@@ -1,0 +1,10 @@
+from poc_lora.errors import AdapterError
+
+
+def test_what_a_file_says_can_neither_drive_a_terminal_nor_fill_it():
+    problem = AdapterError("a \x1b[2J \ud800 ü " + "x" * 10_000, where="a\rb", fix="first\nsecond")
+    text = str(problem)
+    assert text.startswith("a \\x1b[2J \\ud800 ü x")
+    assert "a\\rb" in text
+    assert text.endswith("first\nsecond")
+    assert 2000 < len(text) < 2200
