@@ -9,6 +9,7 @@ import typer
 
 from poc_lora import __version__
 from poc_lora.errors import PocLoraError
+from poc_lora.mfnn import commands as mfnn
 from poc_lora.terminal import numbers, show, show_merge, show_results, show_training, tell_next
 
 app = typer.Typer(
@@ -19,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+app.add_typer(mfnn.app, name="mfnn")
 
 DTYPES = ("float32", "bfloat16", "float16")
 Config = Annotated[Path, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.", metavar="CONFIG")]

@@ -20,6 +20,7 @@ LAYERS = [
     ("evaluation",),
     ("training",),
     ("lora", "data", "optim"),
+    ("mfnn",),
     ("config", "progress", "ranks"),
     ("rng",),
     ("files",),
@@ -68,7 +69,9 @@ def test_modules_stay_small():
     assert not long
 
 
-@pytest.mark.parametrize("arguments", ["--help", "train --help", "merge --help", "eval --help"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "train --help", "merge --help", "eval --help", "mfnn --help", "mfnn poc --help"]
+)
 def test_help_imports_no_torch(arguments):
     code = (
         "import sys\n"
