@@ -3,12 +3,14 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from poc_lora import __version__
 from poc_lora.errors import PocLoraError
+from poc_lora.mfnn import commands as mfnn
+from poc_lora.terminal import numbers, show, show_merge, show_results, show_training, tell_next
 
 app = typer.Typer(
     name="poc-lora",
@@ -18,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+app.add_typer(mfnn.app, name="mfnn")
 
 DTYPES = ("float32", "bfloat16", "float16")
 Config = Annotated[Path, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.", metavar="CONFIG")]
@@ -74,8 +78,8 @@ def demo(
     """
     from poc_lora.microworld.demo import run_demo
 
-    run_demo(out, overrides or [], show=_show)
-    _next(
+    run_demo(out, overrides or [], show=show)
+    tell_next(
         f"the report: {out / 'eval' / 'results.md'}",
         f"copy {out / 'config.yaml'}, set model, data and output to your own, and poc-lora train YOUR.yaml",
     )
@@ -104,7 +108,7 @@ def check(
     launcher = (
         "poc-lora" if processes == 1 else f"accelerate launch --multi_gpu --num_processes {processes} -m poc_lora"
     )
-    _next("the configuration is valid", f"{launcher} train " + shlex.join([str(config), *(overrides or [])]))
+    tell_next("the configuration is valid", f"{launcher} train " + shlex.join([str(config), *(overrides or [])]))
 
 
 @app.command()
@@ -122,18 +126,17 @@ def train(
 
     loaded = load_config(config, overrides or [])
 
-    from poc_lora.reporting.summaries import training_summary
     from poc_lora.training.loop import train
 
     done = train(loaded, resume=resume)
     if not done.tells:
         return
-    _tell(training_summary(done))
+    show_training(done)
     merged = done.folder / "merged"
     command = "poc-lora merge " + shlex.join([str(done.folder), "--out", str(merged)])
     if merged.exists():  # of the adapters before the run was extended
         command = f"rm -r {shlex.quote(str(merged))} && {command}"
-    _next(f"adapters: {done.folder / 'adapters'}", command)
+    tell_next(f"adapters: {done.folder / 'adapters'}", command)
 
 
 @app.command()
@@ -170,30 +173,27 @@ def merge(
 
     if dtype not in DTYPES:
         raise RequestError(f"'{dtype}' is not a dtype to save in", where="--dtype", fix=" or ".join(DTYPES))
-    chosen = None if weights is None else _numbers(weights, float, "--weights", "0.5,0.25,0.25")
+    chosen = None if weights is None else numbers(weights, float, "--weights", "0.5,0.25,0.25")
 
     import torch
 
     from poc_lora.lora.merge_folders import merge_folders
-    from poc_lora.reporting.summaries import merge_summary, rank_table
 
     report = merge_folders(
         sources,
         out,
         method=method,
         rank=rank,
-        rank_sweep=[] if rank_sweep is None else _numbers(rank_sweep, int, "--rank-sweep", "8,16,32,64"),
+        rank_sweep=[] if rank_sweep is None else numbers(rank_sweep, int, "--rank-sweep", "8,16,32,64"),
         weights=chosen,
         canonical=canonical,
         seed=seed,
         dtype=getattr(torch, dtype),
         allow_base_mismatch=allow_base_mismatch,
     )
-    _tell(merge_summary(report))
-    if "rank_sweep" in report:
-        _show("\n".join(rank_table(report)))
+    show_merge(report)
     run = next((s for s in map(Path, sources) if (s / "config.yaml").is_file() and out == s / "merged"), None)
-    _next(
+    tell_next(
         f"the merged adapter: {out}",
         f"poc-lora eval {shlex.quote(str(run or out))} --data DIR" + ("" if run else " --out DIR"),
     )
@@ -213,7 +213,7 @@ def fold(
 
     done = fold(adapter, base, out)
     typer.echo(f"{done.modules} modules folded into {done.files} files of weights")
-    _next(
+    tell_next(
         f"the folded model: {done.folder}", f"load it with AutoModelForCausalLM.from_pretrained({str(done.folder)!r})"
     )
 
@@ -228,7 +228,11 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the run or adapters name.")] = None,
     benchmarks: Annotated[str | None, typer.Option(help="Comma-separated names; default: all eight.")] = None,
     protocol: Annotated[
-        str, typer.Option(help="label: the likeliest label. generate: the first label in what the model writes.")
+        str,
+        typer.Option(
+            help="label: the likeliest label. generate: the first label in what the model writes. "
+            "harness: by lm-eval, on its own tasks where there is no --data."
+        ),
     ] = "label",
     beams: Annotated[int, typer.Option(help="generate: the number of beams; 1 is greedy, the paper's is 4.")] = 1,
     prompt: Annotated[
@@ -253,10 +257,10 @@ def evaluate(
     if show_list:
         from poc_lora.reporting.tables import benchmark_table
 
-        _show(benchmark_table())
-        _next("the benchmarks, as LLM-Adapters renders them", "scripts/download_commonsense.py builds them in a folder")
+        show(benchmark_table())
+        tell_next("the benchmarks as LLM-Adapters renders them", "python scripts/download_commonsense.py --out DIR")
         return
-    if not targets or data is None:
+    if not targets or (data is None and protocol != "harness"):
         missing = "TARGETS" if not targets else "--data"
         raise RequestError(f"{missing} is missing", fix="for example: poc-lora eval runs/demo --data ../commonsense")
     if dtype not in (None, "auto", *DTYPES):
@@ -283,8 +287,8 @@ def evaluate(
     if not is_first_rank():
         return
     written = write_report(out or targets[0], results)
-    _show_results(results)
-    _next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")
+    show_results(results)
+    tell_next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")
 
 
 @app.command()
@@ -302,8 +306,8 @@ def report(run: Annotated[Path, typer.Argument(help="A run, or a folder of resul
         raise RunError("nothing has been evaluated here", where=run, fix=f"first: poc-lora eval {run} --data DIR")
     results = read_results(folder)
     written = write_report(run, results)
-    _show_results(results)
-    _next(f"the report: {written}", "paste it where you need it")
+    show_results(results)
+    tell_next(f"the report: {written}", "paste it where you need it")
 
 
 @app.command()
@@ -328,8 +332,9 @@ def push(
     done = hub.push(
         adapter, repo_id, all=all, public=public, revision=revision, dry_run=dry_run, base_model=base, licence=license
     )
-    _tell(hub.summary(done))
-    _next(*hub.next_step(done))
+    for line in hub.summary(done):
+        typer.echo(line)
+    tell_next(*hub.next_step(done))
 
 
 @app.command()
@@ -340,38 +345,3 @@ def env() -> None:
     for section in environment().values():
         for name, value in section.items():
             typer.echo(f"{name:<16}{value}")
-
-
-def _show(thing: Any) -> None:
-    """Print a line of text or a rich table."""
-    from rich.console import Console
-
-    Console().print(thing, markup=False, highlight=False)
-
-
-def _show_results(results: Any) -> None:
-    from poc_lora.reporting.tables import notes, terminal_table
-
-    _show(terminal_table(results))
-    for note in notes(results):
-        _show(note)
-
-
-def _tell(lines: list[str]) -> None:
-    for line in lines:
-        typer.echo(line)
-
-
-def _numbers(text: str, kind: type, option: str, example: str) -> list[Any]:
-    """The numbers of a comma-separated list. Raises RequestError."""
-    from poc_lora.errors import RequestError
-
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise RequestError(f"'{text}' is not a list of numbers", where=option, fix=f"for example {example}") from None
-
-
-def _next(result: str, command: str) -> None:
-    """How every verb ends: where the result lies, and what to run next."""
-    typer.echo(f"\n{result}\nnext: {command}")

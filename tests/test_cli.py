@@ -227,3 +227,12 @@ def test_an_evaluation_that_cannot_be_done_is_refused(refused, trained, options,
 def test_evaluating_or_reporting_what_is_not_there_is_refused(refused, config):
     assert "where: none" in refused("eval", "none", "--data", ".")
     assert "where: none" in refused("report", "none")
+
+
+def test_eval_list_shows_the_eight_benchmarks_and_needs_nothing_else(poc_lora, refused):
+    status, out, _ = poc_lora("eval", "--list")
+    assert status == 0
+    for name in ("social_i_qa", "winogrande", "Rowan/hellaswag", "validation", "10,042", "33.33"):
+        assert name in out
+    assert "TARGETS is missing" in refused("eval", "--data", ".")
+    assert "--data is missing" in refused("eval", "run")

@@ -6,10 +6,12 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from poc_lora.config import dump_yaml, load_config
+from poc_lora.mfnn.experiments import settings as mfnn
 
 FOLDER = Path(__file__).parents[1] / "configs"
 ACCELERATE = sorted((FOLDER / "accelerate").glob("*.yaml"))
-CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - set(ACCELERATE))
+MFNN = sorted((FOLDER / "mfnn").glob("*.yaml"))
+CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - set(ACCELERATE) - set(MFNN))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -27,3 +29,15 @@ def test_there_are_configs():
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda p: p.stem)
 def test_accelerate_reads_its_configurations(path):
     assert load_config_from_file(str(path)).num_processes >= 1
+
+
+def test_there_is_one_configuration_for_each_mean_field_experiment():
+    assert {path.stem for path in MFNN} == set(mfnn.SCHEMAS)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("path", MFNN, ids=lambda p: p.stem)
+def test_mean_field_configurations_validate(path, quick):
+    loaded = mfnn.load(path.stem, quick=quick, path=path)
+    assert type(loaded) is mfnn.SCHEMAS[path.stem]
+    assert (loaded == mfnn.load(path.stem, path=path)) is not quick

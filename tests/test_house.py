@@ -14,12 +14,14 @@ PACKAGE = Path(poc_lora.__file__).parent
 LAYERS = [
     ("__init__", "__main__"),
     ("cli",),
+    ("terminal",),
     ("microworld",),
     ("hub",),
     ("reporting",),
     ("evaluation",),
     ("training",),
     ("lora", "data", "optim"),
+    ("mfnn",),
     ("config", "progress", "ranks"),
     ("rng",),
     ("files",),
@@ -68,7 +70,10 @@ def test_modules_stay_small():
     assert not long
 
 
-@pytest.mark.parametrize("arguments", ["--help", "train --help", "merge --help", "eval --help", "push --help"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["--help", "train --help", "merge --help", "eval --help", "mfnn --help", "mfnn poc --help", "push --help"],
+)
 def test_help_imports_no_torch(arguments):
     code = (
         "import sys\n"

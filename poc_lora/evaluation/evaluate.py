@@ -1,9 +1,7 @@
 """`evaluate`: the base, every adapter, the merge and the prediction ensemble, scored over one loaded base model."""
 
 import dataclasses
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +11,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from poc_lora.data.commonsense import Benchmark, chance_level, find_benchmarks, read_questions
 from poc_lora.errors import RequestError
 from poc_lora.evaluation import subsets as subset_merges
-from poc_lora.evaluation.answers import Answer, AnswerFile, Item
+from poc_lora.evaluation.answers import AnswerFile, Item
+from poc_lora.evaluation.by_harness import evaluate_by_harness
 from poc_lora.evaluation.control import Control, read_control
 from poc_lora.evaluation.passes import Asker, Protocol, adapter_digest, base_digest
-from poc_lora.evaluation.results import RESULTS_FILE, Results, Scored, adapter_key, summarise
-from poc_lora.evaluation.scores import Estimate, ensemble
+from poc_lora.evaluation.results import RESULTS_FILE, Results, adapter_key, summarise, write_results
+from poc_lora.evaluation.scores import ensemble
 from poc_lora.evaluation.targets import Subjects, find_subjects
-from poc_lora.files import write_json
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.lora.base import default_device, load_base, resolve_dtype
 from poc_lora.progress import track
 from poc_lora.ranks import Ranks, open_ranks
 
-PROTOCOLS = ("label", "generate")
+PROTOCOLS = ("label", "generate", "harness")
 
 
 def evaluate(
     targets: Sequence[Path],
     *,
-    data: Path,
+    data: Path | None,
     base: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
@@ -50,10 +48,11 @@ def evaluate(
 
     targets: a run folder, whose config gives base, prompt, dtype and quantization where they are not given here; or
     adapter folders and Hub ids, whose base is `base` or the one they name. benchmarks: folder or paper names, default
-    all eight. protocol: `label` or `generate`, the latter greedy or with `beams`. limit: the first so many questions of
-    each. subsets: score merges of 2, 4, ... adapters too. control: a run that was evaluated in the same way, such as
-    one trained with temperature 0, whose merge is compared with this one's. seed: of the bootstrap of the paired
-    differences and of the subsets. out: default `RUN/eval`, `RUN/eval-generate`; required for loose adapters.
+    all eight. protocol: `label`; `generate`, greedy or with `beams`; or `harness`, by lm-eval, whose own tasks are
+    taken where `data` is None. limit: the first so many questions of each. subsets: score merges of 2, 4, ... adapters
+    too. control: a run that was evaluated in the same way, such as one trained with temperature 0, whose merge is
+    compared with this one's. seed: of the bootstrap of the paired differences and of the subsets. out: default
+    `RUN/eval`, `RUN/eval-generate` or `RUN/eval-harness`; required for loose adapters.
 
     Every answer is kept as it comes, and not asked for again by the same call: an interrupted evaluation goes on. Under
     `accelerate launch` the questions are split over the ranks. Where there are files BENCHMARK/validation.json for all
@@ -77,6 +76,17 @@ def evaluate(
             )
             if subsets and (len(subjects.adapters) < 2 or protocol != "label"):
                 raise RequestError("subsets are of several adapters, by the protocol label", where="--subsets")
+            if protocol == "harness":
+                if ranks.size > 1 or control is not None:
+                    what = (
+                        "lm-eval scores in one process"
+                        if ranks.size > 1
+                        else "a control is compared by the label protocol"
+                    )
+                    raise RequestError(what, where="--protocol harness")
+                return evaluate_by_harness(subjects, asked, data, limit=limit, seed=seed, device=device)
+            if data is None:
+                raise RequestError("there is no folder of questions", where="--data", fix="add --data DIR")
             items = _items(data, asked, limit)
             compared = None if control is None else read_control(control, protocol, subjects.prompt, items)
             model, tokenizer = load_base(
@@ -93,7 +103,9 @@ def evaluate(
         _ask_everything(model, tokenizer, subjects, way, files, ranks)
         results = _summarise(subjects, way, items, files, compared, seed, limit)
         if ranks.rank == 0:
-            _write(subjects, results, files)
+            for file in (*files.asked, *([files.ensemble] if files.ensemble else [])):
+                file.finish()
+            write_results(subjects, results)
         ranks.gather("written")
     return results
 
@@ -194,18 +206,9 @@ def _ask_everything(
         file.read()
     ranks.gather("read again")
     if files.ensemble is not None:
-        files.ensemble.answers.update(_ensemble(files.ensemble.items, list(files.adapters.values())))
-
-
-def _ensemble(items: Sequence[Item], members: Sequence[AnswerFile]) -> Iterator[tuple[Item, Answer]]:
-    for item in items:
-        said = [file.answers[item].log_probs for file in members]
-        if None in said:
-            yield item, Answer(None, too_long=True)
-            continue
-        mean = ensemble(torch.tensor(said, dtype=torch.float64))
-        log_probs = tuple(round(value, 6) for value in mean.tolist())
-        yield item, Answer(item.question.labels[int(mean.argmax())], log_probs=log_probs)
+        members = [file.answers for file in files.adapters.values()]
+        for item in files.ensemble.items:
+            files.ensemble.answers[item] = ensemble(item, [given[item] for given in members])
 
 
 def _summarise(
@@ -241,37 +244,3 @@ def _summarise(
         chance={b: chance_level(asked) for b, asked in questions.items()},
         subsets=None if points is None else subset_merges.to_json(points),
     )
-
-
-def _write(subjects: Subjects, results: Results, files: _Files) -> None:
-    """One JSON and one JSONL per thing; where results.json stands, the rest is of the same evaluation."""
-    sources = {adapter_key(name): adapter.source for name, adapter in subjects.adapters.items()}
-    if subjects.merged is not None:
-        sources["merged"] = subjects.merged.source
-    found: dict[str, Scored | None] = {adapter_key(name): scored for name, scored in results.adapters.items()}
-    found |= {"base": results.base, "merged": results.merged, "ensemble": results.ensemble}
-    for file in (*files.asked, *([files.ensemble] if files.ensemble else [])):
-        file.finish()
-    for thing, scored in found.items():
-        if scored is None:
-            continue
-        write_json(
-            subjects.out / f"{thing}.json",
-            {
-                "thing": thing,
-                "source": sources.get(thing),
-                "base_model": results.base_model,
-                "protocol": results.protocol,
-                "prompt": results.prompt,
-                "benchmarks": {
-                    b: _plain(e) | {"questions": results.questions[b]} for b, e in scored.benchmarks.items()
-                },
-                "average": _plain(scored.average),
-            },
-        )
-    text: Mapping[str, Any] = json.loads(json.dumps(results.to_json()))
-    write_json(subjects.out / RESULTS_FILE, text)
-
-
-def _plain(estimate: Estimate) -> dict[str, float | None]:
-    return {"accuracy": estimate.value, "error": None if math.isnan(estimate.error) else estimate.error}

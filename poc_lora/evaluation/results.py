@@ -14,7 +14,8 @@ from poc_lora.evaluation import scores
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.control import Control
 from poc_lora.evaluation.scores import Difference, Estimate
-from poc_lora.files import read_json
+from poc_lora.evaluation.targets import Subjects
+from poc_lora.files import read_json, write_json
 
 RESULTS_FILE = "results.json"
 ROWS = ("base", "average", "merged", "ensemble", "control")
@@ -136,6 +137,33 @@ def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item])
         asked = [given[item] for item in items if not given[item].too_long]
         shares[thing] = sum(answer.choice is None for answer in asked) / len(asked) if asked else math.nan
     return shares
+
+
+def write_results(subjects: Subjects, results: Results) -> None:
+    """A JSON for everything scored, then results.json: where it stands, the rest is of the same evaluation."""
+    sources = {adapter_key(name): adapter.source for name, adapter in subjects.adapters.items()}
+    if subjects.merged is not None:
+        sources["merged"] = subjects.merged.source
+    found: dict[str, Scored | None] = {adapter_key(name): scored for name, scored in results.adapters.items()}
+    found |= {"base": results.base, "merged": results.merged, "ensemble": results.ensemble}
+    for thing, scored in found.items():
+        if scored is None:
+            continue
+        summary = {
+            "thing": thing,
+            "source": sources.get(thing),
+            "base_model": results.base_model,
+            "protocol": results.protocol,
+            "prompt": results.prompt,
+            "benchmarks": {b: _plain(e) | {"questions": results.questions[b]} for b, e in scored.benchmarks.items()},
+            "average": _plain(scored.average),
+        }
+        write_json(subjects.out / f"{thing}.json", summary)
+    write_json(subjects.out / RESULTS_FILE, results.to_json())
+
+
+def _plain(estimate: Estimate) -> dict[str, float | None]:
+    return {"accuracy": estimate.value, "error": None if math.isnan(estimate.error) else estimate.error}
 
 
 def read_results(folder: Path) -> Results:

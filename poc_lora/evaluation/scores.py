@@ -5,11 +5,12 @@ nothing about other seeds.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from poc_lora import rng
@@ -40,13 +41,17 @@ def is_right(item: Item, answer: Answer) -> float:
     return float(answer.choice == item.question.answer)
 
 
-def ensemble(log_probs: Tensor) -> Tensor:
-    """The prediction ensemble: log of the members' mean probability over the labels. [M, ..., k] -> [..., k].
+def ensemble(item: Item, members: Sequence[Answer]) -> Answer:
+    """The prediction ensemble's answer: the label of the largest mean probability over the members.
 
     Each member's label scores are normalised to sum to one before the mean is taken.
     """
-    members = log_probs.double().log_softmax(-1)
-    return members.logsumexp(0) - math.log(len(members))
+    said = [answer.log_probs for answer in members]
+    if None in said:
+        return Answer(None, too_long=True)
+    mean = torch.tensor(said, dtype=torch.float64).log_softmax(-1).logsumexp(0) - math.log(len(said))
+    log_probs = tuple(round(value, 6) for value in mean.tolist())
+    return Answer(item.question.labels[int(mean.argmax())], log_probs=log_probs)
 
 
 def mean(values: Tensor) -> Estimate:

@@ -15,7 +15,7 @@ from poc_lora.lora.factors import MAX_NAME, MAX_RANK, check_name
 MAX_ALPHA = 1e6
 MAX_BASE_NAME = 4096  # the longest path; a merge writes the name on
 MAX_WHOLE = 64  # modules saved whole
-COMPILE_STEPS = 1e4
+COMPILE_STEPS = 1e5
 MAX_PATTERN_STEPS = 3e8  # what matching all patterns may cost at worst; 1,000 plain ones on as many modules: 6e7
 
 # Fields that do not change what the saved factors mean: how they were trained, initialised or selected.
@@ -137,7 +137,7 @@ def _compile(patterns: Iterable[str], names: list[str], where: Path) -> list[tup
     """PEFT's regular expressions for the patterns; those that could take long to match are refused untried.
 
     Without repeated groups, matching takes at most len(name) to the power of a pattern's repetitions, times the
-    product of its choices. Compiling one takes as long as some thousand steps.
+    product of its choices. Compiling one counts as many steps.
     """
     compiled, steps, longest = [], 0.0, max(map(len, names))
     for key in patterns:

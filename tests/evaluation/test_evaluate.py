@@ -341,6 +341,33 @@ def test_another_runs_merge_is_a_control(run, data, tmp_path):
         evaluate([run], data=data, benchmarks=["piqa"], prompt="clean", control=other)
 
 
+def test_a_run_on_a_quantised_base_is_scored_on_it(run, data):
+    plain = evaluate([run], data=data, benchmarks=["openbookqa"])
+    before = lines(run / "eval" / "base.jsonl")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["quantization"] = "nf4"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert evaluate([run], data=data, benchmarks=["openbookqa"]).questions == plain.questions
+    after = lines(run / "eval" / "base.jsonl")
+    assert [x["key"] for x in after] != [x["key"] for x in before]
+    assert [x["log_probs"] for x in after] != [x["log_probs"] for x in before]
+
+
+def test_lm_eval_gives_the_same_table(run, data):
+    ours = evaluate([run], data=data, benchmarks=["piqa", "openbookqa"])
+    theirs = evaluate([run], data=data, benchmarks=["piqa", "openbookqa"], protocol="harness")
+    assert (theirs.protocol, theirs.prompt) == ("harness", "bare")
+    assert theirs.adapters == ours.adapters
+    assert (theirs.base, theirs.merged, theirs.ensemble) == (ours.base, ours.merged, ours.ensemble)
+    assert theirs.comparisons == ours.comparisons
+    assert read_results(run / "eval-harness") == theirs
+    found = json.loads((run / "eval-harness" / "harness" / "merged" / "results.json").read_text())
+    assert found["results"]["poc_lora_piqa"]["acc,none"] == pytest.approx(theirs.merged.benchmarks["piqa"].value)
+    for change in ({"control": run}, {"subsets": True}, {"data": None, "protocol": "label"}):
+        with pytest.raises(RequestError):
+            evaluate([run], **{"data": data, "benchmarks": ["piqa"], "protocol": "harness", **change})
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [({"protocol": "harnes"}, "no protocol"), ({"beams": 4}, "beams"), ({"beams": 0, "protocol": "generate"}, "beams")],

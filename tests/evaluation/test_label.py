@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from tokenizers import processors
-from transformers import AutoTokenizer, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from poc_lora.data.commonsense import Question
 from poc_lora.data.prompts import render_prompt
@@ -85,6 +85,26 @@ def test_bos_and_eos_of_the_tokenizer_are_handled(model, tokenizer, template):
     assert (tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id) == template.endswith("</s>")
     scores = score_labels(model, prepare(asked, tokenizer, prompt="clean"))
     check(model, tokenizer, scores[0], asked)
+
+
+def test_a_tokenizer_that_puts_spaces_into_words_is_scored_alike(model):
+    """As SentencePiece models do: "▁answer1" is another token than "answer1", and BOS comes first."""
+    texts = [f"{q.instruction} {' '.join(q.labels)} {ANSWER_PREFIX}" for q in questions()]
+    inner = Tokenizer(models.Unigram())
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    inner.train_from_iterator([*texts, render_prompt("", "x", "clean")], trainer)
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    assert len(tokenizer) <= model.config.vocab_size
+    lengths = {label: len(tokenizer(label)["input_ids"]) for labels in SETS for label in labels}
+    assert len(set(lengths.values())) > 1  # labels of one token and of several
+    asked = questions()
+    scores = score_labels(model, prepare(asked, tokenizer, prompt="clean"))[0]
+    check(model, tokenizer, scores, asked)
 
 
 def test_copies_are_scored_adapter_major(model, tokenizer):

@@ -42,9 +42,13 @@ def test_answers_that_were_not_given_are_wrong():
 
 
 def test_the_ensemble_averages_probabilities_normalised_over_the_labels():
-    first = torch.tensor([0.6, 0.2, 0.0]).log()  # normalised: 0.75, 0.25
-    second = torch.tensor([0.001, 0.009, 0.0]).log()  # normalised: 0.1, 0.9
-    assert ensemble(torch.stack([first, second])).exp().tolist() == pytest.approx([0.425, 0.575, 0.0])
+    (item,) = items(1)
+    first = Answer("a", log_probs=(math.log(0.6), math.log(0.2)))  # normalised: 0.75, 0.25
+    second = Answer("b", log_probs=(math.log(0.001), math.log(0.009)))  # normalised: 0.1, 0.9
+    together = ensemble(item, [first, second])
+    assert together.choice == "b"
+    assert [math.exp(x) for x in together.log_probs] == pytest.approx([0.425, 0.575], abs=1e-5)
+    assert ensemble(item, [Answer(None, too_long=True)] * 2) == Answer(None, too_long=True)
 
 
 def test_agreement_counts_scored_questions_only():

@@ -1,5 +1,6 @@
 import json
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from poc_lora.lora.adapter import Adapter, open_adapter, read_adapter, write_ada
 from poc_lora.lora.factors import Factors
 from poc_lora.lora.merge import merge
 from poc_lora.lora.merge_folders import merge_folders
+from poc_lora.lora.stored import StoredFactors
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 SHAPES = {Q: (12, 10), UP: (16, 10)}
@@ -328,3 +330,49 @@ def test_a_file_that_reads_back_otherwise_is_removed(tmp_path, mixed, monkeypatc
     with pytest.raises(AdapterError, match="reads back as other weights"):
         merge_folders(sources, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_exact_average_is_pefts_cat(tmp_path):
+    """Where PEFT is right: equal scales, no rsLoRA. The ranks differ."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    weights = [0.5, 0.3, 0.2]
+    model = None
+    for j, rank in enumerate((2, 4, 3)):
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        if model is None:
+            model = get_peft_model(LlamaForCausalLM(config), lora, adapter_name="a0")
+        else:
+            model.add_adapter(f"a{j}", lora)
+    model.save_pretrained(tmp_path, selected_adapters=["a0", "a1", "a2"])
+    model.add_weighted_adapter(["a0", "a1", "a2"], weights, "cat", combination_type="cat")
+    merged = merge([read_adapter(tmp_path / f"a{j}") for j in range(3)], weights=weights).adapter
+    assert len(merged.modules) == 4
+    for name, factors in merged.modules.items():
+        theirs = model.base_model.model.get_submodule(name).get_delta_weight("cat").detach()
+        torch.testing.assert_close(factors.B @ factors.A, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_on_disk_are_held_one_module_at_a_time(tmp_path, monkeypatch):
+    M, names = 3, [f"model.layers.{layer}.mlp.up_proj" for layer in range(12)]
+    for j in range(M):
+        modules = {name: Factors(torch.randn(2, 10) + j, torch.randn(12, 2)) for name in names}
+        write_adapter(Adapter(modules), tmp_path / "in" / f"{j}")
+    alive: list[weakref.ref] = []
+    most = 0
+    read = StoredFactors.__getitem__
+
+    def counted(self, module):
+        nonlocal most
+        factors = read(self, module)
+        alive.append(weakref.ref(factors))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return factors
+
+    monkeypatch.setattr(StoredFactors, "__getitem__", counted)
+    merge_folders(sorted((tmp_path / "in").iterdir()), tmp_path / "out")
+    assert len(alive) == M * len(names) + len(names)  # each input once, and the output read back
+    assert most <= M + 1

@@ -1,0 +1,59 @@
+"""Merging networks, pruning them, and how far they are from a network of very many neurons.
+
+All functions take particles `[..., N, P]` or outputs `[..., n]` and touch no file.
+"""
+
+import torch
+from torch import Tensor
+
+from poc_lora import rng
+from poc_lora.errors import RequestError
+
+
+def merge(particles: Tensor) -> Tensor:
+    """The PoC merge: one network [M·N, P] of all particles of M networks [M, N, P]. Its output is their mean output."""
+    return particles.reshape(-1, particles.shape[-1])
+
+
+def prune(particles: Tensor, keep: int, *, seed: int) -> Tensor:
+    """`keep` neurons of a network [N, P], drawn at random without replacement: [keep, P].
+
+    What the paper remarks on: neurons of a trained network are nearly independent draws of one law, so any of them make
+    a network. Raises RequestError unless 1 <= keep <= N.
+    """
+    if not 1 <= keep <= len(particles):
+        raise RequestError(f"cannot keep {keep} of {len(particles)} neurons", where="prune", fix="1 <= keep <= N")
+    return particles[rng.permutation(len(particles), rng.key(seed, 0, "mfnn prune"))[:keep]]
+
+
+def merged_outputs(outputs: Tensor, members: int) -> Tensor:
+    """Outputs [G, n] of the merges of consecutive, disjoint groups of `members` networks, from outputs [M, n].
+
+    G = M // members; networks that fill no group are left out. Raises RequestError unless 1 <= members <= M.
+    """
+    groups = len(outputs) // members if members > 0 else 0
+    if not groups:
+        raise RequestError(f"cannot merge {members} of {len(outputs)} networks", where="merged_outputs")
+    return outputs[: groups * members].view(groups, members, -1).mean(1)
+
+
+def sup_norm(outputs: Tensor, reference: Tensor) -> Tensor:
+    """max over inputs of |h − h_ref|: [...] from outputs [..., n] and reference [n]."""
+    return (outputs - reference).abs().amax(-1)
+
+
+def squared_l2(outputs: Tensor, reference: Tensor) -> Tensor:
+    """Mean over inputs of (h − h_ref)²: [...] from outputs [..., n] and reference [n]."""
+    return (outputs - reference).square().mean(-1)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of independent values [m] and its standard error, NaN for a single one."""
+    values = values.double()
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
+
+
+def log_slope(x: Tensor, y: Tensor) -> float:
+    """The least-squares slope of log y against log x."""
+    a, b = torch.log(x.double()), torch.log(y.double())
+    return ((a - a.mean()) @ (b - b.mean()) / (a - a.mean()).square().sum()).item()

@@ -1,0 +1,74 @@
+"""Experiments in pieces that stay done: each cell's result is one file, written when the cell is finished."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from poc_lora import __version__
+from poc_lora.errors import Interrupted, RunError
+from poc_lora.files import read_json, write_json
+from poc_lora.mfnn.experiments.settings import Settings
+from poc_lora.progress import track
+
+Cell = Callable[[], dict[str, Any]]
+
+
+class Folder:
+    """Where one experiment keeps its settings, its cells and its results.
+
+    Raises RunError if the folder holds an experiment of other settings or of another version.
+    """
+
+    def __init__(self, out: Path, name: str, settings: Settings, *, hidden: bool = False):
+        self.out, self.name, self.settings, self.hidden = out, name, settings, hidden
+        stated = {"experiment": name, "version": __version__, **settings.model_dump(mode="json")}
+        path = out / "settings.json"
+        if path.is_file():
+            different = _differences(read_json(path, error=RunError), stated)
+            if different:
+                raise RunError(
+                    f"the folder holds an experiment with other settings: {', '.join(different)}",
+                    where=out,
+                    fix="give another folder with --out, or remove this one",
+                )
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunError(
+                "the folder is not empty and holds no experiment", where=out, fix="give another one with --out"
+            )
+        else:
+            write_json(path, stated)
+
+    def compute(self, cells: Mapping[str, Cell]) -> dict[str, dict[str, Any]]:
+        """The results of all cells by name, computing those that have no file yet, in order.
+
+        A result is a dictionary that JSON can hold. Raises Interrupted on Ctrl-C; finished cells stay.
+        """
+        paths = {name: self.out / "cells" / f"{name}.json" for name in cells}
+        missing = [name for name in cells if not paths[name].is_file()]
+        try:
+            with track(len(cells), self.name, done=len(cells) - len(missing), hidden=self.hidden) as bar:
+                for name in missing:
+                    write_json(paths[name], cells[name]())
+                    bar.advance(note=name)
+        except KeyboardInterrupt:
+            done = sum(path.is_file() for path in paths.values())
+            raise Interrupted(
+                f"stopped with {done} of {len(cells)} cells done",
+                where=self.out,
+                fix="the same command goes on from here",
+            ) from None
+        return {name: read_json(path, error=RunError) for name, path in paths.items()}
+
+
+def _differences(old: Any, new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ."""
+    if not isinstance(old, dict):
+        return [prefix or "settings.json"]
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        if isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}")
+    return found

@@ -1,0 +1,144 @@
+"""Figure 1: how far merged networks are from the limit, in sup norm, against M and N, on two problems."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poc_lora.mfnn.ensemble import log_slope, mean_and_error, merged_outputs, sup_norm
+from poc_lora.mfnn.experiments.cells import Folder
+from poc_lora.mfnn.experiments.figures import new_figure, power, save_csv, save_figure, styled
+from poc_lora.mfnn.experiments.settings import DoubleCircleAt, Figure1, MultiIndexAt
+from poc_lora.mfnn.langevin import train
+from poc_lora.mfnn.model import outputs
+from poc_lora.mfnn.problems import Problem
+
+Section = DoubleCircleAt | MultiIndexAt
+REFERENCE = 1_000_000  # the number of the network that stands for the limit: none of the merged ones
+
+
+def run(folder: Folder, settings: Figure1) -> list[dict[str, Any]]:
+    """Train, compare, draw; returns the rows of figure1.csv.
+
+    In a row: mean and standard error of the natural logarithm of the sup norm, over disjoint groups of M networks.
+    """
+    sections: dict[str, Section] = {"double_circle": settings.double_circle, "multi_index": settings.multi_index}
+    problems = {name: section.problem(settings.seed) for name, section in sections.items()}
+    cells = {}
+    for name, section in sections.items():
+        path = folder.out / "cells" / f"{name}_reference.json"
+        cells[path.stem] = partial(_reference, section, problems[name], settings)
+        for width in settings.widths:
+            cells[f"{name}_N{width}"] = partial(_trained, section, problems[name], settings, width)
+    found = folder.compute(cells)
+    rows = [
+        row
+        for name in sections
+        for width in settings.widths
+        for row in _compare(name, width, settings, found[f"{name}_N{width}"], found[f"{name}_reference"])
+    ]
+    save_csv(folder.out, "figure1", rows)
+    _draw(folder, settings, {name: problem.name for name, problem in problems.items()}, rows)
+    return rows
+
+
+def slopes(rows: list[dict[str, Any]], problem: str) -> tuple[float, float]:
+    """Least-squares slopes of the log sup norm against log M at the largest N, and against log N at M = 1."""
+    mine = [row for row in rows if row["problem"] == problem]
+    widest, fewest = max(row["N"] for row in mine), min(row["M"] for row in mine)
+
+    def slope(chosen: list[dict[str, Any]], key: str) -> float:
+        x, y = (torch.tensor([float(row[k]) for row in chosen]) for k in (key, "log_sup_norm"))
+        return log_slope(x, y.exp())
+
+    return (
+        slope([row for row in mine if row["N"] == widest], "M"),
+        slope([row for row in mine if row["M"] == fewest], "N"),
+    )
+
+
+def _outputs(section: Section, problem: Problem, settings: Figure1, networks: range, width: int) -> Tensor:
+    objective = section.objective(problem)
+    particles = train(
+        objective,
+        networks,
+        width,
+        steps=section.steps,
+        lr=section.lr,
+        temperature=section.temperature,
+        seed=settings.seed,
+        initial_std=section.initial_std,
+    )
+    return outputs(objective.neuron, particles, problem.probe)
+
+
+def _reference(section: Section, problem: Problem, settings: Figure1) -> dict[str, Any]:
+    found = _outputs(section, problem, settings, range(REFERENCE, REFERENCE + 1), settings.reference_width)
+    return {"outputs": found[0].tolist()}
+
+
+def _trained(section: Section, problem: Problem, settings: Figure1, width: int) -> dict[str, Any]:
+    return {"outputs": _outputs(section, problem, settings, range(settings.networks), width).tolist()}
+
+
+def _compare(
+    name: str, width: int, settings: Figure1, trained: dict[str, Any], reference: dict[str, Any]
+) -> list[dict[str, Any]]:
+    h, limit = torch.tensor(trained["outputs"]), torch.tensor(reference["outputs"])
+    rows = []
+    for members in settings.members:
+        logs = sup_norm(merged_outputs(h, members), limit).log()
+        mean, error = mean_and_error(logs)
+        rows.append(
+            {
+                "problem": name,
+                "N": width,
+                "M": members,
+                "log_sup_norm": mean,
+                "standard_error": "" if math.isnan(error) else error,
+                "groups": len(logs),
+            }
+        )
+    return rows
+
+
+@styled
+def _draw(folder: Folder, settings: Figure1, titles: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    figure, axes = new_figure(9.6, 4.4, 2)
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        table = {(row["M"], row["N"]): row["log_sup_norm"] for row in rows if row["problem"] == name}
+        values = [[table[m, n] for n in settings.widths] for m in settings.members]
+        image = axis.imshow(values, origin="lower", cmap="viridis", aspect="auto")
+        low, high = min(table.values()), max(table.values())
+        for i, line in enumerate(values):
+            for j, value in enumerate(line):
+                dark = value < low + (high - low) * 0.6
+                axis.text(
+                    j,
+                    i,
+                    f"{value:.2f}".replace("-", "−"),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="w" if dark else "k",
+                )
+        axis.set_xticks(range(len(settings.widths)), map(str, settings.widths))
+        axis.set_yticks(range(len(settings.members)), map(str, settings.members))
+        axis.grid(False)
+        along_m, along_n = slopes(rows, name)
+        section = getattr(settings, name)
+        axis.set(xlabel="N, neurons of each network", ylabel="M, networks merged")
+        slopes_text = f"slope along M {along_m:.2f}, along N {along_n:.2f}".replace("-", "−")
+        axis.set_title(f"{title} (λ = {power(section.temperature)}, {section.steps} steps)\n{slopes_text}")
+        figure.colorbar(image, ax=axis, label="log sup |h − h_ref|")
+    a, b = settings.double_circle, settings.multi_index
+    save_figure(
+        figure,
+        folder.out,
+        "figure1",
+        f"seed {settings.seed}; {settings.networks} networks for each N, in groups of M; reference of "
+        f"{settings.reference_width:,} neurons; R {a.bound:g} and {b.bound:g}, "
+        f"η {a.lr:g} and {b.lr:g}, λ' {a.regularization:g} and {b.regularization:g}",
+    )

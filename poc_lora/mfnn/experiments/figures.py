@@ -1,0 +1,104 @@
+"""How figures and CSV files of the experiments are made: one style, a footer that says what is shown, atomic files."""
+
+import csv
+import functools
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from poc_lora import __version__
+from poc_lora.files import write_atomic
+
+P = ParamSpec("P")
+
+# Told apart also by those who see few colours; in order of temperature or size.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "svg.hashsalt": "poc_lora",  # the same figure is the same bytes
+    "svg.fonttype": "none",
+}
+
+
+def save_figure(figure: Figure, folder: Path, name: str, footer: str) -> list[Path]:
+    """Write NAME.png and NAME.svg with a footer of settings and version."""
+    text = f"poc_lora {__version__}; {footer}"
+    room = (0.1 + 0.13 * len(text.splitlines())) / figure.get_figheight()
+    figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, room, 1, 1 - room)))
+    figure.text(0.01, 0.008, text, fontsize=6.5, color="#555555", va="bottom")
+    paths = []
+    FigureCanvasAgg(figure)
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=110, metadata=metadata)
+        paths.append(folder / f"{name}.{kind}")
+        write_atomic(paths[-1], buffer.getvalue())
+    return paths
+
+
+def styled(draw: Callable[P, None]) -> Callable[P, None]:
+    """Draw in our style, leaving matplotlib's settings as they were."""
+
+    @functools.wraps(draw)
+    def in_style(*args: P.args, **kwargs: P.kwargs) -> None:
+        with mpl.rc_context(STYLE):
+            draw(*args, **kwargs)
+
+    return in_style
+
+
+def new_figure(width: float, height: float, columns: int, rows: int = 1) -> tuple[Figure, list[Any]]:
+    """A figure of `width` × `height` inches with a row-major list of axes."""
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine())  # colour bars need to know it
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def log_axes(axis: Any, at: Sequence[int] | None = None) -> None:
+    """Logarithmic axes with plain numbers: at the values `at` of x, and at 1, 2 and 5 times powers of ten of y."""
+    axis.set(xscale="log", yscale="log")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    if at is not None:
+        axis.set_xticks(list(at), [str(value) for value in at])
+        axis.xaxis.set_minor_locator(NullLocator())
+    else:
+        axis.xaxis.set_major_formatter(plain)
+    low, high = axis.get_ylim()
+    if high < 1000 * low:  # of a few decades, so that the ticks at powers of ten alone would be too few
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)))
+        axis.yaxis.set_major_formatter(plain)
+        axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def save_csv(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write NAME.csv with the rows' keys as its header; numbers with six significant digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    path = folder / f"{name}.csv"
+    write_atomic(path, text.getvalue())
+    return path
+
+
+def power(value: float) -> str:
+    """A temperature as mathematics where it is a power of ten, 10⁻² for 0.01, and plain where it is not."""
+    exponent = round(math.log10(value)) if value > 0 else 0
+    return f"$10^{{{exponent}}}$" if math.isclose(value, 10.0**exponent) else f"{value:g}"

@@ -1,0 +1,210 @@
+"""The schema of the experiments' configurations, configs/mfnn/NAME.yaml: full sizes, under `quick` what is smaller."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from poc_lora.config import (
+    MAX_CONFIG_BYTES,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    parse_yaml,
+)
+from poc_lora.errors import ConfigError
+from poc_lora.files import read_text
+from poc_lora.mfnn import problems
+from poc_lora.mfnn.model import Neuron, Objective, Tanh, TanhBias
+
+Widths = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Temperatures = Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
+
+_HERE = Path(__file__).parent
+# The wheel carries the checkout's configs/mfnn beside this module.
+_FOLDERS = (_HERE / "configs", _HERE.parents[2] / "configs" / "mfnn")
+
+
+class Training(Section):
+    """How networks of one problem are trained: see poc_lora.mfnn.langevin."""
+
+    neuron: Literal["tanh", "tanh_bias"] = "tanh"
+    bound: PositiveFloat  # R
+    lr: PositiveFloat
+    regularization: NonNegativeFloat  # λ'
+    steps: Positive
+    samples: Positive
+    noise: NonNegativeFloat
+
+    def objective(self, problem: problems.Problem) -> Objective:
+        """F for this problem's training samples."""
+        neuron: Neuron = (Tanh if self.neuron == "tanh" else TanhBias)(problem.dim, self.bound)
+        return Objective(neuron, problem.loss, problem.inputs, problem.targets, self.regularization)
+
+
+class DoubleCircle(Training):
+    """Classification of two circles."""
+
+    def problem(self, seed: int) -> problems.Problem:
+        """The samples; see poc_lora.mfnn.problems."""
+        return problems.double_circle(self.samples, noise=self.noise, seed=seed)
+
+
+class MultiIndex(Training):
+    """Multi-index regression."""
+
+    dim: Positive
+    directions: Positive
+
+    def problem(self, seed: int) -> problems.Problem:
+        """The samples; see poc_lora.mfnn.problems."""
+        return problems.multi_index(self.samples, self.dim, self.directions, noise=self.noise, seed=seed)
+
+
+class Started(Section):
+    """Neurons start from N(0, initial_std² I)."""
+
+    initial_std: NonNegativeFloat = 1.0
+
+
+class StartedMultiIndex(MultiIndex, Started):
+    """Multi-index regression from a given start."""
+
+
+class DoubleCircleAt(DoubleCircle, Started):
+    """Two circles from a given start, at a given temperature."""
+
+    temperature: NonNegativeFloat  # λ
+
+
+class MultiIndexAt(StartedMultiIndex):
+    """Multi-index regression from a given start, at a given temperature."""
+
+    temperature: NonNegativeFloat  # λ
+
+
+class Settings(Section):
+    """What every experiment has: the seed that all its draws descend from."""
+
+    seed: NonNegative = 0
+
+
+class Figure1(Settings):
+    """Sup norm against M and N."""
+
+    double_circle: DoubleCircleAt
+    multi_index: MultiIndexAt
+    widths: Widths  # N
+    members: Widths  # M
+    networks: Positive  # trained for every N, and merged in groups of M
+    reference_width: Positive
+
+
+class Figure2(Settings):
+    """MSE per epoch."""
+
+    multi_index: MultiIndex
+    initial_stds: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
+    temperatures: Temperatures
+    width: Positive
+    networks: Positive
+
+
+class Table2(Settings):
+    """Merged error, λ by N."""
+
+    multi_index: StartedMultiIndex
+    temperatures: Temperatures
+    widths: Widths
+    members: Positive  # M
+    ensembles: Positive  # merges, of M networks of their own, whose spread gives the standard error
+
+
+class Chain(Section):
+    """The chain of linear neurons."""
+
+    dim: Positive
+    samples: Positive
+    regularization: PositiveFloat
+    temperature: PositiveFloat
+    lr: PositiveFloat
+    early_steps: Positive  # where the mean is still on its way
+    steps: Positive  # where it has arrived
+    initial_std: PositiveFloat
+    widths: Widths
+    networks: Positive
+    ensemble_width: Positive
+    members: Widths
+
+
+class ClosedForm(Section):
+    """The grid on which the gap is compared with its bound."""
+
+    temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+    dims: Widths
+    widths: Widths
+
+
+class Bounded(Section):
+    """Networks of bounded neurons against the limit."""
+
+    multi_index: StartedMultiIndex
+    temperatures: Temperatures
+    widths: Widths
+    networks: Positive
+    reference_width: Positive
+
+
+class Poc(Settings):
+    """Propagation of chaos where it can be solved, and with bounded neurons."""
+
+    closed_form: ClosedForm
+    chain: Chain
+    bounded: Bounded
+
+
+SCHEMAS: dict[str, type[Settings]] = {"figure1": Figure1, "figure2": Figure2, "table2": Table2, "poc": Poc}
+
+
+def load(
+    name: str, *, quick: bool = False, overrides: list[str] | tuple[str, ...] = (), path: Path | None = None
+) -> Settings:
+    """The settings of experiment `name`: its file, then `quick`'s smaller sizes, then overrides such as `seed=1`.
+
+    Raises ConfigError.
+    """
+    path = path or next(folder for folder in _FOLDERS if folder.is_dir()) / f"{name}.yaml"
+    raw = parse_yaml(read_text(path, error=ConfigError, max_bytes=MAX_CONFIG_BYTES), where=str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            "the file is not a mapping", where=path, fix="start from the one of that name in configs/mfnn"
+        )
+    smaller = raw.pop("quick", None) or {}
+    if quick:
+        raw = _merged(raw, smaller, path)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"'{override}' is not of the form key=value", where="overrides", fix="for example seed=1")
+        tree: Any = parse_yaml(text, where=f"override {override}")
+        for part in reversed(key.split(".")):
+            tree = {part: tree}
+        raw = _merged(raw, tree, f"override {override}")
+    try:
+        return SCHEMAS[name].model_validate(raw)
+    except ValidationError as problem:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r:.80})" for e in problem.errors()]
+        raise ConfigError(
+            "\n  ".join(["the configuration is not valid:", *lines]), where=path, fix="compare with configs/mfnn"
+        ) from None
+
+
+def _merged(tree: dict[str, Any], over: Any, where: str | Path) -> dict[str, Any]:
+    if not isinstance(over, dict):
+        raise ConfigError("a section cannot be replaced by a value", where=where, fix="name one of its keys")
+    result = dict(tree)
+    for key, value in over.items():
+        result[key] = _merged(result[key], value, where) if isinstance(result.get(key), dict) else value
+    return result

@@ -1,0 +1,39 @@
+"""The experiments' configurations: overrides, quick sizes, and messages."""
+
+import pytest
+
+from poc_lora.errors import ConfigError
+from poc_lora.mfnn.experiments.settings import load
+
+
+def test_overrides_go_over_quick_which_goes_over_the_file():
+    full, quick = load("figure2"), load("figure2", quick=True)
+    assert quick.multi_index.steps < full.multi_index.steps
+    assert quick.multi_index.dim == full.multi_index.dim  # quick names only what it makes smaller
+    changed = load("figure2", quick=True, overrides=["multi_index.steps=7", "seed=3"])
+    assert (changed.multi_index.steps, changed.seed) == (7, 3)
+    assert changed.width == quick.width
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sead=1", "sead: Extra inputs"),
+        ("seed", "not of the form key=value"),
+        ("multi_index=3", "a section cannot be replaced"),
+        ("multi_index.lr=-1", r"multi_index\.lr: "),
+        ("multi_index.lr=nan", r"multi_index\.lr: "),
+        ("temperatures=[]", "temperatures: "),
+        ("width=[1", "not valid YAML"),
+    ],
+)
+def test_bad_overrides_are_refused(override, expected):
+    with pytest.raises(ConfigError, match=expected):
+        load("figure2", overrides=[override])
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path):
+    path = tmp_path / "figure2.yaml"
+    path.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="not a mapping"):
+        load("figure2", path=path)
