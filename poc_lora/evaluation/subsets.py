@@ -106,7 +106,7 @@ def _accuracy(file: AnswerFile) -> float:
 
 def _distance(file: AnswerFile, whole: AnswerFile) -> float:
     distances = []
-    for item in file.items:
+    for item in whole.items:  # single adapters have answered validation questions too
         ours, theirs = file.answers[item].log_probs, whole.answers[item].log_probs
         if ours is not None and theirs is not None:
             distances.append(float((_centred(ours) - _centred(theirs)).square().sum()))

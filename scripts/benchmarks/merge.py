@@ -45,7 +45,7 @@ ADAPTERS, RANK = 8, 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--default-svd-rounds", type=int, default=1, help="PEFT's own svd takes minutes a round")
+    parser.add_argument("--peft-rounds", type=int, default=1, help="PEFT's svd takes minutes a round")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--folder", type=Path, help="a disk for 6 GB of adapters; default: the temporary one")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
@@ -56,7 +56,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=a.folder) as folder:
         report = {
-            "one_layer": one_layer(Path(folder) / "layer", a.rounds, a.default_svd_rounds),
+            "one_layer": one_layer(Path(folder) / "layer", a.rounds, a.peft_rounds),
             "all_modules": all_modules(Path(folder) / "all", a.layers, a.rounds),
             "settings": {"adapters": ADAPTERS, "rank": RANK, "layers": a.layers, "shapes": SHAPES},
             "command": shlex.join(["python", *sys.argv]),
@@ -86,7 +86,7 @@ def make_adapters(folder: Path, layers: int) -> list[Path]:
 # One layer, in memory
 
 
-def one_layer(folder: Path, rounds: int, default_svd_rounds: int) -> dict[str, Any]:
+def one_layer(folder: Path, rounds: int, peft_rounds: int) -> dict[str, Any]:
     folders = make_adapters(folder, 1)
     adapters = [read_adapter(path) for path in folders]
     model, names = peft_model(folders)
@@ -102,8 +102,8 @@ def one_layer(folder: Path, rounds: int, default_svd_rounds: int) -> dict[str, A
     merge(adapters, rank=RANK)  # the first call of LAPACK is slower
     for number in range(rounds):
         seconds["ours"].append(timed(lambda: merge(adapters, rank=RANK)))
-        seconds["peft_svd_reduced"].append(timed(lambda: svd(False)))
-        if number < default_svd_rounds:
+        if number < peft_rounds:
+            seconds["peft_svd_reduced"].append(timed(lambda: svd(False)))
             seconds["peft_svd"].append(timed(lambda: svd(True)))
         tell(f"one layer, round {number}", {name: taken[-1] for name, taken in seconds.items() if taken})
     seconds["ours_exact"] = [timed(lambda: merge(adapters))]

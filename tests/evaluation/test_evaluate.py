@@ -300,6 +300,7 @@ def test_the_best_adapter_is_chosen_on_validation_questions_where_there_are_some
         assert len(lines(run / "eval" / f"adapter-{name}.jsonl")) == 24
         assert len(lines(run / "eval" / "merged.jsonl")) == 12
         best.append(results.best)
+    assert evaluate([run], data=data, benchmarks=["openbookqa"], subsets=True).best_chosen_on == "validation"
     assert len(set(best)) > 1
     assert "on validation questions" in " ".join(notes(results))
 
