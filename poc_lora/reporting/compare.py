@@ -33,13 +33,16 @@ def comparison(runs: Sequence[RunFiles]) -> Part:
                 fix="evaluate all with the same --data, --benchmarks, --prompt and --limit",
             )
     known.sort(key=lambda run: (run[1].optim.temperature, run[1].adapters.seed, str(run[0])))
+    names = [folder.resolve().name for folder, _, _ in known]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder, _, _ in known]
     part = Part("compare", "Accuracy against λ")
     part.words += _differences([config for _, config, _ in known])
     part.tables.append(
         Table(
             "Average accuracy (%) ± standard error of sampling questions",
-            ["run", "λ", "seed", "adapters", *ROLES, "merge − best (95 %)"],
-            [_row(*run) for run in known],
+            ["run", "λ", "seed", "adapters", *ROLES, "merge − best (95\u00a0%)"],
+            [_row(name, *run[1:]) for name, run in zip(names, known, strict=True)],
         )
     )
     rows = {name: (role, _points(name, known)) for name, role in ROLES.items()}
@@ -86,15 +89,15 @@ def _differences(configs: Sequence[RunConfig]) -> list[str]:
     return [f"Besides λ and the seed, the runs differ in {', '.join(differing)}: λ may not be what tells them apart."]
 
 
-def _row(folder: Path, config: RunConfig, results: Results) -> list[Cell | str]:
+def _row(name: str, config: RunConfig, results: Results) -> list[Cell | str]:
     cells: list[Cell | str] = []
-    for name in ROLES:
-        scored = _scored(name, results)
+    for role in ROLES:
+        scored = _scored(role, results)
         cells.append("" if scored is None else accuracy(scored.average))
     d = results.comparisons.get("best")
     gain = "" if d is None else f"{100 * d.value:+.2f} ({100 * d.low:+.2f} to {100 * d.high:+.2f})"
     settings = f"{config.optim.temperature:g}", str(config.adapters.seed), str(len(results.adapters))
-    return [short(str(folder)), *settings, *cells, gain]
+    return [short(name), *settings, *cells, gain]
 
 
 def _points(name: str, known: Sequence[tuple[Path, RunConfig, Results]]) -> list[tuple[float, float, float]]:

@@ -23,16 +23,20 @@ def headline(files: RunFiles) -> tuple[str, list[tuple[str, Cell]]]:
     tiles = [(name, accuracy(estimate)) for name, estimate in shown]
     if merged is None:
         return f"{M} adapters were evaluated, and no merge of them.", tiles
-    over_best, over_average = (100 * (merged.average.value - x) for x in (best.value, results.average.average.value))
+    over_average = f"{100 * (merged.average.value - results.average.average.value):+.2f} points"
     if M == 1:
-        return f"The merge is {over_best:+.2f} points from the one adapter it is made of.", tiles
-    verb = "beats" if over_best > 0 else "does not beat"
-    return (
-        f"The merge of {M} adapters {verb} the best one ({over_best:+.2f} points), which had to be picked on "
-        f"{'the test itself' if results.best_chosen_on == 'test' else 'validation'}, and is {over_average:+.2f} points "
-        "from the average adapter.",
-        tiles,
-    )
+        return f"The merge is {over_average} from the one adapter it is made of.", tiles
+    picked = f"which had to be picked on {'the test itself' if results.best_chosen_on == 'test' else 'validation'}"
+    d = results.comparisons.get("best")
+    if d is None:
+        return f"The merge of {M} adapters is {over_average} from the average adapter.", tiles
+    told = f"{100 * d.value:+.2f} points, 95 % interval {100 * d.low:+.2f} to {100 * d.high:+.2f}"
+    if d.low <= 0 <= d.high:
+        sentence = f"The merge of {M} adapters and the best one, {picked}, cannot be told apart here ({told})"
+    else:
+        verb = "beats" if d.value > 0 else "falls short of"
+        sentence = f"The merge of {M} adapters {verb} the best one ({told}), {picked}"
+    return f"{sentence}. It is {over_average} from the average adapter.", tiles
 
 
 def benchmarks(files: RunFiles) -> Part:
@@ -130,9 +134,12 @@ def _averages(results: Results, chance: float) -> Chart:
     adapters = (f"{M} adapters" if M > 1 else "LoRA", "adapter", points(*results.adapters.values()))
     rows = [("base", "base", points(results.base)), adapters]
     if M > 1:
-        rows.append(("LoRA (average)", "best", points(results.average)))
+        rows.append(("LoRA (average)", "adapter", points(results.average)))
+        rows.append(("LoRA (best)", "best", points(results.adapters[results.best])))
     if results.merged is not None:
         rows.append(("PoC merge", "merge", points(results.merged)))
+    if results.control is not None:
+        rows.append((f"merge, {short(results.control_name or '', 12)}", "violet", points(results.control)))
     if results.ensemble is not None:
         rows.append(("prediction\nensemble", "ensemble", points(results.ensemble)))
     told = "; ".join(

@@ -12,6 +12,8 @@ import pytest
 from poc_lora.errors import PocLoraError, RunError
 from poc_lora.evaluation.scores import Difference
 from poc_lora.reporting.page import write_page
+from poc_lora.reporting.parts_results import headline
+from poc_lora.reporting.run_files import read_run
 from tests.reporting.html import Page
 from tests.reporting.run_folder import FOLDERS, make_run, merge_report, metric_lines, results, scored
 
@@ -88,9 +90,24 @@ def test_it_says_what_was_run_in_words(page):
     text = page.text
     assert "M = 3 LoRA adapters of rank 4 (alpha 64) on q_proj, k_proj, v_proj, up_proj, down_proj of org/base" in text
     assert "40 steps of 16 rows with NoisyAdamW: learning rate 0.0001, temperature λ = 0.001, run seed 0" in text
-    assert "The merge of 3 adapters beats the best one (+4.57 points)" in text
+    assert "The merge of 3 adapters beats the best one (+4.57 points, 95 % interval +2.00 to +7.00)" in text
     for fact in ("29.9 s", "578.5 MB", "a processor", "2.13.0", "ab" * 32, f"{2:064x}"):
         assert fact in text
+
+
+@pytest.mark.parametrize(
+    ("difference", "told"),
+    [
+        (
+            Difference(0.01, -0.01, 0.03, 0.3),
+            "and the best one, which had to be picked on validation, cannot be told apart",
+        ),
+        (Difference(-0.02, -0.03, -0.01, 0.01), "falls short of the best one (-2.00 points"),
+    ],
+)
+def test_the_headline_claims_no_more_than_the_test(tmp_path, difference, told):
+    found = results(best_chosen_on="validation", comparisons={"best": difference})
+    assert told in headline(read_run(make_run(tmp_path, found=found)))[0]
 
 
 def test_every_part_has_its_figures(page):
@@ -305,7 +322,7 @@ def test_runs_are_compared_by_temperature(tmp_path):
     other_seed = make_run(tmp_path / "c", temperature=1e-3, seed=2, found=results(merged=scored(0.76)))
     page = page_of(first, compare=[other_seed, control])
     (table,) = [rows for name, rows in page.tables.items() if "sampling questions" in name]
-    assert [row[1:4] for row in table[1:]] == [["0", "1", "3"], ["0.001", "0", "3"], ["0.001", "2", "3"]]
+    assert [row[:4] for row in table[1:]] == [["b", "0", "1", "3"], ["a", "0.001", "0", "3"], ["c", "0.001", "2", "3"]]
     merged = table[0].index("PoC merge")
     assert [row[merged] for row in table[1:]] == ["77.50 ± 0.43", "78.67 ± 0.43", "79.50 ± 0.43"]
     assert "PoC merge: 77.50 % at λ = 0, 79.09 % at λ = 0.001" in page.text
