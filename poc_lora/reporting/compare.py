@@ -41,7 +41,7 @@ def comparison(runs: Sequence[RunFiles]) -> Part:
     part.tables.append(
         Table(
             "Average accuracy (%) ± standard error of sampling questions",
-            ["run", "λ", "seed", "adapters", *ROLES, "merge − best (95\u00a0%)"],
+            ["run", "λ", "seed", "adapters", *ROLES, "merge − best (95 %)"],
             [_row(name, *run[1:]) for name, run in zip(names, known, strict=True)],
         )
     )

@@ -36,7 +36,7 @@ def headline(files: RunFiles) -> tuple[str, list[tuple[str, Cell]]]:
     else:
         verb = "beats" if d.value > 0 else "falls short of"
         sentence = f"The merge of {M} adapters {verb} the best one ({told}), {picked}"
-    return f"{sentence}. It is {over_average} from the average adapter.", tiles
+    return f"{sentence}. The merge is {over_average} from the average adapter.", tiles
 
 
 def benchmarks(files: RunFiles) -> Part:

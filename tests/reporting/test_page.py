@@ -327,6 +327,7 @@ def test_runs_are_compared_by_temperature(tmp_path):
     assert [row[merged] for row in table[1:]] == ["77.50 ± 0.43", "78.67 ± 0.43", "79.50 ± 0.43"]
     assert "PoC merge: 77.50 % at λ = 0, 79.09 % at λ = 0.001" in page.text
     assert "differ in λ, in the seed, and in nothing else" in page.text
+    assert "\\x" not in page.text  # nothing of ours is taken for a control character
     other = make_run(tmp_path / "d", temperature=0.1, lora={"rank": 8})
     assert "the runs differ in lora.rank" in page_of(first, compare=[other]).text
 
