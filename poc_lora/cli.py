@@ -80,7 +80,7 @@ def demo(
 
     run_demo(out, overrides or [], show=show)
     tell_next(
-        f"the report: {out / 'eval' / 'results.md'}",
+        f"the report: {out / 'report.html'} (open it in a browser)",
         f"copy {out / 'config.yaml'}, set model, data and output to your own, and poc-lora train YOUR.yaml",
     )
 
@@ -192,6 +192,11 @@ def merge(
         allow_base_mismatch=allow_base_mismatch,
     )
     show_merge(report)
+    if rank_sweep is not None:
+        from poc_lora.reporting.page import write_rank_sweep
+
+        write_rank_sweep(report, out)
+        typer.echo(f"the same as a figure: {out / 'rank_sweep.svg'}")
     run = next((s for s in map(Path, sources) if (s / "config.yaml").is_file() and out == s / "merged"), None)
     tell_next(
         f"the merged adapter: {out}",
@@ -292,22 +297,36 @@ def evaluate(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run, or a folder of results.")]) -> None:
-    """Print the table of an evaluation again, and write it as Markdown.
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="A run, or a folder of results.", metavar="RUN")],
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Set the runs that follow beside the first, by their λ.")
+    ] = False,
+) -> None:
+    """Write RUN/report.html, one page that needs nothing else, and the table of an evaluation as Markdown.
 
     Example: poc-lora report runs/demo
+
+    Example: poc-lora report runs/demo --compare runs/demo-lambda0 runs/demo-lambda1e-4
     """
-    from poc_lora.errors import RunError
-    from poc_lora.evaluation.results import read_results
+    from poc_lora.errors import RequestError
+
+    run, *others = runs
+    if bool(others) != compare:
+        what = "--compare needs runs to compare with" if compare else "a report is of one run"
+        fix = f"for example: poc-lora report {shlex.quote(str(run))} --compare OTHER_RUN"
+        raise RequestError(what, where=", ".join(map(str, runs)), fix=fix)
+
+    from poc_lora.reporting.page import write_page
+    from poc_lora.reporting.run_files import read_run
     from poc_lora.reporting.tables import write_report
 
-    folder = run / "eval" if (run / "eval").is_dir() else run
-    if not (folder / "results.json").is_file():
-        raise RunError("nothing has been evaluated here", where=run, fix=f"first: poc-lora eval {run} --data DIR")
-    results = read_results(folder)
-    written = write_report(run, results)
-    show_results(results)
-    tell_next(f"the report: {written}", "paste it where you need it")
+    evaluations = read_run(run).evaluations
+    page = write_page(run, compare=others)
+    for results in evaluations:
+        write_report(run, results)
+        show_results(results)
+    tell_next(f"the report: {page}", "open it in a browser")
 
 
 @app.command()

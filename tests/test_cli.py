@@ -236,3 +236,27 @@ def test_eval_list_shows_the_eight_benchmarks_and_needs_nothing_else(poc_lora, r
         assert name in out
     assert "TARGETS is missing" in refused("eval", "--data", ".")
     assert "--data is missing" in refused("eval", "run")
+
+
+def test_a_report_of_a_run_that_was_only_trained(poc_lora, trained):
+    status, out, err = poc_lora("report", "run")
+    assert status == 0, err
+    assert "the report: run/report.html" in out
+    assert "Nothing has been evaluated" in (trained.parent / "run/report.html").read_text()
+    assert not list(trained.parent.rglob("results.md"))
+
+
+def test_runs_are_compared_only_when_asked(refused, trained):
+    assert "fix:   for example: poc-lora report run --compare OTHER_RUN" in refused("report", "run", "other")
+    assert "--compare needs runs" in refused("report", "run", "--compare")
+    assert "was not evaluated" in refused("report", "run", "--compare", "run")
+
+
+def test_a_rank_sweep_is_drawn_beside_merge_json(poc_lora, trained):
+    for out in ("one", "two"):
+        assert poc_lora("merge", "run", "--out", out, "--rank-sweep", "1,2,4")[0] == 0
+    for name in ("rank_sweep.svg", "rank_sweep.png"):
+        assert (trained.parent / "one" / name).read_bytes() == (trained.parent / "two" / name).read_bytes()
+    status, _, _ = poc_lora("merge", "run", "--out", "plain")
+    assert status == 0
+    assert not list((trained.parent / "plain").glob("rank_sweep*"))

@@ -11,6 +11,7 @@ from poc_lora.evaluation.evaluate import evaluate
 from poc_lora.evaluation.results import Results
 from poc_lora.lora.merge_folders import merge_folders
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
+from poc_lora.reporting.page import write_page, write_rank_sweep
 from poc_lora.reporting.summaries import merge_summary, training_summary
 from poc_lora.reporting.tables import notes, terminal_table, write_report
 from poc_lora.training.loop import train
@@ -40,7 +41,10 @@ def run_demo(
     )
     for line in training_summary(train(config)):
         show(line)
-    for line in merge_summary(merge_folders([out], out / "merged")):
+    most = config.lora.rank * config.adapters.count
+    merged = merge_folders([out], out / "merged", rank_sweep=[2**k for k in range(most.bit_length())])
+    write_rank_sweep(merged, out / "merged")
+    for line in merge_summary(merged):
         show(line)
     results = evaluate([out], data=DATA_DIR, limit=limit)
     write_report(out, results)
@@ -49,6 +53,7 @@ def run_demo(
         show(note)
     for sentence in conclusion(results):
         show(sentence)
+    write_page(out)
     return results
 
 

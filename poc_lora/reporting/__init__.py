@@ -1,1 +1,1 @@
-"""Results for reading: tables for the terminal and Markdown. The self-contained HTML page goes here, as html.py."""
+"""Results for reading: tables for the terminal and Markdown, figures, and the self-contained HTML page."""

@@ -71,8 +71,9 @@ def markdown(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def notes(results: Results) -> list[str]:
-    """Sentences that belong under the table: what was chosen how, paired differences, what was cut or left out."""
+def notes(results: Results, *, paired: bool = True) -> list[str]:
+    """Sentences that belong under the table: what was chosen how, what was cut or left out, and, with `paired`, the
+    paired differences."""
     said = []
     if len(results.adapters) > 1:
         where = "the test questions themselves, as in the paper"
@@ -81,11 +82,11 @@ def notes(results: Results) -> list[str]:
         said.append(
             f"LoRA (best) is adapter {results.best} of {len(results.adapters)}, chosen by its average on {where}."
         )
-        for rival, difference in results.comparisons.items():
+        for rival, difference in results.comparisons.items() if paired else ():
             name = f"PoC merge, {results.control_name}" if rival == "control" else f"LoRA ({rival})"
             said.append(f"PoC merge minus {name}: {_difference(difference)}.")
     else:
-        for rival, difference in results.comparisons.items():
+        for rival, difference in results.comparisons.items() if paired else ():
             if rival != "average":  # of one adapter
                 name = "the adapter" if rival == "best" else "the control's"
                 said.append(f"PoC merge minus {name}: {_difference(difference)}.")

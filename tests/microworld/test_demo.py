@@ -24,7 +24,10 @@ def demo(tmp_path_factory):
 
 def test_it_leaves_a_whole_run(demo):
     out, results, _ = demo
-    for name in ("config.yaml", "run.json", "metrics.jsonl", "adapters/02", "merged/merge.json", "eval/results.md"):
+    files = (
+        "config.yaml run.json metrics.jsonl adapters/02 merged/merge.json merged/rank_sweep.svg merged/rank_sweep.png"
+    )
+    for name in [*files.split(), "eval/results.md", "report.html"]:
         assert (out / name).exists(), name
     assert json.loads((out / "merged/adapter_config.json").read_text())["r"] == 3 * 4
     assert sum(results.questions.values()) == 8 * 24
@@ -38,6 +41,14 @@ def test_it_shows_the_papers_rows_and_two_sentences(demo):
     rows = (demo[0] / "eval/results.md").read_text()
     for name in ("base", "LoRA (best)", "LoRA (average)", "PoC merge", "prediction ensemble"):
         assert f"| {name} |" in rows
+
+
+def test_its_report_lacks_only_what_the_demo_does_not_measure(demo):
+    out, results, _ = demo
+    text = (out / "report.html").read_text()
+    assert f"{100 * results.merged.average.value:.2f}" in text
+    assert text.count("Left out:") == 2  # the validation loss and the subsets
+    assert "compare with no others of the same names" in text
 
 
 def test_the_base_knows_the_world_better_than_chance(demo):

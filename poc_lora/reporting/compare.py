@@ -1,0 +1,125 @@
+"""Several runs beside each other: accuracy against λ."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from poc_lora.config import RunConfig, flatten
+from poc_lora.errors import RunError
+from poc_lora.evaluation.results import Results, Scored
+from poc_lora.reporting import figures
+from poc_lora.reporting.blocks import Cell, Part, Table, accuracy, chart, short
+from poc_lora.reporting.run_files import RunFiles
+
+SWEPT = ("optim.temperature", "adapters.seed", "output")
+ROLES = {"LoRA (average)": "adapter", "LoRA (best)": "best", "PoC merge": "merge", "prediction ensemble": "ensemble"}
+
+
+def comparison(runs: Sequence[RunFiles]) -> Part:
+    """One table and one figure of average accuracy against λ over several runs.
+
+    Raises RunError for a run that is given twice, has no config.yaml or was not evaluated, and for one that was asked
+    other questions than the first.
+    """
+    known = [(run.folder, *_checked(run)) for run in runs]
+    if len({folder.resolve() for folder, _, _ in known}) < len(known):
+        raise RunError("a run is compared with itself", fix="name every run once")
+    for folder, _, results in known:
+        if _asked(results) != _asked(known[0][2]):
+            raise RunError(
+                "evaluated on other questions, or in another way, than the first run",
+                where=folder,
+                fix="evaluate all with the same --data, --benchmarks, --prompt and --limit",
+            )
+    known.sort(key=lambda run: (run[1].optim.temperature, run[1].adapters.seed, str(run[0])))
+    names = [folder.resolve().name for folder, _, _ in known]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder, _, _ in known]
+    part = Part("compare", "Accuracy against λ")
+    part.words += _differences([config for _, config, _ in known])
+    part.tables.append(
+        Table(
+            "Average accuracy (%) ± standard error of sampling questions",
+            ["run", "λ", "seed", "adapters", *ROLES, "merge − best (95 %)"],
+            [_row(name, *run[1:]) for name, run in zip(names, known, strict=True)],
+        )
+    )
+    rows = {name: (role, _points(name, known)) for name, role in ROLES.items()}
+    rows = {name: (role, points) for name, (role, points) in rows.items() if points}
+    repeated = len({config.optim.temperature for _, config, _ in known}) < len(known)
+    part.charts.append(
+        chart(
+            figures.temperature_figure(rows),
+            "temperature",
+            "Average accuracy against the temperature λ",
+            "; ".join(
+                f"{name}: " + ", ".join(f"{value:.2f} % at λ = {level:g}" for level, value, _ in points)
+                for name, (_, points) in rows.items()
+            ),
+            "Where several runs share a λ: their mean and its standard error over runs. Where one has it alone: its "
+            "standard error of sampling questions, which does not cover other seeds."
+            if repeated
+            else "Bars are standard errors of sampling questions; they do not cover other seeds.",
+        )
+    )
+    return part
+
+
+def _checked(run: RunFiles) -> tuple[RunConfig, Results]:
+    if run.config is None:
+        raise RunError("an evaluation without a run has no λ", where=run.folder, fix="compare run folders")
+    if run.results is None:
+        fix = f"first: poc-lora eval {run.folder} --data DIR"
+        raise RunError("a run that was not evaluated cannot be compared", where=run.folder, fix=fix)
+    return run.config, run.results
+
+
+def _asked(results: Results) -> tuple[object, ...]:
+    return results.questions, results.prompt, results.protocol, results.limit
+
+
+def _differences(configs: Sequence[RunConfig]) -> list[str]:
+    """A sentence on the settings that differ besides those that are swept."""
+    flat = [flatten(config) for config in configs]
+    keys = [key for key in dict.fromkeys(k for one in flat for k in one) if key not in SWEPT]
+    differing = [key for key in keys if any(one.get(key) != flat[0].get(key) for one in flat)]
+    if not differing:
+        return ["The runs differ in λ, in the seed, and in nothing else."]
+    return [f"Besides λ and the seed, the runs differ in {', '.join(differing)}: λ may not be what tells them apart."]
+
+
+def _row(name: str, config: RunConfig, results: Results) -> list[Cell | str]:
+    cells: list[Cell | str] = []
+    for role in ROLES:
+        scored = _scored(role, results)
+        cells.append("" if scored is None else accuracy(scored.average))
+    d = results.comparisons.get("best")
+    gain = "" if d is None else f"{100 * d.value:+.2f} ({100 * d.low:+.2f} to {100 * d.high:+.2f})"
+    settings = f"{config.optim.temperature:g}", str(config.adapters.seed), str(len(results.adapters))
+    return [short(name), *settings, *cells, gain]
+
+
+def _points(name: str, known: Sequence[tuple[Path, RunConfig, Results]]) -> list[tuple[float, float, float]]:
+    """(λ, value, error) in percent: over runs where several have that λ, else of sampling questions."""
+    by_level: dict[float, list[tuple[float, float]]] = {}
+    for _, config, results in known:
+        scored = _scored(name, results)
+        if scored is not None:
+            estimate = scored.average
+            by_level.setdefault(config.optim.temperature, []).append((100 * estimate.value, 100 * estimate.error))
+    points = []
+    for level, found in sorted(by_level.items()):
+        values = [value for value, _ in found]
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else found[0][1]
+        points.append((level, statistics.fmean(values), error))
+    return points
+
+
+def _scored(name: str, results: Results) -> Scored | None:
+    return {
+        "LoRA (average)": results.average,
+        "LoRA (best)": results.adapters[results.best],
+        "PoC merge": results.merged,
+        "prediction ensemble": results.ensemble,
+    }[name]

@@ -1,0 +1,105 @@
+"""The report as a browser shows it: on a desk, on a phone, in the dark, and on paper."""
+
+import json
+
+import pytest
+
+from poc_lora.reporting.page import write_page
+from tests.reporting.chromium import Browser, find_chromium
+from tests.reporting.run_folder import FOLDERS, make_run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_chromium() is None, reason="no Chromium: see CONTRIBUTING.md for how to get one"),
+]
+
+SCREENS = {
+    "desk": dict(width=1100),
+    "dark": dict(width=1100, dark=True),
+    "phone": dict(width=360, height=740),
+    "phone in the dark": dict(width=360, height=740, dark=True),
+}
+TABLE = """[...document.querySelector('table[aria-label="Accuracy (%) ± standard error"]').rows].map(
+    row => [...row.cells].map(cell => cell.textContent.replace(/\\s+/g, ' ').trim()))"""
+BOXES = "[...document.querySelectorAll('svg')].map(x => x.getBoundingClientRect()).map(b => [b.x, b.width, b.height])"
+# Of every drawn line and word the size, and of each figure whether its words stay within it.
+INSIDE = """[...document.querySelectorAll('svg')].map(svg => {
+    const frame = svg.getBoundingClientRect();
+    const boxes = [...svg.querySelectorAll('path, text')].map(x => x.getBoundingClientRect());
+    const words = [...svg.querySelectorAll('text')].map(x => x.getBoundingClientRect());
+    return [boxes.filter(b => b.width + b.height > 0).length, words.length,
+        words.filter(b => b.left < frame.left - 2 || b.right > frame.right + 2 || b.top < frame.top - 2
+            || b.bottom > frame.bottom + 2).length,
+        Math.min(...words.map(b => b.height))]; })"""
+COLOURS = """[document.body, document.querySelector('.fill-ink')].map((x, i) =>
+    getComputedStyle(x)[i ? 'fill' : 'backgroundColor'])"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("run"))
+    write_page(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with Browser(find_chromium(), tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_it_is_drawn_without_a_complaint(run, browser, screen):
+    browser.open(run / "report.html", **SCREENS[screen])
+    assert browser.told == []
+    width = SCREENS[screen]["width"]
+    assert browser.value("document.documentElement.scrollWidth") <= width  # nothing scrolls sideways but tables
+    boxes = browser.value(BOXES)
+    assert len(boxes) == 8
+    for x, w, h in boxes:
+        assert x >= 0
+        assert x + w <= width
+        assert min(w, h) > 100
+    for drawn, words, outside, smallest in browser.value(INSIDE):
+        assert drawn > 10
+        assert words > 5
+        assert outside == 0
+        assert smallest > 9  # pixels of a line of text
+
+
+def test_the_table_shows_what_results_json_says(run, browser):
+    browser.open(run / "report.html")
+    raw = json.loads((run / "eval/results.json").read_text())
+    rows = {row[0]: row[1:] for row in browser.value(TABLE)}
+    named = {"LoRA (best)": raw["adapters"][raw["best"]], "LoRA (average)": raw["average"], "PoC merge": raw["merged"]}
+    for name, row in (named | {"base": raw["base"], "prediction ensemble": raw["ensemble"]}).items():
+        pairs = [*(row["benchmarks"][b] for b in FOLDERS), row["average"]]
+        assert rows[name] == [f"{100 * value:.2f} ± {100 * error:.2f}" for value, error in pairs]
+
+
+def test_it_follows_the_screens_colour_scheme(run, browser):
+    browser.open(run / "report.html")
+    assert browser.value(COLOURS) == ["rgb(255, 255, 255)", "rgb(27, 32, 39)"]
+    browser.open(run / "report.html", dark=True)
+    assert browser.value(COLOURS) == ["rgb(18, 22, 27)", "rgb(231, 234, 239)"]
+
+
+def test_on_paper_it_is_light_whole_and_unfolded(run, browser):
+    browser.open(run / "report.html", width=800, dark=True, media="print")
+    assert browser.value(COLOURS) == ["rgb(255, 255, 255)", "rgb(27, 32, 39)"]
+    cut = "[...document.querySelectorAll('.scroll')].filter(x => x.scrollWidth > x.clientWidth + 1).length"
+    assert browser.value(cut) == 0
+    hidden = "[...document.querySelectorAll('details > *')].filter(x => x.getBoundingClientRect().height == 0).length"
+    assert browser.value(hidden) == 0
+    assert browser.pdf().startswith(b"%PDF-")
+
+
+def test_a_hostile_name_runs_nothing(tmp_path, browser):
+    attack = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
+    run = make_run(tmp_path, model=attack)
+    write_page(run)
+    browser.open(run / "report.html")
+    assert browser.value("document.title") != "run"
+    assert browser.value("document.scripts.length + document.images.length") == 0
+    assert attack in browser.value("document.body.textContent")
+    assert browser.told == []

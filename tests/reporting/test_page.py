@@ -1,0 +1,346 @@
+"""The report: what it shows is what the files say, what they lack is said, and what they hold is harmless."""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+
+import matplotlib as mpl
+import pytest
+
+from poc_lora.errors import PocLoraError, RunError
+from poc_lora.evaluation.scores import Difference
+from poc_lora.reporting.page import write_page
+from poc_lora.reporting.parts_results import headline
+from poc_lora.reporting.run_files import read_run
+from tests.reporting.html import Page
+from tests.reporting.run_folder import FOLDERS, make_run, merge_report, metric_lines, results, scored
+
+PARTS = "run benchmarks subsets training noise similarity ranks provenance".split()
+SHAPES = {"svg", "g", "path", "use", "defs", "text", "tspan", "clippath", "rect", "title", "desc"}
+TAGS = SHAPES | set(
+    "html head meta title style body a header p h1 h2 h3 dl div dt dd span nav ul li main section table thead tbody tr "
+    "th td figure figcaption details summary footer".split()
+)
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</style><script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onload='alert(1)",
+    "{{ 7 * 7 }}",
+    "]]><svg onload=alert(1)>",
+    "$\\frac{1}{0$",
+    "_hidden\x00\x1b[31m\u202e",
+]
+
+
+def page_of(folder, **options):
+    return Page(write_page(folder, **options).read_text(encoding="utf-8"))
+
+
+def as_shown(pair):
+    return f"{100 * pair[0]:.2f} ± {100 * pair[1]:.2f}"
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run with its report."""
+    run = make_run(tmp_path_factory.mktemp("whole") / "run")
+    write_page(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(whole):
+    return Page((whole / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_table_says_what_results_json_says(whole, page):
+    raw = json.loads((whole / "eval/results.json").read_text())
+    table = page.tables["Accuracy (%) ± standard error"]
+    assert table[0] == ["", "SIQA", "PIQA", "WinoGrande", "OBQA", "ARC-c", "ARC-e", "BoolQ", "HellaSwag", "average"]
+    rows = {row[0]: row[1:] for row in table[1:]}
+    assert rows.pop("questions") == ["100"] * 8 + ["800"]
+    assert rows.pop("chance level") == ["25.00"] * 9
+    named = {"LoRA (best)": raw["adapters"]["02"], "LoRA (average)": raw["average"], "PoC merge": raw["merged"]}
+    named |= {"base": raw["base"], "prediction ensemble": raw["ensemble"]}
+    assert rows.keys() == named.keys()
+    for name, row in named.items():
+        assert rows[name] == [as_shown(row["benchmarks"][b]) for b in FOLDERS] + [as_shown(row["average"])]
+    every = page.tables["Every adapter: accuracy (%) ± standard error"][1:]
+    assert [row[0] for row in every] == list(raw["adapters"])
+    assert [row[-1] for row in every] == [as_shown(row["average"]) for row in raw["adapters"].values()]
+
+
+def test_the_paired_tests_are_a_table(page):
+    (caption,) = [name for name in page.tables if "paired bootstrap" in name]
+    assert page.tables[caption][1:] == [
+        ["LoRA (best)", "+4.57", "+2.00 to +7.00", "0.0002"],
+        ["LoRA (average)", "+4.87", "+3.00 to +8.00", "0.0004"],
+    ]
+
+
+def test_it_says_what_was_run_in_words(page):
+    text = page.text
+    assert "M = 3 LoRA adapters of rank 4 (alpha 64) on q_proj, k_proj, v_proj, up_proj, down_proj of org/base" in text
+    assert "40 steps of 16 rows with NoisyAdamW: learning rate 0.0001, temperature λ = 0.001, run seed 0" in text
+    assert "The merge of 3 adapters beats the best one (+4.57 points, 95 % interval +2.00 to +7.00)" in text
+    for fact in ("29.9 s", "578.5 MB", "a processor", "2.13.0", "ab" * 32, f"{2:064x}"):
+        assert fact in text
+
+
+@pytest.mark.parametrize(
+    ("difference", "told"),
+    [
+        (
+            Difference(0.01, -0.01, 0.03, 0.3),
+            "and the best one, which had to be picked on validation, cannot be told apart",
+        ),
+        (Difference(-0.02, -0.03, -0.01, 0.01), "falls short of the best one (-2.00 points"),
+    ],
+)
+def test_the_headline_claims_no_more_than_the_test(tmp_path, difference, told):
+    found = results(best_chosen_on="validation", comparisons={"best": difference})
+    assert told in headline(read_run(make_run(tmp_path, found=found)))[0]
+
+
+def test_every_part_has_its_figures(page):
+    assert [attrs["id"] for tag, attrs in page.elements if tag == "section"] == PARTS
+    drawn = [attrs["aria-labelledby"].split("-title")[0] for tag, attrs in page.elements if tag == "svg"]
+    assert drawn == "averages loss validation grad-norm noise-norm cosines effective-rank rank-sweep".split()
+    assert page.text.count("Left out:") == 1  # the subsets
+
+
+@pytest.mark.parametrize(
+    ("gone", "why"),
+    [
+        ("config.yaml", "without a config.yaml"),
+        ("run.json", "There is no run.json"),
+        ("metrics.jsonl", "There is no metrics.jsonl, which holds the curves"),
+        ("merged", "There is no merge yet"),
+        ("eval", "Nothing has been evaluated"),
+    ],
+)
+def test_a_part_without_data_is_left_out_with_a_word_why(run, gone, why):
+    path = run / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = page_of(run)
+    assert "Left out: " in page.text
+    assert why in page.text
+    assert [attrs["id"] for tag, attrs in page.elements if tag == "section"] == PARTS
+
+
+def test_a_folder_with_nothing_of_ours_is_refused(tmp_path):
+    with pytest.raises(RunError, match="neither a run nor an evaluation"):
+        write_page(tmp_path)
+    with pytest.raises(RunError, match="no such folder"):
+        write_page(tmp_path / "none")
+
+
+def test_no_noise_no_validation_and_no_sweep_are_said(tmp_path):
+    lines = [line | {"noise_norm": 0.0} for line in metric_lines(validation=False)]
+    text = page_of(make_run(tmp_path, temperature=0.0, metrics=lines, merge=merge_report(rank_sweep={}))).text
+    assert "no noise (λ = 0)" in text
+    assert "No noise was added" in text
+    assert "validation loss was not measured" in text
+    assert "merge with --rank-sweep" in text
+
+
+def test_a_run_under_way_and_a_diverged_adapter_are_told(tmp_path):
+    lines = [*metric_lines(steps=30), {"step": 7, "adapter": 1, "diverged": True}]
+    text = page_of(make_run(tmp_path, metrics=lines)).text
+    assert "The training is not finished: step 30 of 40." in text
+    assert "Adapter 01 diverged at step 7" in text
+
+
+SUBSETS = {
+    "points": [
+        {"m": 1, "subsets": 3, "accuracy": 0.7, "error": 0.01, "distance": 0.4},
+        {"m": 2, "subsets": 3, "accuracy": 0.74, "error": None, "distance": 0.1},
+        {"m": 3, "subsets": 1, "accuracy": 0.75, "error": None, "distance": None},
+    ],
+    "variance_law": {"c": 0.6, "floor": 0.01, "explained": 0.99},
+}
+
+
+def test_accuracy_against_m_is_drawn_where_subsets_were_scored(tmp_path):
+    page = page_of(make_run(tmp_path, found=results(subsets=SUBSETS)))
+    assert "1 merged: mean 70.00 %; 2 merged: mean 74.00 %; 3 merged: mean 75.00 %" in page.text
+    assert "c = 0.6, floor = 0.01" in page.text
+    assert "Left out:" not in page.text
+
+
+def test_a_control_and_other_protocols_stand_beside(tmp_path):
+    difference = Difference(0.01, -0.01, 0.03, 0.3)
+    found = results(control=scored(0.74), control_name="λ = 0", comparisons={"control": difference})
+    run = make_run(tmp_path, found=found)
+    (run / "eval-generate").mkdir()
+    written = results(protocol="generate", ensemble=None, agreement=None, unread={"base": 0.25, "merged": float("nan")})
+    (run / "eval-generate/results.json").write_text(json.dumps(written.to_json()))
+    page = page_of(run)
+    table = page.tables["Accuracy (%) ± standard error, protocol label"]
+    assert [row[0] for row in table][-2:] == ["PoC merge, λ = 0", "prediction ensemble"]
+    assert "PoC merge" in [row[0] for row in page.tables["Accuracy (%) ± standard error, protocol generate"]]
+    (caption,) = [name for name in page.tables if "paired" in name and name.endswith("label")]
+    assert page.tables[caption][1:] == [["PoC merge, λ = 0", "+1.00", "-1.00 to +3.00", "0.3"]]
+    assert "no label was found, in percent: base 25.00." in page.text
+
+
+def test_one_adapter_and_many_adapters_are_shown(tmp_path):
+    single = results(("only",), merged=None, ensemble=None, comparisons={}, agreement=None)
+    page = page_of(make_run(tmp_path / "one", found=single, merge=merge_report(["a"]), metrics=metric_lines(1)))
+    assert "LoRA only" in [row[0] for row in page.tables["Accuracy (%) ± standard error"]]
+    names = [f"run/adapters/{i:02d}" for i in range(70)]
+    many = make_run(tmp_path / "many", found=results(names), merge=merge_report(names), metrics=metric_lines(70, 3))
+    page = page_of(many)
+    assert "heatmap of 70 adapters would be too fine" in page.text
+    assert "The first 64 of 70 adapters are drawn." in page.text
+    assert (many / "report.html").stat().st_size < 2_000_000
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """A run in which every text that files may set is an attack."""
+    modules = [f"layers.{i}.{text}" for i, text in enumerate(HOSTILE)]
+    report = merge_report(HOSTILE, modules, method=HOSTILE[0], dtype=HOSTILE[2])
+    for source, text in zip(report["sources"], HOSTILE, strict=True):
+        source["sha256"] = text
+    found = results(HOSTILE, base_model=HOSTILE[1], prompt=HOSTILE[2], protocol=HOSTILE[5])
+    run = make_run(tmp_path / "run", found=found, merge=report, model=HOSTILE[0], data={"train": HOSTILE[:7]})
+    facts = json.loads((run / "run.json").read_text())
+    facts |= {"versions": dict(zip(HOSTILE, HOSTILE, strict=True)), "machine": {HOSTILE[2]: HOSTILE}}
+    facts |= {"data_sha256": dict(zip(HOSTILE, HOSTILE, strict=True)), "dtype": HOSTILE[3]}
+    (run / "run.json").write_text(json.dumps(facts))
+    return run
+
+
+def test_what_comes_from_files_is_text_and_nothing_else(hostile):
+    page = page_of(hostile)
+    assert {tag for tag, _ in page.elements} <= TAGS
+    for _, attrs in page.elements:
+        assert not [name for name in attrs if name.startswith("on") or name in ("src", "style", "action", "srcset")]
+    assert all(link.startswith("#") for link in page.attributes("href"))
+    assert HOSTILE[0] in page.text  # told as it is
+    assert "{{ 7 * 7 }}" in page.text
+    assert not re.search("[\x00\x1b\u202e]", page.text)
+
+
+def test_nothing_but_its_own_style_sheet_is_allowed(whole, page):
+    (policy,) = [attrs["content"] for _, attrs in page.elements if attrs.get("http-equiv") == "Content-Security-Policy"]
+    digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
+    assert policy.split("; ")[:2] == ["default-src 'none'", f"style-src 'sha256-{digest}'"]
+    assert "url(" not in page.style
+    assert "@import" not in page.style
+    text = (whole / "report.html").read_text()
+    assert "http://" not in text
+    assert "https://" not in text
+
+
+def test_ids_are_unique_and_what_refers_to_them_finds_them(page):
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids))
+    for word in " ".join(page.attributes("aria-labelledby")).split():
+        assert word in ids
+    for link in page.attributes("href"):
+        assert link.removeprefix("#") in ids
+    for clip in page.attributes("clip-path"):
+        assert clip.removeprefix("url(#").removesuffix(")") in ids
+    for tag, attrs in page.elements:
+        if tag == "svg":
+            assert attrs["role"] == "img"
+            assert attrs["aria-labelledby"].count("-title") == attrs["aria-labelledby"].count("-desc") == 1
+
+
+def test_the_same_files_give_the_same_bytes(whole):
+    first = (whole / "report.html").read_bytes()
+    with mpl.rc_context({"svg.fonttype": "path", "font.size": 20, "savefig.bbox": "tight", "text.color": "red"}):
+        assert write_page(whole).read_bytes() == first
+
+
+def broken(name, change):
+    def apply(run):
+        path = run / name
+        value = json.loads(path.read_text())
+        change(value)
+        path.write_text(json.dumps(value))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [
+        (broken("merged/merge.json", lambda x: x.pop("cosines")), "merge.json"),
+        (broken("merged/merge.json", lambda x: x["cosines"].pop()), "merge.json"),
+        (broken("merged/merge.json", lambda x: x["cosines"][0].append(1e300)), "merge.json"),
+        (broken("merged/merge.json", lambda x: x.update(sources=[])), "merge.json"),
+        (broken("merged/merge.json", lambda x: x.update(rank_sweep={"all": {"-1": 0.1}})), "merge.json"),
+        (broken("merged/merge.json", lambda x: x.update(rank_sweep={"all": {}})), "merge.json"),
+        (broken("merged/merge.json", lambda x: x.update(error=float("nan"))), "merge.json"),
+        (broken("run.json", lambda x: x.update(versions=["a"])), "run.json"),
+        (broken("eval/results.json", lambda x: x.update(best="none")), "results.json"),
+        (broken("eval/results.json", lambda x: x.update(base=None)), "results.json"),
+        (broken("eval/results.json", lambda x: x.update(questions={})), "results.json"),
+        (broken("eval/results.json", lambda x: x["merged"].update(average=[17.0, 0.1])), "results.json"),
+        (broken("eval/results.json", lambda x: x["merged"]["benchmarks"].pop("piqa")), "results.json"),
+        (broken("eval/results.json", lambda x: x["questions"].update(piqa="many")), "results.json"),
+        (broken("eval/results.json", lambda x: x.update(subsets={"points": [{"m": 1}]})), "results.json"),
+        (broken("eval/results.json", lambda x: x.update(unread=[1])), "results.json"),
+        (lambda run: (run / "merged/merge.json").write_text("[1]"), "merge.json"),
+        (lambda run: (run / "run.json").write_text("{"), "run.json"),
+        (lambda run: (run / "eval/results.json").write_text("[]"), "results.json"),
+        (lambda run: (run / "config.yaml").write_text("a: b"), "config.yaml"),
+    ],
+)
+def test_a_damaged_file_is_named(run, damage, file):
+    damage(run)
+    with pytest.raises(PocLoraError) as problem:
+        write_page(run)
+    assert file in str(problem.value)
+    assert not (run / "report.html").exists()
+
+
+def test_odd_lines_of_metrics_are_passed_over(run):
+    before = write_page(run).read_bytes()
+    odd = ["{", "[1]", "7", '{"step": true, "adapter": 0, "loss": 1}', '{"step": 1, "adapter": "<b>", "loss": 1}']
+    odd += ['{"step": 1, "adapter": 0, "loss": NaN}', '{"step": 1, "adapter": 0, "loss": 1e999}', "[" * 100_000]
+    odd += ['{"step": 1, "adapter": 0, "loss": ' + "9" * 4000 + "}", '{"step": -1, "adapter": 0, "loss": 1}']
+    with (run / "metrics.jsonl").open("a") as out:
+        out.write("\n".join(odd))
+    assert write_page(run).read_bytes() == before
+
+
+def test_runs_are_compared_by_temperature(tmp_path):
+    first = make_run(tmp_path / "a", temperature=1e-3)
+    control = make_run(tmp_path / "b", temperature=0.0, seed=1, found=results(merged=scored(0.74)))
+    other_seed = make_run(tmp_path / "c", temperature=1e-3, seed=2, found=results(merged=scored(0.76)))
+    page = page_of(first, compare=[other_seed, control])
+    (table,) = [rows for name, rows in page.tables.items() if "sampling questions" in name]
+    assert [row[:4] for row in table[1:]] == [["b", "0", "1", "3"], ["a", "0.001", "0", "3"], ["c", "0.001", "2", "3"]]
+    merged = table[0].index("PoC merge")
+    assert [row[merged] for row in table[1:]] == ["77.50 ± 0.43", "78.67 ± 0.43", "79.50 ± 0.43"]
+    assert "PoC merge: 77.50 % at λ = 0, 79.09 % at λ = 0.001" in page.text
+    assert "differ in λ, in the seed, and in nothing else" in page.text
+    assert "\\x" not in page.text  # nothing of ours is taken for a control character
+    other = make_run(tmp_path / "d", temperature=0.1, lora={"rank": 8})
+    assert "the runs differ in lora.rank" in page_of(first, compare=[other]).text
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path):
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", found=results(limit=5))
+    with pytest.raises(RunError, match="other questions"):
+        write_page(first, compare=[second])
+    with pytest.raises(RunError, match="compared with itself"):
+        write_page(first, compare=[tmp_path / "b" / ".." / "a"])
+    (second / "config.yaml").unlink()
+    with pytest.raises(RunError, match="has no λ"):
+        write_page(first, compare=[second])
+    shutil.rmtree(first / "eval")
+    with pytest.raises(RunError, match="was not evaluated"):
+        write_page(first, compare=[second])
