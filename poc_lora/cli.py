@@ -9,6 +9,7 @@ import typer
 
 from poc_lora import __version__
 from poc_lora.errors import PocLoraError
+from poc_lora.hub import commands as hub
 from poc_lora.mfnn import commands as mfnn
 from poc_lora.terminal import numbers, show, show_merge, show_results, show_training, tell_next
 
@@ -21,7 +22,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-app.add_typer(mfnn.app, name="mfnn")
 
 DTYPES = ("float32", "bfloat16", "float16")
 Config = Annotated[Path, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.", metavar="CONFIG")]
@@ -329,31 +329,8 @@ def report(
     tell_next(f"the report: {page}", "open it in a browser")
 
 
-@app.command()
-def push(
-    adapter: Annotated[Path, typer.Argument(help="An adapter's folder, or a run: its merged adapter.")],
-    repo_id: Annotated[str, typer.Argument(help="The repository, such as you/adapter; created where missing.")],
-    all: Annotated[bool, typer.Option("--all", help="A run's single adapters too, in adapters/00 ...")] = False,
-    public: Annotated[bool, typer.Option("--public", help="Create it public; default: private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="The branch, created where missing; default: main.")] = None,
-    base: Annotated[
-        str | None, typer.Option("--base-model", help="The base model's Hub id, where the adapter names a folder.")
-    ] = None,
-    license: Annotated[str | None, typer.Option(help="Such as apache-2.0; default: none is stated.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, print the card, send nothing.")] = False,
-) -> None:
-    """Upload an adapter with a model card to the Hugging Face Hub, in one commit. Log in first: hf auth login.
-
-    Example: poc-lora push runs/mine you/adapter --base-model org/base --dry-run
-    """
-    from poc_lora.hub import push as hub
-
-    done = hub.push(
-        adapter, repo_id, all=all, public=public, revision=revision, dry_run=dry_run, base_model=base, licence=license
-    )
-    for line in hub.summary(done):
-        typer.echo(line)
-    tell_next(*hub.next_step(done))
+app.command()(hub.push)
+app.add_typer(mfnn.app, name="mfnn")
 
 
 @app.command()

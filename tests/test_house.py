@@ -14,9 +14,9 @@ PACKAGE = Path(poc_lora.__file__).parent
 LAYERS = [
     ("__init__", "__main__"),
     ("cli",),
-    ("terminal",),
     ("microworld",),
     ("hub",),
+    ("terminal",),
     ("reporting",),
     ("evaluation",),
     ("training",),
