@@ -61,7 +61,7 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
         call(monkeypatch, words)
         ran.append(words[1])
     first = ["check", "train", "merge", "eval", "report"]
-    assert ran == [*first, "check", "merge", "merge", "merge", "fold", "push"]
+    assert ran == [*first, "check", "merge", "merge", "merge", "fold", "eval", "eval", "push"]
     assert "PoC merge" in capsys.readouterr().out
 
 
