@@ -1,7 +1,6 @@
 """The average of adapters as one adapter, from their factors alone. Pure functions of tensors."""
 
 import math
-import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -15,7 +14,7 @@ from poc_lora.lora import methods, similarity
 from poc_lora.lora.adapter import Adapter
 from poc_lora.lora.compatible import check_compatible, checked_weights
 from poc_lora.lora.factors import DTYPES, Factors, is_finite
-from poc_lora.lora.stacked import Stacked, stack
+from poc_lora.lora.stacked import Stacked, own_memory, stack
 
 METHODS = ("average", "block", "random", "soup")
 
@@ -140,38 +139,38 @@ class _Plan:
 
 def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[Factors, ModuleReport, Tensor]:
     """One module's merged factors, its report, and its Gram matrix."""
-    members = [adapter.modules.get(name) for adapter in adapters]
-    stacked = stack(members)
+    stacked = stack([adapter.modules.get(name) for adapter in adapters])
     inner = similarity.gram_of_stack(stacked)
     weights = torch.tensor(plan.weights, dtype=torch.float64, device=stacked.A.device)
-    exact = methods.average(stacked, weights)
     if not is_finite(inner):
-        for adapter, member in zip(adapters, members, strict=True):
-            if member is not None and not member.is_finite():
+        for adapter in adapters:
+            if name in adapter.modules and not adapter.modules[name].is_finite():
                 what = f"the factors of {name} hold NaN or infinity"
                 raise AdapterError(what, where=adapter.source, fix="leave this adapter out")
         _refuse_overflow(name)
     norm = math.sqrt(max(0.0, float(weights @ inner @ weights)))
     total = len(stacked.A)
     truncate = plan.method == "average" and plan.rank is not None and plan.rank < total
-    triples = methods.decompose(*exact) if truncate or plan.rank_sweep else None
+    sweep = truncate or plan.rank_sweep
+    triples = methods.decompose(stacked.A, stacked.B, weights[stacked.owner]) if sweep else None
     error = 0.0
     if triples and truncate and plan.rank is not None:
         A, B = triples.truncated(plan.rank)
         error = triples.error(plan.rank)
     elif plan.method == "average":
-        A, B = exact
+        A, B = methods.average(stacked, weights)
     else:
         A, B = _other_method(name, stacked, weights, plan)
-        error = methods.distance(*exact, A, B) / norm if norm else 0.0
+        error = methods.distance(*methods.average(stacked, weights), A, B) / norm if norm else 0.0
     if not len(A):  # nothing was drawn of a module
         A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
-    factors = Factors(_kept(A, plan.dtype), _kept(B, plan.dtype))
+    factors = Factors(
+        own_memory(A.shape, plan.dtype, A.device).copy_(A), own_memory(B.shape, plan.dtype, B.device).copy_(B)
+    )
     if not factors.is_finite():
         _refuse_overflow(name)
-    present = sum(member is not None for member in members)
     report = ModuleReport(
-        members=present,
+        members=sum(name in adapter.modules for adapter in adapters),
         rank=factors.rank,
         norm=norm,
         error=error,
@@ -182,18 +181,6 @@ def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[
         sweep={rank: triples.error(rank) for rank in plan.rank_sweep} if triples else {},
     )
     return factors, report, inner
-
-
-def _kept(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in `dtype`; on the CPU in memory of its own.
-
-    On the heap, the results of a large merge would lie between its float64 temporaries, whose space could then not be
-    used for the larger ones of the next module.
-    """
-    if tensor.device.type != "cpu" or not tensor.numel():
-        return tensor.to(dtype)
-    memory = mmap.mmap(-1, tensor.numel() * dtype.itemsize)
-    return torch.frombuffer(memory, dtype=dtype).view(tensor.shape).copy_(tensor)
 
 
 def _other_method(name: str, stacked: Stacked, weights: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:

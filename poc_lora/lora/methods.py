@@ -11,12 +11,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from poc_lora import rng
-from poc_lora.lora.stacked import Stacked
+from poc_lora.lora.stacked import Stacked, own_memory
+
+SLICE = 256  # rows compared at a time
 
 
 def average(stacked: Stacked, weights: Tensor) -> tuple[Tensor, Tensor]:
     """ΔW = Σ_j w_j s_j B_j A_j, exactly: A stacked, and B with the weights in it."""
-    return stacked.A, stacked.B * weights[stacked.owner]
+    B = own_memory(stacked.B.shape, stacked.B.dtype, stacked.B.device)
+    return stacked.A, torch.mul(stacked.B, weights[stacked.owner], out=B)
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,15 @@ class Decomposition:
         return float(torch.linalg.vector_norm(self.values[rank:])) / norm if norm else 0.0
 
 
-def decompose(A: Tensor, B: Tensor) -> Decomposition:
-    """The singular value decomposition of B A from its factors.
+def decompose(A: Tensor, B: Tensor, weights: Tensor | None = None) -> Decomposition:
+    """The singular value decomposition of B A from its factors, or of B W A with W = diag(weights [R]).
 
-    With Aᵀ = Q_A R_A and B = Q_B R_B, only the core R_B R_Aᵀ [R, R] is left to decompose.
+    With Aᵀ = Q_A R_A and B = Q_B R_B, only the core R_B W R_Aᵀ [R, R] is left to decompose.
     """
     Q_A, R_A = qr(A.T)
     Q_B, R_B = qr(B)
-    U, values, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    core = (R_B if weights is None else R_B * weights) @ R_A.T
+    U, values, Vh = torch.linalg.svd(core, full_matrices=False)
     return Decomposition(Q_A, Q_B, U, values, Vh.T)
 
 
@@ -131,10 +135,16 @@ def distance(A: Tensor, B: Tensor, other_A: Tensor, other_B: Tensor) -> float:
 
 def cast_distance(A: Tensor, B: Tensor, cast_A: Tensor, cast_B: Tensor) -> float:
     """‖B A − B' A'‖ of factors that nearly agree: as (B − B') A + B' (A − A'), where nothing cancels."""
+    if _holds(cast_A, A):  # a float32 average has the very A of its adapters
+        return 0.0 if _holds(cast_B, B) else product_norm(A, B - cast_B)
     cast_A, cast_B = cast_A.to(A.dtype), cast_B.to(B.dtype)
-    if torch.equal(A, cast_A):  # a float32 average has the very A of its adapters
-        return 0.0 if torch.equal(B, cast_B) else product_norm(A, B - cast_B)
     return product_norm(torch.cat([A, A - cast_A]), torch.cat([B - cast_B, cast_B], dim=1))
+
+
+def _holds(cast: Tensor, original: Tensor) -> bool:
+    """Whether a cast has lost nothing; slice by slice, so that nothing large is converted back."""
+    pairs = zip(cast.split(SLICE), original.split(SLICE), strict=True)
+    return all(torch.equal(part.to(whole.dtype), whole) for part, whole in pairs)
 
 
 def effective_rank(stacked: Stacked, weights: Tensor) -> float:

@@ -1,5 +1,7 @@
 """M adapters' factors in one module, side by side: what every merge and comparison is computed from."""
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,8 +47,8 @@ def stack(members: Sequence[Factors | None]) -> Stacked:
     present = [member for member in members if member is not None]
     ranks = [0 if member is None else member.rank for member in members]
     d_out, d_in = present[0].shape
-    A = torch.empty(sum(ranks), d_in, dtype=torch.float64, device=present[0].A.device)
-    B = torch.empty(d_out, sum(ranks), dtype=torch.float64, device=present[0].B.device)
+    A = own_memory((sum(ranks), d_in), torch.float64, present[0].A.device)
+    B = own_memory((d_out, sum(ranks)), torch.float64, present[0].B.device)
     start = 0
     for member in present:
         part = slice(start, start + member.rank)
@@ -56,3 +58,15 @@ def stack(members: Sequence[Factors | None]) -> Stacked:
             B[:, part] *= member.scale
         start = part.stop
     return Stacked(A, B, ranks)
+
+
+def own_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty tensor; on the CPU in memory of its own, which goes back to the system with it.
+
+    On the heap the results of a large merge would come to lie between its float64 temporaries, whose space the larger
+    ones of the next module could not use.
+    """
+    if device.type != "cpu" or not math.prod(shape):
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))

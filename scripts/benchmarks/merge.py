@@ -1,16 +1,16 @@
 """Merging eight adapters of rank 32 with the module shapes of Llama-3-8B, beside PEFT's add_weighted_adapter.
 
-    python scripts/benchmarks/merge.py --out FILE
+    python scripts/benchmarks/merge.py layer --out FILE
+    python scripts/benchmarks/merge.py files --out FILE
 
-Two parts, each in alternating rounds. The five modules of one layer, in memory, truncated to rank 32: this library and
-PEFT's `svd` as it comes and with `svd_full_matrices=False`; and how far ours and PEFT's `cat`, both exact, differ. All
-160 modules, from files to files, each in a process of its own: the exact average, the truncated one, and nothing but
+layer: the five modules of one layer, in memory, truncated to rank 32: this library, PEFT's `svd` as it comes and with
+`svd_full_matrices=False`; and how far ours and PEFT's `cat`, both exact, differ. files: all 160 modules, from files to
+files, in alternating rounds and each in a process of its own: the exact average, the truncated one, and nothing but
 reading the inputs and writing an output of that size.
 """
 
 import argparse
 import json
-import resource
 import shlex
 import statistics
 import subprocess
@@ -44,6 +44,7 @@ ADAPTERS, RANK = 8, 32
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("layer", "files"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peft-rounds", type=int, default=1, help="PEFT's svd takes minutes a round")
     parser.add_argument("--layers", type=int, default=32)
@@ -55,13 +56,17 @@ def main() -> None:
         print(json.dumps(alone(a.alone[0], Path(a.alone[1]))))
         return
     with tempfile.TemporaryDirectory(dir=a.folder) as folder:
-        report = {
-            "one_layer": one_layer(Path(folder) / "layer", a.rounds, a.peft_rounds),
-            "all_modules": all_modules(Path(folder) / "all", a.layers, a.rounds),
-            "settings": {"adapters": ADAPTERS, "rank": RANK, "layers": a.layers, "shapes": SHAPES},
-            "command": shlex.join(["python", *sys.argv]),
-            **environment(),
-        }
+        if a.part == "layer":
+            found = one_layer(Path(folder) / "layer", a.rounds, a.peft_rounds)
+        else:
+            found = all_modules(Path(folder) / "all", a.layers, a.rounds)
+    layers = 1 if a.part == "layer" else a.layers
+    report = {
+        **found,
+        "settings": {"adapters": ADAPTERS, "rank": RANK, "layers": layers, "shapes": SHAPES},
+        "command": shlex.join(["python", *sys.argv]),
+        **environment(),
+    }
     print(json.dumps(report))
     if a.out:
         write_json(a.out, report)
@@ -150,7 +155,7 @@ def all_modules(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
     found: dict[str, list[dict[str, float]]] = {"copy": [], "exact": [], "truncated": []}
     for number in range(rounds):
         for work, measured in found.items():
-            command = [sys.executable, __file__, "--alone", work, str(folder)]
+            command = [sys.executable, __file__, "files", "--alone", work, str(folder)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             measured.append(json.loads(done.stdout))
         tell(f"all modules, round {number}", {work: measured[-1]["seconds"] for work, measured in found.items()})
@@ -179,8 +184,13 @@ def alone(work: str, folder: Path) -> dict[str, float]:
         else:
             seconds = timed(lambda: merge_folders(sources, out, rank=None if work == "exact" else RANK))
         size = (out / WEIGHTS_NAME).stat().st_size
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "over_output": (peak - size) / 1e6}
+    return {"seconds": seconds, "over_output": (peak_bytes() - size) / 1e6}
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process; getrusage would mix it with that of the one that started it."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 
 
 def copy(sources: list[Path], out: Path) -> None:
