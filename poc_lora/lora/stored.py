@@ -93,6 +93,9 @@ class StoredFactors(Mapping[str, Factors]):
         _refuse_not_finite(f"the factors of {module}", path, A, B)
         return Factors(A, B, self.scales[module])
 
+    def __contains__(self, module: object) -> bool:
+        return module in self.header.pairs
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.header.pairs)
 
@@ -119,6 +122,9 @@ class StoredWhole(Mapping[str, Tensor]):
             raise AdapterError("the file has changed while it was read", where=path)
         _refuse_not_finite(name, path, tensor)
         return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.header.whole
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.header.whole)
