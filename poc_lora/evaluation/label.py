@@ -17,9 +17,11 @@ from poc_lora.data.prompts import render_prompt
 from poc_lora.errors import DataError
 from poc_lora.evaluation.answers import Answer
 from poc_lora.lora.base import context_length, logits_at
+from poc_lora.lora.prefix import run_prefix
 
 ANSWER_PREFIX = "the correct answer is"
 TOKENS_PER_BATCH = 16_384  # padded, over all adapters of the pack
+MIN_PREFIX = 16  # tokens that all rows share, from which on they are run once
 QUESTIONS_PER_CALL = 2_048  # tokenised at once: bounds the memory that Python lists of tokens take
 
 
@@ -120,19 +122,22 @@ def score_labels(
     """
     n, k = prepared.label_exists.shape
     scores = torch.zeros(copies, n * k, device=model.device)
+    P = _prefix_length(prepared)
+    past = run_prefix(model, prepared.tokens[:P], copies) if P >= MIN_PREFIX else None
+    P = P if past else 0
     for first, last in _batches(prepared, max(1, tokens_per_batch // copies)):
-        ids = _padded(prepared, first, last)  # [b, T]
+        ids = _padded(prepared, first, last)[:, P:]  # [b, T]
         b, T = ids.shape
         reads = slice(int(prepared.first_read[first]), int(prepared.first_read[last]))
         row = torch.arange(b).repeat_interleave(prepared.first_read[first : last + 1].diff())
-        position, where = torch.unique(row * T + prepared.read_column[reads], return_inverse=True)  # read by many
+        position, where = torch.unique(row * T + prepared.read_column[reads] - P, return_inverse=True)  # read by many
         rows = (torch.arange(copies)[:, None] * b + position // T).flatten()
         columns = (position % T).repeat(copies)
         token, slot, where = (
             x.to(model.device) for x in (prepared.read_token[reads], prepared.read_slot[reads], where)
         )
         logits = logits_at(
-            model, ids.repeat(copies, 1).to(model.device), rows.to(model.device), columns.to(model.device)
+            model, ids.repeat(copies, 1).to(model.device), rows.to(model.device), columns.to(model.device), past=past
         )
         logits = logits.float().view(copies, len(position), -1)
         scores.index_add_(1, slot, logits[:, where, token] - logits.logsumexp(-1)[:, where])
@@ -182,6 +187,15 @@ def _rows_of(sequences: list[list[int]], slot: int) -> list[tuple[list[int], lis
         else:
             rows.append((run, reads))
     return rows
+
+
+def _prefix_length(prepared: PreparedQuestions) -> int:
+    """How many first tokens all rows share, as far as nothing is read there."""
+    if prepared.rows < 2:
+        return 0
+    ends = prepared.starts[1:].tolist()
+    rows = [prepared.tokens[start:end].tolist() for start, end in zip([0, *ends], ends, strict=False)]
+    return min(_shared_length(rows), int(prepared.read_column.min()))
 
 
 def _shared_length(sequences: list[list[int]]) -> int:

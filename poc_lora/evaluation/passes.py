@@ -88,10 +88,20 @@ class Asker:
 
 
 def _parts(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """The longest questions first, so that those of a batch are alike in length and the memory needed shows at once."""
-    ordered = sorted(items, key=lambda item: -len(item.question.instruction) - len(item.question.input))
-    for at in range(0, len(ordered), QUESTIONS_PER_COMMIT):
-        yield ordered[at : at + QUESTIONS_PER_COMMIT]
+    """By benchmark, whose questions begin alike, and the longest first, so that those of a batch are alike in length.
+
+    The benchmark of the longest question comes first: the memory needed shows at once.
+    """
+
+    def length(item: Item) -> int:
+        return len(item.question.instruction) + len(item.question.input)
+
+    benchmarks: dict[str, list[Item]] = {}
+    for item in sorted(items, key=length, reverse=True):
+        benchmarks.setdefault(item.benchmark, []).append(item)
+    for own in benchmarks.values():
+        for at in range(0, len(own), QUESTIONS_PER_COMMIT):
+            yield own[at : at + QUESTIONS_PER_COMMIT]
 
 
 def _check_numbers(thing: str, items: Sequence[Item], answers: Sequence[Answer]) -> None:

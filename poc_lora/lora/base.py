@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    Cache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -140,14 +141,18 @@ def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32"
         raise _cannot_load(name, problem) from None
 
 
-def logits_at(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def logits_at(
+    model: PreTrainedModel, input_ids: Tensor, rows: Tensor, columns: Tensor, *, past: Cache | None = None
+) -> Tensor:
     """Logits [n, vocabulary] after the tokens at `(rows[i], columns[i])` of `input_ids` [R, T].
+
+    past: keys and values of tokens before these, one row of them for each of R.
 
     The whole model runs, so that scales and caps round the head stay in place, but the head itself sees
     only the n positions. Rows are padded on the right: under a causal mask no real token sees padding,
     and `use_cache=False` keeps transformers from treating rows as packed sequences.
     """
-    logits, _ = _run(model, input_ids, lambda hidden: hidden[rows, columns].unsqueeze(0))
+    logits, _ = _run(model, input_ids, lambda hidden: hidden[rows, columns].unsqueeze(0), past)
     return logits.squeeze(0)
 
 
@@ -173,7 +178,9 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     return logits is output and logits._version == version
 
 
-def _run(model: PreTrainedModel, input_ids: Tensor, narrow: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _run(
+    model: PreTrainedModel, input_ids: Tensor, narrow: Callable[[Tensor], Tensor], past: Cache | None = None
+) -> tuple[Tensor, Tensor]:
     """The model's logits where the head sees `narrow(hidden)` only, and the hidden states before it."""
     seen: list[Tensor] = []
 
@@ -183,7 +190,8 @@ def _run(model: PreTrainedModel, input_ids: Tensor, narrow: Callable[[Tensor], T
 
     hook = model.get_output_embeddings().register_forward_pre_hook(before_head)
     try:
-        return model(input_ids=input_ids, use_cache=False).logits, seen[0]
+        logits = model(input_ids=input_ids, past_key_values=past, use_cache=past is not None).logits
+        return logits, seen[0]
     finally:
         hook.remove()
 

@@ -1,7 +1,9 @@
 """M adapters' factors in one module, side by side: what every merge and comparison is computed from."""
 
+import contextlib
 import math
 import mmap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor
 
 from poc_lora.lora.factors import Factors
+
+PANEL = 64  # rows of a Gram matrix computed at a time
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,12 @@ class Stacked:
     @cached_property
     def inner_A(self) -> Tensor:
         """A Aᵀ, [R, R]."""
-        return self.A @ self.A.T
+        return gram_of_rows(self.A)
 
     @cached_property
     def inner_B(self) -> Tensor:
         """Bᵀ B, [R, R]."""
-        return self.B.T @ self.B
+        return gram_of_rows(self.B.T)
 
     @cached_property
     def owner(self) -> Tensor:
@@ -47,8 +51,8 @@ def stack(members: Sequence[Factors | None]) -> Stacked:
     present = [member for member in members if member is not None]
     ranks = [0 if member is None else member.rank for member in members]
     d_out, d_in = present[0].shape
-    A = own_memory((sum(ranks), d_in), torch.float64, present[0].A.device)
-    B = own_memory((d_out, sum(ranks)), torch.float64, present[0].B.device)
+    A = scratch((sum(ranks), d_in), torch.float64, present[0].A.device)
+    B = scratch((d_out, sum(ranks)), torch.float64, present[0].B.device)
     start = 0
     for member in present:
         part = slice(start, start + member.rank)
@@ -60,13 +64,39 @@ def stack(members: Sequence[Factors | None]) -> Stacked:
     return Stacked(A, B, ranks)
 
 
+def gram_of_rows(X: Tensor) -> Tensor:
+    """X Xᵀ, [R, R]; symmetric, so panels below the diagonal are copied and not multiplied."""
+    out = X.new_empty(len(X), len(X))
+    for start in range(0, len(X), PANEL):
+        rows = slice(start, start + PANEL)
+        out[rows, start:] = X[rows] @ X[start:].T
+        out[start:, rows] = out[rows, start:].T
+    return out
+
+
+def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`own_memory` for what lives no longer than its module, in large pages.
+
+    Pages of 4 kB take longer to hand out than the factors take to copy. Results stay out of the large ones, whose
+    halves could not go back to the system alone.
+    """
+    return _mapped(shape, dtype, device, large_pages=True)
+
+
 def own_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty tensor; on the CPU in memory of its own, which goes back to the system with it.
+    """An empty tensor; on Linux's CPUs in memory of its own, which goes back to the system with it.
 
     On the heap the results of a large merge would come to lie between its float64 temporaries, whose space the larger
     ones of the next module could not use.
     """
-    if device.type != "cpu" or not math.prod(shape):
+    return _mapped(shape, dtype, device, large_pages=False)
+
+
+def _mapped(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, large_pages: bool) -> Tensor:
+    if device.type != "cpu" or not math.prod(shape) or sys.platform != "linux":
         return torch.empty(tuple(shape), dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE)
+    if large_pages:
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))

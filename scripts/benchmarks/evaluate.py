@@ -189,7 +189,8 @@ def harness(base: str, folder: Path, items: list[Item], prompt: str) -> tuple[fl
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         }
         (Path(scratch) / "stock.yaml").write_text(json.dumps(task))
-        model = HFLM(pretrained=base, dtype="float32", peft=str(folder), batch_size=BATCH)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = HFLM(pretrained=base, dtype="float32", peft=str(folder), batch_size=BATCH, device=device)
         tasks = TaskManager(include_path=scratch, include_defaults=False)
         start = time.perf_counter()
         found = lm_eval.simple_evaluate(model=model, tasks=["stock"], task_manager=tasks, bootstrap_iters=0)

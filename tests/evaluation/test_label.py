@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from poc_lora.data.commonsense import Question
 from poc_lora.data.prompts import render_prompt
+from poc_lora.evaluation import label
 from poc_lora.evaluation.label import ANSWER_PREFIX, prepare, score_labels
 from poc_lora.lora.base import context_length
 
@@ -155,3 +156,17 @@ def test_progress_counts_every_row_once(model, tokenizer):
     score_labels(model, prepared, tokens_per_batch=400, advance=done.append)
     assert sum(done) == prepared.rows
     assert len(done) > 1
+
+
+def test_what_all_rows_share_at_the_start_is_run_once(model, tokenizer, monkeypatch):
+    prepared = prepare(questions(), tokenizer, prompt="clean")
+    run = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: run.append(inputs[0].numel()))
+    with_prefix = score_labels(model, prepared, tokens_per_batch=400)
+    short = sum(run)
+    run.clear()
+    monkeypatch.setattr(label, "MIN_PREFIX", 10_000)
+    without = score_labels(model, prepared, tokens_per_batch=400)
+    hook.remove()
+    torch.testing.assert_close(with_prefix, without, atol=1e-4, rtol=0)
+    assert short < 0.8 * sum(run)
