@@ -68,9 +68,9 @@ def gram_of_rows(X: Tensor) -> Tensor:
     """X Xᵀ, [R, R]; symmetric, so panels below the diagonal are copied and not multiplied."""
     out = X.new_empty(len(X), len(X))
     for start in range(0, len(X), PANEL):
-        rows = slice(start, start + PANEL)
+        rows, below = slice(start, start + PANEL), slice(start + PANEL, None)
         out[rows, start:] = X[rows] @ X[start:].T
-        out[start:, rows] = out[rows, start:].T
+        out[below, rows] = out[rows, below].T
     return out
 
 
