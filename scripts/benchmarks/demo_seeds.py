@@ -1,11 +1,12 @@
 """The demo on many seeds, with and without noise: does the merge beat the best adapter, and by how much?
 
     python scripts/benchmarks/demo_seeds.py --seeds 100 110 --out scripts/benchmarks/results/demo_seeds.json
-    python scripts/benchmarks/demo_seeds.py --summary scripts/benchmarks/results/demo_seeds.json
+    python scripts/benchmarks/demo_seeds.py --summary scripts/benchmarks/results/demo_seeds.json --figure demo.png
 
 For every seed and temperature it trains the adapters of configs/demo.yaml and scores, on all test questions, each
 adapter, the merges of two disjoint pairs and two fours, the merge of all, and the prediction ensemble. The second form
-prints a finished file as Markdown. A seed that is in the file already is not run again.
+prints a finished file as Markdown, and draws accuracy against the number of adapters merged. A seed that is in the
+file already is not run again.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from poc_lora.config import RunConfig, load_config
 from poc_lora.data.commonsense import BENCHMARKS, read_questions
@@ -22,6 +24,7 @@ from poc_lora.evaluation.label import PreparedQuestions, prepare, score_labels
 from poc_lora.files import write_json
 from poc_lora.lora.base import load_base
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
+from poc_lora.reporting.figures import subsets_figure
 from poc_lora.training.memory import FAST_TOKENS
 from poc_lora.training.pack import Pack
 from poc_lora.training.plan import prepare_data
@@ -86,16 +89,34 @@ def summary(found: dict) -> str:
     return "\n".join(lines)
 
 
+def figure(found: dict) -> Figure:
+    """Average accuracy against m at the demo's λ: means over seeds, with standard errors."""
+    runs = list(next(iter(found["temperatures"].values())).values())
+
+    def over_seeds(values: list[float]) -> tuple[float, float]:
+        return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+
+    points = [(1, *over_seeds([statistics.mean(run["adapters"]) for run in runs]))]
+    points += [(m, *over_seeds([statistics.mean(run["merges"][str(m)]) for run in runs])) for m in (2, 4, 8)]
+    drawn = subsets_figure(points, statistics.mean(max(run["adapters"]) for run in runs))
+    drawn.axes[0].set_title(f"The embedded demo, {len(runs)} seeds", fontsize=9)
+    return drawn
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(100, 110))
     parser.add_argument("--temperatures", nargs="+", help="default: the demo's own, and 0")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--summary", type=Path)
+    parser.add_argument("--figure", type=Path, help="with --summary: draw it here")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     a = parser.parse_args()
     if a.summary:
-        print(summary(json.loads(a.summary.read_text())))
+        found = json.loads(a.summary.read_text())
+        print(summary(found))
+        if a.figure:
+            figure(found).savefig(a.figure, dpi=160, metadata={"Software": None})
         return
     model_name, train = json.dumps(str(MODEL_DIR)), json.dumps([str(DATA_DIR)])
     place = [f"model.name={model_name}", f"data.train={train}", *a.overrides]
