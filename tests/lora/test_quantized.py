@@ -40,7 +40,7 @@ def base_dir(tmp_path_factory):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        vocab_size=len(tokenizer),
+        vocab_size=-(-len(tokenizer) // 32) * 32,  # else oneDNN's bfloat16 products with AMX let a NaN reach other rows
         max_position_embeddings=256,
         initializer_range=0.15,
     )

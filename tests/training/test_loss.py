@@ -86,6 +86,24 @@ def test_bfloat16_is_close_to_float32_of_the_same_numbers(five_rows_a_chunk):
     assert error < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_that_is_not_finite_leaves_the_others_as_they_are(dtype):
+    weight, target = torch.randn(1001, 64).to(dtype), torch.randint(0, 1001, (144,))
+    found = []
+    for value in (1.0, float("nan")):
+        hidden = torch.linspace(-1, 1, 144 * 64).view(144, 64).to(dtype)
+        hidden[48:96] = value
+        hidden.requires_grad_()
+        losses = chunked_cross_entropy(hidden, weight, None, target)
+        losses.sum().backward()
+        found.append((losses.detach(), hidden.grad))
+    (losses, gradient), (losses_beside_nan, gradient_beside_nan) = found
+    assert losses_beside_nan[48:96].isnan().all()
+    for rows in (slice(0, 48), slice(96, 144)):
+        assert torch.equal(losses[rows], losses_beside_nan[rows])
+        assert torch.equal(gradient[rows], gradient_beside_nan[rows])
+
+
 def test_no_rows_have_no_losses():
     hidden, weight, bias, target = draw(0)
     losses = chunked_cross_entropy(hidden, weight, bias, target)
