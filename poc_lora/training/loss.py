@@ -68,8 +68,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 softmax = logits.sub_(log_normaliser).exp_()
                 softmax.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=softmax.dtype))
                 if hidden.device.type == "cpu" and not (finite := losses[part].isfinite()).all():
-                    # With AMX, oneDNN's bfloat16 product lets a row of NaN reach the row before it, which may be another
-                    # adapter's, unless V is a multiple of 32. The loss itself says that this adapter has diverged.
+                    # With AMX, oneDNN's bfloat16 product lets a row of NaN reach the row before it, maybe of another
+                    # adapter, unless V is a multiple of 32. The loss itself says that this adapter has diverged.
                     softmax[~finite] = 0
                 torch.mm(softmax.to(weight.dtype), weight, out=gradient[part])
         if gradient is not None:
