@@ -17,7 +17,7 @@ from poc_lora.errors import RequestError
 from poc_lora.evaluation.benchmarks import FACTS, BenchmarkFacts
 from poc_lora.evaluation.results import Results
 from poc_lora.hub.collect import Evaluation, File, Subject
-from poc_lora.lora.serving import VLLM_RANKS
+from poc_lora.lora.serving import VLLM_RANKS, vllm_rank
 from poc_lora.reporting.tables import markdown
 
 EVAL_RESULTS = ".eval_results/poc-lora-{}.yaml"
@@ -265,7 +265,7 @@ def _usage(subject: Subject, repo_id: str, revision: str | None) -> str:
     kwargs_at = f', adapter_kwargs={{"revision": "{revision}"}}' if revision else ""  # it knows no `revision` itself
     base_at = f', revision="{subject.base_revision}"' if subject.base_revision else ""
     rank = subject.ranks[-1]
-    fitting = [largest for largest in VLLM_RANKS if largest >= rank]
+    largest = vllm_rank(rank)
     lines = [
         "## How to use it",
         "",
@@ -289,7 +289,7 @@ def _usage(subject: Subject, repo_id: str, revision: str | None) -> str:
         return "\n".join(
             [*lines, "", "vLLM takes adapters of one rank without modules trained whole, so not this one."]
         )
-    if not fitting:
+    if largest is None:
         return "\n".join([*lines, "", f"vLLM takes ranks up to {VLLM_RANKS[-1]}, so not this adapter of rank {rank}."])
     name = repo_id.rpartition("/")[2]
     return "\n".join(
@@ -299,8 +299,7 @@ def _usage(subject: Subject, repo_id: str, revision: str | None) -> str:
             "With vLLM:",
             "",
             "```sh",
-            f"vllm serve {subject.base_model} --enable-lora --max-lora-rank {fitting[0]}"
-            f" --lora-modules {name}={repo_id}",
+            f"vllm serve {subject.base_model} --enable-lora --max-lora-rank {largest} --lora-modules {name}={repo_id}",
             "```",
         ]
     )

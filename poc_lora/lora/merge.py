@@ -1,7 +1,7 @@
 """The average of adapters as one adapter, from their factors alone. Pure functions of tensors."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -14,7 +14,7 @@ from poc_lora.lora import methods, similarity
 from poc_lora.lora.adapter import Adapter
 from poc_lora.lora.compatible import check_compatible, checked_weights
 from poc_lora.lora.factors import DTYPES, Factors, is_finite
-from poc_lora.lora.stacked import Stacked, own_memory, stack
+from poc_lora.lora.stacked import Stacked, stack
 
 METHODS = ("average", "block", "random", "soup")
 
@@ -30,6 +30,9 @@ class ModuleReport:
     cast_error: float  # what the cast to the dtype added, over ‖ΔW‖
     effective_rank: float  # (Σσ²)² / Σσ⁴ of ΔW's singular values: as many equal ones would be as concentrated
     mean_cosine: float | None
+    pair_cosines: list[float]  # of the adapters i < j: (0, 1), (0, 2), ..., (1, 2), ...
+    norms: list[float]  # of each adapter's update
+    spread: float | None
     error_bar: float | None
     sweep: dict[int, float]  # rank: the error that truncation to it would have
 
@@ -43,6 +46,7 @@ class MergeReport:
     norm: float
     error: float
     cast_error: float
+    effective_rank: float  # of all modules' updates as one block-diagonal matrix
     mean_cosine: float | None
     spread: float | None  # S²
     error_bar: float | None  # S² Σ w_j², S²/M for equal weights
@@ -164,9 +168,7 @@ def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[
         error = methods.distance(*methods.average(stacked, weights), A, B) / norm if norm else 0.0
     if not len(A):  # nothing was drawn of a module
         A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
-    factors = Factors(
-        own_memory(A.shape, plan.dtype, A.device).copy_(A), own_memory(B.shape, plan.dtype, B.device).copy_(B)
-    )
+    factors = Factors(A.to(plan.dtype), B.to(plan.dtype))
     if not factors.is_finite():
         _refuse_overflow(name)
     report = ModuleReport(
@@ -177,6 +179,9 @@ def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[
         cast_error=methods.cast_distance(A, B, factors.A, factors.B) / norm if norm else 0.0,
         effective_rank=methods.effective_rank(stacked, weights),
         mean_cosine=similarity.mean_cosine(inner),
+        pair_cosines=similarity.pair_cosines(inner),
+        norms=similarity.norms(inner),
+        spread=similarity.spread(inner),
         error_bar=similarity.error_bar(inner, plan.weights),
         sweep={rank: triples.error(rank) for rank in plan.rank_sweep} if triples else {},
     )
@@ -205,12 +210,19 @@ def _total_report(modules: dict[str, ModuleReport], inner: Tensor, weights: tupl
         norm=norm,
         error=lost / norm if norm else 0.0,
         cast_error=cast / norm if norm else 0.0,
+        effective_rank=_effective_rank(modules.values(), norm),
         **similarity.summary(inner, weights),
         next_move=similarity.next_move(inner),
         cosines=similarity.cosine(inner).tolist(),
-        norms=inner.diagonal().clamp(min=0).sqrt().tolist(),
+        norms=similarity.norms(inner),
         modules=modules,
     )
+
+
+def _effective_rank(modules: Iterable[ModuleReport], norm: float) -> float:
+    """(Σσ²)² / Σσ⁴ over all modules, whose own Σσ² is ‖ΔW‖², and Σσ⁴ is ‖ΔW‖⁴ over its effective rank."""
+    fourth = sum((module.norm / norm) ** 4 / module.effective_rank for module in modules if module.norm)
+    return 1 / fourth if fourth else 0.0
 
 
 def sweep_by_type(report: MergeReport) -> dict[str, dict[int, float]]:

@@ -1,5 +1,8 @@
 """Adapter folders and runs in, one merged adapter folder out."""
 
+import contextlib
+import ctypes
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -22,6 +25,7 @@ from poc_lora.progress import track
 
 REPORT_NAME = "merge.json"
 READERS = 2  # threads that read files; each holds one module
+MODULES_PER_TRIM = 8
 
 
 def merge_folders(
@@ -53,7 +57,14 @@ def merge_folders(
         hashes = list(pool.map(sha256_file, [source.folder / WEIGHTS_NAME for source in found]))
     refuse_duplicates(found, hashes)
     modules = {name for adapter in adapters for name in adapter.modules}
+    done = itertools.count(1)
     with track(len(modules), f"merging {len(adapters)} adapters") as bar:
+
+        def on_module(name: str) -> None:
+            bar.advance()
+            if next(done) % MODULES_PER_TRIM == 0:
+                _trim_heap()
+
         merged = merge(
             adapters,
             method=method,
@@ -64,7 +75,7 @@ def merge_folders(
             seed=seed,
             dtype=dtype,
             allow_base_mismatch=allow_base_mismatch,
-            on_module=lambda name: bar.advance(),
+            on_module=on_module,
         )
     report: dict[str, Any] = {
         "method": method,
@@ -89,6 +100,7 @@ def merge_folders(
             "safetensors": version("safetensors"),
         },
         "modules_to_save": sorted(merged.adapter.whole),
+        "embeddings": sorted(merged.adapter.embeddings),
         **asdict(merged.report),
     }
     if rank_sweep:
@@ -105,6 +117,15 @@ def merge_folders(
             out.mkdir(exist_ok=True)
         raise
     return json.loads(text)
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system, where the C library can.
+
+    Otherwise the heap keeps the space of temporaries that lies between the results of the modules.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _check_written(adapter: Adapter, folder: Path) -> None:

@@ -11,15 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from poc_lora import rng
-from poc_lora.lora.stacked import Stacked, scratch
+from poc_lora.lora.stacked import Stacked
 
 SLICE = 256  # rows compared at a time
 
 
 def average(stacked: Stacked, weights: Tensor) -> tuple[Tensor, Tensor]:
     """ΔW = Σ_j w_j s_j B_j A_j, exactly: A stacked, and B with the weights in it."""
-    B = scratch(stacked.B.shape, stacked.B.dtype, stacked.B.device)
-    return stacked.A, torch.mul(stacked.B, weights[stacked.owner], out=B)
+    return stacked.A, stacked.B * weights[stacked.owner]
 
 
 @dataclass(frozen=True)

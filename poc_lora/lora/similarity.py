@@ -45,9 +45,20 @@ def gram_of_stack(stacked: Stacked) -> Tensor:
 
 def cosine(inner: Tensor) -> Tensor:
     """Pairwise cosines [M, M] from a Gram matrix; 0 where an update is zero."""
-    norms = inner.diagonal().clamp(min=0).sqrt()
-    scale = torch.outer(norms, norms)
+    lengths = inner.diagonal().clamp(min=0).sqrt()
+    scale = torch.outer(lengths, lengths)
     return torch.where(scale > 0, inner / scale.clamp(min=torch.finfo(inner.dtype).tiny), 0.0).clamp(-1, 1)
+
+
+def pair_cosines(inner: Tensor) -> list[float]:
+    """The cosines of the pairs i < j, row by row."""
+    i, j = torch.triu_indices(len(inner), len(inner), offset=1)
+    return cosine(inner)[i, j].tolist()
+
+
+def norms(inner: Tensor) -> list[float]:
+    """‖ΔW_j‖ of every adapter."""
+    return inner.diagonal().clamp(min=0).sqrt().tolist()
 
 
 def mean_cosine(inner: Tensor) -> float | None:

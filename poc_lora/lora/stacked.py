@@ -1,9 +1,5 @@
 """M adapters' factors in one module, side by side: what every merge and comparison is computed from."""
 
-import contextlib
-import math
-import mmap
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,8 +47,8 @@ def stack(members: Sequence[Factors | None]) -> Stacked:
     present = [member for member in members if member is not None]
     ranks = [0 if member is None else member.rank for member in members]
     d_out, d_in = present[0].shape
-    A = scratch((sum(ranks), d_in), torch.float64, present[0].A.device)
-    B = scratch((d_out, sum(ranks)), torch.float64, present[0].B.device)
+    A = torch.empty(sum(ranks), d_in, dtype=torch.float64, device=present[0].A.device)
+    B = torch.empty(d_out, sum(ranks), dtype=torch.float64, device=present[0].B.device)
     start = 0
     for member in present:
         part = slice(start, start + member.rank)
@@ -72,31 +68,3 @@ def gram_of_rows(X: Tensor) -> Tensor:
         out[rows, start:] = X[rows] @ X[start:].T
         out[below, rows] = out[rows, below].T
     return out
-
-
-def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`own_memory` for what lives no longer than its module, in large pages.
-
-    Pages of 4 kB take longer to hand out than the factors take to copy. Results stay out of the large ones, whose
-    halves could not go back to the system alone.
-    """
-    return _mapped(shape, dtype, device, large_pages=True)
-
-
-def own_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty tensor; on Linux's CPUs in memory of its own, which goes back to the system with it.
-
-    On the heap the results of a large merge would come to lie between its float64 temporaries, whose space the larger
-    ones of the next module could not use.
-    """
-    return _mapped(shape, dtype, device, large_pages=False)
-
-
-def _mapped(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, large_pages: bool) -> Tensor:
-    if device.type != "cpu" or not math.prod(shape) or sys.platform != "linux":
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE)
-    if large_pages:
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))

@@ -48,7 +48,8 @@ def merge_summary(report: dict[str, Any]) -> list[str]:
     absent = {name: module["members"] for name, module in report["modules"].items() if module["members"] < M}
     if absent:
         lines.append(f"{len(absent)} modules are not in every adapter and count as zero there, such as {min(absent)}")
-    return [*lines, *_oddities(report), *serving_advice(report["rank"])]
+    whole, embeddings = bool(report["modules_to_save"]), bool(report["embeddings"])
+    return [*lines, *_oddities(report), *serving_advice(report["rank"], whole=whole, embeddings=embeddings)]
 
 
 def rank_table(report: dict[str, Any]) -> list[str]:

@@ -67,10 +67,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 softmax = logits.sub_(log_normaliser).exp_()
                 softmax.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=softmax.dtype))
-                if hidden.device.type == "cpu" and not (finite := losses[part].isfinite()).all():
+                if hidden.device.type == "cpu" and weight.dtype != torch.float32:
                     # With AMX, oneDNN's bfloat16 product lets a row of NaN reach the row before it, maybe of another
                     # adapter, unless V is a multiple of 32. The loss itself says that this adapter has diverged.
-                    softmax[~finite] = 0
+                    softmax.masked_fill_(~losses[part, None].isfinite(), 0)
                 torch.mm(softmax.to(weight.dtype), weight, out=gradient[part])
         if gradient is not None:
             ctx.save_for_backward(gradient)

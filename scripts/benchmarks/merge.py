@@ -29,7 +29,6 @@ from poc_lora.lora.adapter import WEIGHTS_NAME, Adapter, read_adapter, write_ada
 from poc_lora.lora.factors import Factors
 from poc_lora.lora.merge import merge
 from poc_lora.lora.merge_folders import merge_folders
-from poc_lora.training.run import environment
 
 HIDDEN, INTERMEDIATE, KEYS = 4096, 14336, 1024
 SHAPES = {  # d_out, d_in
@@ -55,6 +54,9 @@ def main() -> None:
     if a.alone:
         print(json.dumps(alone(a.alone[0], Path(a.alone[1]))))
         return
+
+    from poc_lora.training.run import environment  # here: it imports more than a merge does, whose memory is measured
+
     with tempfile.TemporaryDirectory(dir=a.folder) as folder:
         if a.part == "layer":
             found = one_layer(Path(folder) / "layer", a.rounds, a.peft_rounds)

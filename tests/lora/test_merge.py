@@ -109,6 +109,21 @@ def test_spread_is_the_same_exact_and_truncated(mixed):
     assert truncated.norm == pytest.approx(exact.norm, rel=1e-10)
 
 
+def test_the_report_compares_the_adapters_module_by_module_and_as_a_whole(mixed):
+    report = merge(mixed, rank=2).report
+    values = []
+    for name in SHAPES:
+        rows = torch.stack([dense(adapter.modules[name]).flatten() for adapter in mixed])
+        units = rows / rows.norm(dim=1, keepdim=True)
+        module = report.modules[name]
+        assert module.pair_cosines == pytest.approx([float(units[i] @ units[j]) for i, j in ((0, 1), (0, 2), (1, 2))])
+        assert module.norms == pytest.approx(rows.norm(dim=1).tolist())
+        assert module.spread == pytest.approx(float(((rows - rows.mean(0)) ** 2).sum()) / 2)
+        values.append(torch.linalg.svdvals(average(mixed, name)))
+    values = torch.cat(values)
+    assert report.effective_rank == pytest.approx(float(values.square().sum() ** 2 / values.pow(4).sum()))
+
+
 def test_low_precision_factors_are_merged_in_float64():
     adapters = [random_adapter(seed, 2) for seed in (1, 2)]
     half = [

@@ -77,3 +77,11 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
 )
 def test_serving_advice_names_a_rank_that_vllm_takes(rank, words):
     assert words in " ".join(serving_advice(rank))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"whole": True}, "modules trained whole: poc-lora fold"), ({"embeddings": True}, "llama.cpp takes no")],
+)
+def test_serving_advice_says_what_to_do_with_what_cannot_be_served(options, words):
+    assert words in " ".join(serving_advice(8, **options))
