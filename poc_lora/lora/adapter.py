@@ -7,6 +7,7 @@ AdapterError that says why, before a tensor is read. Nothing in the folder but t
 import json
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from poc_lora.errors import AdapterError, PocLoraError
-from poc_lora.files import commit_folder, read_json
+from poc_lora.files import commit_folder, read_json, sync
 from poc_lora.lora.factors import DTYPES, Factors, check_name, check_shapes, is_finite
 from poc_lora.lora.peft_config import check_config, module_scales
 from poc_lora.lora.stored import PREFIX, StoredFactors, StoredWhole, read_header
@@ -97,8 +98,9 @@ def write_adapter(
 ) -> None:
     """Write `adapter` as a new PEFT adapter folder, whole or not at all; same adapter, same bytes.
 
-    One rank for all modules (the largest; smaller ones are padded with zeros), lora_alpha = rank, the scales
-    folded into B; parameters saved whole keep their dtype. `extra_files`: further text files of the folder by name.
+    It is read back and compared before the folder gets its name. One rank for all modules (the largest; smaller ones
+    are padded with zeros), lora_alpha = rank, the scales folded into B; parameters saved whole keep their dtype.
+    `extra_files`: further text files of the folder by name.
     Raises AdapterError for an adapter that cannot be written in `dtype`, RequestError if `folder` exists.
     """
     folder = Path(folder)
@@ -114,8 +116,8 @@ def write_adapter(
                 raise AdapterError(f"the factors of {name} are not finite", where=adapter.source)
             what = f"the factors of {name} do not fit in {dtype}"
             raise AdapterError(what, where=adapter.source, fix="write float32 or bfloat16")
-        kind = "lora_embedding_{}" if name in adapter.embeddings else "lora_{}.weight"
-        tensors[f"{PREFIX}{name}.{kind.format('A')}"], tensors[f"{PREFIX}{name}.{kind.format('B')}"] = A, B
+        key_A, key_B = _keys(adapter, name)
+        tensors[key_A], tensors[key_B] = A, B
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -143,6 +145,10 @@ def write_adapter(
             (aside / WEIGHTS_NAME).chmod(0o644)
             for name, text in texts.items():
                 (aside / name).write_text(text, encoding="utf-8")
+            with ThreadPoolExecutor(1) as pool:  # the disk is waited for anyway
+                on_disk = pool.submit(sync, aside / WEIGHTS_NAME)
+                _check_written(adapter, tensors, aside)
+                on_disk.result()
     except (OSError, SafetensorError) as problem:
         raise PocLoraError(f"the adapter could not be written: {problem}", where=folder) from None
 
@@ -174,6 +180,30 @@ def _padded(factors: Factors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Te
     if missing:
         A, B = functional.pad(A, (0, 0, 0, missing)), functional.pad(B, (0, missing))
     return A.to(dtype).contiguous(), B.contiguous()
+
+
+def _keys(adapter: Adapter, module: str) -> tuple[str, str]:
+    """What PEFT calls the module's A and B."""
+    if module in adapter.embeddings:
+        return f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B"
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def _check_written(adapter: Adapter, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raises AdapterError unless the folder reads as an adapter of these tensors, with scales of 1."""
+    written = open_adapter(folder)
+
+    def same(module: str) -> bool:
+        found, (key_A, key_B) = written.modules[module], _keys(adapter, module)
+        return found.scale == 1 and torch.equal(found.A, tensors[key_A]) and torch.equal(found.B, tensors[key_B])
+
+    if not (
+        written.modules.keys() == adapter.modules.keys()
+        and written.whole.keys() == adapter.whole.keys()
+        and all(same(module) for module in adapter.modules)
+        and all(torch.equal(tensor, tensors[PREFIX + name]) for name, tensor in written.whole.items())
+    ):
+        raise AdapterError("the file reads back as other weights", where=folder, fix="check the disk, and write again")
 
 
 def _check_writable(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:

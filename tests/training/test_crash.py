@@ -43,19 +43,21 @@ def test_a_run_killed_inside_any_write_fsync_or_rename_goes_on_to_the_same_bits(
 @pytest.mark.timeout(900)
 def test_a_run_killed_at_random_moments_loses_nothing(settings, tmp_path):
     long = dict(train__max_steps=400, checkpoint__every_steps=7, data__validation=2)
+    started = time.monotonic()
     expected = train(config(settings, **long))
+    twenty_steps = 20 * (time.monotonic() - started) / 400  # 20 times this, killed later or earlier, is not the end
     folder = tmp_path / "killed"
     (tmp_path / "run.yaml").write_text(dump_yaml(config(settings, **long, output=str(folder))))
     draw, steps = random.Random(0), []
     for _ in range(20):
         process = start(tmp_path / "run.yaml", resume=(folder / "config.yaml").exists())
-        if draw.random() < 0.3:  # while it imports, loads or takes up a commit
-            time.sleep(draw.uniform(0, 6))
-        else:
-            before = size(folder / "metrics.jsonl")
-            while size(folder / "metrics.jsonl") <= before and process.poll() is None:
-                time.sleep(0.005)
-            time.sleep(draw.uniform(0, 0.3))
+        # While it imports, loads or takes up a commit; or else after its first step.
+        deadline = time.monotonic() + (draw.uniform(0, 6) if draw.random() < 0.3 else 120)
+        before = size(folder / "metrics.jsonl")
+        while size(folder / "metrics.jsonl") <= before and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.005)
+        if size(folder / "metrics.jsonl") > before:
+            time.sleep(draw.uniform(0, twenty_steps))
         assert process.poll() is None, process.communicate()
         process.kill()
         process.wait()
