@@ -1,17 +1,22 @@
 """Answers per second: the `label` protocol over eight adapters and their merge, against stock ways with one adapter.
 
     python scripts/benchmarks/evaluate.py RUN --data DIR --benchmark openbookqa --out FILE
+    python scripts/benchmarks/evaluate.py RUN --data DIR --programs eval_generate.py eval_harness.py
 
 RUN is a trained run with a merge. The stock ways, each on one adapter through PEFT, with the same questions and prompt:
 generation (4 beams, 32 new tokens, batches of 16) with the first label read, and lm-eval's Hugging Face backend with
 log-likelihoods of the labels (batches of 16). Loading of models is left out on all sides. An answer is one question put
 to one model. Rounds alternate; medians. Also: how often the protocols choose the same label.
+
+--programs: two programs that do the same by themselves (--model, --adapter, --benchmark FILE, --limit, --batch) and print
+a line of JSON with `examples_per_s`, to be timed in the same rounds.
 """
 
 import argparse
 import json
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -50,6 +55,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="clean")
     parser.add_argument("--limit", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--programs", type=Path, nargs=2, metavar=("GENERATE", "HARNESS"), default=())
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     a = parser.parse_args()
     config = load_config(a.run / "config.yaml")
@@ -59,7 +65,8 @@ def main() -> None:
     items = [Item(benchmark.folder, "test", row, question) for row, question in enumerate(questions, start=1)]
     folders = find_adapters(a.run)
 
-    seconds: dict[str, list[float]] = {"label": [], "generate_baseline": [], "harness_baseline": []}
+    seconds: dict[str, list[float]] = {name: [] for name in ("label", "generate_baseline", "harness_baseline")}
+    seconds |= {program.stem: [] for program in a.programs}
     answers: dict[str, list[str | None]] = {}
     for number in range(a.rounds):
         taken, answers["label"], answers["label_merged"] = ours(base, folders, a.run / "merged", items, a.prompt)
@@ -68,11 +75,14 @@ def main() -> None:
         seconds["generate_baseline"].append(taken)
         taken, answers["harness"] = harness(base, folders[0], items, a.prompt)
         seconds["harness_baseline"].append(taken)
+        for program in a.programs:
+            rate = program_rate(program, base, folders[0], a.data / benchmark.folder / "test.json", len(items))
+            seconds[program.stem].append(len(items) / rate)
         told = ", ".join(f"{name} {values[-1]:.1f} s" for name, values in seconds.items())
         print(f"round {number}: {told}", file=sys.stderr, flush=True)
 
-    models = {"label": len(folders) + 1, "generate_baseline": 1, "harness_baseline": 1}
-    rates = {name: [models[name] * len(items) / value for value in values] for name, values in seconds.items()}
+    models = {"label": len(folders) + 1}
+    rates = {name: [models.get(name, 1) * len(items) / value for value in values] for name, values in seconds.items()}
     report: dict[str, Any] = {
         "answers_per_s": {
             name: {"median": round(statistics.median(values), 2), "rounds": [round(value, 2) for value in values]}
@@ -83,7 +93,7 @@ def main() -> None:
                 "median": round(statistics.median(quotients), 2),
                 "rounds": [round(value, 2) for value in quotients],
             }
-            for name in ("generate_baseline", "harness_baseline")
+            for name in list(rates)[1:]
             for quotients in [[x / y for x, y in zip(rates["label"], rates[name], strict=True)]]
         },
         "same_choice": {
@@ -104,7 +114,9 @@ def main() -> None:
             "beams": BEAMS,
             "new_tokens": NEW_TOKENS,
         },
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(
+            ["python", *(Path(word).name if Path(word) in a.programs else word for word in sys.argv)]
+        ),
         **environment(),
     }
     print(json.dumps(report))
@@ -201,6 +213,13 @@ def harness(base: str, folder: Path, items: list[Item], prompt: str) -> tuple[fl
         scores = [score for score, _ in sample["filtered_resps"]]
         choices.append(item.question.labels[scores.index(max(scores))])
     return taken, choices
+
+
+def program_rate(program: Path, base: str, adapter: Path, questions: Path, limit: int) -> float:
+    """Answers per second of another program, by its own clock."""
+    words = ["--model", base, "--adapter", adapter, "--benchmark", questions, "--limit", limit, "--batch", BATCH]
+    done = subprocess.run([sys.executable, program, *map(str, words)], stdout=subprocess.PIPE, text=True, check=True)
+    return float(json.loads(done.stdout.splitlines()[-1])["examples_per_s"])
 
 
 def merged_generation(base: str, merged: Path, items: list[Item], prompt: str) -> list[str | None]:
