@@ -305,6 +305,8 @@ def report(
 ) -> None:
     """Write RUN/report.html, one page that needs nothing else, and the table of an evaluation as Markdown.
 
+    With --compare also RUN/comparison.md, a row for each run.
+
     Example: poc-lora report runs/demo
 
     Example: poc-lora report runs/demo --compare runs/demo-lambda0 runs/demo-lambda1e-4
@@ -325,7 +327,12 @@ def report(
     page = write_page(run, compare=others)
     for results in evaluations:
         write_report(run, results)
-        show_results(results)
+        if not compare:
+            show_results(results)
+    if compare:
+        from poc_lora.reporting.compare import write_comparison
+
+        show(write_comparison(runs))
     tell_next(f"the report: {page}", "open it in a browser")
 
 

@@ -5,15 +5,22 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import rich.box
+import rich.table
+
 from poc_lora.config import RunConfig, flatten
 from poc_lora.errors import RunError
 from poc_lora.evaluation.results import Results, Scored
+from poc_lora.files import write_atomic
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Cell, Part, Table, accuracy, chart, short
-from poc_lora.reporting.run_files import RunFiles
+from poc_lora.reporting.run_files import RunFiles, read_run
 
 SWEPT = ("optim.temperature", "adapters.seed", "output")
 ROLES = {"LoRA (average)": "adapter", "LoRA (best)": "best", "PoC merge": "merge", "prediction ensemble": "ensemble"}
+
+
+COMPARISON_FILE = "comparison.md"
 
 
 def comparison(runs: Sequence[RunFiles]) -> Part:
@@ -64,6 +71,41 @@ def comparison(runs: Sequence[RunFiles]) -> Part:
         )
     )
     return part
+
+
+def write_comparison(folders: Sequence[Path]) -> rich.table.Table:
+    """Write the comparison of the runs as comparison.md into the first; returns the table for a terminal.
+
+    Raises what `comparison` raises.
+    """
+    part = comparison(list(map(read_run, folders)))
+    write_atomic(folders[0] / COMPARISON_FILE, _markdown(part))
+    return _terminal(part)
+
+
+def _terminal(part: Part) -> rich.table.Table:
+    """The table in 80 columns: errors below their values, and no intervals."""
+    (table,) = part.tables
+    shown = rich.table.Table(title=table.caption, box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("λ", "seed", *ROLES, "merge − best"):
+        shown.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True, vertical="bottom")
+    for _, level, seed, _, *cells, gain in table.rows:
+        shown.add_row(*(_text(cell, "\n±") for cell in (level, seed, *cells)), _text(gain, "").partition(" ")[0])
+    return shown
+
+
+def _markdown(part: Part) -> str:
+    """The comparison's table as Markdown, with the sentences above it."""
+    (table,) = part.tables
+    rows = [table.head, ["---:"] * len(table.head), *([_text(cell, " ± ") for cell in row] for row in table.rows)]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([f"# {part.title}", "", *part.words, "", f"{table.caption}.", "", *lines]) + "\n"
+
+
+def _text(cell: Cell | str, between: str) -> str:
+    if isinstance(cell, str):
+        return cell
+    return cell.text + (between + cell.error if cell.error else "")
 
 
 def _checked(run: RunFiles) -> tuple[RunConfig, Results]:

@@ -8,8 +8,8 @@ generation (4 beams, 32 new tokens, batches of 16) with the first label read, an
 log-likelihoods of the labels (batches of 16). Loading of models is left out on all sides. An answer is one question put
 to one model. Rounds alternate; medians. Also: how often the protocols choose the same label.
 
---programs: two programs that do the same by themselves (--model, --adapter, --benchmark FILE, --limit, --batch) and print
-a line of JSON with `examples_per_s`, to be timed in the same rounds.
+--programs: two programs that do the same by themselves (--model, --adapter, --benchmark FILE, --limit, --batch) and
+print a line of JSON with `examples_per_s`, to be timed in the same rounds.
 """
 
 import argparse

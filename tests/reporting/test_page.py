@@ -5,12 +5,15 @@ import hashlib
 import json
 import re
 import shutil
+from io import StringIO
 
 import matplotlib as mpl
 import pytest
+from rich.console import Console
 
 from poc_lora.errors import PocLoraError, RunError
 from poc_lora.evaluation.scores import Difference
+from poc_lora.reporting.compare import write_comparison
 from poc_lora.reporting.page import write_page
 from poc_lora.reporting.parts_results import headline
 from poc_lora.reporting.run_files import read_run
@@ -330,6 +333,20 @@ def test_runs_are_compared_by_temperature(tmp_path):
     assert "\\x" not in page.text  # nothing of ours is taken for a control character
     other = make_run(tmp_path / "d", temperature=0.1, lora={"rank": 8})
     assert "the runs differ in lora.rank" in page_of(first, compare=[other]).text
+
+
+def test_a_comparison_is_a_table_in_markdown_and_on_a_terminal_of_80_columns(tmp_path):
+    first = make_run(tmp_path / "a|b", temperature=1e-3)
+    control = make_run(tmp_path / "b", temperature=0.0, seed=1, found=results(merged=scored(0.74)))
+    console = Console(width=80, file=StringIO())
+    console.print(write_comparison([first, control]))
+    shown, written = console.file.getvalue(), (first / "comparison.md").read_text()
+    assert "78.67" in shown
+    assert "±0.43" in shown
+    rows = [line for line in written.splitlines() if line.startswith("|")]
+    assert [row.split(" | ")[:2] for row in rows[2:]] == [["| b", "0"], ["| a\\|b", "0.001"]]
+    assert "78.67 ± 0.43" in rows[3]
+    assert not (control / "comparison.md").exists()
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
