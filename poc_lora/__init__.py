@@ -12,9 +12,13 @@ _HOME = {
     "NoisyAdamW": "poc_lora.optim.noisy_adamw",
     "RunConfig": "poc_lora.config",
     "evaluate": "poc_lora.evaluation.evaluate",
+    "fold": "poc_lora.lora.fold",
     "load_config": "poc_lora.config",
     "merge": "poc_lora.lora.merge",
+    "merge_folders": "poc_lora.lora.merge_folders",
+    "read_adapter": "poc_lora.lora.adapter",
     "train": "poc_lora.training.loop",
+    "write_adapter": "poc_lora.lora.adapter",
 }
 __all__ = [
     "Adapter",
@@ -23,17 +27,23 @@ __all__ = [
     "RunConfig",
     "__version__",
     "evaluate",
+    "fold",
     "load_config",
     "merge",
+    "merge_folders",
+    "read_adapter",
     "train",
+    "write_adapter",
 ]
 
 if TYPE_CHECKING:
     from poc_lora.config import RunConfig, load_config
     from poc_lora.evaluation.evaluate import evaluate
-    from poc_lora.lora.adapter import Adapter
+    from poc_lora.lora.adapter import Adapter, read_adapter, write_adapter
     from poc_lora.lora.bank import AdapterBank
+    from poc_lora.lora.fold import fold
     from poc_lora.lora.merge import merge
+    from poc_lora.lora.merge_folders import merge_folders
     from poc_lora.optim.noisy_adamw import NoisyAdamW
     from poc_lora.training.loop import train
 

@@ -342,7 +342,10 @@ app.add_typer(mfnn.app, name="mfnn")
 
 @app.command()
 def env() -> None:
-    """Versions and hardware, for bug reports."""
+    """Versions and hardware, for bug reports.
+
+    Example: poc-lora env
+    """
     from poc_lora.training.run import environment
 
     for section in environment().values():

@@ -6,12 +6,18 @@
 #   scripts/reproduce_table1.sh configs/demo.yaml poc_lora/microworld/data               # minutes, on a CPU
 #   LAUNCH="accelerate launch --num_processes 8 -m poc_lora" \
 #     scripts/reproduce_table1.sh configs/commonsense/llama3_8b.yaml ../commonsense      # hours, on GPUs
+#   scripts/reproduce_table1.sh --toy                                                    # half a minute, to see that it runs
 #
 # CONFIG: a run's YAML. DATA: the benchmarks' folder (scripts/download_commonsense.py builds it). OUT: where the run goes,
 # default runs/table1. Started again, it goes on where it was stopped.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 . "$(dirname "$0")/run_and_score.sh"
+if [ "${1:-}" = --toy ]; then
+  cd "$(dirname "$0")/.."
+  set -- $TOY
+  EVAL="--limit 5 ${EVAL:-}"
+fi
+[ $# -ge 2 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 config=$1 data=$2 out=${OUT:-runs/table1}
 shift 2

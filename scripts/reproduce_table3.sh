@@ -3,12 +3,18 @@
 #
 #   scripts/reproduce_table3.sh CONFIG DATA [key=value ...]
 #   scripts/reproduce_table3.sh configs/demo.yaml poc_lora/microworld/data               # minutes, on a CPU
+#   scripts/reproduce_table3.sh --toy                                                    # half a minute, to see that it runs
 #
 # As reproduce_table1.sh. TEMPERATURES: default "0 1e-6 1e-5 1e-4 1e-3"; the paper's own values are not known to us. OUT:
 # the folder of the runs, default runs/table3. The λ = 0 run is the control that the others are compared with.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 . "$(dirname "$0")/run_and_score.sh"
+if [ "${1:-}" = --toy ]; then
+  cd "$(dirname "$0")/.."
+  set -- $TOY
+  EVAL="--limit 5 ${EVAL:-}" TEMPERATURES=${TEMPERATURES:-0 1e-3}
+fi
+[ $# -ge 2 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 config=$1 data=$2 out=${OUT:-runs/table3}
 shift 2

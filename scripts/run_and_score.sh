@@ -12,3 +12,6 @@ run_and_score() {
   [ -d "$run/merged" ] || poc-lora merge "$run" --out "$run/merged"
   $launch eval "$run" --data "$data" ${EVAL:-}
 }
+
+# What --toy stands for: the demo's base model and benchmarks, two adapters and a few steps. Called from the checkout.
+TOY="configs/demo.yaml poc_lora/microworld/data adapters.count=2 train.epochs=null train.max_steps=3 optim.warmup_steps=1"

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import poc_lora
+from poc_lora.cli import app
 
 PACKAGE = Path(poc_lora.__file__).parent
 # From the top of the house to its foundations; a layer may import from itself and from those below it.
@@ -84,6 +86,14 @@ def test_help_imports_no_torch(arguments):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_help_of_every_verb_has_an_example():
+    verbs = typer.main.get_command(app).commands
+    inner = verbs.pop("mfnn").commands
+    for name, verb in {**verbs, **{f"mfnn {name}": verb for name, verb in inner.items()}}.items():
+        assert f"Example: poc-lora {name}" in verb.help, name
+        assert all(parameter.help for parameter in verb.params if parameter.name != "help"), name
 
 
 def test_public_names_resolve():

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SIZE = ["adapters.count=2", "lora.rank=2", "train.epochs=null", "train.max_steps=2", "optim.warmup_steps=1"]
 
 
 def run(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
-        [ROOT / "scripts" / script, "configs/demo.yaml", "poc_lora/microworld/data", *SIZE],
-        cwd=ROOT,
+        [ROOT / "scripts" / script, "--toy"],
+        cwd=folder.parent,
         env=os.environ | {"PATH": path, "OUT": str(folder)} | environment,
         capture_output=True,
         text=True,
@@ -46,8 +45,24 @@ def test_table_3_compares_temperatures_with_the_control(tmp_path):
     assert set(results["comparisons"]) == {"best", "average", "control"}
 
 
-@pytest.mark.parametrize("script", ["reproduce_table1.sh", "reproduce_table3.sh"])
-def test_without_arguments_the_usage_is_shown(script):
-    done = subprocess.run([ROOT / "scripts" / script], capture_output=True, text=True)
+@pytest.mark.slow
+def test_the_figures_are_made(tmp_path):
+    done = run("reproduce_figures.sh", tmp_path / "figures")
+    assert done.returncode == 0, done.stderr
+    for name in ("figure1", "figure2", "table2", "poc"):
+        assert (tmp_path / "figures" / f"{name}-toy" / f"{name}.png").stat().st_size > 10_000
+        assert list((tmp_path / "figures" / f"{name}-toy").glob(f"{name}*.csv"))
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["reproduce_table1.sh"], "scripts/reproduce_table1.sh CONFIG DATA"),
+        (["reproduce_table3.sh", "--wrong"], "scripts/reproduce_table3.sh CONFIG DATA"),
+        (["reproduce_figures.sh", "--wrong"], "scripts/reproduce_figures.sh --toy"),
+    ],
+)
+def test_what_is_not_understood_shows_the_usage(words, shown):
+    done = subprocess.run([ROOT / "scripts" / words[0], *words[1:]], capture_output=True, text=True)
     assert done.returncode == 2
-    assert f"scripts/{script} CONFIG DATA" in done.stderr
+    assert shown in done.stderr

@@ -1,0 +1,60 @@
+"""The examples run at toy size, on what they bring themselves, and do what they say."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from poc_lora.lora.adapter import read_adapter
+from poc_lora.lora.merge_folders import merge_folders
+
+FOLDER = Path(__file__).parents[1] / "scripts" / "examples"
+
+
+def run(name, folder, *words):
+    done = subprocess.run(
+        [sys.executable, FOLDER / name, "--out", folder / "out", *map(str, words)],
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tried_here():
+    here = Path(__file__).read_text()
+    assert all(f'run("{path.name}"' in here for path in FOLDER.glob("*.py"))
+
+
+@pytest.mark.slow
+def test_adapters_of_an_sft_trainer_are_merged(tmp_path):
+    run("sft_trainer.py", tmp_path, "--adapters", 2, "--steps", 4)
+    report = merge_folders([tmp_path / "out" / "0", tmp_path / "out" / "1"], tmp_path / "merged")
+    assert report["rank"] == 32
+    assert 0 < report["mean_cosine"] < 0.99
+
+
+@pytest.mark.slow
+def test_adapters_from_elsewhere_are_merged(tmp_path):
+    shown = run("merge_adapters.py", tmp_path)
+    assert "PEFT loads it: rank 30" in shown  # v_proj of all three: 8 + 16 + 6
+    assert len(read_adapter(tmp_path / "out").modules) == 3 * 4
+    assert "down_proj: relative error" in shown
+    (tmp_path / "again").mkdir()
+    one = tmp_path / "out"
+    assert "rank 8" in run("merge_adapters.py", tmp_path / "again", one, "--rank", 8)
+
+
+@pytest.mark.slow
+def test_an_encoder_is_trained_in_a_pack(tmp_path):
+    shown = run("encoder_classifier.py", tmp_path)
+    accuracies = [float(value) for value in re.findall(r"accuracy ([\d.]+)", shown)]
+    assert len(accuracies) == 5
+    # guessing gives half; 2,000 questions have a standard error of about 0.01
+    assert min(accuracies) > 0.7
+    assert {name.rpartition(".")[2] for name in read_adapter(tmp_path / "out").modules} == {"query", "value", "dense"}
