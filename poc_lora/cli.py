@@ -300,12 +300,10 @@ def evaluate(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="A run, or a folder of results.", metavar="RUN")],
     compare: Annotated[
-        bool, typer.Option("--compare", help="Set the runs that follow beside the first, by their λ.")
+        bool, typer.Option("--compare", help="Set the runs that follow beside the first (RUN/comparison.md too).")
     ] = False,
 ) -> None:
     """Write RUN/report.html, one page that needs nothing else, and the table of an evaluation as Markdown.
-
-    With --compare also RUN/comparison.md, a row for each run.
 
     Example: poc-lora report runs/demo
 
@@ -319,6 +317,7 @@ def report(
         fix = f"for example: poc-lora report {shlex.quote(str(run))} --compare OTHER_RUN"
         raise RequestError(what, where=", ".join(map(str, runs)), fix=fix)
 
+    from poc_lora.reporting.compare import write_comparison
     from poc_lora.reporting.page import write_page
     from poc_lora.reporting.run_files import read_run
     from poc_lora.reporting.tables import write_report
@@ -330,8 +329,6 @@ def report(
         if not compare:
             show_results(results)
     if compare:
-        from poc_lora.reporting.compare import write_comparison
-
         show(write_comparison(runs))
     tell_next(f"the report: {page}", "open it in a browser")
 
