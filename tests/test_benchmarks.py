@@ -61,3 +61,14 @@ def test_answers_per_second(tmp_path):
     assert set(found["answers_per_s"]) == {"label", "generate_baseline", "harness_baseline"}
     assert found["same_choice"]["label and lm-eval"] == 1
     assert found["settings"]["questions"] == 6
+
+
+@pytest.mark.slow
+def test_one_process_and_two(tmp_path):
+    out = tmp_path / "processes.json"
+    run("processes.py", "--rounds", 1, "--out", out, "train.max_steps=1", "adapters.count=2", "lora.rank=1")
+    found = json.loads(out.read_text())
+    assert len(found["tokens_per_s"]) == 2
+    (ratio,) = found["ratio"]["rounds"]
+    one, two = (each["median"] for each in found["tokens_per_s"].values())
+    assert ratio == pytest.approx(two / one, rel=0.01)

@@ -1,7 +1,7 @@
 """Keep your trainer: TRL's SFTTrainer with NoisyAdamW trains adapters one after another; then poc-lora merges them.
 
     python scripts/examples/sft_trainer.py --out runs/sft
-    poc-lora merge runs/sft/* --out runs/sft-merged
+    poc-lora merge runs/sft/[0-9]* --out runs/sft-merged
 
 As it stands it takes the embedded base model and the demo's rows, so that it runs anywhere (pip install trl). With
 transformers' own Trainer the one line that matters, `optimizer_cls_and_kwargs`, is the same.
