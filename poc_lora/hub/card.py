@@ -17,7 +17,8 @@ from poc_lora.errors import RequestError
 from poc_lora.evaluation.benchmarks import FACTS, BenchmarkFacts
 from poc_lora.evaluation.results import Results
 from poc_lora.hub.collect import Evaluation, File, Subject
-from poc_lora.lora.serving import VLLM_RANKS, vllm_rank
+from poc_lora.hub.usage import PIPELINES, usage
+from poc_lora.reporting.escape import code, plain
 from poc_lora.reporting.tables import markdown
 
 EVAL_RESULTS = ".eval_results/poc-lora-{}.yaml"
@@ -53,7 +54,7 @@ def model_card(subject: Subject, repo_id: str, *, revision: str | None = None, l
         base_model=subject.base_model,
         base_model_relation="adapter",
         library_name="peft",
-        pipeline_tag="text-generation" if subject.task == "CAUSAL_LM" else None,
+        pipeline_tag=PIPELINES.get(subject.task or ""),
         license=licence,
         datasets=_hub_datasets(subject) or None,
         tags=["lora", "poc-lora", *(["merge"] if subject.merge else [])],
@@ -65,7 +66,7 @@ def model_card(subject: Subject, repo_id: str, *, revision: str | None = None, l
         _opening(subject, licence),
         _making(subject),
         *([_measured(subject.evaluation)] if subject.evaluation else []),
-        _usage(subject, repo_id, revision),
+        usage(subject, repo_id, revision),
         "## Citation\n\nThe method is that of Nitanda, Lee, Tan, Sakaguchi and Suzuki (ICML 2025); the software is "
         f"`poc_lora`, which is not theirs.\n\n```bibtex\n{CITATION}\n```",
     ]
@@ -151,6 +152,7 @@ def _opening(subject: Subject, licence: str | None) -> str:
     lines = [f"A LoRA adapter of {base}, in PEFT's format."]
     if subject.merge:
         what = METHODS.get(str(subject.merge.get("method")), "a merge of {M} adapters").format(M=_count(subject))
+        what += f", with the weights {weights}" if (weights := _weights(subject.merge)) else ""
         lines[0] = f"A LoRA adapter of {base}, in PEFT's format: {what}, which runs as one."
     if subject.config:
         paper = "[propagation of chaos](https://arxiv.org/abs/2502.05784)"
@@ -164,6 +166,13 @@ def _opening(subject: Subject, licence: str | None) -> str:
     return "\n".join(lines)
 
 
+def _weights(merge: dict[str, Any]) -> str:
+    """The weights of what was merged, where they are not all the same."""
+    weights = merge.get("weights", [])
+    more = ", ..." if len(weights) > MAX_LISTED else ""
+    return ", ".join(f"{w:.4g}" for w in weights[:MAX_LISTED]) + more if len(set(weights)) > 1 else ""
+
+
 def _count(subject: Subject) -> int:
     sources = (subject.merge or {}).get("sources")
     return len(sources) if isinstance(sources, list) else 0
@@ -175,7 +184,10 @@ def _making(subject: Subject) -> str:
     merge, config = subject.merge or {}, subject.config
     if merge:
         rows["adapters merged (M)"] = str(_count(subject))
-        rows["method"] = _code(merge.get("method"))
+        rows["method"] = code(merge.get("method"))
+        rows |= {"weights": weights} if (weights := _weights(merge)) else {}
+        if isinstance(asked := merge.get("requested_rank"), int):
+            rows["rank asked for"] = str(asked)
         if isinstance(error := merge.get("error"), float | int):
             rows["relative error of the merge"] = f"{error:.1e}"
     if config is not None:
@@ -183,12 +195,12 @@ def _making(subject: Subject) -> str:
         rows |= {
             "λ (temperature of the noise)": f"{optim.temperature:g}",
             "rank and alpha in training": f"{config.lora.rank} and {config.lora.alpha:g}",
-            "modules": ", ".join(map(_code, config.lora.targets)),
+            "modules": ", ".join(map(code, config.lora.targets)),
             "optimizer": f"{'noisy ' if optim.temperature else ''}AdamW, lr {optim.lr:g}, "
             f"weight decay {optim.weight_decay:g}, {optim.schedule} schedule, {optim.warmup_steps} warm-up steps",
             "length": f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs",
             "batch": f"{train.batch_size} rows per adapter and step, at most {config.data.max_length} tokens each",
-            "prompt": _code(config.data.prompt),
+            "prompt": code(config.data.prompt),
             "seed": str(config.adapters.seed),
             "data": ", ".join(_data(subject)),
         }
@@ -201,7 +213,7 @@ def _making(subject: Subject) -> str:
         lines += _sources(merge)
     versions = merge.get("versions") or subject.run.get("versions")
     if isinstance(versions, dict):
-        lines += ["", "Made with " + ", ".join(f"{k} {_plain(v)}" for k, v in versions.items()) + "."]
+        lines += ["", "Made with " + ", ".join(f"{plain(k)} {plain(v)}" for k, v in versions.items()) + "."]
     return "\n".join(lines)
 
 
@@ -210,7 +222,7 @@ def _sources(merge: dict[str, Any]) -> list[str]:
     sources = [s for s in merge.get("sources", []) if isinstance(s, dict)]
     if not sources:
         return []
-    lines = [f"- {_code(s.get('name'))}, SHA-256 {_code(str(s.get('sha256'))[:16])}" for s in sources[:MAX_LISTED]]
+    lines = [f"- {code(s.get('name'))}, SHA-256 {code(str(s.get('sha256'))[:16])}" for s in sources[:MAX_LISTED]]
     more = [f"- and {len(sources) - MAX_LISTED} more, in merge.json"] if len(sources) > MAX_LISTED else []
     return ["", "Merged were:", "", *lines, *more]
 
@@ -222,8 +234,8 @@ def _data(subject: Subject) -> list[str]:
     for path, digest in _files_of_data(subject).items():
         # No more of the path than tells the files of a folder apart.
         inside = next((source for source in sources if source in Path(path).parents), Path(path).parent)
-        told.append(f"{_code(Path(path).relative_to(inside))} (SHA-256 {_code(str(digest)[:16])})")
-    return told or [_code(source.name) for source in sources]
+        told.append(f"{code(Path(path).relative_to(inside))} (SHA-256 {code(str(digest)[:16])})")
+    return told or [code(source.name) for source in sources]
 
 
 def _files_of_data(subject: Subject) -> dict[str, Any]:
@@ -251,64 +263,10 @@ def _measured(evaluation: Evaluation) -> str:
     own = [
         FACTS[folder].benchmark.short for folder in FACTS if folder in evaluation.results.questions.keys() - official
     ]
-    lines = [table.rstrip(), "", f"This adapter is the row {_code(evaluation.row)}."]
+    lines = [table.rstrip(), "", f"This adapter is the row {code(evaluation.row)}."]
     if own:
         lines.append(
             f"Not the benchmark's own test questions, or not all of them, were asked for {', '.join(own)}: "
             "compare these figures only with each other."
         )
     return "\n".join(lines)
-
-
-def _usage(subject: Subject, repo_id: str, revision: str | None) -> str:
-    at = f', revision="{revision}"' if revision else ""
-    kwargs_at = f', adapter_kwargs={{"revision": "{revision}"}}' if revision else ""  # it knows no `revision` itself
-    base_at = f', revision="{subject.base_revision}"' if subject.base_revision else ""
-    rank = subject.ranks[-1]
-    largest = vllm_rank(rank)
-    lines = [
-        "## How to use it",
-        "",
-        "With PEFT:",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'base = AutoModelForCausalLM.from_pretrained("{subject.base_model}"{base_at})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{subject.base_model}"{base_at})',
-        f'model = PeftModel.from_pretrained(base, "{repo_id}"{at})',
-        "```",
-        "",
-        f'With transformers alone: `base.load_adapter("{repo_id}"{kwargs_at})`.',
-    ]
-    if subject.members:
-        where = f'subfolder="adapters/{subject.members[0]}"'
-        lines[-1] += f' A single adapter: `PeftModel.from_pretrained(base, "{repo_id}", {where}{at})`.'
-    if len(subject.ranks) > 1 or subject.whole:
-        return "\n".join(
-            [*lines, "", "vLLM takes adapters of one rank without modules trained whole, so not this one."]
-        )
-    if largest is None:
-        return "\n".join([*lines, "", f"vLLM takes ranks up to {VLLM_RANKS[-1]}, so not this adapter of rank {rank}."])
-    name = repo_id.rpartition("/")[2]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "With vLLM:",
-            "",
-            "```sh",
-            f"vllm serve {subject.base_model} --enable-lora --max-lora-rank {largest} --lora-modules {name}={repo_id}",
-            "```",
-        ]
-    )
-
-
-def _code(value: Any) -> str:
-    """A text from a file as inline code that ends neither the code nor a cell of a table."""
-    return f"`{_plain(value)}`"
-
-
-def _plain(value: Any) -> str:
-    return re.sub(r"[^\w .,:;@/+=()-]", "?", str(value))[:200]

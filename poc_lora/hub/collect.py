@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ from typing import Any
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import AdapterError, RequestError, RunError
 from poc_lora.evaluation.control import folder_name
-from poc_lora.evaluation.results import RESULTS_FILE, Results, Scored, read_results
+from poc_lora.evaluation.results import RESULTS_FILE, Results, Scored, adapter_key, read_results
 from poc_lora.files import read_json, sha256_file
+from poc_lora.hub.public import public_config, public_json, public_merge, refuse_metadata
 from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, open_adapter
 from poc_lora.lora.merge_folders import REPORT_NAME
 from poc_lora.lora.sources import find_adapters
-from poc_lora.reporting.tables import REPORT_FILE, markdown
+from poc_lora.reporting.run_files import PROTOCOLS, Journey, Merge, checked, of_these_weights, read_facts
+from poc_lora.reporting.tables import REPORT_FILE, markdown, table_rows
 
 FIGURES = (".png", ".svg")
-PROTOCOLS = ("label", "generate", "harness")  # whose results are taken, in this order
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
@@ -66,7 +67,7 @@ class Evaluation:
 class Subject:
     """An adapter to upload, and what is known of it for certain; what is not known is None or empty.
 
-    base_model: its Hub id. task: PEFT's task_type. ranks: those of its modules. whole: whether it has modules that
+    base_model: its Hub id. task: PEFT's task_type. ranks: those of its modules. whole: the shapes of parameters that
     were trained whole. members: the single adapters that are uploaded with it. merge: its merge.json. config, run:
     the configuration and run.json that all its adapters were trained under. left_out: what the allow-list has but
     is not uploaded, with the reason.
@@ -77,7 +78,7 @@ class Subject:
     base_revision: str | None
     task: str | None
     ranks: tuple[int, ...]
-    whole: bool
+    whole: dict[str, tuple[int, ...]]
     members: tuple[str, ...] = ()
     merge: dict[str, Any] | None = None
     config: RunConfig | None = None
@@ -91,45 +92,49 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
 
     members: with the run's single adapters, in adapters/00 and so on. base_model: the Hub id of the base model, for
     adapters that name a local folder. Raises AdapterError for adapters that we would not read, or that are links;
-    RunError for a run without a merge; RequestError where the base model has no name for others.
+    RunError for a run without a merge, or files of it that do not hold up; RequestError where the base model has no
+    name for others.
     """
     source = Path(os.path.abspath(source))
     folder, run = _adapter_and_run(source, members)
-    adapter, ranks = _read(folder)
+    root = run or folder
+    left_out: dict[str, str] = {}
+    adapter, ranks = _read(folder, root)
     base = _hub_name(adapter, base_model, folder)
     names = {adapter.base_model: base} if adapter.base_model else {}
-    config = _public_config(folder, base, keep_revision=adapter.base_model == base)
+    config = _public_config(folder, adapter, base, left_out)
     files = [File(CONFIG_NAME, _json(config)), File(WEIGHTS_NAME, folder / WEIGHTS_NAME)]
     siblings = _singles(run, required=members)
     for member in siblings if members else []:
-        if member.is_symlink() or member.parent.is_symlink():
-            raise AdapterError("the folder is a link, and links are not followed", where=member, fix="copy it there")
-        own, _ = _read(member)
-        public = _public_config(member, base, keep_revision=own.base_model == base)
+        own, _ = _read(member, root)
         place = f"adapters/{member.name}"
         files += [
-            File(f"{place}/{CONFIG_NAME}", _json(public)),
+            File(f"{place}/{CONFIG_NAME}", _json(_public_config(member, own, base, left_out))),
             File(f"{place}/{WEIGHTS_NAME}", member / WEIGHTS_NAME),
         ]
-    left_out: dict[str, str] = {}
     merge = None
-    if _is_plain(folder / REPORT_NAME, left_out):
-        merge = _public(_mapping(folder / REPORT_NAME), names)
+    if _is_plain(folder / REPORT_NAME, root, left_out):
+        read_facts(Merge, folder / REPORT_NAME)
+        merge = public_json(public_merge(_mapping(folder / REPORT_NAME)), names)
         files.append(File(REPORT_NAME, _json(merge)))
     trained_here = run is not None and (folder in siblings or _is_merge_of(merge, siblings))
     evaluation = _evaluation(folder, run, siblings if trained_here else [], names, files, left_out)
-    files += _figures([source, source / "eval"] if source != run else [run, run / "eval"], left_out)
+    files += _figures(dict.fromkeys([source, source / "eval", folder]), root, left_out)
+    facts: dict[str, Any] = {}
+    if run and trained_here and _is_plain(run / "run.json", root, {}):
+        read_facts(Journey, run / "run.json")
+        facts = _mapping(run / "run.json")
     return Subject(
         files=tuple(files),
         base_model=base,
-        base_revision=config.get("revision"),
+        base_revision=config["revision"],
         task=config.get("task_type"),
         ranks=ranks,
-        whole=bool(adapter.whole),
+        whole={name: tuple(tensor.shape) for name, tensor in adapter.whole.items()},
         members=tuple(member.name for member in siblings) if members else (),
         merge=merge,
         config=load_config(run / "config.yaml") if run and trained_here else None,
-        run=_mapping(run / "run.json") if run and trained_here and _is_plain(run / "run.json", {}) else {},
+        run=facts,
         evaluation=evaluation,
         left_out=left_out,
     )
@@ -138,41 +143,65 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
 def _adapter_and_run(source: Path, members: bool) -> tuple[Path, Path | None]:
     """The folder of the adapter to upload, and the run that it lies in, if it does."""
     if (source / "config.yaml").is_file():
+        _refuse_link(source / "config.yaml", source)
         merged = source / "merged"
         if not merged.is_dir():
             fix = f"first: poc-lora merge {source} --out {merged}; or give one of its adapters"
             raise RunError("the run has no merged adapter", where=source, fix=fix)
-        if merged.is_symlink():
-            raise AdapterError("merged is a link", where=merged, fix="give the folder that it leads to")
         return merged, source
     if members:
         raise RequestError("only a run has single adapters to upload", where=source, fix="leave --all out")
     for run in source.parents[:2]:
         if source in (run / "merged", run / "adapters" / source.name) and (run / "config.yaml").is_file():
+            _refuse_link(run / "config.yaml", run)
             return source, run
     return source, None
 
 
 def _singles(run: Path | None, *, required: bool) -> list[Path]:
     """The run's single adapters, which it need not have any more."""
+    if run is None:
+        return []
     try:
-        return find_adapters(run) if run else []
+        _refuse_link(run / "adapters", run)
+        found = find_adapters(run)
+        for folder in found:
+            _refuse_link(folder / WEIGHTS_NAME, run)
     except AdapterError:
         if required:
             raise
         return []
+    return found
 
 
-def _read(folder: Path) -> tuple[Adapter, tuple[int, ...]]:
-    """An adapter all of whose tensors can be read and are finite, and the ranks of its modules. Raises AdapterError."""
+def _read(folder: Path, root: Path) -> tuple[Adapter, tuple[int, ...]]:
+    """An adapter all of whose tensors can be read and are finite, and the ranks of its modules. Raises AdapterError.
+
+    root: the run that it lies in, or the folder itself; no link below it is followed.
+    """
     for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if (folder / name).is_symlink():
-            raise AdapterError(f"{name} is a link, and links are not uploaded", where=folder, fix="copy the file there")
+        _refuse_link(folder / name, root)
     adapter = open_adapter(folder)
+    refuse_metadata(folder / WEIGHTS_NAME)
     ranks = {factors.rank for factors in adapter.modules.values()}
     for name in adapter.whole:
         adapter.whole[name]
     return adapter, tuple(sorted(ranks))
+
+
+def _refuse_link(path: Path, root: Path) -> None:
+    """Raises AdapterError where a path is a link, or lies in one, below `root`."""
+    link = _link(path, root)
+    if link is not None:
+        what = f"{link.relative_to(root)} is a link, and links are not followed"
+        raise AdapterError(what, where=root, fix="copy there what it leads to")
+
+
+def _link(path: Path, root: Path) -> Path | None:
+    """The first part of a path below `root` that is a link."""
+    parts = path.relative_to(root).parts
+    below = (root.joinpath(*parts[: i + 1]) for i in range(len(parts)))
+    return next((part for part in below if part.is_symlink()), None)
 
 
 def _hub_name(adapter: Adapter, given: str | None, where: Path) -> str:
@@ -196,24 +225,13 @@ def _is_local(name: str) -> bool:
     return not _HUB_NAME.fullmatch(name) or Path(name).exists()
 
 
-def _public_config(folder: Path, base: str, *, keep_revision: bool) -> dict[str, Any]:
-    """The adapter's configuration with the name of the base model that others know it by."""
-    config = _mapping(folder / CONFIG_NAME)
-    config["base_model_name_or_path"] = base
-    if not keep_revision:  # it was one of another repository, or of a folder
-        config["revision"] = None
+def _public_config(folder: Path, adapter: Adapter, base: str, left_out: dict[str, str]) -> dict[str, Any]:
+    """The adapter's configuration for others; what it holds beside is noted as left out."""
+    path = folder / CONFIG_NAME
+    config, more = public_config(_mapping(path), base, keep_revision=adapter.base_model == base, where=path)
+    for name in sorted(more):
+        left_out[f"{name} of {folder.name}/{CONFIG_NAME}"] = "not needed to load the adapter"
     return config
-
-
-def _public(value: Any, names: dict[str, str]) -> Any:
-    """JSON with those names replaced, and of absolute paths only the last part: they tell of this machine."""
-    if isinstance(value, dict):
-        return {key: _public(inner, names) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_public(inner, names) for inner in value]
-    if isinstance(value, str):
-        return names.get(value, Path(value).name if Path(value).is_absolute() else value)
-    return value
 
 
 def _is_merge_of(merge: dict[str, Any] | None, siblings: Sequence[Path]) -> bool:
@@ -234,48 +252,56 @@ def _evaluation(
     left_out: dict[str, str],
 ) -> Evaluation | None:
     """The evaluation in the run or beside the adapter, if it is of this adapter; its files are added to `files`."""
+    root = run or folder
     places = [run / folder_name(p) for p in PROTOCOLS] if run else [folder, folder / "eval"]
-    place = next((p for p in places if _is_plain(p / RESULTS_FILE, left_out)), None)
+    place = next((p for p in places if _is_plain(p / RESULTS_FILE, root, left_out)), None)
     if place is None:
         return None
-    if (place / RESULTS_FILE).stat().st_mtime_ns < (folder / WEIGHTS_NAME).stat().st_mtime_ns:
-        # All that tells a merge made anew, with another rank say, from the one that was evaluated.
-        left_out[f"{place.name}/{RESULTS_FILE}"] = "older than the adapter's weights: evaluate again"
-        return None
-    results = read_results(place)
-    results = dataclasses.replace(results, base_model=_public(results.base_model, names))
+    told = f"{place.name}/{RESULTS_FILE}"
+    results = checked(read_results(place), place)
+    results = dataclasses.replace(results, base_model=public_json(results.base_model, names))
     if run is None:
         name = folder.name if folder.name in results.adapters else next(iter(results.adapters))
         scored = results.adapters[name] if len(results.adapters) == 1 or name == folder.name else None
-        row = f"LoRA {name}"
     elif set(results.adapters) != {sibling.name for sibling in siblings}:
-        scored, row = None, ""
-    elif folder.name == "merged":
-        scored, row = results.merged, "PoC merge"
+        name, scored = "", None
     else:
-        scored, row = results.adapters.get(folder.name), folder.name
+        name = folder.name
+        scored = results.merged if name == "merged" else results.adapters.get(name)
     if scored is None:
-        left_out[f"{place.name}/{RESULTS_FILE}"] = "not an evaluation of this adapter: evaluate again"
+        left_out[told] = "not an evaluation of this adapter: evaluate again"
         return None
-    raw = _public(_mapping(place / RESULTS_FILE), names)
+    thing = "merged" if run and folder.name == "merged" else adapter_key(name)
+    if not _is_plain(place / f"{thing}.json", root, {}) or (same := of_these_weights(place, thing, folder)) is None:
+        # The evaluation does not say of which weights it is. Times may be those of a copy, but are all that is left.
+        same = (place / RESULTS_FILE).stat().st_mtime_ns >= (folder / WEIGHTS_NAME).stat().st_mtime_ns
+    if not same:
+        left_out[told] = "of other weights than the adapter has now: evaluate again"
+        return None
+    # The table lists single adapters by their names; one that is alone has a row of another name.
+    rows = [row for row, one in table_rows(results) if one is scored]
+    row = rows[0] if thing == "merged" or len(results.adapters) == 1 else name
+    raw = public_json(results.to_json(), names)
     files += [File(RESULTS_FILE, _json(raw)), File(REPORT_FILE, markdown(results).encode())]
     return Evaluation(results, scored, row)
 
 
-def _figures(places: Sequence[Path], left_out: dict[str, str]) -> list[File]:
+def _figures(places: Iterable[Path], root: Path, left_out: dict[str, str]) -> list[File]:
     """The pictures in these folders and in their figures/, the first of each name."""
     found: dict[str, Path] = {}
     for folder in (inner for place in places for inner in (place, place / "figures")):
-        if folder.is_dir() and not folder.is_symlink():
+        if (link := _link(folder, root)) is not None:
+            left_out[str(link.relative_to(root))] = "a link"
+        elif folder.is_dir():
             for path in sorted(folder.iterdir()):
-                if path.suffix in FIGURES and _is_plain(path, left_out):
+                if path.suffix in FIGURES and _is_plain(path, root, left_out):
                     found.setdefault(path.name, path)
     return [File(f"figures/{name}", path) for name, path in sorted(found.items())]
 
 
-def _is_plain(path: Path, left_out: dict[str, str]) -> bool:
-    """Whether there is such a file; one that is a link, or in a folder that is one, is noted as left out."""
-    if path.is_symlink() or path.parent.is_symlink():
+def _is_plain(path: Path, root: Path, left_out: dict[str, str]) -> bool:
+    """Whether there is such a file; one that is a link, or below `root` lies in one, is noted as left out."""
+    if _link(path, root) is not None:
         left_out["/".join(path.parts[-2:])] = "a link"
         return False
     return path.is_file()

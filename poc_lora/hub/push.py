@@ -53,7 +53,7 @@ class HubError(PocLoraError):
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did, or would do: its files and card, what was left out and why.
+    """What a push did, or would do: its files and card, the base model that it names, what was left out and why.
 
     commit: its id; None where nothing had changed, and in a dry run. url: of the repository; None in a dry run.
     changed, removed: paths that the commit wrote and removed. private: the repository's state.
@@ -62,6 +62,7 @@ class Pushed:
     repo_id: str
     files: tuple[File, ...]
     card: str
+    base_model: str
     left_out: dict[str, str]
     url: str | None = None
     commit: str | None = None
@@ -91,8 +92,8 @@ def push(
     The card and the results are those of this upload: a README.md that is there is replaced, results that are there
     and not in this upload are removed. Nothing local is written.
 
-    Raises AdapterError, RunError, RequestError before anything is sent; RequestError where the token or the name is
-    refused; HubError where the Hub cannot be reached or keeps failing, which changes nothing there.
+    Raises AdapterError, ConfigError, RunError, RequestError before anything is sent; RequestError where the token or
+    the name is refused; HubError where the Hub cannot be reached or keeps failing, which changes nothing there.
     """
     if not _REPO.fullmatch(repo_id) or repo_id.endswith(".git") or "--" in repo_id or ".." in repo_id:
         raise RequestError(
@@ -103,7 +104,7 @@ def push(
     subject = collect(adapter_or_run, members=all, base_model=base_model)
     card = model_card(subject, repo_id, revision=revision, licence=licence)
     files = (File("README.md", card.encode()), *subject.files, *eval_results_files(subject.evaluation))
-    plan = Pushed(repo_id, files, card, subject.left_out)
+    plan = Pushed(repo_id, files, card, subject.base_model, subject.left_out)
     if dry_run:
         return plan
     return _until_done(_Upload(plan, public=public, branch=revision or "main"))
@@ -122,6 +123,8 @@ def summary(pushed: Pushed) -> list[str]:
         lines.append(f"{len(pushed.changed)} of {len(pushed.files)} files in commit {pushed.commit[:12]}")
         lines += [f"removed: {path}, which is not of this upload" for path in pushed.removed]
     lines += [f"left out: {path} ({reason})" for path, reason in pushed.left_out.items()]
+    # An id and a relative path look alike: only whoever trained it can tell.
+    lines.append(f"base model, as the card names it on the Hub: {pushed.base_model} (else give --base-model)")
     if pushed.private is not None:
         lines.append("the repository is private" if pushed.private else "the repository is public")
     return [*lines, "", pushed.card] if pushed.url is None else lines

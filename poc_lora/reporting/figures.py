@@ -11,6 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from poc_lora.reporting.blocks import short
 from poc_lora.reporting.palette import LIGHT, SERIES
 from poc_lora.reporting.svg import drawing
 
@@ -142,7 +143,7 @@ def effective_rank_figure(modules: Mapping[str, float]) -> Figure:
     with drawing():
         figure, axes = _figure(2.9)
         for i, (kind, points) in enumerate(types.items()):
-            axes.plot(*_xy(sorted(points)), label=kind[:24], **_series(i))
+            axes.plot(*_xy(sorted(points)), label=short(kind, 24), **_series(i))
         axes.set_ylim(bottom=0)
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -167,7 +168,7 @@ def rank_sweep_figure(report: Mapping[str, Any]) -> Figure:
         errors, energies = figure.subplots(2, 1, sharex=True)
         for i, (kind, points) in enumerate(sweep.items()):
             look = _series(i - 1) if kind != "all" else {"color": LIGHT["ink"], "linewidth": 2.4, "zorder": 3}
-            errors.plot([r for r, _ in points], [e for _, e in points], label=kind[:24], **look)
+            errors.plot([r for r, _ in points], [e for _, e in points], label=short(kind, 24), **look)
             energies.plot([r for r, _ in points], [100 * (1 - e**2) for _, e in points], **look)
         errors.set_ylabel("relative error")
         energies.set_ylabel("energy retained (%)")

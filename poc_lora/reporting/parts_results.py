@@ -44,8 +44,13 @@ def benchmarks(files: RunFiles) -> Part:
     if not files.evaluations:
         part.missing.append("Nothing has been evaluated: poc-lora eval RUN --data DIR.")
         return part
-    for results in files.evaluations:
+    for i, results in enumerate(files.evaluations):
         protocol = f", protocol {short(results.protocol, 20)}" if len(files.evaluations) > 1 else ""
+        if changed := files.changed[i]:
+            part.words.append(
+                f"This evaluation{protocol} is of other weights than the run has now for {', '.join(changed)}: "
+                "evaluate again."
+            )
         _evaluation(part, results, protocol)
     return part
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -12,8 +13,10 @@ from poc_lora.config import RunConfig, load_config
 from poc_lora.data.commonsense import BENCHMARKS
 from poc_lora.errors import RunError
 from poc_lora.evaluation.control import folder_name
-from poc_lora.evaluation.results import RESULTS_FILE, Results, read_results
+from poc_lora.evaluation.passes import adapter_digest
+from poc_lora.evaluation.results import RESULTS_FILE, Results, adapter_key, read_results
 from poc_lora.files import read_json, read_text
+from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.lora.merge_folders import REPORT_NAME
 
 PROTOCOLS = ("label", "generate", "harness")
@@ -38,7 +41,6 @@ class Source(Facts):
 
 
 class Module(Facts):
-    members: int
     rank: int
     norm: Number
     error: Number
@@ -126,7 +128,10 @@ class Metrics:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What was found in a folder; what is not there is None. evaluations: one per protocol, `label` first."""
+    """What was found in a folder; what is not there is None.
+
+    evaluations: one per protocol, `label` first. changed: for each, what has other weights now than were evaluated.
+    """
 
     folder: Path
     config: RunConfig | None
@@ -134,6 +139,7 @@ class RunFiles:
     metrics: Metrics | None
     merge: Merge | None
     evaluations: tuple[Results, ...]
+    changed: tuple[tuple[str, ...], ...] = ()
 
     @property
     def results(self) -> Results | None:
@@ -149,14 +155,37 @@ def read_run(folder: Path) -> RunFiles:
     if not has_config and not evaluated:
         what = "neither a run nor an evaluation" if folder.is_dir() else "no such folder"
         raise RunError(what, where=folder, fix="give a run (with config.yaml) or a folder with results.json")
+    evaluations = tuple(checked(read_results(place), place) for place in evaluated)
     return RunFiles(
         folder=folder,
         config=load_config(folder / "config.yaml") if has_config else None,
-        journey=_read(Journey, folder / "run.json"),
+        journey=read_facts(Journey, folder / "run.json"),
         metrics=_read_metrics(folder / "metrics.jsonl"),
-        merge=_read(Merge, folder / "merged" / REPORT_NAME),
-        evaluations=tuple(checked(read_results(place), place) for place in evaluated),
+        merge=read_facts(Merge, folder / "merged" / REPORT_NAME),
+        evaluations=evaluations,
+        changed=tuple(_changed(folder, *found) for found in zip(evaluated, evaluations, strict=True)),
     )
+
+
+def of_these_weights(place: Path, thing: str, adapter: Path) -> bool | None:
+    """Whether an evaluation of `thing` in the folder `place` is of the weights that the adapter's folder has now.
+
+    None where one of them is not there, or the evaluation does not say. Raises RunError.
+    """
+    path = place / f"{thing}.json"
+    if not (path.is_file() and (adapter / WEIGHTS_NAME).is_file() and (adapter / CONFIG_NAME).is_file()):
+        return None
+    told = read_json(path, error=RunError)
+    digest = told.get("adapter_digest") if isinstance(told, dict) else None
+    return digest == adapter_digest(adapter) if isinstance(digest, str) else None
+
+
+def _changed(folder: Path, place: Path, results: Results) -> tuple[str, ...]:
+    things = {"the merge": ("merged", folder / "merged")}
+    for name in results.adapters:
+        if re.fullmatch(r"[0-9]+", name):  # the run's own
+            things[f"adapter {name}"] = (adapter_key(name), folder / "adapters" / name)
+    return tuple(told for told, (thing, adapter) in things.items() if of_these_weights(place, thing, adapter) is False)
 
 
 def checked(results: Results, folder: Path) -> Results:
@@ -187,7 +216,8 @@ def checked(results: Results, folder: Path) -> Results:
     return sound
 
 
-def _read(kind: type[T], path: Path) -> T | None:
+def read_facts(kind: type[T], path: Path) -> T | None:
+    """A file of the run, checked; None where there is none. Raises RunError."""
     if not path.is_file():
         return None
     raw = read_json(path, error=RunError)

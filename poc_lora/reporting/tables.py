@@ -14,6 +14,7 @@ from poc_lora.evaluation.control import folder_name
 from poc_lora.evaluation.results import Results, Scored
 from poc_lora.evaluation.scores import Difference, Estimate
 from poc_lora.files import write_atomic
+from poc_lora.reporting.escape import code, escaped
 
 REPORT_FILE = "results.md"
 NARROW = {"WinoGrande": "Wino\nGrande", "HellaSwag": "Hella\nSwag", "average": "aver-\nage"}
@@ -53,7 +54,7 @@ def markdown(results: Results) -> str:
     lines = [
         "# Evaluation",
         "",
-        f"Base model `{results.base_model}`, protocol `{results.protocol}`, prompt `{results.prompt}`. "
+        f"Base model {code(results.base_model)}, protocol {code(results.protocol)}, prompt {code(results.prompt)}. "
         "Accuracy in percent ± standard error.",
         "",
         _line(["", *names]),
@@ -63,11 +64,11 @@ def markdown(results: Results) -> str:
         ),
         _line(["chance level", *_chance(results)]),
     ]
-    lines += [_scored_line(results, name, scored) for name, scored in table_rows(results)]
-    lines += ["", *(f"- {note}" for note in notes(results))]
+    lines += [_scored_line(results, escaped(name), scored) for name, scored in table_rows(results)]
+    lines += ["", *(f"- {escaped(note)}" for note in notes(results))]
     if len(results.adapters) > 1:
         lines += ["", "## Every adapter", "", _line(["", *names]), _line(["---", *("---:" for _ in names)])]
-        lines += [_scored_line(results, f"`{name}`", scored) for name, scored in results.adapters.items()]
+        lines += [_scored_line(results, code(name), scored) for name, scored in results.adapters.items()]
     return "\n".join(lines) + "\n"
 
 

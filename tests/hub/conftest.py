@@ -36,7 +36,7 @@ def hub(tmp_path, monkeypatch):
     server.close()
 
 
-def small_adapter(seed, rank=2, base="org/base", whole=None):
+def small_adapter(seed, rank=2, base="org/base", whole=None, task="CAUSAL_LM"):
     generator = torch.Generator().manual_seed(seed)
     modules = {
         f"model.layers.{i}.self_attn.{name}": Factors(
@@ -45,7 +45,7 @@ def small_adapter(seed, rank=2, base="org/base", whole=None):
         for i in range(2)
         for name in ("q_proj", "v_proj")
     }
-    return Adapter(modules, base_model=base, whole=whole or {})
+    return Adapter(modules, base_model=base, whole=whole or {}, task_type=task)
 
 
 def scored(value):
@@ -113,6 +113,11 @@ def make_run(folder, *, base="org/base", evaluated=True, real=True):
 @pytest.fixture
 def run(tmp_path):
     return make_run(tmp_path / "run")
+
+
+def change(path, **fields):
+    """Set fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def snapshot(folder):

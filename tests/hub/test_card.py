@@ -1,22 +1,26 @@
 """The model card: what huggingface_hub reads in it, and that it says nothing that is not known."""
 
+import ast
+import dataclasses
 import json
 import re
 import shutil
 
 import pytest
 import torch
+import transformers
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from poc_lora.errors import RequestError
+from poc_lora.errors import AdapterError, RequestError
 from poc_lora.evaluation.benchmarks import FACTS
 from poc_lora.hub.card import eval_results_files, model_card
 from poc_lora.hub.collect import collect
+from poc_lora.hub.usage import usage
 from poc_lora.lora.adapter import Adapter, write_adapter
 from poc_lora.lora.factors import Factors
 from poc_lora.lora.merge_folders import merge_folders
-from tests.hub.conftest import make_run, small_adapter, some_results, write_results
+from tests.hub.conftest import change, make_run, small_adapter, some_results, write_results
 
 
 def card(source, **options):
@@ -115,6 +119,7 @@ def test_the_table_and_its_row_are_those_of_the_adapter(run):
     assert "This adapter is the row `PoC merge`." in card(run)
     member = card(run / "adapters" / "00")
     assert "This adapter is the row `00`." in member
+    assert "| `00` | 70.00 ± 1.00 |" in member
     assert "value: 70.0\n" in member
     assert "81.17" not in member.partition("\n---\n")[0]
     assert "adapters merged" not in facts(member)
@@ -160,7 +165,7 @@ def test_an_evaluation_older_than_the_weights_is_not_theirs(run):
     merge_folders([run], run / "merged", rank=1)
     subject = collect(run)
     assert subject.evaluation is None
-    assert subject.left_out == {"eval/results.json": "older than the adapter's weights: evaluate again"}
+    assert subject.left_out == {"eval/results.json": "of other weights than the adapter has now: evaluate again"}
     assert subject.config is not None
 
 
@@ -173,6 +178,10 @@ def test_an_evaluation_beside_a_loose_adapter_is_taken(tmp_path):
     write_adapter(small_adapter(0), tmp_path / "alone")
     write_results(tmp_path / "alone", some_results(["alone"], merged=False))
     assert "This adapter is the row `LoRA alone`." in card(tmp_path / "alone")
+    write_results(tmp_path / "alone", some_results(["alone", "other"], merged=False))
+    text = card(tmp_path / "alone")
+    assert "This adapter is the row `alone`." in text
+    assert "\n| `alone` | 70.00" in text
     write_results(tmp_path / "alone", some_results(["others", "too"], merged=False))
     assert "## Evaluation" not in card(tmp_path / "alone")
 
@@ -213,6 +222,73 @@ def test_text_of_a_file_ends_neither_code_nor_table(tmp_path):
     made = card(run).partition("## Evaluation")[0]
     assert "<script>" not in made
     assert "`a??b?---??script?.json`" in made
+
+
+def test_a_revision_is_a_quoted_literal(tmp_path):
+    write_adapter(dataclasses.replace(small_adapter(0), revision="refs/pr/1"), tmp_path / "a")
+    assert 'from_pretrained("org/base", revision="refs/pr/1")' in card(tmp_path / "a")
+    attack = 'main"); __import__("os").system("id") #\n```\n<img src=x>'
+    change(tmp_path / "a" / "adapter_config.json", revision=attack)
+    with pytest.raises(AdapterError, match="revision"):
+        card(tmp_path / "a")
+    subject = dataclasses.replace(collect(make_run(tmp_path / "run")), base_revision=attack)
+    (block,) = re.findall(r"```python\n(.*?)\n```", usage(subject, "me/demo", None), flags=re.DOTALL)
+    calls = [node.func for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    assert {call.attr for call in calls} == {"from_pretrained"}
+
+
+def test_text_of_results_and_versions_is_not_markup(tmp_path):
+    run = make_run(tmp_path / "run")
+    attack = "x`<img src=x>\n\n# Hello [a](b)"
+    scored = some_results(["00", "01"])
+    found = dataclasses.replace(scored, base_model=attack, prompt=attack, protocol=attack, unread={attack: 0.5})
+    write_results(run / "eval", dataclasses.replace(found, control=scored.base, control_name=attack))
+    change(run / "merged" / "merge.json", versions={"torch": attack})
+    change(run / "run.json", versions={attack: attack})
+    text = card(run) + card(run / "adapters" / "00")
+    assert "<img" not in text.replace("\\<img", "")
+    assert "\n# Hello" not in text
+    assert "[a](b)" not in text
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("CAUSAL_LM", "AutoModelForCausalLM"),
+        ("SEQ_CLS", "AutoModelForSequenceClassification"),
+        ("TOKEN_CLS", "AutoModelForTokenClassification"),
+        ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
+        ("QUESTION_ANS", "AutoModelForQuestionAnswering"),
+        ("FEATURE_EXTRACTION", "AutoModel"),
+        (None, "AutoModel"),
+    ],
+)
+def test_the_class_is_that_of_the_task(tmp_path, task, kind):
+    write_adapter(small_adapter(0), tmp_path / "a")
+    change(tmp_path / "a" / "adapter_config.json", task_type=task)
+    text = card(tmp_path / "a")
+    assert f"base = {kind}.from_pretrained(" in text
+    assert hasattr(transformers, kind)
+    assert ("vLLM" in text) == (task == "CAUSAL_LM")
+    assert ("does not say its task" in text) == (task is None)
+    pipeline = loaded(text, tmp_path).data.pipeline_tag
+    assert (pipeline == "text-generation") == (task == "CAUSAL_LM")
+
+
+def test_a_classifier_is_loaded_with_its_number_of_classes(tmp_path):
+    write_adapter(small_adapter(0, whole={"score.weight": torch.ones(3, 8)}, task="SEQ_CLS"), tmp_path / "a")
+    assert '.from_pretrained("org/base", num_labels=3)' in card(tmp_path / "a")
+
+
+def test_a_weighted_merge_and_the_rank_asked_for_are_said(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "weights" not in facts(card(run))
+    shutil.rmtree(run / "merged")
+    merge_folders([run], run / "merged", weights=[0.75, 0.25], rank=3)
+    text = card(run)
+    assert "the average of the products B·A of 2 adapters, with the weights 0.75, 0.25" in text
+    made = facts(text)
+    assert (made["weights"], made["rank asked for"], made["rank"]) == ("0.75, 0.25", "3", "3")
 
 
 def test_the_citation_is_there(run):

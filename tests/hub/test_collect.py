@@ -1,6 +1,7 @@
 """Which files are uploaded, and what is refused or left out."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from poc_lora.errors import AdapterError, RequestError, RunError
+from poc_lora.evaluation.passes import adapter_digest
 from poc_lora.hub.collect import collect
 from poc_lora.lora.adapter import write_adapter
 from poc_lora.lora.merge_folders import merge_folders
-from tests.hub.conftest import make_run, small_adapter, snapshot
+from tests.hub.conftest import change, make_run, small_adapter, snapshot
 
 
 def paths(subject):
@@ -44,7 +46,7 @@ def test_a_merged_folder_that_is_a_link_is_refused(run, tmp_path):
 def test_members_that_are_links_are_refused(run, tmp_path, name):
     (run / name).rename(tmp_path / "elsewhere")
     (run / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(AdapterError, match="the folder is a link"):
+    with pytest.raises(AdapterError, match=f"{name} is a link"):
         collect(run, members=True)
 
 
@@ -59,9 +61,75 @@ def test_other_links_are_left_out_and_said_so(run, tmp_path):
     assert subject.left_out == {
         "merged/merge.json": "a link",
         "eval/results.json": "a link",
+        "eval": "a link",
         "figures/leak.svg": "a link",
     }
     assert not paths(subject) & {"merge.json", "results.json", "results.md", "figures/leak.svg"}
+
+
+def test_a_folder_inside_a_link_is_not_looked_into(run, tmp_path):
+    (run / "eval" / "figures").mkdir()
+    (run / "eval" / "figures" / "private.svg").write_text("<svg/>")
+    (run / "eval").rename(tmp_path / "elsewhere")
+    (run / "eval").symlink_to(tmp_path / "elsewhere")
+    subject = collect(run)
+    assert "figures/private.svg" not in paths(subject)
+    assert subject.left_out["eval"] == "a link"
+
+
+@pytest.mark.parametrize("source", [".", "merged", "adapters/00"])
+def test_a_run_whose_configuration_is_a_link_is_refused(run, tmp_path, source):
+    (run / "config.yaml").rename(tmp_path / "secret.yaml")
+    (run / "config.yaml").symlink_to(tmp_path / "secret.yaml")
+    with pytest.raises(AdapterError, match=r"config\.yaml is a link"):
+        collect(run / source)
+
+
+def test_a_run_may_lie_behind_a_link(run, tmp_path):
+    (tmp_path / "link").symlink_to(run)
+    assert paths(collect(tmp_path / "link")) == paths(collect(run))
+
+
+def test_pictures_of_the_merge_are_taken(run):
+    (run / "merged" / "rank_sweep.svg").write_text("<svg/>")
+    assert "figures/rank_sweep.svg" in paths(collect(run))
+
+
+def test_an_evaluation_is_known_by_its_weights_and_not_by_times(run):
+    for thing, folder in [("merged", run / "merged"), ("adapter-00", run / "adapters" / "00")]:
+        (run / "eval" / f"{thing}.json").write_text(json.dumps({"adapter_digest": adapter_digest(folder)}))
+    os.utime(run / "eval" / "results.json", ns=(0, 0))  # as a copy may have it
+    assert collect(run).evaluation is not None
+    assert collect(run / "adapters" / "00").evaluation is not None
+    shutil.rmtree(run / "merged")
+    merge_folders([run], run / "merged", rank=1)
+    os.utime(run / "eval" / "results.json")
+    subject = collect(run)
+    assert subject.evaluation is None
+    assert subject.left_out == {"eval/results.json": "of other weights than the adapter has now: evaluate again"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("eval/results.json", {"chance": {}}),
+        ("eval/results.json", {"questions": {"piqa": "many"}}),
+        ("eval/results.json", {"best": "zz"}),
+        ("eval/results.json", {"subsets": {"points": 3}}),
+        ("eval/results.json", {"unread": [1]}),
+        ("merged/merge.json", {"sources": 5}),
+        ("merged/merge.json", {"error": float("nan")}),
+        ("merged/merge.json", {"weights": [{}]}),
+        ("merged/merge.json", {"modules": {"a": 1}}),
+        ("run.json", {"versions": 3}),
+        ("run.json", {"data_sha256": [1]}),
+    ],
+)
+def test_a_damaged_file_is_named(run, name, fields):
+    change(run / name, **fields)
+    with pytest.raises(RunError) as problem:
+        collect(run)
+    assert name.rpartition("/")[2] in str(problem.value)
 
 
 def test_pictures_are_taken_from_run_evaluation_and_figures(run):
