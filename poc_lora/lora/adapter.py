@@ -6,7 +6,7 @@ AdapterError that says why, before a tensor is read. Nothing in the folder but t
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch.nn import functional
 from poc_lora.errors import AdapterError, PocLoraError
 from poc_lora.files import commit_folder, read_json, sync
 from poc_lora.lora.factors import DTYPES, Factors, check_name, check_shapes, is_finite
-from poc_lora.lora.peft_config import check_config, module_scales
+from poc_lora.lora.peft_config import check_config, module_scales, plain_targets
 from poc_lora.lora.stored import PREFIX, StoredFactors, StoredWhole, read_header
 
 CONFIG_NAME = "adapter_config.json"
@@ -36,8 +36,11 @@ class Adapter:
     """A LoRA adapter: module path in the base model (such as `model.layers.0.self_attn.q_proj`) to factors.
 
     embeddings: the modules that are embeddings, whose ΔW [d, vocabulary] is added to the transposed table.
-    fan_in_fan_out: the base keeps the weights of the other modules transposed too, [d_in, d_out], as GPT-2 does.
+    fan_in_fan_out: the base keeps weights of other modules transposed too, [d_in, d_out], as GPT-2 does. PEFT has one
+    flag for all modules, and corrects it by what it finds in the base.
     whole: parameters that replace the base's, by path (such as lm_head.weight): PEFT's modules_to_save.
+    task_type: PEFT's, which chooses the class that it wraps the model in; None is its plain one, which fits any model.
+    targets: last parts of paths that are known to name no module of the base but these; see `target_modules`.
     """
 
     modules: Mapping[str, Factors]
@@ -47,14 +50,16 @@ class Adapter:
     embeddings: frozenset[str] = frozenset()
     fan_in_fan_out: bool = False
     whole: Mapping[str, Tensor] = field(default_factory=dict)
+    task_type: str | None = None
+    targets: frozenset[str] = field(default=frozenset(), compare=False)
+
+    def rank(self, module: str) -> int:
+        """The rank of a module's factors, which are not read."""
+        return self.modules.rank(module) if isinstance(self.modules, StoredFactors) else self.modules[module].rank
 
     def shape(self, module: str) -> tuple[int, int]:
         """The shape [d_out, d_in] of a module's ΔW, whose factors are not read."""
         return self.modules.shape(module) if isinstance(self.modules, StoredFactors) else self.modules[module].shape
-
-    def is_transposed(self, module: str) -> bool:
-        """Whether the base's weight of a module has the shape of ΔW transposed."""
-        return self.fan_in_fan_out or module in self.embeddings
 
 
 def read_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
@@ -86,6 +91,8 @@ def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
         embeddings=header.embeddings,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         whole=StoredWhole(header),
+        task_type=config.get("task_type") or None,
+        targets=plain_targets(config),
     )
 
 
@@ -120,14 +127,14 @@ def write_adapter(
         tensors[key_A], tensors[key_B] = A, B
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": adapter.task_type,
         "base_model_name_or_path": adapter.base_model,
         "revision": adapter.revision,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": target_modules(adapter.modules),
+        "target_modules": target_modules(adapter.modules, adapter.targets),
         "bias": "none",
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "init_lora_weights": True,
@@ -153,11 +160,11 @@ def write_adapter(
         raise PocLoraError(f"the adapter could not be written: {problem}", where=folder) from None
 
 
-def target_modules(names: Iterable[str]) -> list[str]:
-    """The `target_modules` under which PEFT attaches the modules `names`.
+def target_modules(names: Iterable[str], known: Collection[str]) -> list[str]:
+    """The `target_modules` under which PEFT attaches the modules `names`, and no others of their base.
 
-    Short suffixes such as q_proj where every one of them names one module in each of the layers 0..L-1 of a
-    single stack; else full module paths, which are always right.
+    Last parts such as q_proj where every one of them is `known` to name no other module, and names one in each of the
+    layers 0..L-1 of a single stack; else full module paths, which are always right.
     """
     names = sorted(names)
     layers_of: dict[str, dict[str, set[int]]] = {}  # suffix -> path with the layer left out -> layers
@@ -169,7 +176,7 @@ def target_modules(names: Iterable[str]) -> list[str]:
         layers_of.setdefault(name.rpartition(".")[2], {}).setdefault(path, set()).add(int(match["layer"]))
     stacks = [layers for paths in layers_of.values() for layers in paths.values()]
     regular = len(stacks) == len(layers_of) and all(layers == set(range(len(stacks[0]))) for layers in stacks)
-    return sorted(layers_of) if regular else names
+    return sorted(layers_of) if regular and layers_of.keys() <= set(known) else names
 
 
 def _padded(factors: Factors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -46,9 +46,7 @@ class AdapterBank:
         seed: int = 0,
         dropout: float = 0.0,
     ):
-        self._build(
-            model, matching_linears(model, targets), rank, alpha / rank, list(adapters), dropout, trainable=True
-        )
+        self._build(model, matching_linears(model, targets), rank, alpha / rank, list(adapters), dropout, targets)
         with torch.no_grad():
             for path, module in self.modules.items():
                 bound = 1 / math.sqrt(module.base.in_features)
@@ -62,7 +60,7 @@ class AdapterBank:
     ) -> "AdapterBank":
         """A trainable bank whose weights are all zero: for its shapes, or to be filled from a checkpoint."""
         bank = cls.__new__(cls)
-        bank._build(model, matching_linears(model, targets), rank, 1.0, list(adapters), dropout, trainable=True)
+        bank._build(model, matching_linears(model, targets), rank, 1.0, list(adapters), dropout, targets)
         return bank
 
     @classmethod
@@ -93,7 +91,7 @@ class AdapterBank:
         _refuse_regrouped(model, {path: linears[path] for path in paths})
         rank = max(f.A.shape[0] for a in adapters for f in a.modules.values())
         bank = cls.__new__(cls)
-        bank._build(model, {path: linears[path] for path in paths}, rank, 1.0, list(range(len(adapters))), 0.0, False)
+        bank._build(model, {path: linears[path] for path in paths}, rank, 1.0, list(range(len(adapters))), 0.0, None)
         with torch.no_grad():
             for slot, adapter in enumerate(adapters):
                 for path, factors in adapter.modules.items():
@@ -110,12 +108,15 @@ class AdapterBank:
         scale: float,
         adapters: list[int],
         dropout: float,
-        trainable: bool,
+        targets: Sequence[str] | None,
     ) -> None:
+        """targets: what the linear layers were found by; None for a bank that is not trained."""
+        trainable = targets is not None
         M = len(adapters)
         if M > 1:
             _refuse_outlier_columns(model)
         self.model, self.adapters, self.rank, self.scale = model, adapters, rank, scale
+        self.targets = frozenset(targets or ())
         self.dropped: set[int] = set()
         self.view = View(members=list(range(M)))
         P = sum(rank * (linear.in_features + linear.out_features) for linear in linears.values())
@@ -231,8 +232,10 @@ class AdapterBank:
         finally:
             self.view.mode, self.view.slot = before
 
-    def adapter(self, slot: int, *, base_model: str | None = None, revision: str | None = None) -> Adapter:
-        """A copy of the adapter in `slot`, on the CPU."""
+    def adapter(
+        self, slot: int, *, base_model: str | None = None, revision: str | None = None, task_type: str | None = None
+    ) -> Adapter:
+        """A copy of the adapter in `slot`, on the CPU. task_type: PEFT's, such as CAUSAL_LM; None fits any model."""
         modules = {
             path: Factors(
                 module.stack.A[slot].detach().clone().cpu(),
@@ -241,7 +244,7 @@ class AdapterBank:
             )
             for path, module in self.modules.items()
         }
-        return Adapter(modules, base_model=base_model, revision=revision)
+        return Adapter(modules, base_model=base_model, revision=revision, task_type=task_type, targets=self.targets)
 
     def remove(self) -> None:
         """Give the model its own linear layers back."""

@@ -24,8 +24,6 @@ def check_compatible(adapters: Sequence[Adapter], *, allow_base_mismatch: bool =
         raise AdapterError("there are no adapters to merge", fix="give at least one")
     if not allow_base_mismatch:
         _check_bases(adapters)
-    if len({adapter.fan_in_fan_out for adapter in adapters}) > 1:
-        raise AdapterError("fan_in_fan_out is set in some adapters only", fix=SAME_BASE)
     first_with: dict[str, Adapter] = {}
     for adapter in adapters:
         if not adapter.modules:
@@ -43,6 +41,11 @@ def check_compatible(adapters: Sequence[Adapter], *, allow_base_mismatch: bool =
         what = f"the adapters have {len(first_with)} different modules together, where up to {MAX_MODULES} are written"
         raise AdapterError(what, fix=SAME_BASE)
     _check_whole(adapters)
+
+
+def is_hub_name(base_model: str) -> bool:
+    """Whether the name of a base model can be that of a Hub repository, org/name."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base_model))
 
 
 def checked_weights(weights: Sequence[float] | None, M: int) -> tuple[float, ...]:
@@ -84,7 +87,7 @@ def _size(shape: tuple[int, int]) -> str:
 
 def _check_bases(adapters: Sequence[Adapter]) -> None:
     """Names are compared where both are Hub ids; two paths may hold the same model."""
-    named = [a for a in adapters if a.base_model and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", a.base_model)]
+    named = [a for a in adapters if a.base_model and is_hub_name(a.base_model)]
     for adapter in named[1:]:
         if adapter.base_model != named[0].base_model:
             raise AdapterError(

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from poc_lora.errors import AdapterError, ModelError, RequestError
+from poc_lora.errors import AdapterError, ModelError, PocLoraError, RequestError
 from poc_lora.files import commit_folder, read_json
 from poc_lora.lora.adapter import Adapter, open_adapter
+from poc_lora.lora.base import empty_base
 from poc_lora.lora.factors import Factors
 from poc_lora.progress import track
 
@@ -48,22 +50,21 @@ def fold(adapter: Path, base: str, out: Path) -> Folded:
     folder, out = _base_folder(base), Path(out)
     if out.exists() or out.is_symlink():
         raise RequestError("the output exists already", where=out, fix="choose a new folder")
-    config = _read_config(folder)
-    tables = [name for name, tensor in read.whole.items() if tensor.shape[0] == config.get("vocab_size")]
-    if (read.embeddings or tables) and config.get("tie_word_embeddings"):
-        raise AdapterError(
-            "the adapter changes the embedding, whose weights are the output head's too in this base",
-            where=adapter,
-            fix="use the adapter as it is, unfolded",
-        )
+    transposed = _layout(read, folder, _read_config(folder))
     files = _weight_files(folder)
-    _check_fits(read, files)
-    with commit_folder(out) as aside, track(len(files), f"folding into {len(files)} files") as bar:
-        for path in _other_files(folder):
-            shutil.copyfile(path, aside / path.name)
-        for name, keys in files.items():
-            _fold_file(read, folder / name, keys, aside / name)
-            bar.advance()
+    _check_fits(read, transposed, files)
+    others = list(_other_files(folder))
+    try:
+        with commit_folder(out) as aside, track(len(files), f"folding into {len(files)} files") as bar:
+            for path in others:
+                shutil.copyfile(path, aside / path.name)
+            for name, keys in files.items():
+                tensors, metadata = _folded(read, transposed, folder / name, keys)
+                save_file(tensors, aside / name, metadata=metadata)
+                (aside / name).chmod(0o644)
+                bar.advance()
+    except (OSError, SafetensorError) as problem:
+        raise PocLoraError(f"the model could not be written: {problem}", where=out) from None
     return Folded(out, len(read.modules), len(files))
 
 
@@ -100,6 +101,39 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _layout(adapter: Adapter, folder: Path, config: Mapping[str, Any]) -> frozenset[str]:
+    """The adapter's modules whose weights the base keeps transposed, [d_in, d_out].
+
+    PEFT has one flag for all modules of an adapter, which says nothing of a base that has both kinds of layers; so the
+    base's own layers are looked at. Raises AdapterError where the adapter changes an embedding whose weights are the
+    output head's too.
+    """
+    try:
+        model = empty_base(str(folder))
+    except ModelError:  # no causal language model: what the files say is all there is
+        layers: dict[str, nn.Module] = {}
+        tied = config.get("tie_word_embeddings", True)
+        shared = {*adapter.embeddings, *(name.removesuffix(".weight") for name in adapter.whole)} if tied else set()
+    else:
+        layers = dict(model.named_modules())
+        tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        shared = {path for path, layer in layers.items() if tied and layer in ends}
+    for name in sorted(shared):
+        if name in adapter.modules or f"{name}.weight" in adapter.whole:
+            raise AdapterError(
+                f"the adapter changes {name}, whose weights are the output head's too in this base",
+                where=adapter.source,
+                fix="use the adapter as it is, unfolded",
+            )
+    return frozenset(
+        name
+        for name in adapter.modules
+        if name in adapter.embeddings
+        or (isinstance(layers[name], Conv1D) if name in layers else adapter.fan_in_fan_out)
+    )
+
+
 def _weight_files(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     """The names of the weight files, and the shapes of the tensors in each, from their headers."""
     if (folder / INDEX_NAME).exists():
@@ -125,22 +159,28 @@ def _weight_files(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     return files
 
 
-def _check_fits(adapter: Adapter, files: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+def _check_fits(
+    adapter: Adapter, transposed: Collection[str], files: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> None:
     shapes = {key: shape for keys in files.values() for key, shape in keys.items()}
     wanted: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in adapter.whole.items()}
     for module in adapter.modules:
         d_out, d_in = adapter.shape(module)
-        wanted[f"{module}.weight"] = (d_in, d_out) if adapter.is_transposed(module) else (d_out, d_in)
+        wanted[f"{module}.weight"] = (d_in, d_out) if module in transposed else (d_out, d_in)
     for name, shape in wanted.items():
         if shapes.get(name) != shape:
             raise AdapterError(
                 f"the adapter changes {name} of shape {shape}, the base has {shapes.get(name) or 'no such weight'}",
                 where=adapter.source,
-                fix="fold it into the base model that it was trained on",
+                fix="fold it into the base model that it was trained on; where that has other names for its tensors, "
+                "load and save it with transformers first",
             )
 
 
-def _fold_file(adapter: Adapter, source: Path, keys: Mapping[str, Any], target: Path) -> None:
+def _folded(
+    adapter: Adapter, transposed: Collection[str], source: Path, keys: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of one file with the updates in them, and the file's metadata."""
     with _opened(source) as stored:
         metadata = stored.metadata()
         tensors = {key: stored.get_tensor(key) for key in keys}
@@ -152,19 +192,25 @@ def _fold_file(adapter: Adapter, source: Path, keys: Mapping[str, Any], target: 
             raise ModelError(f"{key} is {tensor.dtype}: quantised weights cannot be folded into", where=source)
         if key in adapter.whole:
             tensors[key] = adapter.whole[key].to(tensor.dtype)
-        elif adapter.is_transposed(module):
+        elif module in transposed:
             tensors[key] = updated(tensor.T, adapter.modules[module]).T.contiguous()
         else:
             tensors[key] = updated(tensor, adapter.modules[module])
         if not bool(torch.isfinite(tensors[key]).all()):
             raise AdapterError(f"the sum overflows in {key}", where=adapter.source, fix="use a wider base dtype")
-    save_file(tensors, target, metadata=metadata)
+    return tensors, metadata
 
 
 def _other_files(folder: Path) -> Iterator[Path]:
+    """Tokenizer, configuration and licence. Links may not lead out of the folder, which may be a stranger's."""
+    real = folder.resolve()
+    root = real.parents[1] if real.parent.name == "snapshots" else real  # the Hub's cache links to its blobs/
     for pattern in COPIED:
         for path in sorted(folder.glob(pattern)):
             if path.is_file() and not any(path.match(weights) for weights in WEIGHT_FILES):
+                if not path.resolve().is_relative_to(root):
+                    what = f"{path.name} is a link that leads out of its folder"
+                    raise ModelError(what, where=path, fix="copy the file there, or remove the link")
                 yield path
 
 

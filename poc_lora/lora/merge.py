@@ -1,6 +1,7 @@
 """The average of adapters as one adapter, from their factors alone. Pure functions of tensors."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -12,8 +13,8 @@ from poc_lora import rng
 from poc_lora.errors import AdapterError
 from poc_lora.lora import methods, similarity
 from poc_lora.lora.adapter import Adapter
-from poc_lora.lora.compatible import check_compatible, checked_weights
-from poc_lora.lora.factors import DTYPES, Factors, is_finite
+from poc_lora.lora.compatible import check_compatible, checked_weights, is_hub_name
+from poc_lora.lora.factors import DTYPES, MAX_RANK, Factors, is_finite
 from poc_lora.lora.stacked import Stacked, stack
 
 METHODS = ("average", "block", "random", "soup")
@@ -21,9 +22,9 @@ METHODS = ("average", "block", "random", "soup")
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One module of a merge: how many adapters have it, what was kept, and what that cost."""
+    """One module of a merge: which adapters have it, what was kept, and what that cost."""
 
-    members: int
+    absent: list[int]  # the adapters that do not have it, by their places among the sources
     rank: int
     norm: float  # ‖ΔW‖ of the exact average
     error: float  # ‖ΔW − kept‖ / ‖ΔW‖, before the cast
@@ -106,6 +107,8 @@ def merge(
     check_compatible(adapters, allow_base_mismatch=allow_base_mismatch)
     used = checked_weights(weights, len(adapters))
     _check_method(method, rank, rank_sweep, used, canonical, dtype)
+    if method == "average" and rank is None:
+        _check_total_rank(adapters)
     plan = _Plan(method, rank, tuple(rank_sweep), used, canonical, seed, dtype)
     modules: dict[str, Factors] = {}
     reports: dict[str, ModuleReport] = {}
@@ -115,6 +118,10 @@ def merge(
         inner += module_inner.cpu()
         on_module(name)
     bases = [adapter.base_model for adapter in adapters if adapter.base_model is not None]
+    bases.sort(
+        key=lambda name: not is_hub_name(name)
+    )  # rather a name that others can use than a folder of this machine
+    tasks = {adapter.task_type for adapter in adapters}
     revisions = {adapter.revision for adapter in adapters}
     merged = Adapter(
         modules=modules,
@@ -122,8 +129,10 @@ def merge(
         revision=revisions.pop() if len(revisions) == 1 else None,
         source="merge",
         embeddings=frozenset().union(*(adapter.embeddings for adapter in adapters)),
-        fan_in_fan_out=adapters[0].fan_in_fan_out,
+        fan_in_fan_out=any(adapter.fan_in_fan_out for adapter in adapters),
         whole=adapters[0].whole,
+        task_type=tasks.pop() if len(tasks) == 1 else None,
+        targets=frozenset().union(*(adapter.targets for adapter in adapters)),
     )
     return Merged(merged, _total_report(reports, inner, used))
 
@@ -172,7 +181,7 @@ def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[
     if not factors.is_finite():
         _refuse_overflow(name)
     report = ModuleReport(
-        members=sum(name in adapter.modules for adapter in adapters),
+        absent=[j for j, adapter in enumerate(adapters) if name not in adapter.modules],
         rank=factors.rank,
         norm=norm,
         error=error,
@@ -240,6 +249,17 @@ def sweep_by_type(report: MergeReport) -> dict[str, dict[int, float]]:
     return table
 
 
+def _check_total_rank(adapters: Sequence[Adapter]) -> None:
+    """The exact average has the sum of the ranks, and that has a limit."""
+    totals: Counter[str] = Counter()
+    for adapter in adapters:
+        totals.update({name: adapter.rank(name) for name in adapter.modules})
+    name, total = max(totals.items(), key=lambda item: item[1])
+    if total > MAX_RANK:
+        what = f"the exact average of {name} has rank {total}, where up to {MAX_RANK} is written"
+        raise AdapterError(what, where="rank", fix="give a rank (--rank), for the best approximation of that rank")
+
+
 def _refuse_overflow(name: str) -> NoReturn:
     raise AdapterError(
         f"the merge of {name} overflows", where=name, fix="look for an adapter with huge factors, or use float32"
@@ -254,8 +274,9 @@ def _check_method(
     canonical: bool,
     dtype: torch.dtype,
 ) -> None:
-    if rank is not None and rank < 1:
-        raise AdapterError(f"the rank to keep is {rank}", fix="give a rank of at least 1")
+    if any(not 1 <= r <= MAX_RANK for r in (*rank_sweep, 1 if rank is None else rank)):
+        what = f"the ranks to keep are {', '.join(map(str, (*rank_sweep, *([] if rank is None else [rank]))))}"
+        raise AdapterError(what[:200], where="rank", fix=f"give ranks from 1 to {MAX_RANK}")
     if dtype not in DTYPES.values():
         raise AdapterError(f"an adapter cannot be kept in {dtype}", fix="use float32, bfloat16 or float16")
     if method not in METHODS:
@@ -268,5 +289,6 @@ def _check_method(
         raise AdapterError(f"{method} does not depend on components", fix="leave out canonical")
     if method == "random" and min(weights) < 0:
         raise AdapterError("a negative weight is no probability", where="weights", fix="use average")
-    if any(r < 1 for r in rank_sweep):
-        raise AdapterError("a rank of the sweep is below 1", where="rank_sweep")
+    if method == "block" and rank is not None and rank < len(weights):
+        what = f"rank {rank} leaves some of {len(weights)} adapters no component"
+        raise AdapterError(what, where="rank", fix=f"give a rank of at least {len(weights)}, or use average")

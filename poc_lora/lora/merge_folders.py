@@ -47,6 +47,8 @@ def merge_folders(
     out = Path(out)
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise AdapterError("the output exists already", where=out, fix="choose another folder or empty this one")
+    if out.is_dir() and out.samefile(Path.cwd()):
+        raise AdapterError("the output is the folder you are in", where=out, fix="name a folder in it")
     found = [source for given in sources for source in find_sources(given)]
     # Opened first: a damaged file is reported as such, and only plain files are hashed.
     adapters = [open_adapter(source.folder, root=source.root) for source in found]

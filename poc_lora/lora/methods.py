@@ -82,16 +82,19 @@ def canonical(stacked: Stacked) -> Stacked:
 
 
 def block(stacked: Stacked, weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """ΔW = Σ_j w_j (r_j / k_j) Σ_{i ≤ k_j} s_j b_i a_iᵀ, Σ_j k_j = rank: each adapter's first components, rescaled."""
-    M = len(stacked.ranks)
+    """ΔW = Σ_j w_j (r_j / k_j) Σ_{i ≤ k_j} s_j b_i a_iᵀ: each adapter's first components, rescaled.
+
+    The k_j are as equal as can be, with k_j ≤ r_j and Σ_j k_j = min(rank, Σ_j r_j). `rank` is at least M.
+    """
+    shares = [0] * len(stacked.ranks)
+    for _ in range(min(rank, sum(stacked.ranks))):
+        open_ = [j for j, r in enumerate(stacked.ranks) if shares[j] < r]
+        shares[min(open_, key=lambda j: shares[j])] += 1
     parts = []
-    for j, r in enumerate(stacked.ranks):
-        k = min(r, rank // M + (j < rank % M))
+    for j, (r, k) in enumerate(zip(stacked.ranks, shares, strict=True)):
         A, B = stacked.of(j)
         if k:
             parts.append((A[:k], B[:, :k] * (weights[j] * r / k)))
-    if not parts:  # the only adapters that have the module got no share
-        return stacked.A[:0], stacked.B[:, :0]
     return torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], dim=1)
 
 

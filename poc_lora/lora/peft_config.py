@@ -22,13 +22,15 @@ MAX_PATTERN_STEPS = 3e8  # what matching all patterns may cost at worst; 1,000 p
 HARMLESS = {
     "auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
-    "qalora_group_size", "runtime_config", "target_modules", "task_type",
+    "qalora_group_size", "runtime_config", "target_modules",
 }  # fmt: skip
 
 UNDERSTOOD = {
     "alpha_pattern", "base_model_name_or_path", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha",
-    "modules_to_save", "peft_type", "r", "rank_pattern", "revision", "use_rslora",
+    "modules_to_save", "peft_type", "r", "rank_pattern", "revision", "task_type", "use_rslora",
 }  # fmt: skip
+
+TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")  # PEFT's
 
 # Fields that, switched on, make the update something else than scale · B A on linear layers.
 REFUSED = {
@@ -74,6 +76,12 @@ def check_config(config: Any, where: Path) -> None:
         text = config.get(name)
         if not isinstance(text, str | None) or len(text or "") > MAX_BASE_NAME:
             raise AdapterError(f"{name} is not a text of at most {MAX_BASE_NAME} characters", where=where)
+    # A merge writes it on, and a model card puts it into code that readers copy.
+    if not re.fullmatch(r"[\w./-]*", config.get("revision") or "", re.ASCII):
+        raise AdapterError("revision is not the name of a branch, a tag or a commit", where=where)
+    if (config.get("task_type") or TASKS[0]) not in TASKS:
+        what = f"task_type is {str(config['task_type'])[:80]!r}, which PEFT does not know"
+        raise AdapterError(what, where=where, fix=f"one of: {', '.join(TASKS)}")
     for name in ("use_rslora", "fan_in_fan_out"):
         if not isinstance(config.get(name, False), bool | None):
             raise AdapterError(f"{name} is neither true nor false", where=where)
@@ -83,6 +91,15 @@ def check_config(config: Any, where: Path) -> None:
     for name in whole:
         check_name(name, where)
     _check_init(config.get("init_lora_weights", True), where)
+
+
+def plain_targets(config: dict[str, Any]) -> frozenset[str]:
+    """The `target_modules` that each name the adapter's modules and no others of its base: all that are so called."""
+    targets = config.get("target_modules")
+    restricted = any(config.get(name) not in (None, []) for name in ("exclude_modules", "layers_to_transform"))
+    if not isinstance(targets, list) or restricted:
+        return frozenset()
+    return frozenset(target for target in targets if isinstance(target, str))
 
 
 def _is_off(value: Any) -> bool:

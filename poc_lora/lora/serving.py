@@ -19,7 +19,7 @@ def serving_advice(rank: int, *, whole: bool = False, embeddings: bool = False) 
         ]
     largest = vllm_rank(rank)
     if largest is None:
-        return [f"vLLM serves ranks up to {VLLM_RANKS[-1]}: merge again with --rank {VLLM_RANKS[-2]} or less"]
+        return [f"vLLM serves ranks up to {VLLM_RANKS[-1]}: merge again with --rank {VLLM_RANKS[-1]} or less"]
     return [
         f"to serve it: vllm serve BASE --enable-lora --max-lora-rank {largest};"
         + (

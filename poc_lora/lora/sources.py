@@ -4,11 +4,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from poc_lora.errors import AdapterError
 from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
+from poc_lora.lora.stored import MAX_WEIGHTS_BYTES
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
@@ -34,7 +37,7 @@ def find_sources(source: str | Path) -> list[Source]:
         if is_hub_id(source):
             repo, _, revision = str(source).partition("@")
             return [_fetch(repo, revision or None)]
-        return [Source(folder, _name(folder), folder) for folder in find_adapters(path)]
+        return [Source(folder, _name(folder), path) for folder in find_adapters(path)]
     except OSError as problem:  # a name that is too long, a folder that may not be searched
         raise AdapterError(f"cannot be read: {problem.strerror}", where=source) from None
 
@@ -77,7 +80,22 @@ def refuse_duplicates(sources: Sequence[Source], hashes: Sequence[str]) -> None:
 
 def _fetch(repo: str, revision: str | None) -> Source:
     try:
-        files = [Path(hf_hub_download(repo, name, revision=revision)) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+        config = Path(hf_hub_download(repo, CONFIG_NAME, revision=revision))
+        folder = config.parent  # models--org--name/snapshots/COMMIT, whose files are links into blobs/
+        # Of the same commit, whatever the branch has become in the meantime.
+        planned: Any = hf_hub_download(repo, WEIGHTS_NAME, revision=folder.name, dry_run=True)
+        if planned.file_size > MAX_WEIGHTS_BYTES:
+            raise AdapterError(f"{WEIGHTS_NAME} has {planned.file_size:,} bytes, more than any adapter", where=repo)
+        hf_hub_download(repo, WEIGHTS_NAME, revision=folder.name)
+    except AdapterError:
+        raise
+    except RemoteEntryNotFoundError:
+        raise AdapterError(
+            f"the repository has not both {CONFIG_NAME} and {WEIGHTS_NAME}",
+            where=repo,
+            fix="where its weights are a pickle (.bin) and you trust it, convert it with PEFT: "
+            "PeftModel.from_pretrained(base, ID).save_pretrained(FOLDER)",
+        ) from None
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be had
         first = str(problem).strip().split("\n")[0]
         raise AdapterError(
@@ -85,7 +103,6 @@ def _fetch(repo: str, revision: str | None) -> Source:
             where=repo,
             fix="check the name, the network, and that you are logged in where it is private (hf auth login)",
         ) from None
-    folder = files[0].parent  # models--org--name/snapshots/COMMIT, whose files are links into blobs/
     return Source(folder, f"{repo}@{folder.name}", folder.parents[1], folder.name)
 
 

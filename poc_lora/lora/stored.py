@@ -60,14 +60,18 @@ def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
                 whole[key.removeprefix(PREFIX)] = _check_whole(key, stored.get_slice(key), path)
             else:
                 fix = f"only {PREFIX}<module>.lora_A.weight, .lora_B.weight and .lora_embedding_A, _B are understood"
+                if key.endswith(".base_layer.weight"):
+                    fix = "it is the base's own: save without it, save_pretrained(DIR, save_embedding_layers=False)"
                 what = f"the tensor {key[:MAX_NAME]!r} is not a LoRA factor of a linear layer or an embedding"
                 raise AdapterError(what, where=path, fix=fix)
         if not 0 < len(found) <= MAX_MODULES or len(whole) > MAX_MODULES:
             raise AdapterError(f"{len(found)} modules, where 1 to {MAX_MODULES} are read", where=path)
         pairs = {module: _check_pair(module, found[module], stored.get_slice, path) for module in sorted(found)}
-    for name in modules_to_save:
-        if not any(_is_of(key, [name]) for key in whole):
-            raise AdapterError(f"modules_to_save names {name[:MAX_NAME]!r}, which is not in the file", where=path)
+    missing = [name for name in modules_to_save if not any(_is_of(key, [name]) for key in whole)]
+    # PEFT names both of these for every classifier, which has one of them.
+    if missing and (not whole or set(missing) - {"classifier", "score"}):
+        what = f"modules_to_save names {missing[0][:MAX_NAME]!r}, which is not in the file"
+        raise AdapterError(what, where=path, fix="save the adapter again, with PEFT's save_pretrained")
     embeddings = frozenset(module for module, keys in found.items() if "embedding_A" in keys)
     return Header(path, pairs, embeddings, dict(sorted(whole.items())))
 
@@ -101,6 +105,10 @@ class StoredFactors(Mapping[str, Factors]):
 
     def __len__(self) -> int:
         return len(self.header.pairs)
+
+    def rank(self, module: str) -> int:
+        """The rank of a module's factors, from the header."""
+        return self.header.pairs[module].shape_A[0]
 
     def shape(self, module: str) -> tuple[int, int]:
         """The shape [d_out, d_in] of a module's ΔW, from the header."""

@@ -45,9 +45,11 @@ def merge_summary(report: dict[str, Any]) -> list[str]:
         )
     if report["next_move"] is not None:
         lines.append(f"one more adapter would move the merge by about {report['next_move']:.1%}")
-    absent = {name: module["members"] for name, module in report["modules"].items() if module["members"] < M}
-    if absent:
-        lines.append(f"{len(absent)} modules are not in every adapter and count as zero there, such as {min(absent)}")
+    for j, source in enumerate(report["sources"]):
+        absent = [name for name, module in report["modules"].items() if j in module["absent"]]
+        if absent:
+            number = f"{len(absent)} of {len(report['modules'])} modules"
+            lines.append(f"{source['name']} has not {number}, which count as zero, such as {min(absent)}")
     whole, embeddings = bool(report["modules_to_save"]), bool(report["embeddings"])
     return [*lines, *_oddities(report), *serving_advice(report["rank"], whole=whole, embeddings=embeddings)]
 
@@ -75,6 +77,8 @@ def _oddities(report: dict[str, Any]) -> list[str]:
         for cosine, i, j in pairs
         if cosine > IDENTICAL
     ]
+    if M == 2 and cosines[0][1] < UNRELATED:
+        return [*lines, f"warning: {names[0]} and {names[1]} look unrelated (their cosine is {cosines[0][1]:.3f})"]
     for i, name in enumerate(names):
         others = [cosines[i][j] for j in range(M) if j != i]
         if M > 2 and max(others) < UNRELATED:

@@ -123,7 +123,8 @@ class Worker:
         section = self.config.model
         for slot in pack.live:
             number = pack.bank.adapters[slot]
-            self.run.write_adapter(number, pack.bank.adapter(slot, base_model=section.name, revision=section.revision))
+            done = pack.bank.adapter(slot, base_model=section.name, revision=section.revision, task_type="CAUSAL_LM")
+            self.run.write_adapter(number, done)
             self.done.progress[number] = Progress(self.done.steps, "finished")
 
     def _commit(self, pack: Pack | None) -> list[bool]:

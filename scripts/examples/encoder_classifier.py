@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -57,6 +58,9 @@ def main() -> None:
         with bank.merged():
             print(f"merge: accuracy {accuracy(model, words, labels):.3f}")
     write_adapter(merge([bank.adapter(slot) for slot in range(M)]).adapter, a.out)
+    bank.remove()
+    with torch.no_grad():
+        print(f"the same by PEFT: accuracy {accuracy(PeftModel.from_pretrained(model, a.out), words, labels):.3f}")
     print(f"the merged adapter: {a.out}")
 
 
@@ -67,7 +71,7 @@ def questions(n: int, stream: torch.Generator) -> tuple[Tensor, Tensor]:
     return words, ((words == 1).sum(1) > (words == 2).sum(1)).long()
 
 
-def accuracy(model: BertForSequenceClassification, words: Tensor, labels: Tensor) -> float:
+def accuracy(model: torch.nn.Module, words: Tensor, labels: Tensor) -> float:
     return (model(input_ids=words).logits.argmax(1) == labels).float().mean().item()
 
 

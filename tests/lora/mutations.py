@@ -143,7 +143,7 @@ def slow_updates(folder: Path) -> dict[str, np.ndarray]:
         assert pair["A"].shape[0] == pair["B"].shape[1] == rank, module
         scale = alpha / (math.sqrt(rank) if _flag(config, "use_rslora") else rank)
         update = scale * (pair["B"] @ pair["A"])
-        updates[module] = update.T if module in tables or _flag(config, "fan_in_fan_out") else update
+        updates[module] = update.T if module in tables else update
     return updates
 
 

@@ -80,7 +80,7 @@ def test_written_adapter_reads_back_to_the_same_update(folder):
 
 def test_written_configuration_is_plain_lora(folder):
     config = json.loads((folder / CONFIG).read_text())
-    assert (config["peft_type"], config["task_type"], config["inference_mode"]) == ("LORA", "CAUSAL_LM", True)
+    assert (config["peft_type"], config["task_type"], config["inference_mode"]) == ("LORA", None, True)
     assert config["r"] == config["lora_alpha"] == 4
     assert (config["use_rslora"], config["rank_pattern"], config["alpha_pattern"]) == (False, {}, {})
     header = (folder / WEIGHTS).read_bytes()
@@ -142,7 +142,9 @@ def test_factors_without_a_product_are_refused():
 
 def test_target_modules_are_suffixes_only_where_these_name_every_layer_of_one_stack():
     regular = [f"model.layers.{i}.{name}" for i in range(12) for name in ("self_attn.q_proj", "mlp.up_proj")]
-    assert target_modules(regular) == ["q_proj", "up_proj"]
+    known = {"q_proj", "up_proj", "lm_head"}
+    assert target_modules(regular, known) == ["q_proj", "up_proj"]
+    assert target_modules(regular, known - {"up_proj"}) == sorted(regular)  # others of the base may be so called
     for irregular in (
         regular[2:],  # the first layer is not adapted
         regular[:-1],  # one module of one layer is not
@@ -150,7 +152,7 @@ def test_target_modules_are_suffixes_only_where_these_name_every_layer_of_one_st
         [*regular, "lm_head"],
         ["layers.4000000000.q_proj"],
     ):
-        assert target_modules(irregular) == sorted(irregular)
+        assert target_modules(irregular, known) == sorted(irregular)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from poc_lora.errors import AdapterError, ModelError, RequestError
+from poc_lora.errors import AdapterError, ModelError, PocLoraError, RequestError
 from poc_lora.lora.adapter import read_adapter
 from poc_lora.lora.factors import Factors
 from poc_lora.lora.fold import fold, updated
@@ -156,3 +156,22 @@ def test_an_existing_output_is_never_touched(base, adapter, tmp_path):
         fold(adapter, str(base), base)
     with pytest.raises(ModelError, match="no base model"):
         fold(adapter, str(tmp_path / "nowhere"), tmp_path / "folded")
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing(base, adapter, tmp_path, monkeypatch):
+    def full(*words, **named):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("poc_lora.lora.fold.save_file", full)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(PocLoraError, match="could not be written: No space left"):
+        fold(adapter, str(base), tmp_path / "folded")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_what_a_link_leads_to_outside_is_not_copied(base, adapter, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (base / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match="link that leads out"):
+        fold(adapter, str(base), tmp_path / "folded")
+    assert not (tmp_path / "folded").exists()

@@ -1,5 +1,7 @@
 """Adapters of GPT-2's transposed layers and of embeddings, as PEFT saves them: merged, written, applied and folded."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -40,7 +42,7 @@ def members(base, tmp_path, **settings):
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
                     parameter.normal_(std=0.2)
-        model.save_pretrained(tmp_path / f"{seed}")
+        model.save_pretrained(tmp_path / f"{seed}", save_embedding_layers=False)
         folders.append(tmp_path / f"{seed}")
     return folders
 
@@ -95,13 +97,43 @@ def test_tied_embeddings_are_not_folded_into(base, tmp_path):
         fold(folders[0], str(base), tmp_path / "folded")
 
 
+def test_a_base_with_both_kinds_of_layers_is_folded_right(base, tmp_path):
+    """PEFT has one flag for all modules of an adapter, and the last one that it meets sets it."""
+    folders = members(base, tmp_path, target_modules=["attn.c_proj", "lm_head"])
+    assert not read_adapter(folders[0]).fan_in_fan_out
+    fold(folders[0], str(base), tmp_path / "folded")
+    expected = PeftModel.from_pretrained(load(base), folders[0]).merge_and_unload()
+    torch.testing.assert_close(logits(load(tmp_path / "folded")), logits(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_are_merged_whatever_their_flag(base, tmp_path):
+    folders = members(base, tmp_path / "a", target_modules=["attn.c_proj", "lm_head"])[:1]
+    folders += members(base, tmp_path / "b", target_modules=["attn.c_proj"], fan_in_fan_out=True)[1:2]
+    folders += members(base, tmp_path / "c", target_modules=["wte"])[2:]
+    merge_folders(folders, tmp_path / "merged")
+    expected = logits(averaged(base, folders))
+    applied = logits(PeftModel.from_pretrained(load(base), tmp_path / "merged"))
+    torch.testing.assert_close(applied, expected, rtol=1e-4, atol=1e-4)
+    fold(tmp_path / "merged", str(base), tmp_path / "folded")
+    torch.testing.assert_close(logits(load(tmp_path / "folded")), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_tied_by_default_are_not_folded_into(base, tmp_path):
+    folders = members(base, tmp_path, **KINDS["embedding"])
+    config = json.loads((base / "config.json").read_text())
+    del config["tie_word_embeddings"]  # GPT-2's default is to tie
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="output head's too"):
+        fold(folders[0], str(base), tmp_path / "folded")
+    positions = members(base, tmp_path / "wpe", target_modules=["wpe"])
+    fold(positions[0], str(base), tmp_path / "folded")
+
+
 def test_kinds_are_not_mixed():
     factors = Factors(torch.ones(1, 3), torch.ones(2, 1))
     plain, table = Adapter({"wte": factors}), Adapter({"wte": factors}, embeddings=frozenset({"wte"}))
     with pytest.raises(AdapterError, match="is an embedding"):
         merge([plain, table])
-    with pytest.raises(AdapterError, match="fan_in_fan_out is set in some"):
-        merge([plain, Adapter({"wte": factors}, fan_in_fan_out=True)])
 
 
 @pytest.mark.parametrize(

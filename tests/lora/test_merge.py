@@ -15,6 +15,7 @@ from poc_lora.lora.factors import Factors
 from poc_lora.lora.merge import merge
 from poc_lora.lora.merge_folders import merge_folders
 from poc_lora.lora.stored import StoredFactors
+from tests.conftest import build_llama
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 SHAPES = {Q: (12, 10), UP: (16, 10)}
@@ -97,7 +98,8 @@ def test_a_module_that_an_adapter_lacks_counts_as_zero(mixed):
             U, S, Vh = torch.linalg.svd(expected)
             expected = (U[:, :rank] * S[:rank]) @ Vh[:rank]
         torch.testing.assert_close(dense(merged.adapter.modules[UP]), expected, rtol=1e-5, atol=1e-5)
-        assert (merged.report.modules[Q].members, merged.report.modules[UP].members) == (3, 2)
+        assert merged.report.modules[Q].absent == []
+        assert merged.report.modules[UP].absent == [j for j, adapter in enumerate(mixed) if UP not in adapter.modules]
 
 
 def test_spread_is_the_same_exact_and_truncated(mixed):
@@ -138,7 +140,10 @@ def test_low_precision_factors_are_merged_in_float64():
     ("change", "words"),
     [
         ({"adapters": []}, "no adapters"),
-        ({"rank": 0}, "rank to keep is 0"),
+        ({"rank": 0}, "ranks to keep are 0"),
+        ({"rank": 2**70}, "ranks to keep"),
+        ({"rank_sweep": [4, 10**20]}, "ranks to keep"),
+        ({"method": "block", "rank": 2}, "leaves some of 3 adapters no component"),
         ({"weights": [0.5, 0.5]}, "2 weights for 3"),
         ({"weights": [float("nan"), 0.5, 0.5]}, "not a finite"),
         ({"weights": [1.0, 1.0, 1.0]}, "sum to 3"),
@@ -380,3 +385,37 @@ def test_adapters_on_disk_are_held_one_module_at_a_time(tmp_path, monkeypatch):
     merge_folders(sorted((tmp_path / "in").iterdir()), tmp_path / "out")
     assert len(alive) == M * len(names) + len(names)  # each input once, and the output read back
     assert most <= M + 1
+
+
+def test_a_rank_that_cannot_be_written_is_refused_before_the_work(monkeypatch):
+    wide = [random_adapter(seed, 8) for seed in range(3)]
+    monkeypatch.setattr("poc_lora.lora.merge.MAX_RANK", 23)
+    with pytest.raises(AdapterError, match="has rank 24, where up to 23") as problem:
+        merge(wide)
+    assert "--rank" in problem.value.fix
+    assert merge(wide, rank=5).report.rank == 5
+
+
+def test_the_folder_one_is_in_is_no_output(mixed, tmp_path, monkeypatch):
+    sources = write_members(tmp_path / "in", mixed)
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(AdapterError, match="the folder you are in"):
+        merge_folders(sources, Path("."))
+
+
+def test_a_base_that_others_can_name_is_preferred():
+    adapters = [random_adapter(1, 2, base_model="/home/me/llama"), random_adapter(2, 2, base_model="org/llama")]
+    assert merge(adapters).adapter.base_model == "org/llama"
+
+
+def test_modules_that_a_short_name_would_add_are_named_in_full(tmp_path):
+    """Two of four layers adapted, by PEFT: a merge that said q_proj would attach to all four."""
+    folders = []
+    for seed in range(2):
+        settings, base = LoraConfig(r=2 + seed, target_modules=["q_proj"], layers_to_transform=[0]), build_llama(97)
+        get_peft_model(base, settings).save_pretrained(tmp_path / f"{seed}")
+        folders.append(tmp_path / f"{seed}")
+    merge_folders(folders, tmp_path / "merged")
+    model = PeftModel.from_pretrained(build_llama(97), tmp_path / "merged")
+    assert model.base_model.targeted_module_names == ["model.layers.0.self_attn.q_proj"]

@@ -42,7 +42,8 @@ def check_updates(folder: Path, model: nn.Module, adapter: str = "default") -> N
     assert sorted(read.modules) == sorted(model.base_model.targeted_module_names)
     for name, factors in read.modules.items():
         expected = model.base_model.model.get_submodule(name).get_delta_weight(adapter).detach().double()
-        found = dense(factors).T if read.is_transposed(name) else dense(factors)
+        transposed = read.fan_in_fan_out or name in read.embeddings
+        found = dense(factors).T if transposed else dense(factors)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 

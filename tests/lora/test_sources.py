@@ -1,6 +1,7 @@
 """Where adapters come from: a Hub cache as huggingface_hub lays it out, and links that lead elsewhere."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,25 +26,48 @@ def hub(tmp_path, monkeypatch):
     for path in (repo / "blobs").iterdir():
         (snapshot / path.name).symlink_to(os.path.relpath(path, snapshot))
     asked = []
+    sizes = {}
 
-    def download(name, file, *, revision):
+    def download(name, file, *, revision, dry_run=False):
         asked.append((name, file, revision))
-        return str(snapshot / file)
+        return SimpleNamespace(file_size=sizes.get(file, 100)) if dry_run else str(snapshot / file)
 
     monkeypatch.setattr(sources, "hf_hub_download", download)
-    return snapshot, asked
+    return snapshot, asked, sizes
 
 
 def test_a_hub_id_is_fetched_and_its_commit_is_written_down(hub, tmp_path):
-    _, asked = hub
+    _, asked, _ = hub
     report = merge_folders(["org/name@v2"], tmp_path / "merged")
-    assert asked == [("org/name", name, "v2") for name in ("adapter_config.json", "adapter_model.safetensors")]
+    # The weights are those of the configuration's commit, and their size is asked for first.
+    assert asked == [
+        ("org/name", "adapter_config.json", "v2"),
+        ("org/name", "adapter_model.safetensors", COMMIT),
+        ("org/name", "adapter_model.safetensors", COMMIT),
+    ]
     (source,) = report["sources"]
     assert (source["name"], source["hub_commit"]) == (f"org/name@{COMMIT}", COMMIT)
 
 
+def test_weights_beyond_the_limit_are_not_fetched(hub, tmp_path):
+    _, asked, sizes = hub
+    sizes["adapter_model.safetensors"] = 2**40
+    with pytest.raises(AdapterError, match="more than any adapter"):
+        merge_folders(["org/name"], tmp_path / "merged")
+    assert len(asked) == 2
+
+
+def test_an_adapter_of_a_run_may_not_be_a_link_out_of_it(tmp_path):
+    adapter = Adapter({"layer.q_proj": Factors(torch.ones(1, 4), torch.ones(5, 1))})
+    write_adapter(adapter, tmp_path / "elsewhere")
+    write_adapter(adapter, tmp_path / "run/adapters/00")
+    (tmp_path / "run/adapters/01").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AdapterError, match="link that leads out"):
+        merge_folders([tmp_path / "run"], tmp_path / "merged")
+
+
 def test_links_may_not_lead_out_of_the_repository_s_cache(hub, tmp_path):
-    snapshot, _ = hub
+    snapshot, *_ = hub
     elsewhere = tmp_path / "secret.safetensors"
     (snapshot / "adapter_model.safetensors").resolve().rename(elsewhere)
     (snapshot / "adapter_model.safetensors").unlink()
@@ -73,7 +97,7 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("rank", "words"), [(9, "--max-lora-rank 16"), (256, "--max-lora-rank 256"), (300, " 320"), (513, "--rank 320")]
+    ("rank", "words"), [(9, "--max-lora-rank 16"), (256, "--max-lora-rank 256"), (300, " 320"), (513, "--rank 512")]
 )
 def test_serving_advice_names_a_rank_that_vllm_takes(rank, words):
     assert words in " ".join(serving_advice(rank))

@@ -113,7 +113,7 @@ def updates(adapter) -> dict[str, np.ndarray]:
         assert np.isfinite(A).all()
         assert np.isfinite(B).all()
         update = factors.scale * (B @ A)
-        found[name] = update.T if adapter.is_transposed(name) else update
+        found[name] = update.T if name in adapter.embeddings else update
     return found
 
 

@@ -47,4 +47,9 @@ def test_twins_and_strangers_are_pointed_out(tmp_path):
         )
     )
     assert "warning: 0 and 1 are the same update" in text
-    assert "1 modules are not in every adapter" in text
+    assert "2 has not 1 of 2 modules, which count as zero, such as layers.0.up_proj" in text
+
+
+def test_two_with_nothing_in_common_are_pointed_out(tmp_path):
+    q, up = (Adapter({name: factors}) for name, factors in adapter(1).modules.items())
+    assert "warning: 0 and 1 look unrelated" in "\n".join(merge_summary(report(tmp_path, [q, up])))
