@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import rich.box
@@ -14,6 +14,7 @@ from poc_lora.evaluation.results import Results, Scored
 from poc_lora.files import write_atomic
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Cell, Part, Table, accuracy, chart, short
+from poc_lora.reporting.escape import escaped
 from poc_lora.reporting.run_files import RunFiles, read_run
 
 SWEPT = ("optim.temperature", "adapters.seed", "output")
@@ -30,6 +31,7 @@ def comparison(runs: Sequence[RunFiles]) -> Part:
     other questions than the first.
     """
     known = [(run.folder, *_checked(run)) for run in runs]
+    described = [_settings(run, *found) for run, (_, *found) in zip(runs, known, strict=True)]
     if len({folder.resolve() for folder, _, _ in known}) < len(known):
         raise RunError("a run is compared with itself", fix="name every run once")
     for folder, _, results in known:
@@ -44,7 +46,7 @@ def comparison(runs: Sequence[RunFiles]) -> Part:
     if len(set(names)) < len(names):
         names = [str(folder) for folder, _, _ in known]
     part = Part("compare", "Accuracy against λ")
-    part.words += _differences([config for _, config, _ in known])
+    part.words += _differences(described)
     part.tables.append(
         Table(
             "Average accuracy (%) ± standard error of sampling questions",
@@ -97,7 +99,8 @@ def _terminal(part: Part) -> rich.table.Table:
 def _markdown(part: Part) -> str:
     """The comparison's table as Markdown, with the sentences above it."""
     (table,) = part.tables
-    rows = [table.head, ["---:"] * len(table.head), *([_text(cell, " ± ") for cell in row] for row in table.rows)]
+    cells = [[escaped(_text(cell, " ± ")) for cell in row] for row in table.rows]
+    rows = [table.head, ["---:"] * len(table.head), *cells]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([f"# {part.title}", "", *part.words, "", f"{table.caption}.", "", *lines]) + "\n"
 
@@ -121,13 +124,22 @@ def _asked(results: Results) -> tuple[object, ...]:
     return results.questions, results.prompt, results.protocol, results.limit
 
 
-def _differences(configs: Sequence[RunConfig]) -> list[str]:
-    """A sentence on the settings that differ besides those that are swept."""
-    flat = [flatten(config) for config in configs]
-    keys = [key for key in dict.fromkeys(k for one in flat for k in one) if key not in SWEPT]
-    differing = [key for key in keys if any(one.get(key) != flat[0].get(key) for one in flat)]
+def _settings(run: RunFiles, config: RunConfig, results: Results) -> dict[str, object]:
+    """What the comparison depends on, by names: how the run was trained, merged and evaluated."""
+    found: dict[str, object] = {key: value for key, value in flatten(config).items() if key not in SWEPT}
+    found |= {"the base model evaluated": results.base_model, "what LoRA (best) was chosen on": results.best_chosen_on}
+    if run.merge is not None and results.merged is not None:
+        found |= {"the merge's method": run.merge.method, "the merge's rank": run.merge.rank}
+        found["the merge's weights"] = run.merge.weights
+    return found
+
+
+def _differences(described: Sequence[Mapping[str, object]]) -> list[str]:
+    """A sentence on what differs besides the settings that are swept."""
+    keys = dict.fromkeys(key for one in described for key in one)
+    differing = [key for key in keys if any(one.get(key) != described[0].get(key) for one in described)]
     if not differing:
-        return ["The runs differ in λ, in the seed, and in nothing else."]
+        return ["The runs differ in λ, in the seed, and in nothing else that their files tell."]
     return [f"Besides λ and the seed, the runs differ in {', '.join(differing)}: λ may not be what tells them apart."]
 
 

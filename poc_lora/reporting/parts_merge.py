@@ -1,5 +1,7 @@
 """The parts of the report that merge.json tells: how alike the adapters are, and the ranks of the merge."""
 
+from itertools import takewhile
+
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Part, Table, chart, percent, short
 from poc_lora.reporting.run_files import Merge, RunFiles
@@ -11,7 +13,7 @@ def similarity(files: RunFiles) -> Part:
     if merge is None or len(merge.sources) < 2:
         part.missing.append("It takes a merge of two adapters or more, whose merge.json holds their cosines.")
         return part
-    names = [short(name, 12) for name in source_names(merge)]
+    names = labels(source_names(merge))
     if merge.mean_cosine is not None and merge.relative_error_bar is not None:
         part.words.append(
             f"The mean cosine between two adapters' updates is {merge.mean_cosine:.3f}. From how far they lie apart, "
@@ -80,6 +82,15 @@ def ranks(files: RunFiles) -> Part:
     ]
     part.tables.append(Table("Relative error at each rank", ["", *map(str, levels)], rows, ["all"], folded=True))
     return part
+
+
+def labels(names: list[str]) -> list[str]:
+    """Short names for a figure, each of another thing than the others."""
+    plain = [short(name, 12) for name in names]
+    start = sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
+    ends = [f"…{short(name[start:], 11)}" for name in names if name[start:]]
+    numbered = [f"{i} {short(name, 9)}" for i, name in enumerate(names, start=1)]
+    return next((found for found in (plain, ends) if len(set(found)) == len(names)), numbered)
 
 
 def source_names(merge: Merge) -> list[str]:

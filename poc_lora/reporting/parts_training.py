@@ -44,7 +44,7 @@ def training(files: RunFiles) -> Part:
     part.charts.append(_curves("loss", metrics.curves["loss"], "Training loss", "training loss", caption))
     found = metrics.curves["validation_loss"]
     if not found:
-        part.missing.append("The validation loss was not measured: data.validation is 0.")
+        part.missing.append(_no_validation(files.config))
         return part
     merges = {name: curve for name, curve in found.items() if name.startswith("running merge")}
     adapters = {name: curve for name, curve in found.items() if name not in merges and name != "base"}
@@ -75,11 +75,20 @@ def noise(files: RunFiles) -> Part:
     gradients, norms = metrics.curves["grad_norm"], metrics.curves["noise_norm"]
     part.charts.append(_curves("grad-norm", gradients, "Gradient norm", "gradient norm", caption, limit))
     if not any(value for curve in norms.values() for _, value in curve):
-        part.missing.append("No noise was added: λ is 0.")
+        if config is not None and config.optim.temperature == 0:
+            part.missing.append("No noise was added: λ is 0.")
+        else:
+            part.missing.append("The norms of the noise are not in metrics.jsonl.")
         return part
     caption = "The norm of the noise added in a step, sqrt(2 · lr · λ) · ‖ξ‖: it follows the learning rate."
     part.charts.append(_curves("noise-norm", norms, "Noise norm", "norm of the noise", caption))
     return part
+
+
+def _no_validation(config: RunConfig | None) -> str:
+    if config is not None and config.data.validation == 0:
+        return "The validation loss was not measured: data.validation is 0."
+    return "The validation loss is not in metrics.jsonl: none was measured yet, or its lines are gone."
 
 
 def provenance(files: RunFiles) -> Part:

@@ -192,7 +192,7 @@ def checked(results: Results, folder: Path) -> Results:
     """Results whose values can be shown: of the declared types, shares of 1, every benchmark scored."""
     try:
         raw = asdict(results)
-        raw["unread"] = {thing: share for thing, share in results.unread.items() if share is not None}
+        raw["unread"] = {t: share for t, share in results.unread.items() if share is not None and not math.isnan(share)}
         if results.subsets is not None:
             raw["subsets"] = Subsets.model_validate(results.subsets).model_dump()
         sound = TypeAdapter(Results).validate_python(raw)

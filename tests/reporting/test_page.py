@@ -12,9 +12,11 @@ import pytest
 from rich.console import Console
 
 from poc_lora.errors import PocLoraError, RunError
+from poc_lora.evaluation.passes import adapter_digest
 from poc_lora.evaluation.scores import Difference
 from poc_lora.reporting.compare import write_comparison
 from poc_lora.reporting.page import write_page
+from poc_lora.reporting.parts_merge import labels
 from poc_lora.reporting.parts_results import headline
 from poc_lora.reporting.run_files import read_run
 from tests.reporting.html import Page
@@ -148,11 +150,53 @@ def test_a_folder_with_nothing_of_ours_is_refused(tmp_path):
 
 def test_no_noise_no_validation_and_no_sweep_are_said(tmp_path):
     lines = [line | {"noise_norm": 0.0} for line in metric_lines(validation=False)]
-    text = page_of(make_run(tmp_path, temperature=0.0, metrics=lines, merge=merge_report(rank_sweep={}))).text
+    options = dict(metrics=lines, merge=merge_report(rank_sweep={}), data={"train": ["train.json"], "validation": 0})
+    text = page_of(make_run(tmp_path, temperature=0.0, **options)).text
     assert "no noise (λ = 0)" in text
     assert "No noise was added" in text
-    assert "validation loss was not measured" in text
+    assert "validation loss was not measured: data.validation is 0" in text
     assert "merge with --rank-sweep" in text
+
+
+def test_a_setting_is_not_read_off_from_lines_that_are_missing(tmp_path):
+    lines = [{key: line[key] for key in line if key != "noise_norm"} for line in metric_lines(validation=False)]
+    text = page_of(make_run(tmp_path, metrics=lines)).text
+    assert "data.validation is 0" not in text
+    assert "λ is 0" not in text
+    assert "The validation loss is not in metrics.jsonl" in text
+    assert "The norms of the noise are not in metrics.jsonl" in text
+
+
+def test_an_evaluation_of_other_weights_is_told(run):
+    assert "of other weights" not in page_of(run).text
+    for thing, folder in [("merged", "merged"), ("adapter-00", "adapters/00"), ("adapter-01", "adapters/01")]:
+        (run / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (run / folder / name).write_text(thing)
+        told = {"adapter_digest": adapter_digest(run / folder)}
+        (run / "eval" / f"{thing}.json").write_text(json.dumps(told))
+    assert "of other weights" not in page_of(run).text
+    for folder in ("merged", "adapters/01"):
+        (run / folder / "adapter_model.safetensors").write_text("made anew")
+    assert "of other weights than the run has now for the merge, adapter 01: evaluate again" in page_of(run).text
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["a", "b"], ["a", "b"]),
+        (["commonsense_seed0", "commonsense_seed1"], ["…0", "…1"]),
+        (["commonsense_seed1", "commonsense_seed12"], ["1 commonse…", "2 commonse…"]),
+        (
+            ["commonsense_seed0", "another", "commonsense_seed1"],
+            ["1 commonse…", "2 another", "3 commonse…"],
+        ),
+    ],
+)
+def test_short_names_of_adapters_are_told_apart(tmp_path, names, shown):
+    assert labels(names) == shown
+    page = page_of(make_run(tmp_path, merge=merge_report(names)))
+    assert f"({shown[0]} and {shown[1]})" in page.text
 
 
 def test_a_run_under_way_and_a_diverged_adapter_are_told(tmp_path):
@@ -221,6 +265,17 @@ def hostile(tmp_path):
     facts |= {"data_sha256": dict(zip(HOSTILE, HOSTILE, strict=True)), "dtype": HOSTILE[3]}
     (run / "run.json").write_text(json.dumps(facts))
     return run
+
+
+@pytest.mark.parametrize("odd", ["q\x00\x1b", "q\ud800", "q\ufffe"])
+def test_a_module_s_name_that_cannot_be_drawn_is_shown_with_escapes_or_refused(tmp_path, odd):
+    run = make_run(tmp_path, merge=merge_report(modules=[f"layers.0.{odd}"]))
+    try:
+        page = page_of(run)
+    except RunError as problem:
+        assert "merge.json" in str(problem)  # noqa: PT017
+    else:
+        assert ascii(odd)[1:-1] in page.text
 
 
 def test_what_comes_from_files_is_text_and_nothing_else(hostile):
@@ -329,10 +384,25 @@ def test_runs_are_compared_by_temperature(tmp_path):
     merged = table[0].index("PoC merge")
     assert [row[merged] for row in table[1:]] == ["77.50 ± 0.43", "78.67 ± 0.43", "79.50 ± 0.43"]
     assert "PoC merge: 77.50 % at λ = 0, 79.09 % at λ = 0.001" in page.text
-    assert "differ in λ, in the seed, and in nothing else" in page.text
+    assert "differ in λ, in the seed, and in nothing else that their files tell" in page.text
     assert "\\x" not in page.text  # nothing of ours is taken for a control character
     other = make_run(tmp_path / "d", temperature=0.1, lora={"rank": 8})
     assert "the runs differ in lora.rank" in page_of(first, compare=[other]).text
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"found": results(base_model="org/other")}, "the base model evaluated"),
+        ({"found": results(best_chosen_on="validation")}, "what LoRA (best) was chosen on"),
+        ({"merge": merge_report(method="soup")}, "the merge's method"),
+        ({"merge": merge_report(rank=4)}, "the merge's rank"),
+        ({"merge": merge_report(weights=[0.5, 0.25, 0.25])}, "the merge's weights"),
+    ],
+)
+def test_runs_that_were_merged_or_evaluated_otherwise_are_told_to_differ(tmp_path, options, told):
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", temperature=0.0, **options)
+    assert f"the runs differ in {told}: λ may not be" in page_of(first, compare=[second]).text
 
 
 def test_a_comparison_is_a_table_in_markdown_and_on_a_terminal_of_80_columns(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -90,6 +91,19 @@ def test_one_adapter_without_a_merge_stands_for_itself(results):
 def test_an_error_that_cannot_be_told_is_left_out(results):
     assert "30.00 |" in markdown(dataclasses.replace(results, base=scored(0.3, float("nan"))))
     assert "nan" not in printed(dataclasses.replace(results, base=scored(0.3, float("nan"))))
+
+
+def test_text_of_files_is_not_markup(results):
+    attack = "x`<img src=x>|\n\n# Hello [a](b) $1 *b* ~~c~~"
+    adapters = {attack: scored(0.7), "01": scored(0.72)}
+    hostile = dataclasses.replace(
+        results, base_model=attack, prompt=attack, protocol=attack, adapters=adapters, best=attack, unread={attack: 0.5}
+    )
+    for changed in (hostile, dataclasses.replace(hostile, adapters={attack: scored(0.7)})):
+        text = markdown(dataclasses.replace(changed, control=scored(0.5), control_name=attack))
+        assert not re.search(r"(?<!\\)(<img|\[a\]|\*b|~~|`<)|^# Hello", text, flags=re.MULTILINE)
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {11}
 
 
 def test_the_report_lies_in_the_runs_eval_folder(results, tmp_path):
