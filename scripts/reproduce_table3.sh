@@ -6,7 +6,7 @@
 #   scripts/reproduce_table3.sh --toy                                                    # half a minute, to see that it runs
 #
 # As reproduce_table1.sh. TEMPERATURES: default "0 1e-6 1e-5 1e-4 1e-3"; the paper's own values are not known to us. OUT:
-# the folder of the runs, default runs/table3. The λ = 0 run is the control that the others are compared with.
+# the folder of the runs, default runs/table3. The λ = 0 run comes first: the control that the others are compared with.
 set -euo pipefail
 . "$(dirname "$0")/run_and_score.sh"
 if [ "${1:-}" = --toy ]; then
@@ -18,12 +18,15 @@ fi
 
 config=$1 data=$2 out=${OUT:-runs/table3}
 shift 2
+temperatures=$(printf '%s\n' ${TEMPERATURES:-0 1e-6 1e-5 1e-4 1e-3} | LC_ALL=C sort -g)
+if ! awk 'NR == 1 { exit $1 != 0 }' <<< "$temperatures"; then
+  echo "$0: TEMPERATURES lacks 0, the control that the others are compared with" >&2
+  exit 2
+fi
 runs=()
-for temperature in ${TEMPERATURES:-0 1e-6 1e-5 1e-4 1e-3}; do
+for temperature in $temperatures; do
   run=$out/lambda-$temperature
-  control=()
-  [ ${#runs[@]} -eq 0 ] || control=(--control "${runs[0]}")
-  EVAL="${EVAL:-} ${control[*]}" run_and_score "$config" "$data" "$run" \
+  CONTROL=${runs[0]:-} run_and_score "$config" "$data" "$run" \
     train.epochs=1 train.max_steps=null "optim.temperature=$temperature" "$@"
   runs+=("$run")
 done

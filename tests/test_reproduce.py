@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+def run(script: str, folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
-        [ROOT / "scripts" / script, "--toy"],
+        [ROOT / "scripts" / script, *(words or ["--toy"])],
         cwd=folder.parent,
         env=os.environ | {"PATH": path, "OUT": str(folder)} | environment,
         capture_output=True,
@@ -32,17 +32,27 @@ def test_table_1_is_made_and_made_again_without_training(tmp_path):
     again = run("reproduce_table1.sh", tmp_path / "table1", EVAL="--limit 2 --benchmarks piqa,boolq")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "table1" / "eval" / "results.json").read_bytes() == results
+    words = [str(ROOT / "configs" / "demo.yaml"), "data", "adapters.count=2", "optim.lr=0.5"]
+    changed = run("reproduce_table1.sh", tmp_path / "table1", *words)
+    assert changed.returncode == 2
+    assert "optim.lr was" in changed.stderr
 
 
 @pytest.mark.slow
 def test_table_3_compares_temperatures_with_the_control(tmp_path):
     done = run(
-        "reproduce_table3.sh", tmp_path / "table3", TEMPERATURES="0 1e-3", EVAL="--limit 2 --benchmarks piqa,boolq"
+        "reproduce_table3.sh", tmp_path / "table 3", TEMPERATURES="1e-3 0.0", EVAL="--limit 2 --benchmarks piqa,boolq"
     )
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "table3" / "lambda-1e-3" / "eval" / "results.json").read_text())
+    results = json.loads((tmp_path / "table 3" / "lambda-1e-3" / "eval" / "results.json").read_text())
     assert results["control_name"] == "λ = 0"
     assert set(results["comparisons"]) == {"best", "average", "control"}
+
+
+def test_table_3_is_not_made_without_a_control(tmp_path):
+    done = run("reproduce_table3.sh", tmp_path / "table3", TEMPERATURES="1e-6 1e-3")
+    assert done.returncode == 2
+    assert "TEMPERATURES lacks 0" in done.stderr
 
 
 @pytest.mark.slow
