@@ -5,6 +5,7 @@ question's own labels; LLM-Adapters looks for all labels of a benchmark, which d
 the question does not offer.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -52,11 +53,11 @@ def generate_answers(
         for row, i in enumerate(batch):
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
-        written = model.generate(  # type: ignore[operator]
-            input_ids=ids.repeat(copies, 1).to(model.device),
-            attention_mask=mask.repeat(copies, 1).to(model.device),
-            generation_config=settings,
-        )
+        with _own_settings(model, settings):
+            written = model.generate(  # type: ignore[operator]
+                input_ids=ids.repeat(copies, 1).to(model.device),
+                attention_mask=mask.repeat(copies, 1).to(model.device),
+            )
         texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
         for at, text in enumerate(texts):
             i = batch[at % len(batch)]
@@ -85,6 +86,17 @@ def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, beams:
         eos_token_id=end,
         pad_token_id=0 if pad is None else pad,
     )
+
+
+@contextlib.contextmanager
+def _own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Within the block the model generates by `settings` alone: what a call leaves open is filled in from its own."""
+    before = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _tokenise(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[list[int]]:

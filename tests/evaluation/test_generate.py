@@ -61,10 +61,14 @@ def test_padding_and_packing_change_no_text(model, tokenizer, beams):
     assert found[0] != found[1]
 
 
-def test_a_base_that_samples_by_default_does_not(model, tokenizer):
+def test_a_bases_own_ways_of_generating_are_not_used(model, tokenizer):
     (before,) = generate_answers(model, tokenizer, QUESTIONS, prompt="clean")
     model.generation_config.do_sample, model.generation_config.temperature = True, 5.0
+    model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 1.5, 2
+    model.generation_config.min_new_tokens = NEW_TOKENS
+    theirs = model.generation_config
     assert generate_answers(model, tokenizer, QUESTIONS, prompt="clean") == [before]
+    assert model.generation_config is theirs
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_marked(model, tokenizer):
