@@ -2,14 +2,16 @@
 
 For a question with context c and label l the score is log p(" " + l | c), summed over its tokens. What all labels
 share at the start, context included, is run once; where they differ in one last token, one forward pass per question
-gives every label. Ties go to the label named first.
+gives every label. The head runs in float32 whatever the model's dtype: in bfloat16 labels would tie by rounding. Ties
+go to the label named first.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.data.commonsense import Question
@@ -21,6 +23,7 @@ from poc_lora.lora.prefix import run_prefix
 
 ANSWER_PREFIX = "the correct answer is"
 TOKENS_PER_BATCH = {"cpu": 8_192, "cuda": 16_384}  # padded, over all adapters of the pack; more leave a CPU's cache
+HEAD_ROWS = 16_384  # of the head's weights, in float32 at once: bounds the memory that they take
 MIN_PREFIX = 16  # tokens that all rows share, from which on they are run once
 QUESTIONS_PER_CALL = 2_048  # tokenised at once: bounds the memory that Python lists of tokens take
 
@@ -66,6 +69,7 @@ def prepare(
         if max_length is not None and max(map(len, sequences)) - 1 > max_length:  # the last token is not run
             too_long[i] = True
         else:
+            _check_apart(questions[i], sequences)
             rows += _rows_of(sequences, i * k)
     rows.sort(key=lambda row: -len(row[0]))
     reads = [read for _, row_reads in rows for read in row_reads]
@@ -139,14 +143,35 @@ def score_labels(
         token, slot, where = (
             x.to(model.device) for x in (prepared.read_token[reads], prepared.read_slot[reads], where)
         )
-        logits = logits_at(
-            model, ids.repeat(copies, 1).to(model.device), rows.to(model.device), columns.to(model.device), past=past
-        )
-        logits = logits.float().view(copies, len(position), -1)
+        ids, rows, columns = (x.to(model.device) for x in (ids.repeat(copies, 1), rows, columns))
+        with _head_in_float32(model):
+            logits = logits_at(model, ids, rows, columns, past=past).float().view(copies, len(position), -1)
         scores.index_add_(1, slot, logits[:, where, token] - logits.logsumexp(-1)[:, where])
         advance(last - first)
     scored = prepared.label_exists & ~prepared.too_long[:, None]
     return scores.cpu().view(copies, n, k).masked_fill_(~scored, -torch.inf)
+
+
+@contextlib.contextmanager
+def _head_in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block a linear head of another dtype gives float32 logits, and what scales or caps them sees those."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or head.weight.dtype == torch.float32:
+        yield
+        return
+
+    def forward(hidden: Tensor) -> Tensor:
+        x = hidden.float()
+        parts = [x @ rows.float().T for rows in head.weight.split(HEAD_ROWS)]
+        logits = torch.cat(parts, dim=-1)
+        return logits if head.bias is None else logits + head.bias.float()
+
+    before = head.forward
+    head.forward = forward  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        head.forward = before  # type: ignore[method-assign]
 
 
 def _tokenise(
@@ -164,6 +189,18 @@ def _tokenise(
         for q in part:
             # Some tokenizers end every text with EOS; the label is not the end of the answer that is scored.
             yield [ids[:-1] if ids[-1] == eos else ids for ids in (next(encoded) for _ in q.labels)]
+
+
+def _check_apart(question: Question, sequences: list[list[int]]) -> None:
+    seen: dict[tuple[int, ...], str] = {}
+    for label, tokens in zip(question.labels, map(tuple, sequences), strict=True):
+        if tokens in seen:
+            raise DataError(
+                f"the tokenizer cannot tell the labels {seen[tokens]!r} and {label!r} apart",
+                where=question.instruction,
+                fix="use labels that the base model's tokenizer knows",
+            )
+        seen[tokens] = label
 
 
 def _rows_of(sequences: list[list[int]], slot: int) -> list[tuple[list[int], list[tuple[int, int, int]]]]:

@@ -1,14 +1,17 @@
 """Label scores against a plain log-likelihood of every option, run alone."""
 
+import copy
 import math
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from poc_lora.data.commonsense import Question
 from poc_lora.data.prompts import render_prompt
+from poc_lora.errors import DataError
 from poc_lora.evaluation import label
 from poc_lora.evaluation.label import ANSWER_PREFIX, prepare, score_labels
 from poc_lora.lora.base import context_length
@@ -148,6 +151,42 @@ def test_a_row_that_just_fits_is_scored(model, tokenizer):
     none_left = prepare([question], tokenizer, prompt="clean", max_length=length - 1)
     assert none_left.too_long.all()
     assert score_labels(model, none_left).eq(-math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_labels_do_not_tie_by_the_rounding_of_a_narrow_dtype(model, tokenizer, dtype):
+    """A head whose logits are all about 20: in bfloat16 there they are 1/8 apart, in float16 1/64."""
+    narrow = copy.deepcopy(model).to(dtype)
+    head = nn.Linear(narrow.lm_head.in_features, narrow.lm_head.out_features, dtype=dtype)
+    head.weight.data, head.bias.data[:] = narrow.lm_head.weight.data / 50, 20.0
+    narrow.lm_head = head
+    asked = [Question(f"Which thing {i}?", "", NUMBERED, "answer1") for i in range(40)]
+    prepared = prepare(asked, tokenizer, prompt="clean")
+    before = head(torch.ones(1, head.in_features, dtype=dtype))
+    scores = score_labels(narrow, prepared)[0]
+    assert all(len(set(row)) == len(NUMBERED) for row in scores.tolist())
+    assert head(torch.ones(1, head.in_features, dtype=dtype)).equal(before)  # in its own dtype again
+    states = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+    with torch.no_grad():
+        narrow(
+            tokenizer(
+                f"{render_prompt('Which thing 3?', '', 'clean')}{ANSWER_PREFIX} answer", return_tensors="pt"
+            ).input_ids
+        )
+    hook.remove()
+    logits = states[0][0, -1].float() @ head.weight.float().T + head.bias.float()
+    tokens = [tokenizer(f"{ANSWER_PREFIX} {label}")["input_ids"][-1] for label in NUMBERED]
+    # The hidden state is in the narrow dtype and was computed in a batch of another shape.
+    torch.testing.assert_close(scores[3] - scores[3].mean(), logits[tokens] - logits[tokens].mean(), atol=5e-3, rtol=0)
+
+
+def test_labels_that_the_tokenizer_cannot_tell_apart_are_an_error(tokenizer):
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    few = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    with pytest.raises(DataError, match="cannot tell the labels 'oui' and 'non' apart"):
+        prepare([Question("a", "", ("a", "oui", "non"), "non")], few, prompt="clean")
 
 
 def test_progress_counts_every_row_once(model, tokenizer):
