@@ -166,7 +166,7 @@ class Ranks:
         problem = self._problem or {}
         error = PeerError(
             f"rank {problem['rank']} failed: {problem['cause']}",
-            fix="what was committed stands: go on with the same command and --resume",
+            fix="what was saved stands: go on with the same command, and train with --resume",
         )
         error.told = self.rank != (1 if problem["rank"] == 0 else 0)
         return error

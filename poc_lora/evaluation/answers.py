@@ -41,27 +41,33 @@ class AnswerFile:
     """The answers of one model, `NAME.jsonl`: a line for each question, in the benchmarks' order once all are there.
 
     settings: everything that answers depend on beside the question: base model, adapter, protocol, prompt, dtype. Lines
-    of other settings or of another question are not believed. While answers come, each rank appends to a file of its
-    own, `NAME.jsonl.part-RANK`; what an interrupted evaluation left there is read again.
+    of other settings or of another question are not believed. Answers of the same settings to what is not asked this
+    time stay, behind those to `items`. While answers come, each rank appends to a file of its own,
+    `NAME.jsonl.part-RANK`; what an interrupted evaluation left there is read again.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], items: Sequence[Item], *, rank: int = 0):
-        self.path, self.items = path, items
+        self.path, self.items, self.settings = path, items, dict(settings)
         self._part = path.with_name(f"{path.name}.part-{rank}")
-        self._settings = json.dumps(settings, sort_keys=True)
+        self._same_settings = _hash(json.dumps(settings, sort_keys=True))
         self._keys = {item: self._key(item) for item in items}
+        self._others: dict[tuple[str, ...], dict[str, Any]] = {}  # benchmark, split and row -> a line to keep
         self.answers: dict[Item, Answer] = {}
         self.read()
 
     def read(self) -> None:
         """Take up the answers that all ranks have written."""
         wanted = {key: item for item, key in self._keys.items()}
+        asked = {(item.benchmark, item.split, str(item.row)) for item in self.items}
         for path in (self.path, *self._parts()):
-            for line in read_lines(path):
-                item = wanted.get(line.get("key", ""))
+            for line in _read_lines(path):
+                key, *place = (str(line.get(name)) for name in ("key", "benchmark", "split", "row"))
+                item = wanted.get(key)
                 answer = None if item is None else _parsed(line, item.question)
                 if item is not None and answer is not None:
                     self.answers[item] = answer
+                elif tuple(place) not in asked and key.startswith(self._same_settings):
+                    self._others[tuple(place)] = line
 
     def append(self, items: Sequence[Item], answers: Sequence[Answer]) -> None:
         """Keep answers: they are on the disk when this returns."""
@@ -70,15 +76,19 @@ class AnswerFile:
             self.answers[item] = answer
             lines.append(json.dumps(self._line(item, answer), ensure_ascii=False) + "\n")
         self._part.parent.mkdir(parents=True, exist_ok=True)
-        with self._part.open("a", encoding="utf-8") as out:
-            out.write("".join(lines))
+        with self._part.open("ab+") as out:
+            if out.tell():
+                out.seek(-1, os.SEEK_END)
+                if out.read() != b"\n":  # a line that a kill cut short must not swallow the next
+                    out.write(b"\n")
+            out.write("".join(lines).encode())
             out.flush()
             os.fsync(out.fileno())
 
     def finish(self) -> None:
         """Put all answers into one file in order, in place of the parts."""
-        lines = [json.dumps(self._line(item, self.answers[item]), ensure_ascii=False) for item in self.items]
-        write_atomic(self.path, "".join(f"{line}\n" for line in lines))
+        lines = [*(self._line(item, self.answers[item]) for item in self.items), *self._others.values()]
+        write_atomic(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         for part in self._parts():
             part.unlink()
 
@@ -87,8 +97,7 @@ class AnswerFile:
 
     def _key(self, item: Item) -> str:
         asked = [item.benchmark, item.split, item.row, item.question.instruction, item.question.input]
-        text = json.dumps([self._settings, asked, item.question.labels, item.question.answer])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self._same_settings + _hash(json.dumps([asked, item.question.labels, item.question.answer]))
 
     def _line(self, item: Item, answer: Answer) -> dict[str, Any]:
         line = {
@@ -109,7 +118,11 @@ class AnswerFile:
         return line
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file that are JSON objects; one that was being written when the power went is none."""
     with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as handle:
         for text in handle:

@@ -1,15 +1,16 @@
 """An evaluation by lm-eval in place of our own asking: the same table from its answers."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from poc_lora.data.commonsense import Benchmark, Question, chance_level, read_questions
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.harness import TaskScores, load_tasks, score_harness
-from poc_lora.evaluation.passes import Protocol
-from poc_lora.evaluation.results import Results, adapter_key, summarise, write_results
+from poc_lora.evaluation.results import Results, adapter_key, summarise, things_scored, write_results
 from poc_lora.evaluation.scores import ensemble
 from poc_lora.evaluation.targets import Subjects
 from poc_lora.lora.base import load_base
@@ -20,15 +21,18 @@ def evaluate_by_harness(
     benchmarks: Sequence[Benchmark],
     data: Path | None,
     *,
+    settings: Mapping[str, Any],
     limit: int | None,
     seed: int,
     device: torch.device,
+    stop: threading.Event,
 ) -> Results:
     """Score everything by lm-eval, and write its own files to `OUT/harness/THING` beside ours.
 
-    data: the folder of local questions; None: lm-eval's own tasks, from the Hub, with its own prompts. Raises as
-    `evaluate`.
+    data: the folder of local questions; None: lm-eval's own tasks, from the Hub, with its own prompts. settings: what
+    answers depend on beside question, adapter and prompt. stop: may be set while this runs. Raises as `evaluate`.
     """
+    prompt = subjects.prompt if data else "lm-eval's own"
     tasks = load_tasks(benchmarks, data=data, prompt=subjects.prompt)
     model, tokenizer = load_base(
         subjects.base,
@@ -44,7 +48,8 @@ def evaluate_by_harness(
         adapters=subjects.adapters,
         merged=subjects.merged,
         limit=limit,
-        out=subjects.out / "harness",
+        out=subjects.out,
+        stop=stop,
     )
     items = [item for b in benchmarks for item in _items(b, data, found["base"][b.folder])]
     answers = {thing: dict(zip(items, _answers(items, scores), strict=True)) for thing, scores in found.items()}
@@ -52,7 +57,6 @@ def evaluate_by_harness(
     if len(members) > 1:
         answers["ensemble"] = {item: ensemble(item, [given[item] for given in members]) for item in items}
     by_benchmark = {b.folder: [item.question for item in items if item.benchmark == b.folder] for b in benchmarks}
-    way = Protocol("harness", subjects.prompt if data else "lm-eval's own")
     results = summarise(
         answers,
         items,
@@ -60,12 +64,16 @@ def evaluate_by_harness(
         control=None,
         seed=seed,
         base_model=subjects.base,
-        protocol=way.name,
-        prompt=way.prompt,
+        protocol="harness",
+        prompt=prompt,
         limit=limit,
         chance={b: chance_level(questions) for b, questions in by_benchmark.items()},
+        exact_average=subjects.merged is None and "merged" in answers,
     )
-    write_results(subjects, results)
+    shared = {**settings, "protocol": "harness", "prompt": prompt}
+    write_results(
+        subjects, results, {thing: shared | {"adapters": of} for thing, of in things_scored(subjects).items()}
+    )
     return results
 
 
@@ -82,8 +90,11 @@ def _items(benchmark: Benchmark, data: Path | None, scores: TaskScores) -> list[
 
 
 def _answers(items: Sequence[Item], scores: Mapping[str, TaskScores]) -> list[Answer]:
+    """What lm-eval found; a question beyond the context has an answer too, to what it left of the prompt."""
     answers = []
     for item in items:
-        row = scores[item.benchmark].log_probs[item.row - 1, : len(item.question.labels)].tolist()
-        answers.append(Answer(item.question.labels[row.index(max(row))], log_probs=tuple(row)))
+        found, labels = scores[item.benchmark], item.question.labels
+        row = found.log_probs[item.row - 1, : len(labels)].tolist()
+        shortened = bool(found.shortened[item.row - 1])
+        answers.append(Answer(labels[row.index(max(row))], too_long=shortened, log_probs=tuple(row)))
     return answers

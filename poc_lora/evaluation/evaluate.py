@@ -1,7 +1,7 @@
 """`evaluate`: the base, every adapter, the merge and the prediction ensemble, scored over one loaded base model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.data.commonsense import Benchmark, chance_level, find_benchmarks, read_questions
-from poc_lora.errors import RequestError
+from poc_lora.errors import Interrupted, RequestError, RunError
 from poc_lora.evaluation import subsets as subset_merges
 from poc_lora.evaluation.answers import AnswerFile, Item
 from poc_lora.evaluation.by_harness import evaluate_by_harness
 from poc_lora.evaluation.control import Control, read_control
-from poc_lora.evaluation.passes import Asker, Protocol, adapter_digest, base_digest
-from poc_lora.evaluation.results import RESULTS_FILE, Results, adapter_key, summarise, write_results
+from poc_lora.evaluation.passes import Asker, Protocol, base_digest
+from poc_lora.evaluation.results import RESULTS_FILE, Results, adapter_key, summarise, things_scored, write_results
 from poc_lora.evaluation.scores import ensemble
 from poc_lora.evaluation.targets import Subjects, find_subjects
 from poc_lora.lora.bank import AdapterBank
@@ -47,7 +47,8 @@ def evaluate(
     """Score one run, or adapters of one base model, on the benchmarks in `data`.
 
     targets: a run folder, whose config gives base, prompt, dtype and quantization where they are not given here; or
-    adapter folders and Hub ids, whose base is `base` or the one they name. benchmarks: folder or paper names, default
+    adapter folders and Hub ids, whose base is `base` or the one they name. Of several adapters without a merge their
+    exact average is scored as the merge. benchmarks: folder or paper names, default
     all eight. protocol: `label`; `generate`, greedy or with `beams`; or `harness`, by lm-eval, whose own tasks are
     taken where `data` is None. limit: the first so many questions of each. subsets: score merges of 2, 4, ... adapters
     too. control: a run that was evaluated in the same way, such as one trained with temperature 0, whose merge is
@@ -74,8 +75,14 @@ def evaluate(
             subjects = find_subjects(
                 targets, base=base, revision=revision, dtype=dtype, prompt=prompt, out=out, protocol=protocol
             )
+            _check_place(subjects.out)
             if subsets and (len(subjects.adapters) < 2 or protocol != "label"):
                 raise RequestError("subsets are of several adapters, by the protocol label", where="--subsets")
+            settings = {
+                "base": base_digest(subjects.base, subjects.revision),
+                "dtype": resolve_dtype(subjects.dtype, device),
+                "quantization": subjects.quantization,
+            }
             if protocol == "harness":
                 if ranks.size > 1 or control is not None:
                     what = (
@@ -84,11 +91,15 @@ def evaluate(
                         else "a control is compared by the label protocol"
                     )
                     raise RequestError(what, where="--protocol harness")
-                return evaluate_by_harness(subjects, asked, data, limit=limit, seed=seed, device=device)
+                return evaluate_by_harness(
+                    subjects, asked, data, settings=settings, limit=limit, seed=seed, device=device, stop=ranks.stop
+                )
             if data is None:
                 raise RequestError("there is no folder of questions", where="--data", fix="add --data DIR")
             items = _items(data, asked, limit)
-            compared = None if control is None else read_control(control, protocol, subjects.prompt, items)
+            way = Protocol(protocol, subjects.prompt, beams)
+            settings |= way.settings
+            compared = None if control is None else read_control(control, protocol, settings, items)
             model, tokenizer = load_base(
                 subjects.base,
                 revision=subjects.revision,
@@ -96,16 +107,16 @@ def evaluate(
                 quantization=subjects.quantization,
                 device=device,
             )
-        way = Protocol(protocol, subjects.prompt, beams)
-        files = _files(subjects, way, items, str(resolve_dtype(subjects.dtype, device)), ranks, seed, subsets)
+        files = _files(subjects, settings, items, ranks.rank, seed, subsets)
         # All ranks have read what was answered before any of them adds to it: they share out the same rest.
         ranks.gather("read")
-        _ask_everything(model, tokenizer, subjects, way, files, ranks)
-        results = _summarise(subjects, way, items, files, compared, seed, limit)
+        _answer_everything(model, tokenizer, subjects, way, files, ranks)
+        results = _summarise(subjects, way, items, files, compared, seed=seed, limit=limit, subsets=subsets)
         if ranks.rank == 0:
+            (subjects.out / RESULTS_FILE).unlink(missing_ok=True)
             for file in (*files.asked, *([files.ensemble] if files.ensemble else [])):
                 file.finish()
-            write_results(subjects, results)
+            write_results(subjects, results, {thing: file.settings for thing, file in files.things.items()})
         ranks.gather("written")
     return results
 
@@ -125,6 +136,20 @@ class _Files:
         merged = [] if self.merged is None else [self.merged]
         return [self.base, *self.adapters.values(), *merged, *self.subsets.values()]
 
+    @property
+    def things(self) -> dict[str, AnswerFile]:
+        single = {"base": self.base, "merged": self.merged, "ensemble": self.ensemble}
+        return {thing: file for thing, file in single.items() if file is not None} | {
+            adapter_key(name): file for name, file in self.adapters.items()
+        }
+
+
+def _check_place(out: Path) -> None:
+    """Raises RequestError where a file is in the way of the folder for the results."""
+    for place in (out, *out.parents):
+        if place.is_file():
+            raise RequestError("results go into a folder, and this is a file", where=place, fix="choose another --out")
+
 
 def _items(data: Path, benchmarks: Sequence[Benchmark], limit: int | None) -> list[Item]:
     """The questions in the paper's order; with those to choose the best adapter on, where all benchmarks have them."""
@@ -141,41 +166,63 @@ def _items(data: Path, benchmarks: Sequence[Benchmark], limit: int | None) -> li
 
 
 def _files(
-    subjects: Subjects, way: Protocol, items: Sequence[Item], dtype: str, ranks: Ranks, seed: int, subsets: bool
+    subjects: Subjects, settings: Mapping[str, Any], items: Sequence[Item], rank: int, seed: int, subsets: bool
 ) -> _Files:
-    if ranks.rank == 0:  # where results.json stands, everything else is of the same evaluation
-        (subjects.out / RESULTS_FILE).unlink(missing_ok=True)
-    ranks.gather("started")
     test = [item for item in items if item.split == "test"]
-    shared = way.settings | {
-        "base": base_digest(subjects.base),
-        "revision": subjects.revision,
-        "dtype": dtype,
-        "quantization": subjects.quantization,
-    }
+    made_of, M = things_scored(subjects), len(subjects.adapters)
 
     def file(name: str, adapters: Sequence[str], asked: Sequence[Item] = test) -> AnswerFile:
         path = subjects.out / f"{name}.jsonl"
-        return AnswerFile(path, shared | {"adapters": list(adapters)}, asked, rank=ranks.rank)
+        return AnswerFile(path, {**settings, "adapters": list(adapters)}, asked, rank=rank)
 
-    digests = {name: adapter_digest(Path(adapter.source)) for name, adapter in subjects.adapters.items()}
-    names, M = list(digests), len(digests)
     groups = [group for size in subset_merges.draw_subsets(M, seed).values() for group in size] if subsets else []
-    if subsets:
+    if subsets and subjects.merged is not None:  # which may be another than their exact average
         groups.append(tuple(range(M)))
+    digests = [made_of[adapter_key(name)][0] for name in subjects.adapters]
     return _Files(
-        base=file("base", []),
-        adapters={name: file(adapter_key(name), [digest], items) for name, digest in digests.items()},
-        merged=None if subjects.merged is None else file("merged", [adapter_digest(Path(subjects.merged.source))]),
+        base=file("base", made_of["base"]),
+        adapters={name: file(adapter_key(name), made_of[adapter_key(name)], items) for name in subjects.adapters},
+        merged=file("merged", made_of["merged"]) if "merged" in made_of else None,
         subsets={
             group: file(
-                f"subsets/{len(group)}-{'-'.join(names[slot] for slot in group)}",
-                ["mean", *(digests[names[slot]] for slot in group)],
+                f"subsets/{len(group)}-{'-'.join(f'{slot:02d}' for slot in group)}",
+                ["mean", *(digests[slot] for slot in group)],
             )
             for group in groups
         },
-        ensemble=file("ensemble", sorted(digests.values())) if M > 1 and way.name == "label" else None,
+        ensemble=file("ensemble", made_of["ensemble"]) if M > 1 and settings["protocol"] == "label" else None,
     )
+
+
+def _answer_everything(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    subjects: Subjects,
+    way: Protocol,
+    files: _Files,
+    ranks: Ranks,
+) -> None:
+    stopped = None
+    try:
+        _ask_everything(model, tokenizer, subjects, way, files, ranks)
+    except Interrupted as problem:
+        stopped = problem
+    # A rank that had nothing left to ask learns here that others were stopped before their end.
+    if any(ranks.gather(stopped is not None)):
+        raise ranks.jointly(stopped or Interrupted("another rank was stopped", fix="the same command goes on"))
+    with ranks.together():
+        for file in files.asked:
+            file.read()  # what the other ranks answered
+            if missing := sum(item not in file.answers for item in file.items):
+                raise RunError(
+                    f"{missing} answers cannot be read back",
+                    where=file.path,
+                    fix="the same command asks for them again; all processes need the same folder",
+                )
+    if files.ensemble is not None:
+        members = [file.answers for file in files.adapters.values()]
+        for item in files.ensemble.items:
+            files.ensemble.answers[item] = ensemble(item, [given[item] for given in members])
 
 
 def _ask_everything(
@@ -186,29 +233,29 @@ def _ask_everything(
     files: _Files,
     ranks: Ranks,
 ) -> None:
+    """Put the questions that are not answered yet; the adapters are checked against the base before the first."""
+
+    def began() -> None:  # where results.json stands, everything else is of the same evaluation
+        (subjects.out / RESULTS_FILE).unlink(missing_ok=True)
+
     with track(sum(len(file.items) for file in files.asked), "evaluating", hidden=ranks.rank > 0) as progress:
-        asker = Asker(model, tokenizer, way, ranks, progress.advance)
+        asker = Asker(model, tokenizer, way, ranks, progress.advance, began)
+        bank = AdapterBank.from_adapters(model, list(subjects.adapters.values()))
+        with bank.disabled():
+            asker.ask({"base": files.base})
+        asker.ask({adapter_key(name): file for name, file in files.adapters.items()}, copies=bank.size)
+        if subjects.merged is None and files.merged is not None:
+            with bank.merged():
+                asker.ask({"merged": files.merged})
+        for group, file in files.subsets.items():
+            with bank.merged(group):
+                asker.ask({f"merge of {len(group)}": file})
+        bank.remove()
         if subjects.merged is not None and files.merged is not None:
             # A bank of its own: in the pack its rank, the sum of theirs, would pad every adapter.
             bank = AdapterBank.from_adapters(model, [subjects.merged])
             asker.ask({"merged": files.merged})
             bank.remove()
-        bank = AdapterBank.from_adapters(model, list(subjects.adapters.values()))
-        with bank.disabled():
-            asker.ask({"base": files.base})
-        asker.ask({adapter_key(name): file for name, file in files.adapters.items()}, copies=bank.size)
-        for group, file in files.subsets.items():
-            with bank.merged(group):
-                asker.ask({f"merge of {len(group)}": file})
-        bank.remove()
-    ranks.gather("answered")
-    for file in files.asked:  # by the other ranks
-        file.read()
-    ranks.gather("read again")
-    if files.ensemble is not None:
-        members = [file.answers for file in files.adapters.values()]
-        for item in files.ensemble.items:
-            files.ensemble.answers[item] = ensemble(item, [given[item] for given in members])
 
 
 def _summarise(
@@ -217,22 +264,22 @@ def _summarise(
     items: Sequence[Item],
     files: _Files,
     compared: Control | None,
+    *,
     seed: int,
     limit: int | None,
+    subsets: bool,
 ) -> Results:
-    single = {"base": files.base, "merged": files.merged, "ensemble": files.ensemble}
-    answers = {thing: file.answers for thing, file in single.items() if file is not None}
-    answers |= {adapter_key(name): file.answers for name, file in files.adapters.items()}
     points = None
-    if files.subsets:
+    if subsets and files.merged is not None:
+        M = len(files.adapters)
         alone = {(slot,): file for slot, file in enumerate(files.adapters.values())}
-        points = subset_merges.subset_points(alone | files.subsets, len(alone))
+        points = subset_merges.subset_points({tuple(range(M)): files.merged} | alone | files.subsets, M)
     questions: dict[str, list[Any]] = {}
     for item in items:
         if item.split == "test":
             questions.setdefault(item.benchmark, []).append(item.question)
     return summarise(
-        answers,
+        {thing: file.answers for thing, file in files.things.items()},
         items,
         adapters=list(subjects.adapters),
         control=compared,
@@ -243,4 +290,5 @@ def _summarise(
         limit=limit,
         chance={b: chance_level(asked) for b, asked in questions.items()},
         subsets=None if points is None else subset_merges.to_json(points),
+        exact_average=subjects.merged is None and files.merged is not None,
     )

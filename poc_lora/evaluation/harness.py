@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,9 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.data.commonsense import Benchmark, find_benchmarks, read_questions
 from poc_lora.data.prompts import TEMPLATES, render_prompt
-from poc_lora.errors import AdapterError, DataError, ModelError, PocLoraError, RequestError
+from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, PocLoraError, RequestError
 from poc_lora.evaluation.label import ANSWER_PREFIX
-from poc_lora.evaluation.results import adapter_key
+from poc_lora.evaluation.results import RESULTS_FILE, adapter_key
 from poc_lora.files import write_atomic
 from poc_lora.lora.adapter import Adapter
 from poc_lora.lora.bank import AdapterBank
@@ -144,42 +145,53 @@ def score_harness(
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
     out: Path | None = None,
+    stop: threading.Event | None = None,
 ) -> dict[str, dict[str, TaskScores]]:
-    """Score the base, the merge and every adapter, one after another over one base: thing to folder to scores.
+    """Score the base, every adapter and the merge, one after another over one base: thing to folder to scores.
 
-    model: the base, without a bank. tasks: of `load_tasks`. adapters: name to adapter. limit: the first so many
-    questions of each task. batch_size: rows a batch. out: where each thing's folder is written, as soon as it is
-    scored. Every process that calls it does all the work. Raises AdapterError, or ModelError for the base, where
-    scores are not numbers.
+    model: the base, without a bank. tasks: of `load_tasks`. adapters: name to adapter. merged: their merge; without
+    one, the exact average of several. limit: the first so many questions of each task. batch_size: rows a batch. out:
+    `OUT/harness/THING` is written as soon as it is scored, and results of before are removed. stop: may be set while
+    this runs. Every process that calls it does all the work. Raises AdapterError, or ModelError for the base, where
+    scores are not numbers, and Interrupted.
     """
     found: dict[str, dict[str, TaskScores]] = {}
-    things = 1 + len(adapters) + (merged is not None)
+    things = 1 + len(adapters) + (merged is not None or len(adapters) > 1)
     with track(things * _requests(tasks, limit), "evaluating") as progress:
 
         def score(thing: str) -> None:
+            def advance(requests: int) -> None:
+                if stop is not None and stop.is_set():
+                    raise Interrupted(f"stopped while lm-eval scored {thing}", fix="the same command starts again")
+                progress.advance(requests, thing)
+
             scores, written = score_tasks(
                 model,
                 tokenizer,
                 tasks,
                 limit=limit,
                 batch_size=batch_size,
-                advance=lambda requests: progress.advance(requests, thing),
+                advance=advance,
             )
             _check_finite(thing, scores)
             if out is not None:
-                _write(out / thing, written)
+                (out / RESULTS_FILE).unlink(missing_ok=True)
+                _write(out / "harness" / thing, written)
             found[thing] = scores
 
-        score("base")
+        with _bank(model, list(adapters.values())) as bank:
+            with bank.disabled():
+                score("base")
+            for slot, name in enumerate(adapters):
+                with bank.only(slot):
+                    score(adapter_key(name))
+            if merged is None and len(adapters) > 1:
+                with bank.merged():
+                    score("merged")
         if merged is not None:
             # A bank of its own: beside them its rank, the sum of theirs, would pad every adapter.
             with _bank(model, [merged]) as bank, bank.only(0):
                 score("merged")
-        if adapters:
-            with _bank(model, list(adapters.values())) as bank:
-                for slot, name in enumerate(adapters):
-                    with bank.only(slot):
-                        score(adapter_key(name))
     return found
 
 

@@ -17,9 +17,10 @@ UNLIMITED = 2**40  # tokens, where the model's config states no limit: lm-eval w
 class LoadedModel(HFLM):
     """lm-eval's Hugging Face model around one that is already loaded, as it is at the time of each call.
 
-    So a bank's views show lm-eval one adapter at a time. Scores are summed in float32 also where the model is not:
-    in bfloat16 many labels would tie. Requests that were cut on the left to fit the context are noted in
-    `shortened`, as (task, document). advance: called with 1 for every request answered.
+    So a bank's views show lm-eval one adapter at a time. Logits are rounded as the model rounds them: in bfloat16 some
+    labels tie. Their log-probabilities are taken and summed in float32, else many more would. Requests that were cut on
+    the left to fit the context are noted in `shortened`, as (task, document). advance: called with 1 for every request
+    answered.
     """
 
     def __init__(

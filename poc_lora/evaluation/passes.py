@@ -9,15 +9,18 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from poc_lora.data.prompts import TEMPLATES
 from poc_lora.errors import AdapterError, Interrupted, ModelError
 from poc_lora.evaluation.answers import Answer, AnswerFile, Item
-from poc_lora.evaluation.generate import generate_answers
-from poc_lora.evaluation.label import label_answers
+from poc_lora.evaluation.generate import NEW_TOKENS, generate_answers
+from poc_lora.evaluation.label import ANSWER_PREFIX, label_answers
 from poc_lora.files import sha256_file
 from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
+from poc_lora.lora.base import empty_base
 from poc_lora.ranks import Ranks
 
 QUESTIONS_PER_COMMIT = 256  # answered at once, then kept: what an interruption costs
+PARTS_PER_RANK = 2  # at least, where there are several ranks: none is left without work for long
 
 Advance = Callable[[int, str], object]
 
@@ -47,9 +50,8 @@ class Protocol:
     @property
     def settings(self) -> dict[str, Any]:
         """What answers depend on."""
-        return {"protocol": self.name, "prompt": self.prompt} | (
-            {"beams": self.beams} if self.name == "generate" else {}
-        )
+        own = {"beams": self.beams, "new_tokens": NEW_TOKENS} if self.name == "generate" else {"prefix": ANSWER_PREFIX}
+        return {"protocol": self.name, "prompt": self.prompt, "template": TEMPLATES[self.prompt]["evaluation"]} | own
 
 
 @dataclass(frozen=True)
@@ -61,34 +63,37 @@ class Asker:
     protocol: Protocol
     ranks: Ranks
     advance: Advance  # is told of answers, and whose
+    began: Callable[[], object] = lambda: None  # called before an answer that is new is kept
 
     def ask(self, files: Mapping[str, AnswerFile], *, copies: int = 1) -> None:
         """Fill the files of `copies` models, which answer together, one behind the other in every batch.
 
-        Answers that a file holds already are not asked for again.
+        Answers that a file holds already are not asked for again. Raises Interrupted where this rank was asked to stop.
         """
         (first, *_) = files.values()
         missing = [item for item in first.items if any(item not in file.answers for file in files.values())]
         note = next(iter(files)) if copies == 1 else "adapters"
         self.advance((len(first.items) - len(missing)) * copies, note)
-        for number, part in enumerate(_parts(missing)):
+        share = math.ceil(len(missing) / (PARTS_PER_RANK * self.ranks.size))
+        size = QUESTIONS_PER_COMMIT if self.ranks.size == 1 else max(1, min(QUESTIONS_PER_COMMIT, share))
+        for number, part in enumerate(_parts(missing, size)):
             if number % self.ranks.size == self.ranks.rank:
                 self._stop_if_asked()
                 self.ranks.beat(f"asking {note}")
                 everyone = self.protocol.answers(self.model, self.tokenizer, part, copies=copies)
                 for (thing, file), answers in zip(files.items(), everyone, strict=True):
                     _check_numbers(thing, part, answers)
+                    self.began()
                     file.append(part, answers)
             self.advance(len(part) * copies, note)
 
     def _stop_if_asked(self) -> None:
         if self.ranks.stop.is_set():
-            problem = Interrupted("stopped; the answers so far are kept", fix="the same command goes on from there")
-            raise self.ranks.jointly(problem)
+            raise Interrupted("stopped; the answers so far are kept", fix="the same command goes on from there")
 
 
-def _parts(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """By benchmark, whose questions begin alike, and the longest first, so that those of a batch are alike in length.
+def _parts(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """At most `size` each, by benchmark, whose questions begin alike, and the longest first, so that batches are even.
 
     The benchmark of the longest question comes first: the memory needed shows at once.
     """
@@ -100,8 +105,8 @@ def _parts(items: Sequence[Item]) -> Iterator[list[Item]]:
     for item in sorted(items, key=length, reverse=True):
         benchmarks.setdefault(item.benchmark, []).append(item)
     for own in benchmarks.values():
-        for at in range(0, len(own), QUESTIONS_PER_COMMIT):
-            yield own[at : at + QUESTIONS_PER_COMMIT]
+        for at in range(0, len(own), size):
+            yield own[at : at + size]
 
 
 def _check_numbers(thing: str, items: Sequence[Item], answers: Sequence[Answer]) -> None:
@@ -119,10 +124,13 @@ def adapter_digest(folder: Path) -> str:
     return sha256_file(folder / WEIGHTS_NAME) + sha256_file(folder / CONFIG_NAME)
 
 
-def base_digest(name: str) -> str:
-    """What tells two base models apart: a Hub id's name, and for a folder its files' sizes and times."""
+def base_digest(name: str, revision: str | None = None) -> str:
+    """What tells two base models apart: a Hub id's commit, and for a folder its files' sizes and times.
+
+    Raises ModelError where there is no such model.
+    """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        return name
+        return f"{name} at {empty_base(name, revision=revision).config._commit_hash}"
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
-    return f"{name} {hashlib.sha256(repr(files).encode()).hexdigest()}"
+    return f"{folder.resolve()} {hashlib.sha256(repr(files).encode()).hexdigest()}"

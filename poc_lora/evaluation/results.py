@@ -13,18 +13,31 @@ from poc_lora.errors import RunError
 from poc_lora.evaluation import scores
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.control import Control
+from poc_lora.evaluation.passes import adapter_digest
 from poc_lora.evaluation.scores import Difference, Estimate
 from poc_lora.evaluation.targets import Subjects
 from poc_lora.files import read_json, write_json
 
 RESULTS_FILE = "results.json"
 ROWS = ("base", "average", "merged", "ensemble", "control")
-NESTED = (*ROWS, "adapters", "comparisons")
+NESTED = (*ROWS, "adapters", "comparisons", "unread")
 
 
 def adapter_key(name: str) -> str:
     """What an adapter is called among the things scored, and its file: never `base`, `merged` or `ensemble`."""
     return f"adapter-{name}"
+
+
+def things_scored(subjects: Subjects) -> dict[str, list[str]]:
+    """Everything that is scored, and of which adapters it is: what tells two of its kind apart."""
+    alone = {adapter_key(name): [adapter_digest(Path(a.source))] for name, a in subjects.adapters.items()}
+    every = [digest for digests in alone.values() for digest in digests]
+    found = {"base": [], **alone}
+    if subjects.merged is not None:
+        found["merged"] = [adapter_digest(Path(subjects.merged.source))]
+    elif len(every) > 1:
+        found["merged"] = ["mean", *every]
+    return found | ({"ensemble": ["ensemble", *every]} if len(every) > 1 else {})
 
 
 @dataclass(frozen=True)
@@ -42,9 +55,11 @@ class Results:
     best: the adapter of the largest average, chosen on `best_chosen_on`: a validation split, or the test questions
     themselves, as in the paper, which flatters it. average: the mean over adapters. control: another run's merge.
     comparisons: the merge minus `best`, minus `average` and minus `control`. agreement: how often merge and ensemble
-    choose the same label. unread: by thing, the share of generated answers in which no label was found. subsets: see
-    `poc_lora.evaluation.subsets`. merged is None where there is no merge, ensemble where there are fewer than two
-    adapters or nothing but generated text.
+    choose the same label. unread: by thing, the share of generated answers in which no label was found; NaN where no
+    question fitted. subsets: see `poc_lora.evaluation.subsets`. merged: of the run's merged/ or, with exact_average, of
+    the adapters' exact average, which is in no folder; None for one adapter without a merge. ensemble is None where
+    there are fewer than two adapters or nothing but generated text. too_long: questions that do not fit the context,
+    which are wrong, or, by the protocol harness, scored with their prompts cut.
     """
 
     base_model: str
@@ -67,6 +82,7 @@ class Results:
     control: Scored | None = None
     control_name: str | None = None
     subsets: dict[str, Any] | None = None
+    exact_average: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; what cannot be told (NaN) is null."""
@@ -139,8 +155,11 @@ def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item])
     return shares
 
 
-def write_results(subjects: Subjects, results: Results) -> None:
-    """A JSON for everything scored, then results.json: where it stands, the rest is of the same evaluation."""
+def write_results(subjects: Subjects, results: Results, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """A JSON for everything scored, then results.json: where it stands, the rest is of the same evaluation.
+
+    settings: of each thing, what its answers depend on beside the questions; its `adapters` are digests.
+    """
     sources = {adapter_key(name): adapter.source for name, adapter in subjects.adapters.items()}
     if subjects.merged is not None:
         sources["merged"] = subjects.merged.source
@@ -152,11 +171,13 @@ def write_results(subjects: Subjects, results: Results) -> None:
         summary = {
             "thing": thing,
             "source": sources.get(thing),
+            "adapter_digest": settings[thing]["adapters"][0] if thing in sources else None,
             "base_model": results.base_model,
             "protocol": results.protocol,
             "prompt": results.prompt,
             "benchmarks": {b: _plain(e) | {"questions": results.questions[b]} for b, e in scored.benchmarks.items()},
             "average": _plain(scored.average),
+            "settings": settings[thing],
         }
         write_json(subjects.out / f"{thing}.json", summary)
     write_json(subjects.out / RESULTS_FILE, results.to_json())
@@ -174,6 +195,7 @@ def read_results(folder: Path) -> Results:
         rows = {name: _read_scored(raw[name]) for name in ROWS if raw[name] is not None}
         return Results(
             **{name: raw[name] for name in Results.__dataclass_fields__ if name not in NESTED},
+            unread={thing: math.nan if share is None else share for thing, share in raw["unread"].items()},
             **{name: rows.get(name) for name in ROWS},  # type: ignore[arg-type]
             adapters={name: _read_scored(row) for name, row in raw["adapters"].items()},
             comparisons={name: Difference(**x) for name, x in raw["comparisons"].items()},

@@ -37,7 +37,7 @@ class SubsetPoint:
     accuracy: the mean over subsets of the macro average; its error is the standard deviation over subsets over the
     square root of their number, NaN for one. Subsets that share adapters are not independent, so for m > 1 it is rough.
     distance: the mean over subsets and questions of ‖z_m − z_M‖², z the label logits (their mean taken out) of the
-    subset's merge and of the merge of all; None for m = M.
+    subset's merge and of the merge of all; None for m = M, and where no question fits the context.
     """
 
     m: int
@@ -56,7 +56,7 @@ def subset_points(files: Mapping[tuple[int, ...], AnswerFile], M: int) -> list[S
         accuracies = torch.tensor([_accuracy(file) for file in chosen], dtype=torch.float64)
         error = float(accuracies.std()) / math.sqrt(len(chosen)) if len(chosen) > 1 else math.nan
         distances = [_distance(file, whole) for file in chosen]
-        distance = None if m == M else sum(distances) / len(distances)
+        distance = None if m == M or math.isnan(distances[0]) else sum(distances) / len(distances)
         points.append(SubsetPoint(m, len(chosen), Estimate(float(accuracies.mean()), error), distance))
     return points
 

@@ -16,7 +16,10 @@ from poc_lora.lora.sources import Source, find_adapters, find_sources, is_hub_id
 
 @dataclass(frozen=True)
 class Subjects:
-    """The base model, the adapters and, in a run that has one, their merge; `out` is where results go."""
+    """The base model, the adapters and, in a run that has one, their merge; `out` is where results go.
+
+    Where merged is None, the merge that is scored is the exact average of the adapters.
+    """
 
     base: str
     revision: str | None

@@ -91,20 +91,26 @@ def notes(results: Results, *, paired: bool = True) -> list[str]:
             if rival != "average":  # of one adapter
                 name = "the adapter" if rival == "best" else "the control's"
                 said.append(f"PoC merge minus {name}: {_difference(difference)}.")
+    if results.exact_average:
+        said.append(
+            f"PoC merge is the exact average of the {len(results.adapters)} adapters, which is in no folder yet: "
+            "poc-lora merge writes it."
+        )
     if results.agreement is not None and not math.isnan(results.agreement):
         said.append(
             f"Merge and prediction ensemble choose the same label on {_percent(results.agreement)} % of questions."
         )
-    if results.unread:
-        shares = ", ".join(f"{thing} {_percent(share)}" for thing, share in results.unread.items())
+    if unread := {thing: share for thing, share in results.unread.items() if not math.isnan(share)}:
+        shares = ", ".join(f"{thing} {_percent(share)}" for thing, share in unread.items())
         said.append(f"Answers in which no label was found, in percent: {shares}.")
     if results.subsets is not None:
         said += _subset_notes(results.subsets)
     for folder, short in columns(results).items():
         if results.too_long[folder]:
+            then = "count as wrong" if results.protocol != "harness" else "were cut at their start, as lm-eval does"
             said.append(
                 f"{short}: {results.too_long[folder]} of {results.questions[folder]} questions do not fit the model's "
-                "context and count as wrong."
+                f"context and {then}."
             )
     if results.limit is not None:
         said.append(f"Only the first {results.limit} questions of each benchmark were asked.")
@@ -138,7 +144,9 @@ def _subset_notes(subsets: dict[str, Any]) -> Iterator[str]:
     )
     yield f"Accuracy of merges of m adapters (± over subsets): {points}."
     law = subsets["variance_law"]
-    if law is not None:
+    if law is None:
+        yield "The law of their distance from the merge of all is not fitted: three sizes below M take five adapters."
+    else:
         below = [p for p in subsets["points"] if p["distance"] is not None]
         distances = ", ".join(f"m = {p['m']}: {p['distance']:.3g}" for p in below)
         yield (

@@ -38,6 +38,27 @@ def test_answers_come_back_from_parts_of_all_ranks_and_from_the_whole(tmp_path):
     assert opened(tmp_path).answers == file.answers
 
 
+def test_a_line_that_a_kill_cut_short_takes_no_other_with_it(tmp_path):
+    opened(tmp_path, rank=1).append(ITEMS[:2], ANSWERS[:2])
+    part = tmp_path / "eval" / "merged.jsonl.part-1"
+    part.write_text(part.read_text()[:-30])
+    opened(tmp_path, rank=1).append(ITEMS[1:], ANSWERS[1:])
+    assert opened(tmp_path).answers == dict(zip(ITEMS, ANSWERS, strict=True))
+
+
+def test_answers_to_what_is_not_asked_this_time_stay(tmp_path):
+    whole = opened(tmp_path)
+    whole.append(ITEMS, ANSWERS)
+    narrow = opened(tmp_path, items=ITEMS[1:2])
+    assert list(narrow.answers) == ITEMS[1:2]
+    narrow.finish()
+    assert opened(tmp_path).answers == whole.answers
+    other = opened(tmp_path, settings=SETTINGS | {"beams": 4}, items=ITEMS[:1])
+    other.append(ITEMS[:1], ANSWERS[:1])
+    other.finish()
+    assert opened(tmp_path).answers == {}  # they were of other settings
+
+
 @pytest.mark.parametrize(
     "other",
     [

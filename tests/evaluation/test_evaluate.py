@@ -5,12 +5,14 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from poc_lora.data.commonsense import find_benchmarks, read_questions
+from poc_lora.data.prompts import TEMPLATES
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError, RunError
 from poc_lora.evaluation import passes
 from poc_lora.evaluation.evaluate import evaluate
@@ -147,13 +149,37 @@ def test_loose_adapters_take_their_own_base(run, data, tmp_path):
         limit=5,
     )
     assert list(results.adapters) == ["01", "merged"]
-    assert results.merged is None
-    assert results.comparisons == {}
     assert results.questions == {"piqa": 5}
     assert results.prompt == "clean"
     alone = evaluate([run / "adapters" / "01"], data=data, benchmarks=["piqa"], out=tmp_path / "alone", limit=5)
-    assert alone.ensemble is None
+    assert alone.merged is alone.ensemble is None
+    assert alone.comparisons == {}
     assert alone.adapters["01"] == results.adapters["01"]
+
+
+@pytest.mark.parametrize("protocol", ["label", "harness"])
+def test_without_a_merge_the_exact_average_is_scored_as_the_merge(run, data, tmp_path, protocol):
+    asked = dict(data=data, benchmarks=["piqa", "openbookqa"], protocol=protocol)
+    merged = evaluate([run], **asked, out=tmp_path / "with")  # its merge is the exact average
+    shutil.move(run / "merged", tmp_path / "merged")
+    averaged = evaluate([run], **asked, out=tmp_path / "without")
+    assert averaged.exact_average
+    assert not merged.exact_average
+    assert dataclasses.replace(averaged, exact_average=False) == merged
+    assert read_results(tmp_path / "without") == averaged
+    assert "exact average of the 3 adapters" in " ".join(notes(averaged))
+    told = json.loads((tmp_path / "without" / "merged.json").read_text())
+    assert (told["source"], told["adapter_digest"]) == (None, None)
+    loose = evaluate([run / "adapters" / f"{i:02d}" for i in range(3)], **asked, prompt="bare", out=tmp_path / "loose")
+    assert loose == averaged
+
+
+def test_what_was_scored_is_told_beside_its_accuracy(run, data):
+    evaluate([run], data=data, benchmarks=["piqa"])
+    for thing, folder in {"adapter-01": run / "adapters" / "01", "merged": run / "merged"}.items():
+        told = json.loads((run / "eval" / f"{thing}.json").read_text())
+        assert told["adapter_digest"] == passes.adapter_digest(folder)
+        assert told["settings"]["dtype"] == "float32"
 
 
 def test_questions_beyond_the_context_are_counted_and_wrong(run, data):
@@ -167,12 +193,60 @@ def test_questions_beyond_the_context_are_counted_and_wrong(run, data):
     found = lines(run / "eval" / "ensemble.jsonl")
     assert [(x["choice"], x["correct"], x["log_probs"]) for x in found[:4]] == [(None, False, None)] * 4
     assert results.ensemble.benchmarks["piqa"].value == pytest.approx(sum(x["correct"] for x in found) / 12)
+    by_lm_eval = evaluate([run], data=data, benchmarks=["piqa"], protocol="harness")
+    assert by_lm_eval.too_long == results.too_long
+    assert "PIQA: 4 of 12 questions do not fit the model's context and were cut" in " ".join(notes(by_lm_eval))
+
+
+@pytest.mark.parametrize("protocol", ["label", "generate"])
+def test_an_evaluation_in_which_no_question_fits_is_told(run, data, protocol):
+    path = data / "piqa" / "test.json"
+    rows = json.loads(path.read_text())
+    for row in rows:
+        row["instruction"] = "wood " * 300 + row["instruction"]
+    path.write_text(json.dumps(rows))
+    evaluate([run], data=data, benchmarks=["piqa"], protocol=protocol, subsets=protocol == "label", out=run / "none")
+    found = read_results(run / "none")
+    assert found.base.average.value == 0
+    said = " ".join(notes(found))
+    assert "12 of 12 questions do not fit" in said
+    assert "nan" not in said
 
 
 def test_an_adapter_of_another_base_is_refused(run, data):
     write_adapter(adapter(9, "other", targets={"model.layers.0.self_attn.q_proj": (16, 16)}), run / "adapters" / "03")
     with pytest.raises(AdapterError, match="q_proj"):
         evaluate([run], data=data, benchmarks=["piqa"])
+
+
+def test_what_cannot_be_done_leaves_earlier_results_as_they_are(run, data, tmp_path, tiny_model_dir):
+    evaluate([run], data=data, benchmarks=["piqa"], limit=3)
+    evaluate([run], data=data, benchmarks=["piqa"], limit=3, protocol="harness")
+    before = {path: path.read_bytes() for path in run.glob("eval*/*") if path.is_file()}
+    write_adapter(adapter(9, "other", targets={"model.layers.0.self_attn.q_proj": (16, 16)}), run / "adapters" / "03")
+    for protocol in ("label", "harness"):
+        with pytest.raises(AdapterError, match="q_proj"):
+            evaluate([run], data=data, benchmarks=["piqa"], protocol=protocol)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_file_in_place_of_the_results_folder_is_refused_before_a_model_is_loaded(run, data, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "eval"):
+        with pytest.raises(RequestError, match=r"this is a file[\s\S]*notes.txt"):
+            evaluate([run], data=data, benchmarks=["piqa"], out=out, base="/no/such/base")
+
+
+def test_a_narrower_evaluation_keeps_the_answers_of_a_wider_one(run, data, monkeypatch):
+    wide = evaluate([run], data=data, benchmarks=["piqa", "openbookqa"])
+    narrow = evaluate([run], data=data, benchmarks=["openbookqa"], limit=2)
+    assert narrow.questions == {"openbookqa": 2}
+    assert narrow == read_results(run / "eval")
+    kept = lines(run / "eval" / "adapter-00.jsonl")
+    assert len(kept) == 24
+    assert [(x["benchmark"], x["row"]) for x in kept[:3]] == [("openbookqa", 1), ("openbookqa", 2), ("piqa", 1)]
+    monkeypatch.setattr(passes, "label_answers", None)  # is not called again
+    assert evaluate([run], data=data, benchmarks=["piqa", "openbookqa"]) == wide
 
 
 def test_scores_that_are_not_numbers_are_an_error(run, data, tiny_model_dir):
@@ -245,6 +319,19 @@ def test_what_was_answered_is_not_asked_again(run, data, monkeypatch):
         evaluate([run], data=data, benchmarks=["piqa"])
 
 
+def test_answers_depend_on_the_template_and_on_the_bases_commit(monkeypatch):
+    before = passes.Protocol("label", "clean").settings
+    monkeypatch.setitem(TEMPLATES, "clean", TEMPLATES["bare"])
+    assert passes.Protocol("label", "clean").settings != before
+    commits = iter(["abc", "def"])
+    config = SimpleNamespace(_commit_hash=None)
+    monkeypatch.setattr(passes, "empty_base", lambda name, revision: SimpleNamespace(config=config))
+    digests = set()
+    for config._commit_hash in commits:
+        digests.add(passes.base_digest("org/base"))
+    assert len(digests) == 2
+
+
 @pytest.mark.parametrize("protocol", ["label", "generate"])
 def test_an_interrupted_evaluation_goes_on_to_the_same_results(run, data, tmp_path, monkeypatch, protocol):
     expected = evaluate([run], data=data, benchmarks=["piqa"], protocol=protocol, out=tmp_path / "straight")
@@ -315,14 +402,20 @@ def test_subsets_are_the_merges_of_their_members(run, data, tmp_path, tiny_model
     evaluate([tmp_path / "both"], data=data, benchmarks=["openbookqa"], prompt="bare", out=tmp_path / "alone")
     for ours, theirs in zip(lines(pair), lines(tmp_path / "alone" / "adapter-both.jsonl"), strict=True):
         assert list(ours["log_probs"].values()) == pytest.approx(list(theirs["log_probs"].values()), abs=1e-4)
+    assert "take five adapters" in " ".join(notes(results))
     whole = lines(run / "eval" / "subsets" / "3-00-01-02.jsonl")
     for ours, theirs in zip(whole, lines(run / "eval" / "merged.jsonl"), strict=True):
         assert list(ours["log_probs"].values()) == pytest.approx(list(theirs["log_probs"].values()), abs=1e-4)
+    long = [run / "adapters" / f"{i:02d}".ljust(120, "x") for i in range(3)]
+    for i, folder in enumerate(long):
+        shutil.copytree(run / "adapters" / f"{i:02d}", folder)
+    loose = evaluate(long, data=data, benchmarks=["openbookqa"], subsets=True, prompt="bare", out=tmp_path / "long")
+    assert loose.subsets["points"] == results.subsets["points"]
     with pytest.raises(RequestError, match="several adapters"):
         evaluate([run], data=data, benchmarks=["piqa"], subsets=True, protocol="generate")
 
 
-def test_another_runs_merge_is_a_control(run, data, tmp_path):
+def test_another_runs_merge_is_a_control(run, data, tmp_path, tiny_model_dir):
     other = tmp_path / "other"
     shutil.copytree(run, other)
     config = yaml.safe_load((other / "config.yaml").read_text()) | {"optim": {"temperature": 0.0}}
@@ -338,8 +431,27 @@ def test_another_runs_merge_is_a_control(run, data, tmp_path):
     assert results.control_name == "λ = 0"
     assert results.comparisons["control"].value == 0
     assert read_results(run / "eval") == results
-    with pytest.raises(RunError, match="prompt clean"):
-        evaluate([run], data=data, benchmarks=["piqa"], prompt="clean", control=other)
+    for change, said in (
+        ({"prompt": "clean"}, "prompt 'bare' in place of 'clean'"),
+        ({"dtype": "bfloat16"}, "dtype 'float32' in place of 'bfloat16'"),
+        ({"base": str(shutil.copytree(tiny_model_dir, tmp_path / "copy"))}, "base '"),
+    ):
+        with pytest.raises(RunError, match=said):
+            evaluate([run], data=data, benchmarks=["piqa"], control=other, **change)
+    config["model"]["quantization"] = "nf4"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(RunError, match="quantization None in place of 'nf4'"):
+        evaluate([run], data=data, benchmarks=["piqa"], control=other)
+    evaluate([other], data=data, benchmarks=["piqa"], protocol="generate", beams=2, limit=1)
+    config["model"]["quantization"] = None
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(RunError, match="beams 2 in place of 1"):
+        evaluate([run], data=data, benchmarks=["piqa"], protocol="generate", limit=1, control=other)
+    rows = json.loads((data / "piqa" / "test.json").read_text())
+    rows[1]["instruction"] = "And " + rows[1]["instruction"]
+    (data / "piqa" / "test.json").write_text(json.dumps(rows))
+    with pytest.raises(RunError, match="row 2, or not in these words"):
+        evaluate([run], data=data, benchmarks=["piqa"], control=other)
 
 
 def test_a_run_on_a_quantised_base_is_scored_on_it(run, data):

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from poc_lora.data.commonsense import BENCHMARKS, find_benchmarks, read_questions
-from poc_lora.errors import AdapterError, DataError, ModelError, RequestError
+from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError
 from poc_lora.evaluation import scores
 from poc_lora.evaluation.harness import HUB_TASKS, TASKS_FOLDER, load_tasks, local_task, score_harness, score_tasks
 from poc_lora.evaluation.label import prepare, score_labels
@@ -153,12 +154,12 @@ def test_every_thing_is_scored_over_one_base_which_is_given_back(base, data, tmp
                 torch.testing.assert_close(
                     theirs.log_softmax(-1), ours[:10, : theirs.shape[1]].log_softmax(-1), atol=1e-3, rtol=0
                 )
-        written = json.loads((tmp_path / "out" / thing / "results.json").read_text())
+        written = json.loads((tmp_path / "out" / "harness" / thing / "results.json").read_text())
         for name in LABELS:
             task = local_task(find_benchmarks([name])[0])
             assert written["results"][task]["acc,none"] == parts[name].metrics["acc,none"]
             assert written["n-samples"][task] == {"original": QUESTIONS, "effective": 10}
-            lines = (tmp_path / "out" / thing / f"samples_{task}.jsonl").read_text().splitlines()
+            lines = (tmp_path / "out" / "harness" / thing / f"samples_{task}.jsonl").read_text().splitlines()
             samples = [json.loads(line) for line in lines]
             assert [s["doc_id"] for s in samples] == list(range(10))
             right = parts[name].log_probs.argmax(-1) == parts[name].answers
@@ -222,11 +223,21 @@ def test_scores_that_are_not_numbers_are_an_error(base, data, tmp_path):
     tasks = local_tasks(data, names=["boolq"])
     with pytest.raises(AdapterError, match="not numbers"):
         score_harness(model, tokenizer, tasks, adapters={"a": adapter(1, size=1e18)}, out=tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+    assert sorted(p.name for p in (tmp_path / "harness").iterdir()) == ["base"]
     assert not any("Bank" in type(m).__name__ for m in model.modules())
     model.lm_head.weight.data = torch.full_like(model.lm_head.weight, torch.nan)
     with pytest.raises(ModelError, match="not numbers"):
-        score_harness(model, tokenizer, tasks, adapters={})
+        score_harness(model, tokenizer, tasks, adapters={"a": adapter(1)})
+
+
+def test_a_request_to_stop_is_heeded_between_answers(base, data, tmp_path):
+    model, tokenizer = base
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Interrupted, match="lm-eval scored base"):
+        score_harness(model, tokenizer, local_tasks(data), adapters={"a": adapter(1)}, out=tmp_path, stop=stop)
+    assert list(tmp_path.iterdir()) == []
+    assert not any("Bank" in type(m).__name__ for m in model.modules())
 
 
 def test_every_benchmark_has_a_local_task_with_its_questions(tmp_path):
