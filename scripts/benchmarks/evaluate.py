@@ -5,8 +5,9 @@
 
 RUN is a trained run with a merge. The stock ways, each on one adapter through PEFT, with the same questions and prompt:
 generation (4 beams, 32 new tokens, batches of 16) with the first label read, and lm-eval's Hugging Face backend with
-log-likelihoods of the labels (batches of 16). Loading of models is left out on all sides. An answer is one question put
-to one model. Rounds alternate; medians. Also: how often the protocols choose the same label.
+log-likelihoods of the labels (batches of 16). Loading of models, adapters and questions is left out on all sides, and
+so is what lm-eval notes of the machine afterwards. An answer is one question put to one model. Rounds alternate;
+medians. Also: how often the protocols choose the same label.
 
 --programs: two programs that do the same by themselves (--model, --adapter, --benchmark FILE, --limit, --batch) and
 print a line of JSON with `examples_per_s`, to be timed in the same rounds.
@@ -23,8 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import torch
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
@@ -133,19 +134,17 @@ def ours(
 ) -> tuple[float, list[str | None], list[str | None]]:
     """Seconds for all adapters and the merge, and the choices of the first adapter and of the merge."""
     model, tokenizer = load_base(base, dtype="float32")
-    adapters, merge = [read_adapter(folder) for folder in folders], read_adapter(merged)
+    taken = 0.0
     with tempfile.TemporaryDirectory() as scratch:
-        things = [f"adapter-{number}" for number in range(len(adapters))]
+        things = [f"adapter-{number}" for number in range(len(folders))]
         files = {thing: AnswerFile(Path(scratch) / f"{thing}.jsonl", {}, items) for thing in [*things, "merged"]}
         asker = Asker(model, tokenizer, Protocol("label", prompt), Ranks(), lambda n, note: None)
-        start = time.perf_counter()
-        bank = AdapterBank.from_adapters(model, adapters)
-        asker.ask({thing: files[thing] for thing in things}, copies=bank.size)
-        bank.remove()
-        bank = AdapterBank.from_adapters(model, [merge])
-        asker.ask({"merged": files["merged"]})
-        bank.remove()
-        taken = time.perf_counter() - start
+        for packed, sources in ((things, folders), (["merged"], [merged])):
+            bank = AdapterBank.from_adapters(model, [read_adapter(folder) for folder in sources])
+            start = time.perf_counter()
+            asker.ask({thing: files[thing] for thing in packed}, copies=bank.size)
+            taken += time.perf_counter() - start
+            bank.remove()
     chosen = [[files[thing].answers[item].choice for item in items] for thing in (things[0], "merged")]
     return taken, chosen[0], chosen[1]
 
@@ -198,14 +197,15 @@ def harness(base: str, folder: Path, items: list[Item], prompt: str) -> tuple[fl
             "doc_to_choice": "{{choices}}",
             "doc_to_target": "gold",
             "target_delimiter": " ",
+            "num_fewshot": 0,
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         }
         (Path(scratch) / "stock.yaml").write_text(json.dumps(task))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = HFLM(pretrained=base, dtype="float32", peft=str(folder), batch_size=BATCH, device=device)
-        tasks = TaskManager(include_path=scratch, include_defaults=False)
+        tasks = TaskManager(include_path=scratch, include_defaults=False).load(["stock"])
         start = time.perf_counter()
-        found = lm_eval.simple_evaluate(model=model, tasks=["stock"], task_manager=tasks, bootstrap_iters=0)
+        found = evaluate(lm=model, task_dict=tasks, bootstrap_iters=0)
         taken = time.perf_counter() - start
     samples = sorted(found["samples"]["stock"], key=lambda sample: sample["doc_id"])
     choices: list[str | None] = []
