@@ -1,5 +1,6 @@
 """Experiments in pieces that stay done: each cell's result is one file, written when the cell is finished."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,15 @@ class Folder:
     def compute(self, cells: Mapping[str, Cell]) -> dict[str, dict[str, Any]]:
         """The results of all cells by name, computing those that have no file yet, in order.
 
-        A result is a dictionary that JSON can hold. Raises Interrupted on Ctrl-C; finished cells stay.
+        A result is a dictionary that JSON can hold, but for NaN, which is null in the file and NaN again when read.
+        Raises Interrupted on Ctrl-C; finished cells stay.
         """
         paths = {name: self.out / "cells" / f"{name}.json" for name in cells}
         missing = [name for name in cells if not paths[name].is_file()]
         try:
             with track(len(cells), self.name, done=len(cells) - len(missing), hidden=self.hidden) as bar:
                 for name in missing:
-                    write_json(paths[name], cells[name]())
+                    write_json(paths[name], _replaced(cells[name](), math.isnan, None))
                     bar.advance(note=name)
         except KeyboardInterrupt:
             done = sum(path.is_file() for path in paths.values())
@@ -57,7 +59,17 @@ class Folder:
                 where=self.out,
                 fix="the same command goes on from here",
             ) from None
-        return {name: read_json(path, error=RunError) for name, path in paths.items()}
+        results = {name: read_json(path, error=RunError) for name, path in paths.items()}
+        return {name: _replaced(found, lambda value: value is None, math.nan) for name, found in results.items()}
+
+
+def _replaced(value: Any, is_odd: Callable[[Any], bool], by: float | None) -> Any:
+    """The value with the numbers and nulls in it that are odd replaced."""
+    if isinstance(value, dict):
+        return {key: _replaced(inner, is_odd, by) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_replaced(inner, is_odd, by) for inner in value]
+    return by if isinstance(value, float | None) and is_odd(value) else value
 
 
 def _differences(old: Any, new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,6 +1,5 @@
 """Figure 1: how far merged networks are from the limit, in sup norm, against M and N, on two problems."""
 
-import math
 from functools import partial
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from poc_lora.mfnn.ensemble import log_slope, mean_and_error, merged_outputs, sup_norm
 from poc_lora.mfnn.experiments.cells import Folder
-from poc_lora.mfnn.experiments.figures import new_figure, power, save_csv, save_figure, styled
+from poc_lora.mfnn.experiments.figures import new_figure, power, save_csv, save_figure, styled, trained_as
 from poc_lora.mfnn.experiments.settings import DoubleCircleAt, Figure1, MultiIndexAt
 from poc_lora.mfnn.langevin import train
 from poc_lora.mfnn.model import outputs
@@ -97,7 +96,7 @@ def _compare(
                 "N": width,
                 "M": members,
                 "log_sup_norm": mean,
-                "standard_error": "" if math.isnan(error) else error,
+                "standard_error": error,
                 "groups": len(logs),
             }
         )
@@ -133,12 +132,11 @@ def _draw(folder: Folder, settings: Figure1, titles: dict[str, str], rows: list[
         slopes_text = f"slope along M {along_m:.2f}, along N {along_n:.2f}".replace("-", "−")
         axis.set_title(f"{title} (λ = {power(section.temperature)}, {section.steps} steps)\n{slopes_text}")
         figure.colorbar(image, ax=axis, label="log sup |h − h_ref|")
-    a, b = settings.double_circle, settings.multi_index
+    each = "\n".join(f"{titles[name]}: {trained_as(getattr(settings, name))}" for name in titles)
     save_figure(
         figure,
         folder.out,
         "figure1",
         f"seed {settings.seed}; {settings.networks} networks for each N, in groups of M; reference of "
-        f"{settings.reference_width:,} neurons; R {a.bound:g} and {b.bound:g}, "
-        f"η {a.lr:g} and {b.lr:g}, λ' {a.regularization:g} and {b.regularization:g}",
+        f"{settings.reference_width:,} neurons\n{each}",
     )

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from poc_lora.mfnn.ensemble import mean_and_error, squared_l2
 from poc_lora.mfnn.experiments.cells import Folder
-from poc_lora.mfnn.experiments.figures import COLOURS, log_axes, new_figure, power, save_csv, save_figure, styled
+from poc_lora.mfnn.experiments.figures import (
+    COLOURS,
+    log_axes,
+    new_figure,
+    power,
+    save_csv,
+    save_figure,
+    styled,
+    trained_as,
+)
 from poc_lora.mfnn.experiments.settings import Figure2
 from poc_lora.mfnn.langevin import train
 from poc_lora.mfnn.model import outputs
@@ -108,7 +117,6 @@ def _draw(folder: Folder, settings: Figure2, rows: list[dict[str, Any]]) -> None
         figure,
         folder.out,
         "figure2",
-        f"seed {settings.seed}; multi-index regression, d {section.dim}, {section.samples} samples; average of "
-        f"{settings.networks} networks of {settings.width} neurons; R {section.bound:g}, η {section.lr:g}, "
-        f"λ' {section.regularization:g}",
+        f"seed {settings.seed}; average of {settings.networks} networks of {settings.width} neurons\n"
+        f"multi-index regression: {trained_as(section)}",
     )

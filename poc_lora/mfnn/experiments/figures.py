@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from poc_lora import __version__
 from poc_lora.files import write_atomic
+from poc_lora.mfnn.experiments.settings import MultiIndex, Started, Training
 
 P = ParamSpec("P")
 
@@ -53,6 +54,16 @@ def save_figure(figure: Figure, folder: Path, name: str, footer: str) -> list[Pa
     return paths
 
 
+def trained_as(section: Training) -> str:
+    """How networks were trained, for a footer: all of the section but the temperature, which the figure shows."""
+    shape = f"d {section.dim}, {section.directions} directions, " if isinstance(section, MultiIndex) else ""
+    start = f" from N(0, {section.initial_std:g}²)" if isinstance(section, Started) else ""
+    return (
+        f"{shape}{section.samples} samples, noise {section.noise:g}, {section.neuron} neurons{start}, R "
+        f"{section.bound:g}, η {section.lr:g}, λ' {section.regularization:g}, {section.steps} steps"
+    )
+
+
 def styled(draw: Callable[P, None]) -> Callable[P, None]:
     """Draw in our style, leaving matplotlib's settings as they were."""
 
@@ -87,15 +98,19 @@ def log_axes(axis: Any, at: Sequence[int] | None = None) -> None:
 
 
 def save_csv(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> Path:
-    """Write NAME.csv with the rows' keys as its header; numbers with six significant digits."""
+    """Write NAME.csv with the rows' keys as its header; numbers with six significant digits, NaN as nothing."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerow({k: _number(v) if isinstance(v, float) else v for k, v in row.items()})
     path = folder / f"{name}.csv"
     write_atomic(path, text.getvalue())
     return path
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6g}"
 
 
 def power(value: float) -> str:

@@ -8,7 +8,16 @@ import torch
 from poc_lora.mfnn.experiments.bounded import error_row, trained_outputs
 from poc_lora.mfnn.experiments.cells import Folder
 from poc_lora.mfnn.experiments.chain import law_rows, simulate, split_rows
-from poc_lora.mfnn.experiments.figures import COLOURS, log_axes, new_figure, power, save_csv, save_figure, styled
+from poc_lora.mfnn.experiments.figures import (
+    COLOURS,
+    log_axes,
+    new_figure,
+    power,
+    save_csv,
+    save_figure,
+    styled,
+    trained_as,
+)
 from poc_lora.mfnn.experiments.settings import Bounded, Chain, ClosedForm, Poc
 from poc_lora.mfnn.gaussian import Gaussian, from_samples
 from poc_lora.mfnn.problems import linear
@@ -93,11 +102,11 @@ def _draw(folder: Folder, settings: Poc, results: dict[str, Rows]) -> None:
         figure,
         folder.out,
         "poc",
-        f"seed {settings.seed}; linear: d {chain.dim}, {chain.networks} networks, λ {chain.temperature:g}, λ' "
-        f"{chain.regularization:g}, η {chain.lr:g}, {chain.early_steps} and {chain.steps} steps; tanh: multi-index, d "
-        f"{bounded.multi_index.dim},\n{bounded.networks} networks, R {bounded.multi_index.bound:g}, λ' "
-        f"{bounded.multi_index.regularization:g}, η {bounded.multi_index.lr:g}, {bounded.multi_index.steps} steps, "
-        f"limit: {bounded.reference_width:,} neurons after as many steps",
+        f"seed {settings.seed}; linear: {chain.networks} networks, d {chain.dim}, {chain.samples} samples, λ "
+        f"{chain.temperature:g}, λ' {chain.regularization:g}, η {chain.lr:g}, {chain.early_steps} and {chain.steps} "
+        f"steps, start from N(0, {chain.initial_std:g}²)\ntanh: {bounded.networks} networks; limit: "
+        f"{bounded.reference_width:,} neurons after as many steps\nmulti-index regression: "
+        f"{trained_as(bounded.multi_index)}",
     )
 
 

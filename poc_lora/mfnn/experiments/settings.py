@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from poc_lora.config import (
     MAX_CONFIG_BYTES,
@@ -91,6 +91,11 @@ class Settings(Section):
     seed: NonNegative = 0
 
 
+def _check_members(members: tuple[int, ...], networks: int) -> None:
+    if max(members) > networks:
+        raise ValueError(f"members has {max(members)}, but only {networks} networks are trained (networks)")
+
+
 class Figure1(Settings):
     """Sup norm against M and N."""
 
@@ -100,6 +105,11 @@ class Figure1(Settings):
     members: Widths  # M
     networks: Positive  # trained for every N, and merged in groups of M
     reference_width: Positive
+
+    @model_validator(mode="after")
+    def _members(self) -> "Figure1":
+        _check_members(self.members, self.networks)
+        return self
 
 
 class Figure2(Settings):
@@ -137,6 +147,15 @@ class Chain(Section):
     networks: Positive
     ensemble_width: Positive
     members: Widths
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "Chain":
+        _check_members(self.members, self.networks)
+        if self.early_steps >= self.steps:
+            raise ValueError(f"early_steps, {self.early_steps}, is not less than steps, {self.steps}")
+        if min(self.widths) < 2:
+            raise ValueError("widths has 1, where two neurons' correlation is asked for")
+        return self
 
 
 class ClosedForm(Section):
@@ -195,7 +214,10 @@ def load(
     try:
         return SCHEMAS[name].model_validate(raw)
     except ValidationError as problem:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r:.80})" for e in problem.errors()]
+        lines = []
+        for e in problem.errors():
+            got = "" if isinstance(e["input"], dict) else f" (got {e['input']!r:.80})"  # a whole section tells nothing
+            lines.append(f"{'.'.join(map(str, e['loc'])) or name}: {e['msg']}{got}")
         raise ConfigError(
             "\n  ".join(["the configuration is not valid:", *lines]), where=path, fix="compare with configs/mfnn"
         ) from None

@@ -1,12 +1,22 @@
 """Table 2: test error of merged networks, λ by N."""
 
+import math
 from functools import partial
 from typing import Any
 
 from poc_lora.files import write_atomic
 from poc_lora.mfnn.ensemble import mean_and_error, merged_outputs, squared_l2
 from poc_lora.mfnn.experiments.cells import Folder
-from poc_lora.mfnn.experiments.figures import COLOURS, log_axes, new_figure, power, save_csv, save_figure, styled
+from poc_lora.mfnn.experiments.figures import (
+    COLOURS,
+    log_axes,
+    new_figure,
+    power,
+    save_csv,
+    save_figure,
+    styled,
+    trained_as,
+)
 from poc_lora.mfnn.experiments.settings import Table2
 from poc_lora.mfnn.langevin import train
 from poc_lora.mfnn.model import outputs
@@ -32,7 +42,7 @@ def run(folder: Folder, settings: Table2) -> list[dict[str, Any]]:
 
 
 def markdown(settings: Table2, rows: list[dict[str, Any]]) -> str:
-    """The table: merged error in thousandths, ± standard error."""
+    """The table: merged error in thousandths, ± standard error where there is more than one merge."""
     table = {(row["temperature"], row["N"]): row for row in rows}
     lines = [
         "| λ | " + " | ".join(f"N = {n}" for n in settings.widths) + " |",
@@ -42,10 +52,14 @@ def markdown(settings: Table2, rows: list[dict[str, Any]]) -> str:
         found = [table[t, n] for n in settings.widths]
         lines.append(
             f"| {t:g} | "
-            + " | ".join(f"{1e3 * r['merged_mse']:.2f} ± {1e3 * r['merged_standard_error']:.2f}" for r in found)
+            + " | ".join(_cell(1e3 * r["merged_mse"], 1e3 * r["merged_standard_error"]) for r in found)
             + " |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _cell(value: float, error: float) -> str:
+    return f"{value:.2f}" if math.isnan(error) else f"{value:.2f} ± {error:.2f}"
 
 
 def _trained(settings: Table2, temperature: float, width: int) -> dict[str, Any]:
@@ -99,7 +113,6 @@ def _draw(folder: Folder, settings: Table2, rows: list[dict[str, Any]]) -> None:
         figure,
         folder.out,
         "table2",
-        f"seed {settings.seed}; multi-index regression, d {section.dim}, {section.samples} samples, {section.steps} "
-        f"steps; {settings.ensembles} merges of {settings.members};\nR {section.bound:g}, η {section.lr:g}, "
-        f"λ' {section.regularization:g}",
+        f"seed {settings.seed}; {settings.ensembles} merges of {settings.members} networks\nmulti-index regression: "
+        f"{trained_as(section)}",
     )

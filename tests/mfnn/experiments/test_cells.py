@@ -1,6 +1,7 @@
 """Cells stay done: a second call computes what is missing, and other settings are refused."""
 
 import json
+import math
 
 import pytest
 
@@ -35,6 +36,16 @@ def test_finished_cells_are_not_computed_again(tmp_path, calls):
     again = Folder(tmp_path / "x", "table2", SETTINGS, hidden=True).compute(cells(calls))
     assert first == again == {name: {"value": name} for name in "abc"}
     assert calls == ["a", "b", "c"]
+
+
+def test_what_cannot_be_told_is_null_in_the_file_and_nan_again(tmp_path):
+    folder = Folder(tmp_path, "table2", SETTINGS, hidden=True)
+    cell = {"a": lambda: {"rows": [{"error": math.nan, "mean": 1.5, "name": "x", "n": 3}]}}
+    for _ in range(2):
+        (row,) = folder.compute(cell)["a"]["rows"]
+        assert math.isnan(row.pop("error"))
+        assert row == {"mean": 1.5, "name": "x", "n": 3}
+    assert json.loads((tmp_path / "cells" / "a.json").read_text())["rows"][0]["error"] is None
 
 
 def test_ctrl_c_keeps_finished_cells_and_a_second_call_goes_on(tmp_path, calls):

@@ -32,6 +32,22 @@ def test_bad_overrides_are_refused(override, expected):
         load("figure2", overrides=[override])
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("figure1", ["members=[1, 64]", "networks=32"], "figure1: .*members has 64, but only 32 networks are trained"),
+        ("poc", ["chain.networks=4"], "chain: .*members has 8, but only 4 networks"),
+        ("poc", ["chain.early_steps=30", "chain.steps=10"], "chain: .*early_steps, 30, is not less than steps, 10"),
+        ("poc", ["chain.early_steps=200", "chain.steps=200"], "chain: .*early_steps"),
+        ("poc", ["chain.widths=[1, 2]"], "chain: .*two neurons"),
+    ],
+)
+def test_what_would_fail_after_training_is_refused_before(name, overrides, expected):
+    with pytest.raises(ConfigError, match=expected) as problem:
+        load(name, quick=True, overrides=overrides)
+    assert "got {" not in str(problem.value)
+
+
 def test_a_file_that_is_no_mapping_is_refused(tmp_path):
     path = tmp_path / "figure2.yaml"
     path.write_text("- 1\n")

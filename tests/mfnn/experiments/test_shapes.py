@@ -138,6 +138,49 @@ def test_the_constant_of_the_rate_does_not_blow_up_and_the_solvable_case_agrees(
         assert abs(few["N_times_error"] - many["N_times_error"]) < 4 * error  # the rate is 1/N
 
 
+TINY = ["multi_index.samples=20", "multi_index.steps=2"]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "overrides"),
+    [
+        (
+            figure1,
+            "figure1",
+            [*TINY, "double_circle.steps=2", "networks=1", "members=[1]", "widths=[5, 6]", "reference_width=64"],
+        ),
+        (figure2, "figure2", [*TINY, "networks=1", "width=5"]),
+        (table2, "table2", [*TINY, "ensembles=1", "members=1", "widths=[5, 6]"]),
+        (
+            poc,
+            "poc",
+            "bounded.multi_index.samples=20 bounded.multi_index.steps=2 bounded.networks=1 bounded.reference_width=64 "
+            "bounded.widths=[5,6] chain.networks=4 chain.members=[1,4]".split(),
+        ),
+    ],
+)
+def test_a_single_network_has_no_standard_error(tmp_path, module, name, overrides):
+    run(module, name, tmp_path, *overrides)
+    first = {path: path.read_bytes() for path in tmp_path.glob(f"{name}*")}
+    run(module, name, tmp_path, *overrides)  # from the cells
+    assert {path: path.read_bytes() for path in tmp_path.glob(f"{name}*")} == first
+    tables = b"".join(text for path, text in first.items() if path.suffix in (".csv", ".md"))
+    assert b"nan" not in tables
+    assert b",," in tables
+
+
+def test_a_footer_says_how_networks_were_trained(tmp_path):
+    run(figure2, "figure2", tmp_path / "2", *TINY, "networks=2", "width=5", "multi_index.noise=0.25")
+    text = (tmp_path / "2" / "figure2.svg").read_text()
+    assert "d 10, 3 directions, 20 samples, noise 0.25, tanh neurons, R 5, η 0.1, λ' 0.01, 2 steps" in text.replace(
+        "&#39;", "'"
+    )
+    arguments = ["double_circle.steps=2", "double_circle.initial_std=0.5", "networks=2", "members=[1, 2]"]
+    run(figure1, "figure1", tmp_path / "1", *TINY, *arguments, "widths=[5, 6]", "reference_width=64")
+    text = (tmp_path / "1" / "figure1.svg").read_text()
+    assert "double circle: 500 samples, noise 0.1, tanh neurons from N(0, 0.5²), R 10" in text
+
+
 def test_figures_are_the_same_bytes_when_drawn_again(tmp_path):
     arguments = [*MULTI_INDEX, "temperatures=[1e-2]", "widths=[10, 20]", "members=2", "ensembles=2"]
     run(table2, "table2", tmp_path, *arguments)
