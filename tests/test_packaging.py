@@ -1,10 +1,14 @@
 """What is shipped: the wheel and the sdist hold what they must and nothing else, and the demo runs from the wheel."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -39,6 +43,29 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(built):
     assert not any(".pyc" in name or "__pycache__" in name for name in names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name.split("/")[0]} == {"poc_lora"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_every_library_that_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for extra, lines in project["optional-dependencies"].items() if extra != "dev" for line in lines]
+    declared, anywhere = (
+        {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in lines}
+        for lines in (project["dependencies"], project["dependencies"] + extras)
+    )
+    distributions = packages_distributions()
+    for path in sorted((ROOT / "poc_lora").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        # What is imported inside of functions may be an extra's, and so may all of a module that only they import.
+        at_import = set() if path.name == "harness_model.py" else {id(node) for node in tree.body}
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.partition(".")[0] for name in names} - {"poc_lora", *sys.stdlib_module_names}:
+                known = {found.lower().replace("_", "-") for found in distributions.get(name, [name])}
+                allowed = declared if id(node) in at_import else anywhere
+                assert known & allowed, (
+                    f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml does not declare"
+                )
 
 
 @pytest.mark.slow

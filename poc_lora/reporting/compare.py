@@ -31,7 +31,7 @@ def comparison(runs: Sequence[RunFiles]) -> Part:
     other questions than the first.
     """
     known = [(run.folder, *_checked(run)) for run in runs]
-    described = [_settings(run, *found) for run, (_, *found) in zip(runs, known, strict=True)]
+    described = [_settings(run, known[i][1], known[i][2]) for i, run in enumerate(runs)]
     if len({folder.resolve() for folder, _, _ in known}) < len(known):
         raise RunError("a run is compared with itself", fix="name every run once")
     for folder, _, results in known:

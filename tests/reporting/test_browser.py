@@ -19,8 +19,9 @@ SCREENS = {
     "phone": dict(width=360, height=740),
     "phone in the dark": dict(width=360, height=740, dark=True),
 }
-TABLE = """[...document.querySelector('table[aria-label="Accuracy (%) ± standard error"]').rows].map(
-    row => [...row.cells].map(cell => cell.textContent.replace(/\\s+/g, ' ').trim()))"""
+TABLES = """Object.fromEntries([...document.querySelectorAll('table')].map(table => [
+    table.getAttribute('aria-label'), [...table.rows].map(
+        row => [...row.cells].map(cell => cell.textContent.replace(/\\s+/g, ' ').trim()))]))"""
 BOXES = "[...document.querySelectorAll('svg')].map(x => x.getBoundingClientRect()).map(b => [b.x, b.width, b.height])"
 # Of every drawn line and word the size, and of each figure whether its words stay within it.
 INSIDE = """[...document.querySelectorAll('svg')].map(svg => {
@@ -67,14 +68,32 @@ def test_it_is_drawn_without_a_complaint(run, browser, screen):
         assert smallest > 9  # pixels of a line of text
 
 
-def test_the_table_shows_what_results_json_says(run, browser):
+def test_the_tables_show_what_results_json_says(run, browser):
     browser.open(run / "report.html")
     raw = json.loads((run / "eval/results.json").read_text())
-    rows = {row[0]: row[1:] for row in browser.value(TABLE)}
+    tables = browser.value(TABLES)
+    rows = {row[0]: row[1:] for row in tables["Accuracy (%) ± standard error"]}
     named = {"LoRA (best)": raw["adapters"][raw["best"]], "LoRA (average)": raw["average"], "PoC merge": raw["merged"]}
     for name, row in (named | {"base": raw["base"], "prediction ensemble": raw["ensemble"]}).items():
         pairs = [*(row["benchmarks"][b] for b in FOLDERS), row["average"]]
         assert rows[name] == [f"{100 * value:.2f} ± {100 * error:.2f}" for value, error in pairs]
+    (every,) = [table for caption, table in tables.items() if caption.startswith("Every adapter")]
+    expected = {
+        name: [
+            f"{100 * value:.2f} ± {100 * error:.2f}" for value, error in (*row["benchmarks"].values(), row["average"])
+        ]
+        for name, row in raw["adapters"].items()
+    }
+    assert {row[0]: row[1:] for row in every[1:]} == expected
+    (paired,) = [table for caption, table in tables.items() if "paired bootstrap" in caption]
+    assert {row[0]: row[1:] for row in paired[1:]} == {
+        f"LoRA ({name})": [
+            f"{100 * d['value']:+.2f}",
+            f"{100 * d['low']:+.2f} to {100 * d['high']:+.2f}",
+            f"{d['p']:.2g}",
+        ]
+        for name, d in raw["comparisons"].items()
+    }
 
 
 def test_it_follows_the_screens_colour_scheme(run, browser):
