@@ -272,7 +272,8 @@ def _evaluation(
         left_out[told] = "not an evaluation of this adapter: evaluate again"
         return None
     thing = "merged" if run and folder.name == "merged" else adapter_key(name)
-    if not _is_plain(place / f"{thing}.json", root, {}) or (same := of_these_weights(place, thing, folder)) is None:
+    same = of_these_weights(place, thing, folder)
+    if same is None:
         # The evaluation does not say of which weights it is. Times may be those of a copy, but are all that is left.
         same = (place / RESULTS_FILE).stat().st_mtime_ns >= (folder / WEIGHTS_NAME).stat().st_mtime_ns
     if not same:

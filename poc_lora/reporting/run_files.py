@@ -110,6 +110,7 @@ class Point(Facts):
 class Law(Facts):
     c: Number
     floor: Number
+    explained: Number | None = None
 
 
 class Subsets(Facts):
@@ -172,6 +173,8 @@ def of_these_weights(place: Path, thing: str, adapter: Path) -> bool | None:
 
     None where one of them is not there, or the evaluation does not say. Raises RunError.
     """
+    if not re.fullmatch(r"[\w .@+-]{1,100}", thing):  # names from results.json are anyone's
+        return None
     path = place / f"{thing}.json"
     if not (path.is_file() and (adapter / WEIGHTS_NAME).is_file() and (adapter / CONFIG_NAME).is_file()):
         return None
@@ -183,7 +186,7 @@ def of_these_weights(place: Path, thing: str, adapter: Path) -> bool | None:
 def _changed(folder: Path, place: Path, results: Results) -> tuple[str, ...]:
     things = {"the merge": ("merged", folder / "merged")}
     for name in results.adapters:
-        if re.fullmatch(r"[0-9]+", name):  # the run's own
+        if re.fullmatch(r"[0-9]{1,9}", name):  # the run's own
             things[f"adapter {name}"] = (adapter_key(name), folder / "adapters" / name)
     return tuple(told for told, (thing, adapter) in things.items() if of_these_weights(place, thing, adapter) is False)
 

@@ -1,5 +1,6 @@
 """Which files are uploaded, and what is refused or left out."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from poc_lora.evaluation.passes import adapter_digest
 from poc_lora.hub.collect import collect
 from poc_lora.lora.adapter import write_adapter
 from poc_lora.lora.merge_folders import merge_folders
-from tests.hub.conftest import change, make_run, small_adapter, snapshot
+from tests.hub.conftest import change, make_run, small_adapter, snapshot, some_results, write_results
 
 
 def paths(subject):
@@ -107,6 +108,16 @@ def test_an_evaluation_is_known_by_its_weights_and_not_by_times(run):
     subject = collect(run)
     assert subject.evaluation is None
     assert subject.left_out == {"eval/results.json": "of other weights than the adapter has now: evaluate again"}
+
+
+@pytest.mark.parametrize("name", ["../../secret", "a\0b", "x" * 5000, "\ud800"])
+def test_a_name_in_results_json_leads_nowhere(tmp_path, name):
+    write_adapter(small_adapter(0), tmp_path / "a")
+    write_results(tmp_path / "a", some_results([name], merged=False))
+    (tmp_path / "a" / "adapter-..").mkdir()
+    (tmp_path / "secret.json").write_text("no JSON")
+    with contextlib.suppress(RunError):
+        collect(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
