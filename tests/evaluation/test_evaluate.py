@@ -11,16 +11,18 @@ import pytest
 import torch
 import yaml
 
-from poc_lora.data.commonsense import find_benchmarks, read_questions
+from poc_lora.data.commonsense import Question, find_benchmarks, read_questions
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError, RunError
-from poc_lora.evaluation import passes
+from poc_lora.evaluation import harness, passes
+from poc_lora.evaluation.answers import Answer, AnswerFile, Item
 from poc_lora.evaluation.evaluate import evaluate
 from poc_lora.evaluation.label import prepare, score_labels
 from poc_lora.evaluation.results import read_results
 from poc_lora.lora.adapter import Adapter, write_adapter
 from poc_lora.lora.base import load_base
 from poc_lora.lora.factors import Factors
+from poc_lora.ranks import Ranks
 from poc_lora.reporting.tables import notes
 from tests.launch import finish, processes
 
@@ -506,6 +508,54 @@ def test_two_ranks_share_the_questions(run, data, tmp_path):
     assert together.adapters == alone.adapters
     assert together.merged == alone.merged
     assert together.ensemble == alone.ensemble
+
+
+def test_a_rank_without_questions_ends_with_those_that_are_stopped(run, data):
+    code = (
+        "import signal; from poc_lora.evaluation import passes; asked = passes.Protocol.answers\n"
+        "def stopped(*args, **kwargs): signal.raise_signal(signal.SIGTERM); return asked(*args, **kwargs)\n"
+        "passes.Protocol.answers = stopped; from poc_lora.__main__ import main; main()"
+    )
+    arguments = ["eval", str(run), "--data", str(data), "--benchmarks", "piqa", "--limit", "1"]
+    with processes(2, "-c", code, *arguments) as ranks:
+        (first, _, errors), (second, _, silent) = finish(ranks)
+    assert (first, second) == (130, 130), errors
+    assert "the answers so far are kept" in errors
+    assert "rank" not in errors
+    assert "poc-lora:" not in silent
+
+
+def test_few_questions_keep_many_ranks_busy(tmp_path):
+    labels = ("a", "b")
+    items = [Item("piqa", "test", row, Question(f"{row}?", "", labels, "a")) for row in range(100)]
+    says_a = SimpleNamespace(
+        answers=lambda model, tokenizer, part, copies: [[Answer("a", log_probs=(0.0, -1.0))] * len(part)]
+    )
+    given = []
+    for rank in range(8):
+        file = AnswerFile(tmp_path / str(rank) / "base.jsonl", {}, items)
+        passes.Asker(None, None, says_a, Ranks(rank, 8), lambda n, note: None).ask({"base": file})
+        given.append(set(file.answers))
+    assert sum(map(len, given)) == len(set().union(*given)) == 100
+    assert all(7 <= len(answers) <= 14 for answers in given)
+
+
+def test_answers_that_cannot_be_read_back_are_an_error(run, data, monkeypatch):
+    monkeypatch.setattr(AnswerFile, "append", lambda *args: None)
+    with pytest.raises(RunError, match=r"12 answers cannot be read back[\s\S]*base.jsonl"):
+        evaluate([run], data=data, benchmarks=["piqa"])
+
+
+def test_lm_eval_is_stopped_as_the_other_protocols_are(run, data, monkeypatch):
+    scored = harness.score_tasks
+
+    def stopped(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return scored(*args, **kwargs)
+
+    monkeypatch.setattr(harness, "score_tasks", stopped)
+    with pytest.raises(Interrupted, match="lm-eval"):
+        evaluate([run], data=data, benchmarks=["piqa"], protocol="harness")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real benchmarks are not here")
