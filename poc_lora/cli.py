@@ -44,7 +44,7 @@ def main() -> None:
     except RuntimeError as problem:
         if "memory" not in str(problem):  # torch's allocators all say what they could not have
             raise
-        _fail(f"out of memory: lower train.tokens_per_microbatch, lora.rank or adapters.count ({problem})")
+        _fail(f"out of memory (in training, lower train.tokens_per_microbatch or adapters.count): {problem}")
 
 
 def _fail(message: str) -> None:
