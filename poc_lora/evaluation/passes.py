@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.errors import AdapterError, Interrupted, ModelError
@@ -16,7 +17,6 @@ from poc_lora.evaluation.generate import NEW_TOKENS, generate_answers
 from poc_lora.evaluation.label import ANSWER_PREFIX, label_answers
 from poc_lora.files import sha256_file
 from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
-from poc_lora.lora.base import empty_base
 from poc_lora.ranks import Ranks
 
 QUESTIONS_PER_COMMIT = 256  # answered at once, then kept: what an interruption costs
@@ -131,6 +131,12 @@ def base_digest(name: str, revision: str | None = None) -> str:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        return f"{name} at {empty_base(name, revision=revision).config._commit_hash}"
+        try:
+            config = cached_file(name, "config.json", revision=revision)
+        except OSError as problem:
+            first = str(problem).split("\n")[0]
+            fix = "give a folder with config.json, or a Hub id org/name"
+            raise ModelError(f"no base model '{name}': {first}", where="model.name", fix=fix) from None
+        return f"{name} at {extract_commit_hash(config, None)}"
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     return f"{folder.resolve()} {hashlib.sha256(repr(files).encode()).hexdigest()}"

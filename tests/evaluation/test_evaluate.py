@@ -321,17 +321,21 @@ def test_what_was_answered_is_not_asked_again(run, data, monkeypatch):
         evaluate([run], data=data, benchmarks=["piqa"])
 
 
-def test_answers_depend_on_the_template_and_on_the_bases_commit(monkeypatch):
+def test_answers_depend_on_the_template_and_on_the_bases_commit(monkeypatch, tmp_path):
     before = passes.Protocol("label", "clean").settings
     monkeypatch.setitem(TEMPLATES, "clean", TEMPLATES["bare"])
     assert passes.Protocol("label", "clean").settings != before
-    commits = iter(["abc", "def"])
-    config = SimpleNamespace(_commit_hash=None)
-    monkeypatch.setattr(passes, "empty_base", lambda name, revision: SimpleNamespace(config=config))
-    digests = set()
-    for config._commit_hash in commits:
-        digests.add(passes.base_digest("org/base"))
-    assert len(digests) == 2
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cache, digests = tmp_path / "models--org--base", []
+    for commit in ("a" * 40, "b" * 40):  # as huggingface_hub keeps a repository
+        for path, text in {"refs/main": commit, f"snapshots/{commit}/config.json": "{}"}.items():
+            (cache / path).parent.mkdir(parents=True, exist_ok=True)
+            (cache / path).write_text(text)
+        digests.append(passes.base_digest("org/base"))
+    assert digests == ["org/base at " + "a" * 40, "org/base at " + "b" * 40]
+    assert passes.base_digest("org/base", "a" * 40) == digests[0]
+    with pytest.raises(ModelError, match="org/other"):
+        passes.base_digest("org/other")
 
 
 @pytest.mark.parametrize("protocol", ["label", "generate"])
