@@ -125,6 +125,7 @@ group.gather("never")
     assert time.monotonic() - began < 15
     assert started[1 - victim].returncode == 1
     assert f"rank {victim} failed: it is gone" in errors
+    assert "the same command, and train with --resume" in errors
 
 
 @pytest.mark.parametrize("how", ["busy", "stopped"])
