@@ -51,7 +51,8 @@ class Protocol:
     def settings(self) -> dict[str, Any]:
         """What answers depend on."""
         own = {"beams": self.beams, "new_tokens": NEW_TOKENS} if self.name == "generate" else {"prefix": ANSWER_PREFIX}
-        return {"protocol": self.name, "prompt": self.prompt, "template": TEMPLATES[self.prompt]["evaluation"]} | own
+        template = hashlib.sha256(repr(TEMPLATES[self.prompt]["evaluation"]).encode()).hexdigest()
+        return {"protocol": self.name, "prompt": self.prompt, "template": template[:16]} | own
 
 
 @dataclass(frozen=True)
