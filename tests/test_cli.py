@@ -194,7 +194,7 @@ def test_merging_nothing_is_refused(refused, poc_lora, config):
         (["--weights", "nan,1"], "not a finite number"),
         (["--weights", ""], "where: --weights"),
         (["--rank-sweep", "8,x"], "where: --rank-sweep"),
-        (["--rank-sweep", "0"], "below 1"),
+        (["--rank-sweep", "0"], "the ranks to keep are 0"),
         (["--method", "linear"], "one of: average, block, random, soup"),
         (["--method", "block"], "give a rank"),
         (["--dtype", "int8"], "where: --dtype"),
