@@ -169,7 +169,9 @@ def _chance(results: Results) -> list[str]:
 
 
 def _cell(estimate: Estimate, between: str) -> str:
-    return _percent(estimate.value) + ("" if math.isnan(estimate.error) else between + _percent(estimate.error))
+    # An error of ten points or more, of a handful of questions, gets one decimal: it fits where the others do.
+    error = f"{100 * estimate.error:.1f}" if estimate.error >= 0.1 else _percent(estimate.error)
+    return _percent(estimate.value) + ("" if math.isnan(estimate.error) else between + error)
 
 
 def _difference(d: Difference) -> str:
