@@ -112,8 +112,9 @@ def _layout(adapter: Adapter, folder: Path, config: Mapping[str, Any]) -> frozen
         model = empty_base(str(folder))
     except ModelError:  # no causal language model: what the files say is all there is
         layers: dict[str, nn.Module] = {}
+        tables = {name for name, tensor in adapter.whole.items() if tensor.shape[0] == config.get("vocab_size")}
         tied = config.get("tie_word_embeddings", True)
-        shared = {*adapter.embeddings, *(name.removesuffix(".weight") for name in adapter.whole)} if tied else set()
+        shared = {*adapter.embeddings, *(name.removesuffix(".weight") for name in tables)} if tied else set()
     else:
         layers = dict(model.named_modules())
         tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
@@ -172,8 +173,8 @@ def _check_fits(
             raise AdapterError(
                 f"the adapter changes {name} of shape {shape}, the base has {shapes.get(name) or 'no such weight'}",
                 where=adapter.source,
-                fix="fold it into the base model that it was trained on; where that has other names for its tensors, "
-                "load and save it with transformers first",
+                fix="fold it into the base model that it was trained on; where its files name tensors otherwise than "
+                "its modules, use PEFT's merge_and_unload",
             )
 
 

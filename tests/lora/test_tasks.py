@@ -5,10 +5,17 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaForSequenceClassification
+from safetensors.torch import load_file
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaForSequenceClassification,
+)
 
 from poc_lora.errors import AdapterError
 from poc_lora.lora.adapter import read_adapter
+from poc_lora.lora.fold import fold
 from poc_lora.lora.merge_folders import merge_folders
 from tests.conftest import build_llama
 
@@ -70,6 +77,21 @@ def test_peft_applies_the_average(kind, task, tmp_path):
     assert (output(expected) - output(build(kind))).abs().max() > 1e-3
     applied = PeftModel.from_pretrained(build(kind), tmp_path / "merged")
     torch.testing.assert_close(output(applied), output(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_is_folded_into_a_base_of_a_kind_that_is_not_known(tmp_path):
+    build(BertForSequenceClassification).save_pretrained(tmp_path / "base")
+    (tmp_path / "base/config.json").write_text('{"model_type": "of my own"}')
+    settings = LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False)
+    model = get_peft_model(build(BertForSequenceClassification), settings)
+    torch.nn.init.normal_(model.base_model.model.classifier.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path / "adapter")
+    fold(tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "folded")
+    folded = load_file(tmp_path / "folded/model.safetensors")
+    expected = model.merge_and_unload().state_dict()
+    assert folded.keys() <= expected.keys()
+    for name, tensor in folded.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_tasks_that_differ_leave_the_plain_one(tmp_path):
