@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +20,13 @@ from poc_lora.evaluation.results import RESULTS_FILE, Results, Scored, adapter_k
 from poc_lora.files import read_json, sha256_file
 from poc_lora.hub.public import public_config, public_json, public_merge, refuse_metadata
 from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, open_adapter
+from poc_lora.lora.compatible import is_hub_name
 from poc_lora.lora.merge_folders import REPORT_NAME
 from poc_lora.lora.sources import find_adapters
 from poc_lora.reporting.run_files import PROTOCOLS, Journey, Merge, checked, of_these_weights, read_facts
 from poc_lora.reporting.tables import REPORT_FILE, markdown, table_rows
 
 FIGURES = (".png", ".svg")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,7 @@ def _link(path: Path, root: Path) -> Path | None:
 def _hub_name(adapter: Adapter, given: str | None, where: Path) -> str:
     """The base model's Hub id. Raises RequestError."""
     if given is not None:
-        if not _HUB_NAME.fullmatch(given):
+        if not is_hub_name(given):
             raise RequestError(f"{given!r} is not a Hub id", where="--base-model", fix="such as org/name")
         return given
     name = adapter.base_model
@@ -222,7 +221,7 @@ def _hub_name(adapter: Adapter, given: str | None, where: Path) -> str:
 
 
 def _is_local(name: str) -> bool:
-    return not _HUB_NAME.fullmatch(name) or Path(name).exists()
+    return not is_hub_name(name) or Path(name).exists()
 
 
 def _public_config(folder: Path, adapter: Adapter, base: str, left_out: dict[str, str]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from poc_lora.errors import AdapterError
 from poc_lora.lora.merge import MergeReport, ModuleReport
 from poc_lora.lora.peft_config import HARMLESS
 
-REVISION = re.compile(r"[\w./-]{1,255}", re.ASCII)  # a branch, tag or commit of the base model
 _PATTERN = re.compile(r"[\w.*+?|()\[\]\\^$:-]{1,4096}", re.ASCII)  # a module's name, or PEFT's pattern of several
 
 # Of an adapter's configuration: what decides which update the factors are, and where PEFT attaches them.
@@ -23,7 +22,7 @@ CONFIG_FIELDS = {
     "task_type", "use_dora", "use_rslora", *PATTERNS,
 }  # fmt: skip
 
-MODULE_FIELDS = {field.name for field in fields(ModuleReport)} | {"members"}  # members: written up to version 0.1
+MODULE_FIELDS = {field.name for field in fields(ModuleReport)}
 SOURCE_FIELDS = ("name", "hub_commit", "sha256", "base_model", "base_revision")
 LIBRARIES = ("poc_lora", "torch", "safetensors")
 MERGE_FIELDS = {field.name for field in fields(MergeReport)} | {
@@ -38,17 +37,11 @@ def public_config(
     """An accepted adapter's configuration for others, and the fields with content that it leaves out.
 
     base: what others know the base model by. keep_revision: whether the revision is one of that repository. Raises
-    AdapterError for what is neither a revision nor a module's name or pattern.
+    AdapterError for what is neither a module's name nor a pattern.
     """
     public = {name: value for name, value in config.items() if name in CONFIG_FIELDS}
     public["base_model_name_or_path"] = base
     public["revision"] = (config.get("revision") or None) if keep_revision else None
-    if public["revision"] is not None and not REVISION.fullmatch(public["revision"]):
-        raise AdapterError(
-            f"{public['revision'][:80]!r} is not a revision of the base model",
-            where=where,
-            fix="correct `revision`: a branch, a tag or a commit, such as main",
-        )
     for name in (*PATTERNS, "rank_pattern", "alpha_pattern"):
         given = public.get(name)
         if not all(isinstance(x, int) or _PATTERN.fullmatch(x) for x in _names(given)):

@@ -44,8 +44,8 @@ def check_compatible(adapters: Sequence[Adapter], *, allow_base_mismatch: bool =
 
 
 def is_hub_name(base_model: str) -> bool:
-    """Whether the name of a base model can be that of a Hub repository, org/name."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base_model))
+    """Whether the name of a base model can be that of a Hub repository, org/name or one of the old plain names."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base_model, re.ASCII))
 
 
 def checked_weights(weights: Sequence[float] | None, M: int) -> tuple[float, ...]:

@@ -118,9 +118,7 @@ def merge(
         inner += module_inner.cpu()
         on_module(name)
     bases = [adapter.base_model for adapter in adapters if adapter.base_model is not None]
-    bases.sort(
-        key=lambda name: not is_hub_name(name)
-    )  # rather a name that others can use than a folder of this machine
+    bases.sort(key=lambda name: not is_hub_name(name))  # rather what others can fetch than a folder of this machine
     tasks = {adapter.task_type for adapter in adapters}
     revisions = {adapter.revision for adapter in adapters}
     merged = Adapter(

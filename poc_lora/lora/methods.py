@@ -88,8 +88,8 @@ def block(stacked: Stacked, weights: Tensor, rank: int) -> tuple[Tensor, Tensor]
     """
     shares = [0] * len(stacked.ranks)
     for _ in range(min(rank, sum(stacked.ranks))):
-        open_ = [j for j, r in enumerate(stacked.ranks) if shares[j] < r]
-        shares[min(open_, key=lambda j: shares[j])] += 1
+        unfilled = [j for j, r in enumerate(stacked.ranks) if shares[j] < r]
+        shares[min(unfilled, key=lambda j: shares[j])] += 1
     parts = []
     for j, (r, k) in enumerate(zip(stacked.ranks, shares, strict=True)):
         A, B = stacked.of(j)

@@ -77,8 +77,9 @@ def check_config(config: Any, where: Path) -> None:
         if not isinstance(text, str | None) or len(text or "") > MAX_BASE_NAME:
             raise AdapterError(f"{name} is not a text of at most {MAX_BASE_NAME} characters", where=where)
     # A merge writes it on, and a model card puts it into code that readers copy.
-    if not re.fullmatch(r"[\w./-]*", config.get("revision") or "", re.ASCII):
-        raise AdapterError("revision is not the name of a branch, a tag or a commit", where=where)
+    if not re.fullmatch(r"[\w./-]{0,255}", config.get("revision") or "", re.ASCII):
+        what = "revision is not the name of a branch, a tag or a commit"
+        raise AdapterError(what, where=where, fix="correct it, for example to main")
     if (config.get("task_type") or TASKS[0]) not in TASKS:
         what = f"task_type is {str(config['task_type'])[:80]!r}, which PEFT does not know"
         raise AdapterError(what, where=where, fix=f"one of: {', '.join(TASKS)}")

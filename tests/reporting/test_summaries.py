@@ -47,7 +47,7 @@ def test_twins_and_strangers_are_pointed_out(tmp_path):
         )
     )
     assert "warning: 0 and 1 are the same update" in text
-    assert "2 has not 1 of 2 modules, which count as zero, such as layers.0.up_proj" in text
+    assert "2 lacks 1 of 2 modules, such as layers.0.up_proj: they count as zero" in text
 
 
 def test_two_with_nothing_in_common_are_pointed_out(tmp_path):
