@@ -84,6 +84,12 @@ def _refusing_bad_places(path: Path) -> Iterator[None]:
         ) from None
 
 
+def free_bytes_at(path: Path) -> int:
+    """Free bytes on the disk where `path` is, or will be."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(there).free
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or the names inside a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)

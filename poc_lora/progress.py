@@ -19,6 +19,9 @@ class Tracker(Protocol):
     def advance(self, n: int = 1, note: str = "") -> None:
         """Count `n` more units of work done; `note` is shown beside the bar."""
 
+    def tell(self, note: str) -> None:
+        """Show `note` while work is done that does not count."""
+
 
 @contextlib.contextmanager
 def track(total: int, title: str, *, done: int = 0, hidden: bool = False) -> Iterator[Tracker]:
@@ -39,6 +42,9 @@ class _Nothing:
     def advance(self, n: int = 1, note: str = "") -> None:
         pass
 
+    def tell(self, note: str) -> None:
+        pass
+
 
 class _Bar:
     def __init__(self, progress: Progress, task: object):
@@ -46,6 +52,9 @@ class _Bar:
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self.progress.update(self.task, advance=n, note=note)  # type: ignore[arg-type]
+
+    def tell(self, note: str) -> None:
+        self.advance(0, note)
 
 
 class _Lines:
@@ -56,11 +65,20 @@ class _Lines:
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self.done += n
-        now = time.monotonic()
-        if self.done >= self.total or now - self.last >= SECONDS_BETWEEN_LINES:
-            self.last = now
+        if self.done >= self.total or self._due():
             parts = [f"{self.done}/{self.total}", note]
             if self.before < self.done < self.total:
-                left = (now - self.start) / (self.done - self.before) * (self.total - self.done)
+                left = (time.monotonic() - self.start) / (self.done - self.before) * (self.total - self.done)
                 parts.append(f"{timedelta(seconds=round(left))} left")
-            print(self.title, ", ".join(filter(None, parts)), file=sys.stderr, flush=True)  # noqa: T201
+            self._print(*parts)
+
+    def tell(self, note: str) -> None:
+        if self._due():
+            self._print(f"{self.done}/{self.total}", note)
+
+    def _due(self) -> bool:
+        return time.monotonic() - self.last >= SECONDS_BETWEEN_LINES
+
+    def _print(self, *parts: str) -> None:
+        self.last = time.monotonic()
+        print(self.title, ", ".join(filter(None, parts)), file=sys.stderr, flush=True)  # noqa: T201

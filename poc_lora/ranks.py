@@ -42,7 +42,7 @@ class Ranks:
         self.rank, self.size = rank, size
         self.stop = threading.Event()
         self._store: dist.Store | None = None
-        self._gathered = 0
+        self._main = self.channel("main")
         self._beats, self._doing = 0, "starting"
         self._problem: dict[str, Any] | None = None  # of one rank, the first that was known
         self._joint = False  # every rank ends with the same error, or with none
@@ -61,27 +61,14 @@ class Ranks:
 
         Waits until every rank has called it as often. Raises PeerError where one has failed, died or hangs.
         """
-        text = json.dumps(value)
-        if self._store is None:
-            return [json.loads(text)]
-        self._gathered += 1
-        keys = [f"gather/{self._gathered}/{rank}" for rank in range(self.size)]
         doing, self._doing = self._doing, ""  # to wait for others is not to hang
-        pause = 0.001
-        try:
-            self._store.set(keys[self.rank], text)
-            while not self._store.check(keys):
-                if self._problem:
-                    raise self._peer_error()
-                time.sleep(pause)
-                pause = min(2 * pause, 0.1)
-            values = [json.loads(self._store.get(key)) for key in keys]
-            # Whoever is here has read what was gathered before.
-            self._store.delete_key(f"gather/{self._gathered - 1}/{self.rank}")
-        except RuntimeError:  # the store's
-            self._problem = self._problem or RANK_0_GONE
+        values = self._main.gather(value)
         self.beat(doing)
         return values
+
+    def channel(self, name: str) -> "Channel":
+        """Another line to the other ranks, for a thread that runs beside the main one; `name` is the same on all."""
+        return Channel(self, name)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -204,6 +191,37 @@ class Ranks:
         self._closing.set()
         if self._watcher is not None:
             self._watcher.join(GRACE_SECONDS)
+
+
+class Channel:
+    """A line between the ranks, which one thread of each uses in the same order of calls."""
+
+    def __init__(self, ranks: Ranks, name: str):
+        self._ranks, self._name = ranks, name
+        self._gathered = 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """As `Ranks.gather`."""
+        ranks, text = self._ranks, json.dumps(value)
+        if ranks._store is None:
+            return [json.loads(text)]
+        self._gathered += 1
+        keys = [f"{self._name}/{self._gathered}/{rank}" for rank in range(ranks.size)]
+        pause = 0.001
+        try:
+            ranks._store.set(keys[ranks.rank], text)
+            while not ranks._store.check(keys):
+                if ranks._problem:
+                    raise ranks._peer_error()
+                time.sleep(pause)
+                pause = min(2 * pause, 0.1)
+            values = [json.loads(ranks._store.get(key)) for key in keys]
+            # Whoever is here has read what was gathered before.
+            ranks._store.delete_key(f"{self._name}/{self._gathered - 1}/{ranks.rank}")
+        except RuntimeError:  # the store's
+            ranks._problem = ranks._problem or RANK_0_GONE
+            raise ranks._peer_error() from None
+        return values
 
 
 class _Signs:

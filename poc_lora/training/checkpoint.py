@@ -1,31 +1,40 @@
-"""Numbered commits of a run's state: atomic, checksummed, one file per adapter.
+"""Numbered commits of a run's state: atomic, checksummed, one file per adapter, written while training goes on.
 
     checkpoints/commit_00007/  manifest.json  adapter_00.safetensors  adapter_01.safetensors ...
 
-The manifest gives every adapter's step and status, its place, and the checksum of every file. There is no random
-state: draws are keyed, so weights, moments and step are all there is. Every rank writes the adapters it trains; rank 0
-adds the manifest and makes all of it a commit by one rename.
+A commit holds the weights and moments of every adapter that has begun and not finished. The manifest gives every
+adapter's step and status, its place, and the checksum of every file. There is no random state: draws are keyed, so
+weights, moments and step are all there is. Every rank writes the adapters placed on it; rank 0 adds the manifest and
+makes all of it a commit by one rename.
 """
 
 import contextlib
+import hashlib
+import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from poc_lora.errors import CheckpointError, PocLoraError, RequestError
-from poc_lora.files import publish_folder, read_json, sha256_file, sync, write_json
+from poc_lora.files import free_bytes_at, publish_folder, read_json, sha256_file, sync, write_json
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.optim.noisy_adamw import NoisyAdamW
 from poc_lora.ranks import Ranks
 
 MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FILES_AT_ONCE = 4  # written, hashed and read back in parallel
+CHUNK_BYTES = 2**24
+
+State = dict[str, torch.Tensor]  # one adapter's weights and moments, on the host
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,12 @@ class Progress:
 
     step: int
     status: str = "training"
+    validated: int = 0  # the last step whose validation is written down
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has a state that a commit must hold."""
+        return self.status == "training" and self.step > 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,10 @@ class Placement:
 
     rounds: list[list[list[int]]]  # of each round, of each rank, the adapters that train together; may be none
     per_device: int  # the most adapters of a pack
+
+    def of(self, rank: int) -> list[int]:
+        """The adapters of one rank, in the order of its rounds."""
+        return [adapter for packs in self.rounds for adapter in packs[rank]]
 
 
 @dataclass(frozen=True)
@@ -52,74 +71,134 @@ class Commit:
     number: int
     progress: dict[int, Progress]
     placement: Placement
+    files: dict[str, dict[str, Any]]  # of each file, its `bytes` and `sha256`
 
 
 class Commits:
-    """The commits under `root`, made by all ranks at once; the newest `keep` stay."""
+    """The commits under `root`, made by all ranks at once in the background, one at a time.
 
-    def __init__(self, root: Path, ranks: Ranks, *, keep: int):
-        self.root, self.keep, self._ranks = root, keep, ranks
+    keep: the newest so many intact ones stay. last: the commit that the run goes on from, if any.
+    Leaving the block waits for the commit under way.
+    """
+
+    def __init__(self, root: Path, ranks: Ranks, placement: Placement, *, keep: int, last: Commit | None = None):
+        self.root, self.keep, self._ranks, self._placement = root, keep, ranks, placement
+        self._mine = placement.of(ranks.rank)
+        self._channel = ranks.channel("commits")
         self._number = max(_numbers(root), default=0)
+        self._last = last.folder if last else None
+        self._files = last.files if last else {}
+        self._intact = [last.number] if last else []
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commits")
+        self._under_way: Future[None] | None = None
+        self.seconds = 0.0  # that training stood still for commits
+        self.slowest = 0.0  # seconds that one commit took to write
 
-    def save(
-        self,
-        placement: Placement,
-        progress: dict[int, Progress],
-        bank: AdapterBank | None,
-        optimizer: NoisyAdamW | None,
-        message: Any = None,
-        receive: Callable[[list[Any]], None] = lambda messages: None,
-    ) -> list[Any]:
-        """Write the next commit, and remove older ones once it has been verified.
+    def __enter__(self) -> "Commits":
+        return self
 
-        progress: of all adapters; each rank's word counts for those placed on it, and is brought up to date for the
-        others. bank, optimizer: hold the adapters that this rank trains at present; finished ones need only their
-        line in `progress`. message: for the other ranks; returns the messages of all, which rank 0 has been given by
-        `receive` before the commit stands.
-        Raises CheckpointError where it cannot be written; the commits before it stand.
+    def __exit__(self, *_: object) -> None:
+        self._background.shutdown(wait=True)
+
+    def start(self, progress: Mapping[int, Progress], bank: AdapterBank | None, optimizer: NoisyAdamW | None) -> None:
+        """Begin to write the next commit, once the one before stands. Called by all ranks alike.
+
+        progress: of all adapters, the same on every rank. bank, optimizer: hold the adapters that this rank trains at
+        present; their state is copied before the call returns, so training may go on at once. Those that have begun
+        and wait for their turn are taken over from the commit before.
+        Raises CheckpointError where the commit before could not be written; those before that one stand.
         """
+        self.wait()
+        began = time.perf_counter()
         self._number += 1
-        folder = self.root / f"commit_{self._number:05d}"
+        states = {} if bank is None or optimizer is None else _snapshot(bank, optimizer, progress)
+        waiting = [adapter for adapter in self._mine if progress[adapter].begun and adapter not in states]
+        manifest = {
+            "commit": self._number,
+            "adapters": plain(progress, progress),
+            "placement": asdict(self._placement),
+        }
+        self._under_way = self._background.submit(self._write, self._number, states, waiting, manifest)
+        self.seconds += time.perf_counter() - began
+
+    def check(self) -> None:
+        """Raises CheckpointError if the commit under way has failed already."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the commit under way stands. Raises CheckpointError where it could not be written."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            began = time.perf_counter()
+            under_way.result()
+            self.seconds += time.perf_counter() - began
+
+    def restore(self, progress: Mapping[int, Progress], bank: AdapterBank, optimizer: NoisyAdamW) -> None:
+        """Put the weights, moments and step counts of the newest commit back, bitwise.
+
+        An adapter that had diverged stays dropped, one that had not begun as it is. Raises CheckpointError.
+        """
+        self.wait()
+        for slot, adapter in enumerate(bank.adapters):
+            if progress[adapter].status == "diverged":
+                bank.drop(slot)
+            elif progress[adapter].begun and self._last is not None:
+                _restore(self._last / _file_name(adapter), progress[adapter].step, bank, optimizer, slot)
+
+    def _write(self, number: int, states: dict[int, State], waiting: list[int], manifest: dict[str, Any]) -> None:
+        """Write commit `number` together with the other ranks; runs in the background."""
+        began = time.perf_counter()
+        folder = self.root / f"commit_{number:05d}"
         aside = self.root / f".{folder.name}"
-        mine = {a for packs in placement.rounds for a in packs[self._ranks.rank]}
-        with self._explaining(folder, aside, bank):
-            files = _write_adapters(aside, progress, bank, optimizer)
-            report = {"files": files, "adapters": _plain(progress, mine), "message": message}
-            reports = self._ranks.gather(report)
-            for report in reports:
-                progress |= {int(a): Progress(**state) for a, state in report["adapters"].items()}
-            messages = [report["message"] for report in reports]
+        try:
+            files = self._write_files(aside, states, waiting)
+            reports = self._channel.gather(files)
             if self._ranks.rank == 0:
-                receive(messages)
-                manifest = {
-                    "commit": self._number,
-                    "adapters": _plain(progress, progress),
-                    "placement": asdict(placement),
-                    "files": {name: facts for report in reports for name, facts in report["files"].items()},
-                }
+                manifest["files"] = {name: facts for report in reports for name, facts in report.items()}
                 write_json(aside / MANIFEST, manifest)
                 publish_folder(aside, folder)
-                _verify(folder)
-                for old in sorted(_numbers(self.root))[: -self.keep]:
-                    shutil.rmtree(self.root / f"commit_{old:05d}", ignore_errors=True)
-            self._ranks.gather("committed")
-        return messages
-
-    @contextlib.contextmanager
-    def _explaining(self, folder: Path, aside: Path, bank: AdapterBank | None) -> Iterator[None]:
-        """What goes wrong in the block leaves no half of a commit, and says what was wanted."""
-        try:
-            yield
+            self._channel.gather("published")
         except (OSError, SafetensorError, RequestError) as problem:
+            self._clear(aside)
             reason = problem.what if isinstance(problem, PocLoraError) else str(problem)
-            shutil.rmtree(aside, ignore_errors=True)
-            needed = 0 if bank is None else 4 * (1 + len(MOMENTS)) * bank.weights.numel()
+            needed = sum(tensor.nbytes for state in states.values() for tensor in state.values())
             raise CheckpointError(
-                f"commit {self._number} could not be written: {reason}"
-                f" (it takes {needed:,} bytes, {shutil.disk_usage(self.root).free:,} are free)",
+                f"commit {number} could not be written: {reason}"
+                f" (it takes {needed:,} bytes, {free_bytes_at(self.root):,} are free)",
                 where=folder,
                 fix="make room or mend the folder; the run goes on from the commit before with --resume",
-            ) from None
+            ) from problem
+        self._last = folder
+        if self._ranks.rank == 0:
+            self._prune(number)
+        self.slowest = max(self.slowest, time.perf_counter() - began)
+
+    def _write_files(self, aside: Path, states: dict[int, State], waiting: list[int]) -> dict[str, Any]:
+        """Write this rank's files, in parallel, and read them back; returns what the manifest says of them."""
+        aside.mkdir(parents=True, exist_ok=True)  # all ranks write to one folder
+        files = {_file_name(adapter): self._files[_file_name(adapter)] for adapter in waiting}
+        for name in files:
+            _link(self._last / name, aside / name)  # type: ignore[operator]  (what waits has begun before)
+        with ThreadPoolExecutor(max_workers=FILES_AT_ONCE) as pool:
+            written = pool.map(lambda item: _write_state(aside / _file_name(item[0]), item[1]), states.items())
+            return files | dict(written)
+
+    def _clear(self, aside: Path) -> None:
+        """Remove this rank's files of a commit that failed; other ranks may still write to the folder."""
+        for adapter in self._mine:
+            (aside / _file_name(adapter)).unlink(missing_ok=True)
+        if self._ranks.rank == 0:
+            (aside / MANIFEST).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty
+            aside.rmdir()
+
+    def _prune(self, number: int) -> None:
+        """Keep the newest commits that are known to be intact, and no others."""
+        self._intact = [*self._intact, number][-self.keep :]
+        for old in _numbers(self.root):
+            if old not in self._intact:
+                shutil.rmtree(self.root / f"commit_{old:05d}", ignore_errors=True)
 
 
 def newest_commit(root: Path) -> tuple[Commit | None, list[str]]:
@@ -132,9 +211,7 @@ def newest_commit(root: Path) -> tuple[Commit | None, list[str]]:
     for number in numbers:
         folder = root / f"commit_{number:05d}"
         try:
-            manifest = _verify(folder)
-            progress = {int(a): Progress(**state) for a, state in manifest["adapters"].items()}
-            return Commit(folder, number, progress, Placement(**manifest["placement"])), problems
+            return _verified(folder, number), problems
         except (PocLoraError, KeyError, TypeError, ValueError, AttributeError) as problem:
             problems.append(f"{folder}: {problem}")
     if numbers:
@@ -142,53 +219,89 @@ def newest_commit(root: Path) -> tuple[Commit | None, list[str]]:
     return None, problems
 
 
-def restore(commit: Commit, bank: AdapterBank, optimizer: NoisyAdamW) -> None:
-    """Put the commit's weights, moments and step counts back, bitwise; an adapter that had diverged stays dropped.
-
-    Raises CheckpointError.
-    """
-    for slot, adapter in enumerate(bank.adapters):
-        if commit.progress[adapter].status == "diverged":
-            bank.drop(slot)
-            continue
-        path, step = commit.folder / _file_name(adapter), commit.progress[adapter].step
-        try:
-            state = load_file(path)
-        except (SafetensorError, OSError) as problem:
-            raise CheckpointError(f"cannot be read: {problem}", where=path) from None
-        row, group = bank.rows[slot], optimizer.param_groups[slot]
-        if any(name not in state or state[name].shape != row.shape for name in ("weights", *MOMENTS)):
-            raise CheckpointError("the saved adapter has other shapes than this run", where=path)
-        with torch.no_grad():
-            row.copy_(state["weights"])
-        moments = {name: state[name].to(row.device) for name in MOMENTS}
-        optimizer.state[row] = {"step": torch.tensor(float(step), device=row.device), **moments}
-        group["noise_step"] = step
-
-
-def _write_adapters(
-    aside: Path, progress: dict[int, Progress], bank: AdapterBank | None, optimizer: NoisyAdamW | None
-) -> dict[str, Any]:
-    """Write the adapters in training, each to a file of its own; returns what the manifest says of them."""
-    aside.mkdir(parents=True, exist_ok=True)  # all ranks write to one folder
-    files = {}
-    for slot, adapter in enumerate(bank.adapters if bank else []):
-        if progress[adapter].status == "training" and bank is not None and optimizer is not None:
-            path = aside / _file_name(adapter)
-            save_file(_state(bank, optimizer, slot), path, metadata={"format": "pt"})
-            sync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    return files
-
-
-def _state(bank: AdapterBank, optimizer: NoisyAdamW, slot: int) -> dict[str, torch.Tensor]:
-    row = bank.rows[slot]
-    moments = {name: optimizer.state[row].get(name, torch.zeros_like(row)) for name in MOMENTS}
-    return {name: t.detach().cpu().clone() for name, t in {"weights": row, **moments}.items()}
-
-
-def _plain(progress: dict[int, Progress], adapters: Iterable[int]) -> dict[str, dict[str, Any]]:
+def plain(progress: Mapping[int, Progress], adapters: Iterable[int]) -> dict[str, dict[str, Any]]:
+    """The progress of some adapters as JSON holds it."""
     return {str(adapter): asdict(progress[adapter]) for adapter in sorted(adapters)}
+
+
+def parsed(adapters: Mapping[str, Any]) -> dict[int, Progress]:
+    """What `plain` gave."""
+    return {int(adapter): Progress(**state) for adapter, state in adapters.items()}
+
+
+def _snapshot(bank: AdapterBank, optimizer: NoisyAdamW, progress: Mapping[int, Progress]) -> dict[int, State]:
+    """Copies on the host of the adapters in training; from a GPU all at once, into pinned memory that torch reuses."""
+    states: dict[int, State] = {}
+    for slot, adapter in enumerate(bank.adapters):
+        if progress[adapter].begun:
+            row = bank.rows[slot]
+            moments = {name: optimizer.state[row].get(name, torch.zeros_like(row)) for name in MOMENTS}
+            states[adapter] = {name: _copy(t.detach()) for name, t in {"weights": row, **moments}.items()}
+    if bank.weights.is_cuda:
+        torch.cuda.synchronize(bank.weights.device)
+    return states
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=tensor.is_cuda)
+
+
+def _write_state(path: Path, state: State) -> tuple[str, dict[str, Any]]:
+    """Write one adapter's state and read it back; returns its file's name, size and checksum."""
+    data = memoryview(save(state, metadata={"format": "pt"}))
+    digest = hashlib.sha256()
+    with path.open("wb") as out:
+        for start in range(0, len(data), CHUNK_BYTES):
+            part = data[start : start + CHUNK_BYTES]
+            out.write(part)
+            digest.update(part)
+    sync(path)
+    facts = {"bytes": len(data), "sha256": digest.hexdigest()}
+    _require_intact(path, facts)
+    return path.name, facts
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under a second name, or a copy where the disk knows no such links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync(target)
+
+
+def _restore(path: Path, step: int, bank: AdapterBank, optimizer: NoisyAdamW, slot: int) -> None:
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as problem:
+        raise CheckpointError(f"cannot be read: {problem}", where=path) from problem
+    row, group = bank.rows[slot], optimizer.param_groups[slot]
+    if any(name not in state or state[name].shape != row.shape for name in ("weights", *MOMENTS)):
+        raise CheckpointError("the saved adapter has other shapes than this run", where=path)
+    with torch.no_grad():
+        row.copy_(state["weights"])
+    moments = {name: state[name].to(row.device) for name in MOMENTS}
+    optimizer.state[row] = {"step": torch.tensor(float(step), device=row.device), **moments}
+    group["noise_step"] = step
+
+
+def _verified(folder: Path, number: int) -> Commit:
+    """The commit in `folder`. Raises an error where a file, or the state of an adapter, is missing or damaged."""
+    manifest = read_json(folder / MANIFEST, error=RequestError)
+    files = {Path(name).name: facts for name, facts in manifest["files"].items()}
+    progress = parsed(manifest["adapters"])
+    for adapter, state in progress.items():
+        if state.begun and _file_name(adapter) not in files:
+            raise CheckpointError(f"it lacks the state of adapter {adapter}", where=folder)
+    with ThreadPoolExecutor(max_workers=FILES_AT_ONCE) as pool:
+        list(pool.map(lambda item: _require_intact(folder / item[0], item[1]), files.items()))
+    return Commit(folder, number, progress, Placement(**manifest["placement"]), files)
+
+
+def _require_intact(path: Path, facts: Mapping[str, Any]) -> None:
+    if not path.is_file() or path.stat().st_size != facts["bytes"] or sha256_file(path) != facts["sha256"]:
+        raise CheckpointError("missing, truncated or changed since it was written", where=path)
 
 
 def _file_name(adapter: int) -> str:
@@ -197,12 +310,3 @@ def _file_name(adapter: int) -> str:
 
 def _numbers(root: Path) -> Sequence[int]:
     return [int(p.name.removeprefix("commit_")) for p in root.glob("commit_*") if p.name[7:].isdigit()]
-
-
-def _verify(folder: Path) -> dict[str, Any]:
-    manifest = read_json(folder / MANIFEST, error=RequestError)
-    for name, expected in manifest["files"].items():
-        path = folder / Path(name).name
-        if not path.is_file() or path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
-            raise CheckpointError("missing, truncated or changed since it was written", where=path)
-    return manifest

@@ -23,7 +23,7 @@ from poc_lora.lora.base import (
     resolve_dtype,
 )
 from poc_lora.ranks import Ranks, open_ranks
-from poc_lora.training.checkpoint import Progress
+from poc_lora.training.checkpoint import Commits, Progress
 from poc_lora.training.fused import gradient_checkpointing, require_compiler
 from poc_lora.training.journal import Journal
 from poc_lora.training.memory import Sizes, free_bytes, peak_bytes, resolve_sizes
@@ -95,8 +95,9 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
     )
     before = run.commit.placement if run.commit else None
     placement = place(done.progress, done.steps, ranks=ranks.size, per_device=sizes.per_device, before=before)
-    with open_trackers(config, run) if ranks.rank == 0 else contextlib.nullcontext(Trackers()) as trackers:
-        worker = Worker(config, ranks, run, Journal(run, trackers, ranks.rank), placement, done)
+    commits = Commits(run.checkpoints, ranks, placement, keep=config.checkpoint.keep, last=run.commit)
+    with open_trackers(config, run) if ranks.rank == 0 else contextlib.nullcontext(Trackers()) as trackers, commits:
+        worker = Worker(config, ranks, run, Journal(run, trackers, ranks.rank), commits, placement, done)
         with worker.progress_bar() as bar:
 
             def make_pack(adapters: list[int]) -> Pack:
@@ -165,17 +166,18 @@ def _progress(config: RunConfig, run: Run) -> dict[int, Progress]:
 
 def _sum_up(done: Trained, run: Run, ranks: Ranks, device: torch.device) -> None:
     """Put the figures of all ranks together and into run.json. Raises TrainingError where no adapter came through."""
-    figures = ranks.gather([done.real_tokens, done.computed_tokens, done.seconds, peak_bytes(device)])
-    real, computed, seconds, peaks = zip(*figures, strict=True)
-    done.real_tokens, done.computed_tokens, done.seconds, done.peak_bytes = (
-        sum(real),
-        sum(computed),
-        max(seconds),
-        max(peaks),
+    figures = ranks.gather(
+        [done.real_tokens, done.computed_tokens, done.seconds, done.commit_seconds, peak_bytes(device)]
     )
+    real, computed, seconds, waited, peaks = zip(*figures, strict=True)
+    done.real_tokens, done.computed_tokens = sum(real), sum(computed)
+    done.seconds, done.commit_seconds, done.peak_bytes = max(seconds), max(waited), max(peaks)
     if ranks.rank == 0:
-        seconds_before = run.facts.get("train_seconds", 0)
-        run.note(train_seconds=round(seconds_before + done.seconds, 3), peak_bytes=done.peak_bytes)
+        run.note(
+            train_seconds=round(run.facts.get("train_seconds", 0) + done.seconds, 3),
+            commit_seconds=round(run.facts.get("commit_seconds", 0) + done.commit_seconds, 3),
+            peak_bytes=done.peak_bytes,
+        )
     if not any(state.status == "finished" for state in done.progress.values()):
         problem = TrainingError(
             "every adapter diverged: no loss stayed finite", where=run.folder, fix="lower optim.lr or optim.temperature"

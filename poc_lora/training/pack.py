@@ -179,16 +179,25 @@ class Pack:
         return bad
 
     @torch.no_grad()
-    def loss(self, examples: Sequence[Example]) -> float:
-        """Mean loss per supervised token of `examples` under the bank's present view: base, one adapter or merge."""
+    def loss(self, examples: Sequence[Example], stop: Callable[[], bool] = lambda: False) -> float | None:
+        """Mean loss per supervised token of `examples` under the bank's present view: base, one adapter or merge.
+
+        None where `stop` became true before all of them had been through.
+        """
         self.model.eval()
         learn_prompt = self.config.data.train_on_prompt
         count = sum(supervised_tokens(e, train_on_prompt=learn_prompt) for e in examples)
         tokens = torch.tensor([float(count)], device=self.device)
-        batches = self._micro_batches(examples, [range(len(examples))])
-        return math.fsum(
-            float(packed_loss(self.model, batch, tokens, plain_head=self.plain_head)[1]) for batch in batches
-        )
+        shares = []
+        for batch in self._micro_batches(examples, [range(len(examples))]):
+            if self._all_stop(stop):
+                return None
+            shares.append(float(packed_loss(self.model, batch, tokens, plain_head=self.plain_head)[1]))
+        return math.fsum(shares)
+
+    def _all_stop(self, stop: Callable[[], bool]) -> bool:
+        """Whether this rank stops; of ranks that share a base, whether any does, for then all must."""
+        return bool(self.largest([stop()])[0]) if self.largest else stop()
 
     def close(self) -> None:
         """Give the base model its own modules back."""

@@ -7,7 +7,7 @@ import contextlib
 import json
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
 from poc_lora.errors import CheckpointError, RunError
 from poc_lora.files import read_json, read_text, sync, write_atomic, write_json
 from poc_lora.lora.adapter import Adapter, write_adapter
-from poc_lora.training.checkpoint import Commit, newest_commit
+from poc_lora.training.checkpoint import Commit, Progress, newest_commit
 
 # What may differ between a run and its resumption: nothing that a trained adapter already depends on.
 RESUMABLE = ("adapters.count", "adapters.per_device", "checkpoint.", "output", "track", "train.validate_every")
@@ -53,7 +53,7 @@ class Run:
             shutil.rmtree(aside, ignore_errors=True)
         for aside in (a for name in WRITTEN for a in self.folder.glob(f".{name}.*")):
             aside.unlink()
-        self._forget_after({} if self.commit is None else {a: p.step for a, p in self.commit.progress.items()})
+        self._forget_after({} if self.commit is None else self.commit.progress)
 
     def note(self, **facts: Any) -> None:
         """Set facts in run.json."""
@@ -78,18 +78,15 @@ class Run:
         if self._metrics.exists():
             sync(self._metrics)
 
-    def _forget_after(self, steps: dict[int, int]) -> None:
-        """Remove metric lines of steps that the resumed run will take again.
-
-        Lines of the base and of a merge come when a pack is finished.
-        """
+    def _forget_after(self, progress: Mapping[int, Progress]) -> None:
+        """Remove metric lines of steps that the resumed run will take again, and of validations it will repeat."""
         if not self._metrics.exists():
             return
         kept = []
         for line in read_text(self._metrics, max_bytes=2**40).splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by a kill
                 entry = json.loads(line)
-                if entry["step"] <= min((steps.get(a, 0) for a in entry.get("members", [entry["adapter"]])), default=0):
+                if _stands(entry, progress):
                     kept.append(line)
         write_atomic(self._metrics, "".join(line + "\n" for line in kept))
 
@@ -99,6 +96,15 @@ class Run:
         if folder.exists():
             shutil.rmtree(folder)
         write_adapter(adapter, folder)
+
+
+def _stands(entry: dict[str, Any], progress: Mapping[int, Progress]) -> bool:
+    """Whether a metric line is of something that a run which has come to `progress` will not do again."""
+    nothing = Progress(0)
+    if "members" not in entry:
+        return entry["step"] <= progress.get(entry["adapter"], nothing).step
+    members = [progress.get(adapter, nothing) for adapter in entry["members"]]  # those that were validated together
+    return all(entry["step"] <= member.validated for member in members)
 
 
 @contextlib.contextmanager
@@ -136,21 +142,19 @@ def run_lock(folder: Path) -> Iterator[None]:
 def find_run(config: RunConfig, *, resume: bool) -> Run:
     """The run that `config` starts or, with `resume`, goes on with; nothing is written yet.
 
-    Raises RunError for a folder that is in use, or for a resumption whose settings differ in more than
+    With `resume` too a run that is not there yet is started, so that one command will do for both. Raises RunError for a folder that is in use, or for a resumption whose settings differ in more than
     `RESUMABLE`, and CheckpointError where a run has commits but none that is intact.
     """
     folder = Path(config.output)
     saved = folder / "config.yaml"
-    if not resume:
+    if not resume or not saved.exists():
         if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir())):
             raise RunError(
-                "the run folder is not empty",
+                "the run folder is not empty" + (", and holds no run" if resume else ""),
                 where=folder,
-                fix="resume it with --resume, or set output to another folder",
+                fix=("" if resume else "resume it with --resume, or ") + "set output to another folder",
             )
         return Run(folder, None, [], {})
-    if not saved.exists():
-        raise RunError("there is no run to resume", where=folder, fix="leave out --resume to start it")
     before = load_config(saved)
     changed = changed_keys(before, config)
     refused = {k: v for k, v in changed.items() if not k.startswith(RESUMABLE)}

@@ -1,5 +1,8 @@
 """How a pack stands on held-out rows, and how alike its adapters are."""
 
+import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,25 +13,36 @@ from poc_lora.lora.stacked import stack
 from poc_lora.training.pack import Pack
 
 
-def validate(pack: Pack) -> dict[int | str, dict[str, Any]]:
+def validate(
+    pack: Pack,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    tell: Callable[[str], None] = lambda note: None,
+) -> dict[int | str, dict[str, Any]] | None:
     """Measures by name: `base`, each live adapter by its id, and `merge`, from the bank's own views.
 
     Each has its `validation_loss`, where there are validation rows. `merge`, the average of the live adapters, has
     their pairwise `cosines` and the figures of `similarity.summary`: S² and the error bar S²/M among them.
+    stop: asked before every micro-batch; None is returned where it became true. tell: given a word of how far it is.
     """
     bank, examples = pack.bank, pack.data.validation
     measures: dict[int | str, dict[str, Any]] = {"merge": _similarity(pack) if pack.live else {}}
-    if examples:
-        most = max(pack.largest([len(pack.live)])) if pack.largest else 0
-        with bank.disabled():
-            measures["base"] = {"validation_loss": pack.loss(examples)}
-            for _ in range(most - len(pack.live)):  # other ranks, which share the base, have more adapters to measure
-                pack.loss(examples)
-        for slot in pack.live:
-            with bank.only(slot):
-                measures[bank.adapters[slot]] = {"validation_loss": pack.loss(examples)}
-        with bank.merged():
-            measures["merge"] = {"validation_loss": pack.loss(examples)} | measures["merge"]
+    if not examples:
+        return measures
+    # Ranks that share a base run it equally often: those with fewer adapters measure the base once more instead.
+    most = max(pack.largest([len(pack.live)])) if pack.largest else len(pack.live)
+    views: list[tuple[int | str, Callable[[], contextlib.AbstractContextManager[None]]]] = [
+        *[("base", bank.disabled)] * (1 + most - len(pack.live)),
+        *[(bank.adapters[slot], functools.partial(bank.only, slot)) for slot in pack.live],
+        ("merge", bank.merged),
+    ]
+    for number, (name, view) in enumerate(views, start=1):
+        tell(f"validating, model {number} of {len(views)}")
+        with view():
+            loss = pack.loss(examples, stop)
+        if loss is None:
+            return None
+        measures[name] = {"validation_loss": loss} | measures.get(name, {})
     return measures
 
 

@@ -35,7 +35,8 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 @pytest.mark.parametrize(
     ("module", "name", "error", "after"),
     [
-        (checkpoint, "save_file", SafetensorError("Error while serializing: No space left on device"), 4),
+        (checkpoint, "sync", FULL, 4),
+        (checkpoint, "save", SafetensorError("No space left on device"), 4),
         (checkpoint, "write_json", FULL, 1),
         (files.os, "rename", FULL, 1),
     ],

@@ -155,7 +155,7 @@ def test_when_no_commit_is_intact_nothing_is_restarted_silently(settings, monkey
 def test_only_the_newest_commits_are_kept(settings, monkeypatch):
     done = train(config(settings, train__max_steps=9))
     kept = sorted(p.name for p in (done.folder / "checkpoints").iterdir())
-    assert kept == ["commit_00004", "commit_00005"]
+    assert kept == ["commit_00005", "commit_00006"]  # of the last step, and with the adapters finished
 
 
 def test_a_finished_run_can_be_extended_without_touching_its_adapters(settings):
@@ -185,9 +185,35 @@ def test_a_run_folder_is_never_overwritten(settings):
     assert [p.name for p in run.iterdir()] == ["notes.txt"]
 
 
-def test_nothing_to_resume_is_an_error(settings):
-    with pytest.raises(RunError, match="no run to resume"):
+def test_resuming_a_run_that_is_not_there_starts_it(settings, tmp_path):
+    straight = train(config(settings, output=str(tmp_path / "straight")))
+    done = train(config(settings), resume=True)
+    for adapter in range(3):
+        assert_same_bits(weights(straight.folder, adapter), weights(done.folder, adapter))
+
+
+@pytest.mark.parametrize("left", [[".lock"], [".lock", ".config.yaml.x"], ["config.yaml"], ["config.yaml", "run.json"]])
+def test_a_run_killed_before_its_first_commit_is_started_by_resuming_it(settings, tmp_path, left):
+    straight = train(config(settings, output=str(tmp_path / "straight")))
+    run = Path(settings["output"])
+    run.mkdir()
+    for name in left:
+        source = straight.folder / name
+        (run / name).write_bytes(source.read_bytes() if name in ("config.yaml", "run.json") else b"")
+    if "config.yaml" in left:
+        (run / "config.yaml").write_text(dump_yaml(config(settings)))
+    done = train(config(settings), resume=True)
+    for adapter in range(3):
+        assert_same_bits(weights(straight.folder, adapter), weights(done.folder, adapter))
+
+
+def test_resuming_in_a_folder_of_other_things_is_refused(settings):
+    run = Path(settings["output"])
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="not empty, and holds no run"):
         train(config(settings), resume=True)
+    assert [p.name for p in run.iterdir()] == ["notes.txt"]
 
 
 def diverge(monkeypatch, adapters, at):
