@@ -3,7 +3,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -43,18 +45,28 @@ def render_prompt(instruction: str, input: str, template: str, *, purpose: str =
     return head + instruction + (middle + input + end if input else tail)
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, template: str, max_length: int) -> Encoded:
+def encode_rows(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    max_length: int,
+    now: datetime | None = None,
+) -> Encoded:
     """Tokenise rows as prompt + answer + EOS, at most `max_length` tokens each.
 
     The boundary is found on tokens: the answer starts where the tokens of prompt + answer leave those of
     the prompt alone, so a token that holds the end of one and the start of the other counts as answer.
     A row whose whole answer is cut off teaches nothing of the task: it is left out and counted.
+    now: what chat templates that write a date take for the time, so that rows are the same on another day; default,
+    the time of the call.
     Raises ModelError for a tokenizer without EOS or, for chats, without a chat template, and DataError for a
     chat that the template refuses.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no EOS token, so an answer could not end", where="model.name")
-    pairs = [_texts(row, tokenizer, template, f"data.train, row {number}") for number, row in enumerate(rows, 1)]
+    now = now or datetime.now()
+    pairs = [_texts(row, tokenizer, template, now, f"data.train, row {number}") for number, row in enumerate(rows, 1)]
     if not pairs:
         raise DataError("there are no training rows", where="data.train")
     chats = [isinstance(row, ChatRow) for row in rows]
@@ -73,7 +85,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, temp
     return Encoded(examples, shortened, lost)
 
 
-def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, where: str) -> tuple[str, str]:
+def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, now: datetime, where: str) -> tuple[str, str]:
     if isinstance(row, InstructionRow):
         return render_prompt(row.instruction, row.input, template, purpose="training"), row.output
     if isinstance(row, CompletionRow):
@@ -81,9 +93,11 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, where: s
     if tokenizer.chat_template is None:
         raise ModelError("the rows are chats but the tokenizer has no chat template", where="data.train")
     turns = list(row.messages)
+    # In place of the function that transformers gives to templates, which reads the clock.
+    clock: dict[str, Any] = {"strftime_now": lambda pattern: now.strftime(pattern)}
     try:
-        prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True, **clock))
+        whole = str(tokenizer.apply_chat_template(turns, tokenize=False, **clock))
     except TemplateError as problem:  # templates refuse roles, or orders of roles, that the model does not know
         raise DataError(f"the tokenizer's chat template refuses the row: {problem}", where=where) from None
     shared = _common_prefix(prompt, whole)

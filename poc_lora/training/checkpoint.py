@@ -86,7 +86,7 @@ class Commits:
         self._mine = placement.of(ranks.rank)
         self._channel = ranks.channel("commits")
         self._number = max(_numbers(root), default=0)
-        self._last = last.folder if last else None
+        self._last = last.folder if last else root  # where nothing has begun, nothing is taken from it
         self._files = last.files if last else {}
         self._intact = [last.number] if last else []
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commits")
@@ -143,7 +143,7 @@ class Commits:
         for slot, adapter in enumerate(bank.adapters):
             if progress[adapter].status == "diverged":
                 bank.drop(slot)
-            elif progress[adapter].begun and self._last is not None:
+            elif progress[adapter].begun:
                 _restore(self._last / _file_name(adapter), progress[adapter].step, bank, optimizer, slot)
 
     def _write(self, number: int, states: dict[int, State], waiting: list[int], manifest: dict[str, Any]) -> None:
@@ -179,7 +179,7 @@ class Commits:
         aside.mkdir(parents=True, exist_ok=True)  # all ranks write to one folder
         files = {_file_name(adapter): self._files[_file_name(adapter)] for adapter in waiting}
         for name in files:
-            _link(self._last / name, aside / name)  # type: ignore[operator]  (what waits has begun before)
+            _link(self._last / name, aside / name)
         with ThreadPoolExecutor(max_workers=FILES_AT_ONCE) as pool:
             written = pool.map(lambda item: _write_state(aside / _file_name(item[0]), item[1]), states.items())
             return files | dict(written)

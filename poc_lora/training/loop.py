@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from poc_lora.config import RunConfig, flatten
-from poc_lora.errors import RunError, TrainingError
+from poc_lora.errors import TrainingError
 from poc_lora.lora.bank import matching_linears
 from poc_lora.lora.base import (
     context_length,
@@ -29,8 +30,24 @@ from poc_lora.training.journal import Journal
 from poc_lora.training.memory import Sizes, free_bytes, peak_bytes, resolve_sizes
 from poc_lora.training.pack import Pack
 from poc_lora.training.placement import place
-from poc_lora.training.plan import TrainingData, disk_bytes, prepare_data, require_processes, require_room
-from poc_lora.training.run import Run, environment, find_run, run_lock
+from poc_lora.training.plan import (
+    TOKENISED,
+    TrainingData,
+    disk_bytes,
+    prepare_data,
+    require_processes,
+    require_room,
+)
+from poc_lora.training.run import (
+    Run,
+    changed_devices,
+    describe_device,
+    environment,
+    find_run,
+    require_same_rows,
+    run_lock,
+    started_at,
+)
 from poc_lora.training.shard import largest, shard_base
 from poc_lora.training.trackers import Trackers, open_trackers, require_trackers
 from poc_lora.training.worker import Trained, Worker
@@ -59,6 +76,8 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
     section = config.model
     sharded = section.shard and ranks.size > 1
     free = min(ranks.gather(free_bytes(device)))
+    now = ranks.gather(datetime.now().isoformat(timespec="seconds"))[0]  # ranks may start on both sides of midnight
+    devices = ranks.gather(describe_device(device))
     ranks.beat("loading the base model and the rows")
     with ranks.together():
         run = find_run(config, resume=resume or _restarted(config))
@@ -80,12 +99,15 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
                 floats_only=sharded,
             )[0]
         matching_linears(model, config.lora.targets)
-        data = prepare_data(config, tokenizer, context=context_length(model))
+        started = started_at(run.facts) or datetime.fromisoformat(now)
+        data = prepare_data(config, tokenizer, context=context_length(model), now=started)
+        require_same_rows(run, data.files, TOKENISED)
         sizes = _sizes(run, config, data, model, device, free, ranks)
     ranks.agree(data.files | asdict(sizes) | {"commit": run.commit.number if run.commit else None})
     with ranks.together():
         if ranks.rank == 0:
-            _begin(run, config, data, dtype, sizes, ranks)
+            facts = {"started_at": started.isoformat(), "dtype": dtype, "processes": ranks.size, "devices": devices}
+            _begin(run, config, data, sizes, facts)
     if sharded:
         ranks.beat("sharing out the base model")
         model = shard_base(model if ranks.rank == 0 else None, device)
@@ -127,10 +149,6 @@ def _sizes(
     ranks: Ranks,
 ) -> Sizes:
     """The sizes of the work, as they were chosen when the run first began. Refuses what cannot be carried out."""
-    if run.facts.get("data_sha256", data.files) != data.files:
-        raise RunError(
-            "the training files have changed since the run began", where=run.folder, fix="put them back, or start anew"
-        )
     sizes = resolve_sizes(
         config, model, device=device, free=free, longest=data.longest, ranks=ranks.size, before=run.facts
     )
@@ -140,22 +158,24 @@ def _sizes(
     if not run.facts:
         linears = matching_linears(model, config.lora.targets).values()
         parameters = config.lora.rank * sum(m.in_features + m.out_features for m in linears)
-        require_room(run.folder, disk_bytes(config, parameters, sizes.per_device * ranks.size))
+        at_once = min(sizes.per_device * ranks.size, config.adapters.count)
+        require_room(run.folder, disk_bytes(config, parameters, at_once))
     return sizes
 
 
-def _begin(run: Run, config: RunConfig, data: TrainingData, dtype: str, sizes: Sizes, ranks: Ranks) -> None:
+def _begin(run: Run, config: RunConfig, data: TrainingData, sizes: Sizes, facts: dict[str, Any]) -> None:
     """Open the run folder, on rank 0."""
     for problem in run.problems:
         print(f"a damaged commit is passed over: {problem}", file=sys.stderr)  # noqa: T201
+    if run.commit and (change := changed_devices(run.facts.get("devices", []), facts["devices"])):
+        print(change, file=sys.stderr)  # noqa: T201
     run.begin(
         config,
         seed=config.adapters.seed,
         steps=data.total_steps,
-        dtype=dtype,
         data_sha256=data.files,
-        processes=ranks.size,
         **asdict(sizes),
+        **facts,
     )
 
 

@@ -1,8 +1,8 @@
 """What a run will do, found out before it starts: rows, steps, parameters, and bytes that can be counted."""
 
 import hashlib
-import shutil
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from poc_lora.data.batches import BatchOrder, padded_length, supervised_tokens
 from poc_lora.data.prompts import Example, encode_rows
 from poc_lora.data.rows import read_sources, source_files
 from poc_lora.errors import ConfigError, DataError, RequestError
-from poc_lora.files import read_json, sha256_file
+from poc_lora.files import free_bytes_at, sha256_file
 from poc_lora.lora.bank import matching_linears
 from poc_lora.lora.base import context_length, default_device, empty_base, load_tokenizer, require_quantization
 from poc_lora.training.checkpoint import Progress
 from poc_lora.training.fused import require_compiler
 from poc_lora.training.memory import Footprint, free_bytes
 from poc_lora.training.placement import place
-from poc_lora.training.run import find_run
+from poc_lora.training.run import find_run, started_at
 from poc_lora.training.trackers import require_trackers
+
+TOKENISED = "tokenised rows"  # the key of their checksum beside those of the files
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class TrainingData:
     total_steps: int
     shortened: int
     lost: int
-    files: dict[str, str]  # path, and "tokenised rows" -> sha256
+    files: dict[str, str]  # path, and TOKENISED -> sha256
 
     @property
     def longest(self) -> int:
@@ -44,9 +46,16 @@ class TrainingData:
         return padded_length(max(len(e.ids) for e in (*self.train, *self.validation)))
 
 
-def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, context: int | None = None) -> TrainingData:
-    """Read, tokenise and split the rows of a run; `context` is the most tokens that the base model takes.
+def prepare_data(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int | None = None,
+    now: datetime | None = None,
+) -> TrainingData:
+    """Read, tokenise and split the rows of a run.
 
+    context: the most tokens that the base model takes. now: see `encode_rows`.
     Raises DataError, or ConfigError for a max_length beyond the context.
     """
     section = config.data
@@ -57,7 +66,7 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, conte
             fix=f"lower it to {context} or less",
         )
     encoded = encode_rows(
-        read_sources(section.train), tokenizer, template=section.prompt, max_length=section.max_length
+        read_sources(section.train), tokenizer, template=section.prompt, max_length=section.max_length, now=now
     )
     order = rng.permutation(len(encoded.examples), rng.key(config.adapters.seed, 0, "validation split"))
     if len(order) <= section.validation:
@@ -84,7 +93,7 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, conte
         lost=encoded.lost,
         files={
             **{str(path): sha256_file(path) for path in source_files(section.train)},
-            "tokenised rows": hashlib.sha256(repr([e.ids for e in encoded.examples]).encode()).hexdigest(),
+            TOKENISED: hashlib.sha256(repr([e.ids for e in encoded.examples]).encode()).hexdigest(),
         },
     )
 
@@ -99,8 +108,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     require_processes(config, processes)
     device, folder = device or default_device(), Path(config.output)
     in_use = (folder / "config.yaml").exists()
-    if not in_use:
-        find_run(config, resume=False)
+    run = find_run(config, resume=in_use)
     require_trackers(config)
     require_quantization(config.model.quantization)
     if config.train.compile:
@@ -108,16 +116,17 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     model = empty_base(config.model.name, revision=config.model.revision)
     matching_linears(model, config.lora.targets)
     tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
-    data = prepare_data(config, tokenizer, context=context_length(model))
+    data = prepare_data(config, tokenizer, context=context_length(model), now=started_at(run.facts))
     footprint = Footprint(config, device, longest=data.longest, ranks=processes)
     free = free_bytes(device)
-    facts = folder / "run.json"
-    sizes = footprint.choose(free, read_json(facts) if in_use and facts.exists() else {})
+    sizes = footprint.choose(free, run.facts)
     fresh = {adapter: Progress(0) for adapter in range(config.adapters.count)}
     placement = place(fresh, data.total_steps, ranks=processes, per_device=sizes.per_device)
     memory = footprint.memory(sizes)
     M, P = config.adapters.count, footprint.parameters
-    on_disk = disk_bytes(config, P, sizes.per_device * processes)
+    at_once = min(sizes.per_device * processes, M)
+    begun = sum(state.begun for state in run.commit.progress.values()) if run.commit else 0
+    on_disk = disk_bytes(config, P, at_once, waiting=max(0, begun - at_once))
     room = require_room(folder, 0 if in_use else on_disk)
     tokens = sum(len(e.ids) for e in data.train)
     rows = M * config.train.batch_size
@@ -138,6 +147,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "rows per step": f"{rows:,}: {config.train.batch_size} of each adapter",
         "steps": data.total_steps,
         "tokens of the whole run, about": round(tokens / len(data.train) * rows * data.total_steps),
+        "validation, about": _validation_cost(data, sizes.per_device, config.train.validate_every),
         "adapters trained at once": sizes.per_device,
         **{
             f"rank {rank} trains adapters": ", then ".join(
@@ -169,25 +179,37 @@ def require_processes(config: RunConfig, processes: int) -> None:
         )
 
 
+def _validation_cost(data: TrainingData, per_device: int, every: int | None) -> str:
+    """The forward passes of a pack's validations, in tokens: base, adapters and merge see every row."""
+    if not data.validation:
+        return "none: there are no validation rows"
+    times = 1 + ((data.total_steps - 1) // every if every else 0)
+    tokens = (per_device + 2) * sum(len(e.ids) for e in data.validation)
+    return f"{times * tokens:,} tokens: {len(data.validation)} rows by {per_device + 2} models, {times} times a pack"
+
+
 def _span(pack: list[int]) -> str:
     """Adapters that follow each other, as all packs of a new run do."""
     return f"{pack[0]}" if len(pack) == 1 else f"{pack[0]} to {pack[-1]} together"
 
 
-def disk_bytes(config: RunConfig, parameters: int, per_device: int) -> int:
-    """Bytes of a run's commits, each with weights and moments of one pack, and of its adapters."""
-    commits = (config.checkpoint.keep + 1) * 3 * min(per_device, config.adapters.count)
-    return 4 * parameters * (commits + config.adapters.count)
+def disk_bytes(config: RunConfig, parameters: int, at_once: int, waiting: int = 0) -> int:
+    """Bytes of a run's commits, each with weights and moments of one pack a rank, and of its adapters.
+
+    at_once: how many adapters train at the same time. waiting: how many more have begun; all commits share the state
+    of these.
+    """
+    states = (config.checkpoint.keep + 1) * at_once + waiting
+    return 4 * parameters * (3 * states + config.adapters.count)
 
 
 def require_room(folder: Path, needed: int) -> int:
     """Free bytes where `folder` is or will be. Raises RequestError where they are too few."""
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
+    free = free_bytes_at(folder)
     if free < needed:
         raise RequestError(
             f"checkpoints and adapters need {size(needed)}, {size(free)} are free",
-            where=there,
+            where=folder,
             fix="free some space, set output to another disk, or lower adapters.count, lora.rank or checkpoint.keep",
         )
     return free

@@ -7,7 +7,8 @@ import contextlib
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,9 @@ def run_lock(folder: Path) -> Iterator[None]:
 def find_run(config: RunConfig, *, resume: bool) -> Run:
     """The run that `config` starts or, with `resume`, goes on with; nothing is written yet.
 
-    With `resume` too a run that is not there yet is started, so that one command will do for both. Raises RunError for a folder that is in use, or for a resumption whose settings differ in more than
-    `RESUMABLE`, and CheckpointError where a run has commits but none that is intact.
+    With `resume` too a run that is not there yet is started, so that one command will do for both.
+    Raises RunError for a folder that is in use, or for a resumption whose settings differ in more than `RESUMABLE`,
+    and CheckpointError where a run has commits but none that is intact.
     """
     folder = Path(config.output)
     saved = folder / "config.yaml"
@@ -170,6 +172,62 @@ def find_run(config: RunConfig, *, resume: bool) -> Run:
     commit, problems = newest_commit(folder / "checkpoints")
     facts = folder / "run.json"
     return Run(folder, commit, problems, read_json(facts, error=RunError) if facts.exists() else {})
+
+
+def started_at(facts: Mapping[str, Any]) -> datetime | None:
+    """When the run of which run.json says `facts` was first started, in the local time of that place."""
+    try:
+        return datetime.fromisoformat(facts["started_at"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def require_same_rows(run: Run, files: Mapping[str, str], tokenised: str) -> None:
+    """Raises RunError where a run is resumed on other rows than it began with, and says what has changed.
+
+    files: checksums by path, and of the tokenised rows under the key `tokenised`.
+    """
+    before = run.facts.get("data_sha256", files)
+    if before == files:
+        return
+    changed = sorted(path for path in before.keys() | files.keys() if before.get(path) != files.get(path))
+    changed_files = [path for path in changed if path != tokenised]
+    if changed_files:
+        what = f"the training files have changed since the run began: {', '.join(changed_files)}"
+        fix = "put them back, or start anew"
+    else:
+        then, now = run.facts.get("versions", {}), environment()["versions"]
+        others = [
+            f"{name} was {then.get(name)}, is {now.get(name)}"
+            for name in ("transformers", "tokenizers", "datasets")
+            if then.get(name) != now.get(name)
+        ]
+        what = (
+            "the training files are those that the run began with, but their tokens are not: the tokenizer, its chat"
+            f" template or a data set of the Hub has changed{'; ' + ', '.join(others) if others else ''}"
+        )
+        fix = "put back the tokenizer and versions of the beginning (run.json has them), or start anew"
+    raise RunError(what, where=run.folder, fix=fix)
+
+
+def describe_device(device: torch.device) -> str:
+    """What the rounding of one rank, and on a GPU its noise, depends on beside the libraries."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        return f"{gpu.name}, {gpu.multi_processor_count} multiprocessors"
+    return f"{device.type}, {_processor()}, {torch.get_num_threads()} threads"
+
+
+def changed_devices(before: Sequence[str], now: Sequence[str]) -> str | None:
+    """What is no longer bitwise where a run goes on on other devices, as described; None where nothing has changed."""
+    if not before or set(before) == set(now):
+        return None
+    on_cpus = all(name.startswith("cpu,") for name in (*before, *now))
+    changed = "its rounding is" if on_cpus else "its rounding, and its noise, which depends on the kind of GPU, are"
+    return (
+        f"the run began on {' and '.join(sorted(set(before)))}; on {' and '.join(sorted(set(now)))}"
+        f" {changed} no longer bitwise that of an uninterrupted run"
+    )
 
 
 def environment() -> dict[str, Any]:

@@ -143,7 +143,7 @@ class Worker:
         self._validate(pack, step, ours, bar)
 
     def _validate(self, pack: Pack, step: int, ours: Pack | None, bar: Tracker) -> None:
-        """Validate and write it down, unless that was done before. Raises Interrupted where a rank was asked to stop."""
+        """Validate and write it down, unless that was done before. Raises Interrupted when asked to stop."""
         due = any(self.done.progress[a].validated < step for a in self._live(pack))
         if not (any(pack.largest([due])) if pack.largest else due):
             return

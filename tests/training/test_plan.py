@@ -13,8 +13,9 @@ from poc_lora.errors import ConfigError, DataError, ModelError, RequestError, Ru
 from poc_lora.lora.base import load_tokenizer
 from poc_lora.training import plan
 from poc_lora.training.loop import train
+from poc_lora.training.pack import Pack
 from poc_lora.training.plan import check, size
-from tests.training.conftest import config
+from tests.training.conftest import config, stop_after
 
 CPU = torch.device("cpu")
 # q, v: 32 -> 32, 16; k: 32 -> 16; up, down: 32 -> 48 and back; in two layers, at rank 2
@@ -66,7 +67,8 @@ def test_every_line_is_given_without_weights(settings, no_weights, monkeypatch, 
     assert facts.items() >= fixed.items()
     counted = {"tokens per epoch and adapter", "supervised tokens per epoch and adapter"}
     predicted = {f"memory on cpu: {part}" for part in ("activations", "logits held at once", "peak")}
-    assert facts.keys() == fixed.keys() | counted | {"tokens of the whole run, about"} | predicted
+    about = {"tokens of the whole run, about", "validation, about"}
+    assert facts.keys() == fixed.keys() | counted | about | predicted
     assert facts["memory on cpu: peak"].endswith(" MB of 2.0 GB free")
     assert not Path(settings["output"]).exists()
 
@@ -94,6 +96,28 @@ def test_the_disk_is_asked_for_the_packs_that_train_at_once(settings):
     alone, together = (check(config(settings, adapters__per_device=n), device=CPU)["disk"] for n in (1, 3))
     assert alone.startswith(size(4 * PARAMETERS * (3 * 3 * 1 + 3)))
     assert together.startswith(size(4 * PARAMETERS * (3 * 3 * 3 + 3)))
+
+
+def test_the_disk_is_asked_for_the_adapters_that_wait(settings, monkeypatch):
+    heal = stop_after(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(settings))
+    heal()
+    facts = check(config(settings, adapters__per_device=1), device=CPU)
+    assert facts["disk"].startswith(size(4 * PARAMETERS * (3 * (3 * 1 + 2) + 3)))
+
+
+@pytest.mark.parametrize(("every", "times"), [(None, 1), (2, 3), (3, 2)])  # of six steps
+def test_the_cost_of_validation_is_told(settings, every, times, monkeypatch):
+    run = config(settings, train__validate_every=every)
+    seen = []
+    original = Pack.loss
+    monkeypatch.setattr(
+        Pack, "loss", lambda pack, rows, *rest: (seen.extend(len(e.ids) for e in rows), original(pack, rows, *rest))[1]
+    )
+    told = check(run, device=CPU)["validation, about"]
+    train(run)
+    assert told == f"{sum(seen):,} tokens: 6 rows by 5 models, {times} times a pack"
 
 
 def full_disk(monkeypatch):

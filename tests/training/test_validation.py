@@ -1,18 +1,26 @@
 """Metrics while training: what is measured and when, against slow references, and that measuring changes nothing."""
 
+import contextlib
 import math
+import re
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from poc_lora import progress, ranks
 from poc_lora.data.batches import supervised_tokens
+from poc_lora.errors import CheckpointError, Interrupted
 from poc_lora.lora.adapter import read_adapter
 from poc_lora.lora.base import load_tokenizer
 from poc_lora.lora.merge_folders import merge_folders
 from poc_lora.lora.similarity import cosine, gram, summary
+from poc_lora.training.checkpoint import newest_commit
 from poc_lora.training.loop import train
+from poc_lora.training.pack import Pack
 from poc_lora.training.plan import prepare_data
 from tests.training.conftest import config, metrics, stop_after, weights
 
@@ -166,3 +174,113 @@ def test_a_killed_and_resumed_run_leaves_the_same_lines(settings, tmp_path, monk
     lines.write_text(lines.read_text() + '{"step": 5, "adap')  # a line cut short
     done = train(killed, resume=True)
     assert metrics(done.folder) == metrics(reference.folder)
+
+
+@pytest.fixture
+def validating(monkeypatch):
+    """Runs something at every validation loss that is measured; returns how many there have been."""
+    original, seen = Pack.loss, []
+
+    def watch(run=lambda pack, number: None):
+        def loss(pack, *rest):
+            seen.append(len(seen))
+            run(pack, seen[-1])
+            return original(pack, *rest)
+
+        monkeypatch.setattr(Pack, "loss", loss)
+        return seen
+
+    return watch
+
+
+def newest(folder):
+    commit, _ = newest_commit(Path(folder) / "checkpoints")
+    return {adapter: (state.step, state.status) for adapter, state in commit.progress.items()}
+
+
+@pytest.mark.parametrize("per_device", [3, 2])
+def test_what_is_trained_is_saved_before_it_is_validated(settings, validating, per_device):
+    found = []
+
+    def look(pack, _):
+        wait_for(lambda: newest(settings["output"])[pack.bank.adapters[0]] == (6, "training"))
+        found.append([(Path(settings["output"]) / f"adapters/{a:02d}").exists() for a in pack.bank.adapters])
+
+    validating(look)
+    train(config(settings, adapters__per_device=per_device))
+    assert all(map(all, found))
+
+
+def test_the_steps_before_a_validation_on_the_way_are_saved_first(settings, validating):
+    seen = []
+
+    def look(pack, _):
+        step = 3 if len(seen) < 5 else 6
+        wait_for(lambda: newest(settings["output"])[0][0] == step)
+        seen.append(step)
+
+    validating(look)
+    train(config(settings, train__validate_every=3, checkpoint__every_steps=100))
+    assert seen == 5 * [3] + 5 * [6]
+
+
+def wait_for(condition):
+    """A commit is written beside the run, so it may take a moment."""
+    deadline = time.monotonic() + 30
+    while True:
+        with contextlib.suppress(CheckpointError, AttributeError, OSError):  # not there yet
+            if condition():
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("every", "at", "step"), [(None, 2, 6), (3, 2, 3)])
+def test_a_validation_that_is_interrupted_loses_nothing_and_is_made_up_for(
+    settings, tmp_path, monkeypatch, validating, every, at, step
+):
+    straight = train(config(settings, train__validate_every=every, output=str(tmp_path / "straight")))
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks.Ranks, "beat", stopping_at(ranks.Ranks.beat, f"validating after step {step}", at))
+        with pytest.raises(Interrupted, match=f"stopped after step {step} of 6") as stop:
+            train(config(settings, train__validate_every=every))
+    assert ("only the validation at the end is left" in str(stop.value)) == (step == 6)
+    folder = Path(settings["output"])
+    assert newest(folder) == dict.fromkeys(range(3), (step, "training"))
+    assert (folder / "adapters/00").exists() == (step == 6)
+    steps_taken = []
+    original = Pack.step
+    monkeypatch.setattr(Pack, "step", lambda pack, n, *rest: (steps_taken.append(n), original(pack, n, *rest))[1])
+    losses = validating()
+    train(config(settings, train__validate_every=every), resume=True)
+    assert steps_taken == list(range(step, 6))
+    assert len(losses) == (5 if step == 6 else 10)  # base, three adapters and merge: at the end, or twice
+    assert metrics(folder) == metrics(straight.folder)
+
+
+def stopping_at(original, doing, times):
+    """`Ranks.beat` that asks to stop once it has been called so often with `doing`."""
+    seen = []
+
+    def beat(group, what):
+        if what == doing:
+            seen.append(what)
+            if len(seen) == times:
+                group.stop.set()
+        return original(group, what)
+
+    return beat
+
+
+def test_a_validation_that_is_written_down_is_not_repeated(settings, validating):
+    train(config(settings))
+    losses = validating()
+    train(config(settings), resume=True)
+    assert not losses
+
+
+def test_the_progress_line_says_which_model_is_validated(settings, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    train(config(settings))
+    said = re.findall(r"6/6, validating, model (\d) of 5", capsys.readouterr().err)
+    assert said == ["1", "2", "3", "4", "5"]
