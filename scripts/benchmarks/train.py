@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -531,7 +531,8 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The program's arguments, unless others are given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--model", help="a folder or a Hub id; the embedded model unless given")
@@ -549,7 +550,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     parser.add_argument("--memory-of", choices=("packed", "packed_alone", *BASELINES), help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the run")
-    a = parser.parse_intermixed_args()
+    a = parser.parse_intermixed_args(words)
     if a.shape and a.data:
         parser.error("--shape makes its own rows: leave out --data")
     return a
