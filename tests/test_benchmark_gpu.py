@@ -132,3 +132,17 @@ def test_the_checks_of_the_program_hold_on_a_cpu(tmp_path):
     assert "stopped after step" in found["resumed"]["found"]["stopped"]
     assert found["alone"]["found"]["worst_distance"] < 1e-2
     assert found["merge"]["found"] == 128
+
+
+@pytest.mark.slow
+def test_the_script_at_its_smallest_on_a_cpu(tmp_path):
+    stages = "runs_at_all machine ceilings packed_4096".split()
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--out", str(tmp_path), "--shape", "tiny", "--only", *stages]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = kept(tmp_path)
+    assert list(found) == stages
+    assert "8 adapters trained for 4 steps" in found["runs_at_all"]["said"]
+    assert "failed" in found["ceilings"]  # there is no GPU
+    assert found["packed_4096"]["tokens_per_s"] > 0
+    assert done.stdout.splitlines()[-1].startswith("packed_4096")

@@ -136,16 +136,11 @@ def smoke(out: Path, seconds: float) -> Facts:
 def measure_shape(stages: Stages, name: str, out: Path, folder: Path) -> None:
     """The stages on a random model of shape `name`, and smoke among them, which is worth more than the later ones."""
     from gpu_shape import Shape, quantize
-    from train import free_memory
 
     shape = Once(lambda: Shape(name))
 
     def on_shape(stage: str, seconds: float, work: "Callable[[Shape], Facts]") -> None:
-        def run() -> Facts:
-            free_memory()
-            return work(shape())
-
-        stages.run(stage, seconds, run)
+        stages.run(stage, seconds, lambda: work(shape()))
 
     def nf4(shape: "Shape") -> Facts:
         quantize(shape.work.model)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import train as bench
 from peft import PeftModel
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as Profiler
@@ -185,6 +186,7 @@ class Measured:
         self.kernels: Facts = {}
         self.memory: Facts = {}
         self._profiler = Profiler(activities=[ProfilerActivity.CUDA])
+        bench.free_memory()  # what the one before left reserved
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self._retries = torch.cuda.memory_stats(device)["num_alloc_retries"]
@@ -210,7 +212,8 @@ class Measured:
             averages = self._profiler.key_averages()
             table = averages.table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
             self.profile.write_text(table)
-            kernels = sorted(averages, key=lambda row: -row.self_device_time_total)
+            kernels = [row for row in averages if row.device_type == DeviceType.CUDA]
+            kernels.sort(key=lambda row: -row.self_device_time_total)
             self.kernels = {
                 "wall_s": round(self.seconds, 3),
                 "gpu_busy_s": round(sum(row.self_device_time_total for row in kernels) / 1e6, 3),
