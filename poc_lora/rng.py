@@ -2,6 +2,10 @@
 
 Every random number of a run is a function of `(seed, adapter, purpose, step, name)`. There is no random
 state to carry, save or restore: packing, resuming and moving between processes cannot change a draw.
+
+The numbers of a stream also depend on the kind of device that draws them, and normal and uniform numbers drawn on CUDA
+on the GPU's number of multiprocessors as well. So a run's noise is bitwise the same on GPUs of one kind, and equal in
+law on others; initial weights, orders and dropout are the same everywhere.
 """
 
 import hashlib
@@ -36,7 +40,10 @@ def generator(stream_key: int, device: torch.device | str = "cpu") -> torch.Gene
 
 
 def normal(shape: tuple[int, ...], stream_key: int, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal float32 numbers of `shape` from the stream `stream_key`, drawn contiguously."""
+    """Standard normal float32 numbers of `shape` from the stream `stream_key`, drawn contiguously.
+
+    On CUDA they depend on the number of multiprocessors: bitwise the same on GPUs of one kind, equal in law on others.
+    """
     return torch.randn(shape, generator=generator(stream_key, device), device=device)
 
 

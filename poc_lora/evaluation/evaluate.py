@@ -19,7 +19,7 @@ from poc_lora.evaluation.results import RESULTS_FILE, Results, adapter_key, summ
 from poc_lora.evaluation.scores import ensemble
 from poc_lora.evaluation.targets import Subjects, find_subjects
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.lora.base import default_device, load_base, resolve_dtype
+from poc_lora.lora.base import default_device, load_base, resolve_dtype, without_cudnn_attention
 from poc_lora.progress import track
 from poc_lora.ranks import Ranks, open_ranks
 
@@ -69,7 +69,7 @@ def evaluate(
     if beams < 1 or (beams > 1 and protocol != "generate"):
         raise RequestError(f"{beams} beams make no sense here", fix="1 or more, for the protocol generate")
     device = device or default_device()
-    with open_ranks(device) as ranks:
+    with open_ranks(device) as ranks, without_cudnn_attention():
         with ranks.together():
             asked = find_benchmarks(benchmarks)
             subjects = find_subjects(

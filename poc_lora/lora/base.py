@@ -1,10 +1,11 @@
 """The frozen base model: loaded safely, and run with the head only where logits are wanted."""
 
+import contextlib
 import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from poc_lora.errors import ModelError
+from poc_lora.errors import ConfigError, ModelError
 
 
 def default_device() -> torch.device:
@@ -80,6 +81,33 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
         return dtype
     mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     return mixed or ("bfloat16" if device.type == "cuda" else "float32")
+
+
+def require_gradients(dtype: str) -> None:
+    """Raises ConfigError for a base model's dtype in which adapters cannot be trained: float16."""
+    if dtype == "float16":
+        raise ConfigError(
+            "float16 gradients underflow to zero without loss scaling, which packed training does not have",
+            where="model.dtype",
+            fix="set it to bfloat16 or float32, which overrides accelerate's mixed precision; eval may use float16",
+        )
+
+
+@contextlib.contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Within the block torch's scaled-dot-product attention leaves cuDNN out; then the setting is as it was before.
+
+    Where torch may choose, on recent GPUs it takes cuDNN first. That plans for about a second per new shape, and
+    nearly every micro-batch has one; has given NaN gradients with a mask; and is not deterministic backwards. The
+    setting is one of the whole process, so it holds as well for autograd's threads, which run layers again under
+    gradient checkpointing.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _quantization(kind: str | None, dtype: str, *, floats_only: bool) -> BitsAndBytesConfig | None:

@@ -20,8 +20,10 @@ from poc_lora.lora.base import (
     empty_base,
     load_base,
     load_tokenizer,
+    require_gradients,
     require_quantization,
     resolve_dtype,
+    without_cudnn_attention,
 )
 from poc_lora.ranks import Ranks, open_ranks
 from poc_lora.training.checkpoint import Commits, Progress
@@ -63,7 +65,7 @@ def train(config: RunConfig, *, resume: bool = False, device: torch.device | Non
     another process failed, and Interrupted, with everything saved, after Ctrl-C or SIGTERM.
     """
     device = device or default_device()
-    with open_ranks(device) as ranks, contextlib.ExitStack() as held:
+    with open_ranks(device) as ranks, without_cudnn_attention(), contextlib.ExitStack() as held:
         ranks.agree(_facts_of(config, resume))
         with ranks.together():
             require_processes(config, ranks.size)
@@ -86,6 +88,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
         if config.train.compile:
             require_compiler(device)
         dtype = run.facts.get("dtype") or resolve_dtype(section.dtype, device)
+        require_gradients(dtype)
         tokenizer = load_tokenizer(section.name, revision=section.revision)
         if sharded and ranks.rank:
             model = empty_base(section.name, revision=section.revision, dtype=dtype)

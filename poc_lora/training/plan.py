@@ -17,7 +17,15 @@ from poc_lora.data.rows import read_sources, source_files
 from poc_lora.errors import ConfigError, DataError, RequestError
 from poc_lora.files import free_bytes_at, sha256_file
 from poc_lora.lora.bank import matching_linears
-from poc_lora.lora.base import context_length, default_device, empty_base, load_tokenizer, require_quantization
+from poc_lora.lora.base import (
+    context_length,
+    default_device,
+    empty_base,
+    load_tokenizer,
+    require_gradients,
+    require_quantization,
+    resolve_dtype,
+)
 from poc_lora.training.checkpoint import Progress
 from poc_lora.training.fused import require_compiler
 from poc_lora.training.memory import Footprint, free_bytes
@@ -102,7 +110,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     """Validate a run without weights; returns what it will do, as names and values for a person to read.
 
     processes: how many `accelerate launch` will start, all on machines like this one.
-    Raises the error that `train` would: run folder, trackers, compiler, target modules, rows, room on the disk.
+    Raises the error that `train` would: run folder, trackers, dtype, compiler, target modules, rows, room on the disk.
     Memory is the predicted peak on `device`, default the one that training would use; time is not estimated.
     """
     require_processes(config, processes)
@@ -111,6 +119,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     run = find_run(config, resume=in_use)
     require_trackers(config)
     require_quantization(config.model.quantization)
+    require_gradients(resolve_dtype(config.model.dtype, device))
     if config.train.compile:
         require_compiler(device)
     model = empty_base(config.model.name, revision=config.model.revision)

@@ -10,11 +10,11 @@ trainer  transformers.Trainer over PEFT, adapter after adapter, rows grouped by 
 loop     a bare PyTorch loop over PEFT with fused AdamW, adapter after adapter, rows in random order.
 
 All three draw from the same tokenised rows, with the same model, batch size and LoRA settings. `key=value` arguments
-are settings of a run, as for `poc-lora train`. On a GPU with a bfloat16 base, trainer and loop run under autocast.
-Tokens of padding are not counted. Loading, tokenising, PEFT's wrapping and the making of a pack are not timed, nor is,
-with train.compile, a first pass over the steps in every round. The first round is not counted. Trainer's time includes
-what it does before its first step, some tenths of a second per adapter, which in few steps weighs more than in real
-training: trainer_tokens_per_s_after_start_up leaves it out.
+are settings of a run, as for `poc-lora train`. On a GPU no side uses cuDNN's attention, and with a bfloat16 base
+trainer and loop run under autocast. Tokens of padding are not counted. Loading, tokenising, PEFT's wrapping and the
+making of a pack are not timed, nor is, with train.compile, a first pass over the steps in every round. The first round
+is not counted. Trainer's time includes what it does before its first step, some tenths of a second per adapter, which
+in few steps weighs more than in real training: trainer_tokens_per_s_after_start_up leaves it out.
 
 Memory is that of two steps: on a GPU the peak of torch's allocator, on a CPU the peak resident size of a fresh process.
 The pack of one adapter takes M times the rows a step, so that its micro-batches hold as many tokens as those of M.
@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ from poc_lora.data.batches import PAD_MULTIPLE, BatchOrder, micro_batches
 from poc_lora.data.prompts import Example
 from poc_lora.errors import PocLoraError
 from poc_lora.files import write_json
-from poc_lora.lora.base import context_length, default_device, load_base, resolve_dtype
+from poc_lora.lora.base import context_length, default_device, load_base, resolve_dtype, without_cudnn_attention
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 from poc_lora.training.memory import Sizes, free_bytes, resolve_sizes
 from poc_lora.training.pack import Pack
@@ -531,7 +531,8 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The program's arguments, unless others are given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--model", help="a folder or a Hub id; the embedded model unless given")
@@ -549,7 +550,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     parser.add_argument("--memory-of", choices=("packed", "packed_alone", *BASELINES), help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the run")
-    a = parser.parse_intermixed_args()
+    a = parser.parse_intermixed_args(words)
     if a.shape and a.data:
         parser.error("--shape makes its own rows: leave out --data")
     return a
@@ -582,7 +583,8 @@ def main() -> None:
         if a.memory_of:
             print(peak_memory(a.memory_of, work))
             return
-        found = measure(a, work)
+        with without_cudnn_attention():
+            found = measure(a, work)
         if a.out:
             write_json(a.out, found)
     except PocLoraError as problem:
