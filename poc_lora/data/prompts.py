@@ -1,14 +1,16 @@
 """Prompt templates, and rows turned into token ids with the boundary between prompt and answer."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from poc_lora.data.rows import ChatRow, CompletionRow, InstructionRow, Row
 from poc_lora.errors import DataError, ModelError
@@ -65,8 +67,8 @@ def encode_rows(
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no EOS token, so an answer could not end", where="model.name")
-    now = now or datetime.now()
-    pairs = [_texts(row, tokenizer, template, now, f"data.train, row {number}") for number, row in enumerate(rows, 1)]
+    with _stopped_clock(now or datetime.now()):
+        pairs = [_texts(row, tokenizer, template, f"data.train, row {number}") for number, row in enumerate(rows, 1)]
     if not pairs:
         raise DataError("there are no training rows", where="data.train")
     chats = [isinstance(row, ChatRow) for row in rows]
@@ -85,7 +87,27 @@ def encode_rows(
     return Encoded(examples, shortened, lost)
 
 
-def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, now: datetime, where: str) -> tuple[str, str]:
+@contextlib.contextmanager
+def _stopped_clock(now: datetime) -> Iterator[None]:
+    """Within the block chat templates take `now` for the time.
+
+    transformers gives them one function that reads the clock, and takes no other in its place.
+    """
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Any:
+            return now
+
+    library: Any = chat_template_utils
+    original, library.datetime = library.datetime, Stopped
+    try:
+        yield
+    finally:
+        library.datetime = original
+
+
+def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, where: str) -> tuple[str, str]:
     if isinstance(row, InstructionRow):
         return render_prompt(row.instruction, row.input, template, purpose="training"), row.output
     if isinstance(row, CompletionRow):
@@ -93,11 +115,9 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, now: dat
     if tokenizer.chat_template is None:
         raise ModelError("the rows are chats but the tokenizer has no chat template", where="data.train")
     turns = list(row.messages)
-    # In place of the function that transformers gives to templates, which reads the clock.
-    clock: dict[str, Any] = {"strftime_now": lambda pattern: now.strftime(pattern)}
     try:
-        prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True, **clock))
-        whole = str(tokenizer.apply_chat_template(turns, tokenize=False, **clock))
+        prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except TemplateError as problem:  # templates refuse roles, or orders of roles, that the model does not know
         raise DataError(f"the tokenizer's chat template refuses the row: {problem}", where=where) from None
     shared = _common_prefix(prompt, whole)

@@ -41,7 +41,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
     ("module", "name", "error", "after"),
     [
         (checkpoint, "sync", FULL, 4),
-        (checkpoint, "save", SafetensorError("No space left on device"), 4),
+        (checkpoint, "save_file", SafetensorError("No space left on device"), 4),
         (checkpoint, "write_json", FULL, 1),
         (files.os, "rename", FULL, 1),
     ],
@@ -196,6 +196,21 @@ def test_a_commit_that_fails_in_the_background_ends_the_run_at_the_next_step(set
     with pytest.raises(CheckpointError, match=r"commit 1 could not be written: .*No space left"):
         train(config(settings, train__max_steps=400, checkpoint__every_steps=2))
     assert len(steps) < 10
+
+
+def test_a_file_that_reads_back_otherwise_is_no_commit(settings, monkeypatch):
+    original = checkpoint.sync
+
+    def flip(path):
+        original(path)
+        if path.name == "adapter_01.safetensors":
+            data = bytearray(path.read_bytes())
+            data[-3] ^= 1
+            path.write_bytes(data)
+
+    monkeypatch.setattr(checkpoint, "sync", flip)
+    with pytest.raises(CheckpointError, match="reads back otherwise than it was written"):
+        train(config(settings))
 
 
 def test_training_goes_on_while_a_commit_is_written(settings, monkeypatch):

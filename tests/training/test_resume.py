@@ -83,7 +83,7 @@ def test_tokens_that_differ_are_told_apart_from_files_that_do(chats, monkeypatch
     assert f"transformers was 5.0.0, is {_version()}" in str(problem.value)
     rows = Path(chats["data"]["train"][0])
     rows.write_text(rows.read_text().replace("what of", "what about"))
-    with pytest.raises(RunError, match=r"training files have changed since the run began: \S+chats\.json$"):
+    with pytest.raises(RunError, match=r"training files have changed since the run began: \S+chats\.json"):
         train(config(chats), resume=True)
 
 
