@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +21,17 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from poc_lora.envvars import flag, one_of, whole_number
 from poc_lora.errors import ModelError
+
+MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # accelerate's names
 
 
 def default_device() -> torch.device:
     """This process's GPU where there is one and accelerate was not told to use the CPU, else the CPU."""
-    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+    if flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", whole_number("LOCAL_RANK", 0))
 
 
 def load_base(
@@ -78,7 +80,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     """The name of the dtype that `auto` stands for on a device: accelerate's mixed precision, where one is set."""
     if dtype != "auto":
         return dtype
-    mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    mixed = MIXED_PRECISION[one_of("ACCELERATE_MIXED_PRECISION", tuple(MIXED_PRECISION), "no")]
     return mixed or ("bfloat16" if device.type == "cuda" else "float32")
 
 

@@ -5,7 +5,6 @@ is counted. So any architecture is covered, with or without gradient checkpointi
 """
 
 import contextlib
-import os
 import resource
 import sys
 import weakref
@@ -26,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from poc_lora.config import RunConfig
 from poc_lora.data.batches import MicroBatch
+from poc_lora.envvars import whole_number
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.lora.base import empty_base, has_plain_head, resolve_dtype
 from poc_lora.training.fused import gradient_checkpointing
@@ -173,7 +173,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that this process may take on the device; processes on one machine share its memory evenly."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return psutil.virtual_memory().available // whole_number("LOCAL_WORLD_SIZE", 1, least=1)
 
 
 def peak_bytes(device: torch.device) -> int:
