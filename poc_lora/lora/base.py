@@ -67,7 +67,7 @@ def load_base(
             output_loading_info=True,
         )
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be loaded
-        raise _cannot_load(name, problem) from None
+        raise _cannot_load(name, problem) from problem
     model, loaded = pair
     if loaded["missing_keys"]:
         raise _cannot_load(name, ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}"))
@@ -125,7 +125,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as problem:
-        raise _cannot_load(name, problem) from None
+        raise _cannot_load(name, problem) from problem
 
 
 def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32") -> PreTrainedModel:
@@ -140,7 +140,7 @@ def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32"
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         return model.requires_grad_(False).eval()
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be loaded
-        raise _cannot_load(name, problem) from None
+        raise _cannot_load(name, problem) from problem
 
 
 def logits_at(
