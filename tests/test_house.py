@@ -25,7 +25,7 @@ LAYERS = [
     ("lora", "data", "optim"),
     ("mfnn",),
     ("config", "progress", "ranks"),
-    ("rng", "envvars"),
+    ("rng", "devices", "envvars"),
     ("files",),
     ("errors",),
 ]

@@ -28,7 +28,10 @@ MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # acceler
 
 
 def default_device() -> torch.device:
-    """This process's GPU where there is one and accelerate was not told to use the CPU, else the CPU."""
+    """This process's GPU where there is one and accelerate was not told to use the CPU, else the CPU.
+
+    Only CUDA is chosen unasked: what draws random numbers and sums has been tested on no other accelerator.
+    """
     if flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", whole_number("LOCAL_RANK", 0))
@@ -81,7 +84,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     if dtype != "auto":
         return dtype
     mixed = MIXED_PRECISION[one_of("ACCELERATE_MIXED_PRECISION", tuple(MIXED_PRECISION), "no")]
-    return mixed or ("bfloat16" if device.type == "cuda" else "float32")
+    return mixed or ("float32" if device.type == "cpu" else "bfloat16")
 
 
 def _quantization(kind: str | None, dtype: str, *, floats_only: bool) -> BitsAndBytesConfig | None:
