@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 
 from poc_lora import __version__
-from poc_lora.errors import PocLoraError
+from poc_lora.envvars import flag
 from poc_lora.hub import commands as hub
 from poc_lora.mfnn import commands as mfnn
-from poc_lora.terminal import numbers, show, show_merge, show_results, show_training, tell_next
+from poc_lora.terminal import as_error, numbers, show, show_error, show_merge, show_results, show_training, tell_next
 
 app = typer.Typer(
     name="poc-lora",
     help="Train several LoRA adapters of one base model, merge them into one: more accurate, same inference cost.",
+    epilog="With `POC_LORA_TRACEBACK=1` in the environment an error shows its traceback too.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,23 +34,16 @@ Overrides = Annotated[
 
 def main() -> None:
     """Run the command line; errors a user can meet are printed without a traceback."""
+    traceback = False
     try:
+        traceback = flag("POC_LORA_TRACEBACK")
         app()
-    except PocLoraError as problem:
-        if not problem.told:
-            typer.echo(f"poc-lora: {problem}", err=True)
-        sys.exit(problem.exit_status)
-    except (OSError, MemoryError) as problem:  # a full disk, a folder that went away
-        _fail(str(problem) or "out of memory")
-    except RuntimeError as problem:
-        if "memory" not in str(problem):  # torch's allocators all say what they could not have
+    except Exception as problem:
+        error = as_error(problem)
+        if error is None:
             raise
-        _fail(f"out of memory (in training, lower train.tokens_per_microbatch or adapters.count): {problem}")
-
-
-def _fail(message: str) -> None:
-    typer.echo(f"poc-lora: {message}", err=True)
-    sys.exit(PocLoraError.exit_status)
+        show_error(error, traceback=traceback)
+        sys.exit(error.exit_status)
 
 
 def _version(asked: bool) -> None:

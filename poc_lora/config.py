@@ -151,7 +151,7 @@ def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
         return RunConfig.model_validate(raw)
     except ValidationError as problem:
         lines = [_describe(error) for error in problem.errors()]
-        raise ConfigError("\n  ".join(["the configuration is not valid:", *lines]), where=where) from None
+        raise ConfigError("\n  ".join(["the configuration is not valid:", *lines]), where=where) from problem
 
 
 def dump_yaml(config: RunConfig) -> str:
@@ -203,7 +203,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as problem:
-        raise ConfigError(f"not valid YAML: {problem}", where=where) from None
+        raise ConfigError(f"not valid YAML: {problem}", where=where) from problem
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

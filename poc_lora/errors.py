@@ -34,9 +34,12 @@ class PocLoraError(Exception):
 
 
 def _shown(text: str) -> str:
-    """What a terminal can show safely of a text that may quote a file: shortened, control characters escaped."""
-    short = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in short)
+    return printable(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "...")
+
+
+def printable(text: str) -> str:
+    """What a terminal can show safely of a text that may quote a file: control characters are escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class RequestError(PocLoraError):

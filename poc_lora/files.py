@@ -81,7 +81,7 @@ def _refusing_bad_places(path: Path) -> Iterator[None]:
     except OSError as problem:
         raise RequestError(
             f"cannot be written: {problem.strerror}", where=path, fix="choose a folder that can be written to"
-        ) from None
+        ) from problem
 
 
 def free_bytes_at(path: Path) -> int:
@@ -115,9 +115,9 @@ def read_json(path: Path, *, error: type[RequestError] = RequestError, max_bytes
             f"not valid JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}",
             where=path,
             fix="repair the file at that line",
-        ) from None
+        ) from problem
     except (RecursionError, ValueError) as problem:
-        raise error(f"JSON that cannot be read: {problem}", where=path) from None
+        raise error(f"JSON that cannot be read: {problem}", where=path) from problem
     if _deeper_than(value, MAX_JSON_DEPTH):
         raise error(f"JSON nested deeper than {MAX_JSON_DEPTH} levels", where=path)
     return value
@@ -130,12 +130,12 @@ def read_text(path: Path, *, error: type[RequestError] = RequestError, max_bytes
         if size > max_bytes:
             raise error(f"file of {size:,} bytes is larger than the {max_bytes:,} this reads", where=path)
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise error("no such file", where=path, fix="check the path") from None
+    except FileNotFoundError as problem:
+        raise error("no such file", where=path, fix="check the path") from problem
     except UnicodeDecodeError as problem:
-        raise error(f"not UTF-8 text (byte {problem.start})", where=path) from None
+        raise error(f"not UTF-8 text (byte {problem.start})", where=path) from problem
     except OSError as problem:
-        raise error(f"cannot be read: {problem.strerror}", where=path) from None
+        raise error(f"cannot be read: {problem.strerror}", where=path) from problem
 
 
 def _deeper_than(value: Any, limit: int) -> bool:

@@ -22,24 +22,27 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from poc_lora.envvars import flag, seconds, whole_number
 from poc_lora.errors import PeerError, PocLoraError, RequestError
 
 POLL_SECONDS = 0.5  # how often a rank looks after the others
 POLLS_UNTIL_GONE = 60  # counted in polls, not in time: a machine that slept is no rank that died
 GRACE_SECONDS = 10  # for the main thread to end by itself once another rank has failed
 RANK_0_GONE = {"rank": 0, "cause": "it is gone"}  # and the store with it
-# A rank hangs when it has been busy with one thing, such as a step or loading the model, for so long.
-HANG_SECONDS = float(os.environ.get("POC_LORA_HANG_SECONDS", "1800"))
+# A rank hangs when it has been busy with one thing, such as a step or loading the model, for so long, unless
+# POC_LORA_HANG_SECONDS says otherwise.
+HANG_SECONDS = 1800.0
 
 
 class Ranks:
     """The ranks of a run as one of them sees it. Alone, with `size` 1, it exchanges nothing.
 
+    hang_seconds: how long one of them may be busy with one thing.
     stop: set when this or another rank was asked to stop, by Ctrl-C, SIGTERM or the death of its launcher.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, hang_seconds: float = HANG_SECONDS):
+        self.rank, self.size, self.hang_seconds = rank, size, hang_seconds
         self.stop = threading.Event()
         self._store: dist.Store | None = None
         self._main = self.channel("main")
@@ -120,7 +123,7 @@ class Ranks:
 
     def _watch(self, store: dist.Store, homes: list[tuple[str, int]]) -> None:
         launcher, polls = os.getppid(), 0
-        others = {rank: _Signs(*home) for rank, home in enumerate(homes) if rank != self.rank}
+        others = {rank: _Signs(*home, self.hang_seconds) for rank, home in enumerate(homes) if rank != self.rank}
         while not self._closing.wait(POLL_SECONDS):
             polls += 1
             try:
@@ -218,16 +221,17 @@ class Channel:
             values = [json.loads(ranks._store.get(key)) for key in keys]
             # Whoever is here has read what was gathered before.
             ranks._store.delete_key(f"{self._name}/{self._gathered - 1}/{ranks.rank}")
-        except RuntimeError:  # the store's
+        except RuntimeError as problem:  # the store's
             ranks._problem = ranks._problem or RANK_0_GONE
-            raise ranks._peer_error() from None
+            raise ranks._peer_error() from problem
         return values
 
 
 class _Signs:
     """The signs of life of one rank, as another sees them."""
 
-    def __init__(self, host: str, pid: int) -> None:
+    def __init__(self, host: str, pid: int, hang_seconds: float = HANG_SECONDS) -> None:
+        self._hang_seconds = hang_seconds
         self._pid = pid if host == socket.gethostname() else None
         self._polls = self._beats = 0
         self._silent = self._stuck = 0
@@ -240,8 +244,8 @@ class _Signs:
         self._polls, self._beats = polls, beats
         if self._silent >= POLLS_UNTIL_GONE or (self._silent and self._pid and not _exists(self._pid)):
             return f"it is gone; last seen {doing or 'waiting for others'}"
-        if self._stuck * POLL_SECONDS >= HANG_SECONDS:
-            return f"it hangs: {doing} for more than {HANG_SECONDS:g} s (longer work: set POC_LORA_HANG_SECONDS)"
+        if self._stuck * POLL_SECONDS >= self._hang_seconds:
+            return f"it hangs: {doing} for more than {self._hang_seconds:g} s (longer work: set POC_LORA_HANG_SECONDS)"
         return None
 
 
@@ -254,7 +258,7 @@ def _exists(pid: int) -> bool:
 
 def is_first_rank() -> bool:
     """Whether this process is the one of its run that tells what came of it."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return whole_number("RANK", 0) == 0
 
 
 @contextlib.contextmanager
@@ -265,10 +269,11 @@ def open_ranks(device: torch.device) -> Iterator[Ranks]:
 
     An error that leaves the block ends the other ranks too. Within it Ctrl-C and SIGTERM set `stop`; a second Ctrl-C
     kills, unless there is a launcher, which passes signals on and kills by itself.
-    Raises RequestError for settings of accelerate that do not fit.
+    Raises RequestError for settings of accelerate that do not fit, and for environment variables that cannot be read.
     """
     _refuse_plugins()
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    hang_seconds = seconds("POC_LORA_HANG_SECONDS", HANG_SECONDS)
+    size = whole_number("WORLD_SIZE", 1, least=1)
     if size == 1:
         ranks = Ranks()
         with _stop_requests(ranks.stop):
@@ -280,9 +285,16 @@ def open_ranks(device: torch.device) -> Iterator[Ranks]:
             where="MASTER_ADDR",
             fix="start them all with accelerate launch",
         )
-    ranks = Ranks(int(os.environ["RANK"]), size)
+    ranks = Ranks(whole_number("RANK"), size, hang_seconds)
+    if ranks.rank >= size:
+        raise RequestError(
+            f"rank {ranks.rank} of {size}: ranks count from 0",
+            where="RANK",
+            fix="start them all with accelerate launch",
+        )
+    whole_number("MASTER_PORT")  # torch reads it, and waits long where it is not there
     with _stop_requests(ranks.stop):
-        _join_process_group(device)
+        _join_process_group(device, hang_seconds)
         ranks._connect(os.environ["MASTER_ADDR"])
         try:
             yield ranks
@@ -292,21 +304,21 @@ def open_ranks(device: torch.device) -> Iterator[Ranks]:
         ranks._close(None)
 
 
-def _join_process_group(device: torch.device) -> None:
+def _join_process_group(device: torch.device, hang_seconds: float) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://"))
     # A launcher that restarts its processes may keep the store, in which the dead have left their addresses.
-    attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    attempt = dist.PrefixStore(f"attempt {whole_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=HANG_SECONDS)
+    timeout = timedelta(seconds=hang_seconds)
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
 
 
 def _refuse_plugins() -> None:
     """Raises RequestError for what accelerate would do to the model, which here belongs to no single optimizer."""
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+        if flag(f"ACCELERATE_USE_{name}"):
             raise RequestError(
                 f"accelerate is configured to use {name.replace('_', '-')}, but adapters train apart on whole ranks",
                 where=f"ACCELERATE_USE_{name}",
@@ -316,7 +328,7 @@ def _refuse_plugins() -> None:
 
 @contextlib.contextmanager
 def _stop_requests(stop: threading.Event) -> Iterator[None]:
-    launched = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or whole_number("WORLD_SIZE", 1, least=1) > 1
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.is_set() and number == signal.SIGINT and not launched:

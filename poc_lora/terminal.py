@@ -1,8 +1,49 @@
-"""What the verbs of the command line print, and the lists that they take."""
+"""What the verbs of the command line print, errors included, and the lists that they take."""
 
+import sys
+from traceback import format_exception
 from typing import Any
 
 import typer
+
+from poc_lora.errors import PocLoraError, RequestError, printable
+
+# What torch's allocator for the CPU says, on Linux and macOS, and on Windows; it has no exception of its own.
+CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+
+
+def as_error(problem: Exception) -> PocLoraError | None:
+    """The error that tells a user of `problem`; None where that is a bug or a fault of the device."""
+    if isinstance(problem, PocLoraError):
+        return problem
+    if _is_out_of_memory(problem):
+        error = PocLoraError(
+            f"out of memory: {problem}" if str(problem) else "out of memory",
+            fix="in training, lower train.tokens_per_microbatch or adapters.count",
+        )
+    elif isinstance(problem, OSError):  # a full disk, a folder that went away
+        error = PocLoraError(str(problem))
+    else:
+        return None
+    error.__cause__ = problem
+    return error
+
+
+def _is_out_of_memory(problem: Exception) -> bool:
+    torch = sys.modules.get("torch")  # what failed has imported it, or does without
+    return (
+        isinstance(problem, MemoryError)
+        or (torch is not None and isinstance(problem, torch.OutOfMemoryError))
+        or (isinstance(problem, RuntimeError) and any(words in str(problem) for words in CPU_OUT_OF_MEMORY))
+    )
+
+
+def show_error(error: PocLoraError, *, traceback: bool = False) -> None:
+    """Print an error, after its traceback and those of its causes where asked for."""
+    if traceback:
+        typer.echo(printable("".join(format_exception(error))), err=True, nl=False)
+    if not error.told:
+        typer.echo(f"poc-lora: {error}", err=True)
 
 
 def show(thing: Any) -> None:
@@ -38,12 +79,12 @@ def show_training(done: Any) -> None:
 
 def numbers(text: str, kind: type, option: str, example: str) -> list[Any]:
     """The numbers of a comma-separated list. Raises RequestError."""
-    from poc_lora.errors import RequestError
-
     try:
         return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise RequestError(f"'{text}' is not a list of numbers", where=option, fix=f"for example {example}") from None
+    except ValueError as problem:
+        raise RequestError(
+            f"'{text}' is not a list of numbers", where=option, fix=f"for example {example}"
+        ) from problem
 
 
 def tell_next(result: str, command: str) -> None:

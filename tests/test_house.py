@@ -25,7 +25,7 @@ LAYERS = [
     ("lora", "data", "optim"),
     ("mfnn",),
     ("config", "progress", "ranks"),
-    ("rng",),
+    ("rng", "devices", "envvars"),
     ("files",),
     ("errors",),
 ]

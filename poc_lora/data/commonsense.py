@@ -117,8 +117,8 @@ def _question(row: Any, where: str) -> Question:
         )
     try:
         (instruction + extra).encode()
-    except UnicodeEncodeError:
-        raise DataError("the text holds half of a surrogate pair, which is no character", where=where) from None
+    except UnicodeEncodeError as problem:
+        raise DataError("the text holds half of a surrogate pair, which is no character", where=where) from problem
     return Question(instruction, extra, labels, answer)
 
 

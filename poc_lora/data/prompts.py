@@ -119,7 +119,7 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, where: s
         prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
         whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except TemplateError as problem:  # templates refuse roles, or orders of roles, that the model does not know
-        raise DataError(f"the tokenizer's chat template refuses the row: {problem}", where=where) from None
+        raise DataError(f"the tokenizer's chat template refuses the row: {problem}", where=where) from problem
     shared = _common_prefix(prompt, whole)
     return whole[:shared], whole[shared:].rstrip("\n")
 

@@ -96,7 +96,7 @@ def _json_lines(path: Path) -> Iterable[Any]:
                 reason = getattr(problem, "msg", problem)
                 raise DataError(
                     f"not valid JSON at line {number}: {reason}", where=path, fix="repair that line"
-                ) from None
+                ) from problem
 
 
 def _parse(row: Any, where: str) -> Row:
@@ -152,17 +152,17 @@ def _is_hub_id(source: str) -> bool:
 def _read_hub(source: str) -> list[Row]:
     try:
         import datasets
-    except ImportError:
+    except ImportError as problem:
         raise DataError(
             f"'{source}' is neither a file nor a folder, and reading the Hub needs the datasets library",
             where="data.train",
             fix="check the path, or pip install 'poc-lora[hub]'",
-        ) from None
+        ) from problem
     try:
         table = datasets.load_dataset(source, split="train")
     except Exception as problem:  # the library raises many kinds; all mean that the data cannot be had
         raise DataError(
             f"'{source}' is neither a file nor a folder, and the Hub gives no such data set: {problem}",
             where="data.train",
-        ) from None
+        ) from problem
     return [_parse(row, f"{source}, row {number}") for number, row in enumerate(table, 1)]

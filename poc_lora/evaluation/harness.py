@@ -102,7 +102,7 @@ def _load_hub_task(manager: Any, name: str) -> Any:
             f"lm-eval cannot load its task '{name}': {first}",
             where="its data, on the Hugging Face Hub",
             fix="check the network (once loaded, they are cached), or score local files with --data DIR",
-        ) from None
+        ) from problem
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
     return task

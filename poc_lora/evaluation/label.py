@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.data.commonsense import Question
 from poc_lora.data.prompts import render_prompt
+from poc_lora.devices import by_device
 from poc_lora.errors import DataError
 from poc_lora.evaluation.answers import Answer
 from poc_lora.lora.base import context_length, logits_at
@@ -131,7 +132,7 @@ def score_labels(
     P = _prefix_length(prepared)
     past = run_prefix(model, prepared.tokens[:P], copies) if P >= MIN_PREFIX else None
     P = P if past else 0
-    tokens = tokens_per_batch or TOKENS_PER_BATCH[model.device.type]
+    tokens = tokens_per_batch or by_device(TOKENS_PER_BATCH, model.device.type)
     for first, last in _batches(prepared, max(1, tokens // copies)):
         ids = _padded(prepared, first, last)[:, P:]  # [b, T]
         b, T = ids.shape

@@ -137,7 +137,7 @@ def base_digest(name: str, revision: str | None = None) -> str:
         except OSError as problem:
             first = str(problem).split("\n")[0]
             fix = "give a folder with config.json, or a Hub id org/name"
-            raise ModelError(f"no base model '{name}': {first}", where="model.name", fix=fix) from None
+            raise ModelError(f"no base model '{name}': {first}", where="model.name", fix=fix) from problem
         return f"{name} at {extract_commit_hash(config, None)}"
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     return f"{folder.resolve()} {hashlib.sha256(repr(files).encode()).hexdigest()}"

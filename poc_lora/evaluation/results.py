@@ -201,7 +201,7 @@ def read_results(folder: Path) -> Results:
             comparisons={name: Difference(**x) for name, x in raw["comparisons"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
-        raise RunError(f"not the results of an evaluation ({problem!r})", where=path, fix="evaluate again") from None
+        raise RunError(f"not the results of an evaluation ({problem!r})", where=path, fix="evaluate again") from problem
 
 
 def _scored(correct: Mapping[str, Tensor]) -> Scored:

@@ -78,7 +78,7 @@ def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
     try:
         config_path, weights_path = (_real_file(folder, name, root or folder) for name in (CONFIG_NAME, WEIGHTS_NAME))
     except OSError as problem:
-        raise AdapterError(f"cannot be read: {problem.strerror}", where=folder) from None
+        raise AdapterError(f"cannot be read: {problem.strerror}", where=folder) from problem
     config = read_json(config_path, error=AdapterError, max_bytes=MAX_CONFIG_BYTES)
     check_config(config, config_path)
     header = read_header(weights_path, config.get("modules_to_save") or ())
@@ -157,7 +157,7 @@ def write_adapter(
                 _check_written(adapter, tensors, aside)
                 on_disk.result()
     except (OSError, SafetensorError) as problem:
-        raise PocLoraError(f"the adapter could not be written: {problem}", where=folder) from None
+        raise PocLoraError(f"the adapter could not be written: {problem}", where=folder) from problem
 
 
 def target_modules(names: Iterable[str], known: Collection[str]) -> list[str]:

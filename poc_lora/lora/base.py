@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,14 +22,20 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from poc_lora.envvars import flag, one_of, whole_number
 from poc_lora.errors import ConfigError, ModelError
+
+MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # accelerate's names
 
 
 def default_device() -> torch.device:
-    """This process's GPU where there is one and accelerate was not told to use the CPU, else the CPU."""
-    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+    """This process's GPU where there is one and accelerate was not told to use the CPU, else the CPU.
+
+    Only CUDA is chosen unasked: what draws random numbers and sums has been tested on no other accelerator.
+    """
+    if flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", whole_number("LOCAL_RANK", 0))
 
 
 def load_base(
@@ -66,7 +71,7 @@ def load_base(
             output_loading_info=True,
         )
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be loaded
-        raise _cannot_load(name, problem) from None
+        raise _cannot_load(name, problem) from problem
     model, loaded = pair
     if loaded["missing_keys"]:
         raise _cannot_load(name, ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}"))
@@ -79,8 +84,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     """The name of the dtype that `auto` stands for on a device: accelerate's mixed precision, where one is set."""
     if dtype != "auto":
         return dtype
-    mixed = {"bf16": "bfloat16", "fp16": "float16"}.get(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
-    return mixed or ("bfloat16" if device.type == "cuda" else "float32")
+    mixed = MIXED_PRECISION[one_of("ACCELERATE_MIXED_PRECISION", tuple(MIXED_PRECISION), "no")]
+    return mixed or ("float32" if device.type == "cpu" else "bfloat16")
 
 
 def require_gradients(dtype: str) -> None:
@@ -151,7 +156,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as problem:
-        raise _cannot_load(name, problem) from None
+        raise _cannot_load(name, problem) from problem
 
 
 def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32") -> PreTrainedModel:
@@ -166,7 +171,7 @@ def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32"
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         return model.requires_grad_(False).eval()
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be loaded
-        raise _cannot_load(name, problem) from None
+        raise _cannot_load(name, problem) from problem
 
 
 def logits_at(

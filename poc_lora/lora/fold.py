@@ -64,7 +64,7 @@ def fold(adapter: Path, base: str, out: Path) -> Folded:
                 (aside / name).chmod(0o644)
                 bar.advance()
     except (OSError, SafetensorError) as problem:
-        raise PocLoraError(f"the model could not be written: {problem}", where=out) from None
+        raise PocLoraError(f"the model could not be written: {problem}", where=out) from problem
     return Folded(out, len(read.modules), len(files))
 
 
@@ -85,7 +85,7 @@ def _base_folder(base: str) -> Path:
         return Path(snapshot_download(base, allow_patterns=["*.safetensors", *COPIED]))
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be had
         first = str(problem).strip().split("\n")[0]
-        raise ModelError(f"the base model '{base}' cannot be fetched: {first}", where="--base") from None
+        raise ModelError(f"the base model '{base}' cannot be fetched: {first}", where="--base") from problem
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -221,4 +221,4 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as stored:
             yield stored
     except (SafetensorError, OSError) as problem:
-        raise ModelError(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from None
+        raise ModelError(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from problem

@@ -1,5 +1,6 @@
 """One frozen linear layer with the stacked updates of M adapters: what a bank puts in a target's place."""
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +39,8 @@ class _PackedUpdate(torch.autograd.Function):
 
     x [M, n, d_in], A [M, r, d_in], B [M, r, d_out], y [M, n, d_out]. With u = x A^T and dy given:
     dB = scale · u^T dy, du = scale · dy B^T, dA = du^T x, dx = du A. Writing dA and dB in place of
-    returning them lets every module accumulate into a view of one flat buffer, without a copy.
+    returning them lets every module accumulate into a view of one flat buffer, without a copy. x and y have one dtype,
+    in which all is computed but the sums of the gradients.
     """
 
     @staticmethod
@@ -60,22 +62,32 @@ class _PackedUpdate(torch.autograd.Function):
         x, u, A, B = ctx.saved_tensors
         grad_A, grad_B = ctx.grads
         packed, dy = x.view(len(A), -1, x.shape[-1]), upstream.reshape(len(A), -1, upstream.shape[-1])
-        du = torch.bmm(dy, B.transpose(1, 2)).mul_(ctx.scale)
-        if dy.dtype == grad_A.dtype:
-            grad_A.baddbmm_(du.transpose(1, 2), packed)
-            grad_B.baddbmm_(u.transpose(1, 2), dy, alpha=ctx.scale)
-        else:
-            grad_A.add_(torch.bmm(du.transpose(1, 2), packed))
-            grad_B.add_(torch.bmm(u.transpose(1, 2), dy), alpha=ctx.scale)
-        dx = torch.bmm(du, A).view(x.shape) if ctx.needs_input_grad[1] else None
+        with _without_autocast(x.device):  # backward() may be called within it
+            du = torch.bmm(dy, B.transpose(1, 2)).mul_(ctx.scale)
+            if dy.dtype == grad_A.dtype:
+                grad_A.baddbmm_(du.transpose(1, 2), packed)
+                grad_B.baddbmm_(u.transpose(1, 2), dy, alpha=ctx.scale)
+            else:
+                grad_A.add_(torch.bmm(du.transpose(1, 2), packed))
+                grad_B.add_(torch.bmm(u.transpose(1, 2), dy), alpha=ctx.scale)
+            dx = torch.bmm(du, A).view(x.shape) if ctx.needs_input_grad[1] else None
         return upstream if ctx.needs_input_grad[0] else None, dx, None, None, None, None, None
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast changes the dtype of matmuls, but not of those that add in place: here every dtype is chosen already."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 class BankLinear(nn.Module):
     """A frozen linear layer plus the stacked updates of M adapters.
 
     y = W x + scale · B_j A_j dropout(x) for the rows of adapter j, where rows are adapter-major: with M
-    adapters the leading dimension of x is M·b, the first b rows belonging to the first adapter.
+    adapters the leading dimension of x is M·b, the first b rows belonging to the first adapter. The update is computed
+    in the dtype of W x: under torch.autocast in autocast's, as PEFT does.
     """
 
     def __init__(self, base: nn.Linear, stack: Stack, view: View, dropout: float, salt: int):
@@ -92,17 +104,17 @@ class BankLinear(nn.Module):
             return self.base(x)
         # In two dimensions: of three, bitsandbytes' int8 layers return a view that autograd lets no one add to.
         y = self.base(x.reshape(-1, x.shape[-1]))
-        if mode == "pack":
-            self._check_rows(x, len(stack.A))
-            y = _PackedUpdate.apply(
-                y, self._drop(x).contiguous(), stack.A, stack.B, stack.grad_A, stack.grad_B, stack.scale
-            )
-        else:
-            slots = [self.view.slot] if mode == "only" else self.view.members
-            A = stack.A.detach()[slots].flatten(0, 1).to(x.dtype)  # [m·r, d_in]
-            B = stack.B.detach()[slots].flatten(0, 1).to(x.dtype)
-            hidden_Nr = x.reshape(-1, x.shape[-1]) @ A.T
-            y.addmm_(hidden_Nr, B, alpha=stack.scale / max(1, len(slots)))
+        with _without_autocast(x.device):
+            if mode == "pack":
+                self._check_rows(x, len(stack.A))
+                dropped = self._drop(x).to(y.dtype).contiguous()
+                y = _PackedUpdate.apply(y, dropped, stack.A, stack.B, stack.grad_A, stack.grad_B, stack.scale)
+            else:
+                slots = [self.view.slot] if mode == "only" else self.view.members
+                A = stack.A.detach()[slots].flatten(0, 1).to(y.dtype)  # [m·r, d_in]
+                B = stack.B.detach()[slots].flatten(0, 1).to(y.dtype)
+                hidden_Nr = x.reshape(-1, x.shape[-1]).to(y.dtype) @ A.T
+                y.addmm_(hidden_Nr, B, alpha=stack.scale / max(1, len(slots)))
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _check_rows(self, x: Tensor, M: int) -> None:

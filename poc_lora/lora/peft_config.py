@@ -171,5 +171,5 @@ def _compile(patterns: Iterable[str], names: list[str], where: Path) -> list[tup
         try:
             compiled.append((key, re.compile(rf"(.*\.)?({key})$")))
         except (re.error, OverflowError, RecursionError) as problem:
-            raise AdapterError(f"{key!r} is not a pattern: {problem}", where=where) from None
+            raise AdapterError(f"{key!r} is not a pattern: {problem}", where=where) from problem
     return compiled

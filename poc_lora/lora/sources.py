@@ -39,7 +39,7 @@ def find_sources(source: str | Path) -> list[Source]:
             return [_fetch(repo, revision or None)]
         return [Source(folder, _name(folder), path) for folder in find_adapters(path)]
     except OSError as problem:  # a name that is too long, a folder that may not be searched
-        raise AdapterError(f"cannot be read: {problem.strerror}", where=source) from None
+        raise AdapterError(f"cannot be read: {problem.strerror}", where=source) from problem
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -89,20 +89,20 @@ def _fetch(repo: str, revision: str | None) -> Source:
         hf_hub_download(repo, WEIGHTS_NAME, revision=folder.name)
     except AdapterError:
         raise
-    except RemoteEntryNotFoundError:
+    except RemoteEntryNotFoundError as problem:
         raise AdapterError(
             f"the repository has not both {CONFIG_NAME} and {WEIGHTS_NAME}",
             where=repo,
             fix="where its weights are a pickle (.bin) and you trust it, convert it with PEFT: "
             "PeftModel.from_pretrained(base, ID).save_pretrained(FOLDER)",
-        ) from None
+        ) from problem
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be had
         first = str(problem).strip().split("\n")[0]
         raise AdapterError(
             f"no folder here, and it cannot be fetched from the Hub: {first}",
             where=repo,
             fix="check the name, the network, and that you are logged in where it is private (hf auth login)",
-        ) from None
+        ) from problem
     return Source(folder, f"{repo}@{folder.name}", folder.parents[1], folder.name)
 
 

@@ -42,13 +42,18 @@ class Stacked:
         return self.A[part], self.B[:, part]
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """Where float64 can be computed for tensors on `device`: a Mac's GPU has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def stack(members: Sequence[Factors | None]) -> Stacked:
     """The members' factors in float64, with the scales in B. None is a member without this module; one has it."""
     present = [member for member in members if member is not None]
     ranks = [0 if member is None else member.rank for member in members]
     d_out, d_in = present[0].shape
-    A = torch.empty(sum(ranks), d_in, dtype=torch.float64, device=present[0].A.device)
-    B = torch.empty(d_out, sum(ranks), dtype=torch.float64, device=present[0].B.device)
+    A = torch.empty(sum(ranks), d_in, dtype=torch.float64, device=exact_device(present[0].A.device))
+    B = torch.empty(d_out, sum(ranks), dtype=torch.float64, device=A.device)
     start = 0
     for member in present:
         part = slice(start, start + member.rank)

@@ -158,7 +158,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as stored:
             yield stored
     except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
-        raise AdapterError(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from None
+        raise AdapterError(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from problem
 
 
 def _check_sizes(path: Path) -> None:

@@ -215,7 +215,7 @@ def checked(results: Results, folder: Path) -> Results:
                 raise ValueError("a comparison that is not finite")
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         what = f"not the results of an evaluation ({_short(problem)})"
-        raise RunError(what, where=folder / RESULTS_FILE, fix="evaluate again") from None
+        raise RunError(what, where=folder / RESULTS_FILE, fix="evaluate again") from problem
     return sound
 
 
@@ -229,7 +229,7 @@ def read_facts(kind: type[T], path: Path) -> T | None:
     except ValidationError as problem:
         raise RunError(
             f"not as poc_lora writes it: {_short(problem)}", where=path, fix="restore the file, or remove it"
-        ) from None
+        ) from problem
 
 
 def _read_metrics(path: Path) -> Metrics | None:

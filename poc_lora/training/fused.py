@@ -81,7 +81,7 @@ def require_compiler(device: torch.device) -> None:
             f"torch.compile does not work here: {str(problem).strip().splitlines()[0]}",
             where="train.compile",
             fix="install a C++ compiler such as g++ (on a GPU, triton too), or set it to false",
-        ) from None
+        ) from problem
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,6 @@
 """`train`: M adapters of one base model, packed together on each device, over as many processes as were started."""
 
 import contextlib
-import os
 import sys
 from dataclasses import asdict
 from datetime import datetime
@@ -12,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from poc_lora.config import RunConfig, flatten
+from poc_lora.envvars import whole_number
 from poc_lora.errors import TrainingError
 from poc_lora.lora.bank import matching_linears
 from poc_lora.lora.base import (
@@ -215,5 +215,5 @@ def _facts_of(config: RunConfig, resume: bool) -> dict[str, Any]:
 
 def _restarted(config: RunConfig) -> bool:
     """Whether a launcher has started this process again after a failure, with a run there to go on with."""
-    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return any(int(count) > 0 for count in counts) and (Path(config.output) / "config.yaml").exists()
+    counts = [whole_number(name, 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    return any(counts) and (Path(config.output) / "config.yaml").exists()

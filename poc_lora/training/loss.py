@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from poc_lora.data.batches import MicroBatch
+from poc_lora.devices import by_device
 from poc_lora.lora.base import hidden_at, logits_at
 
 # Logits held at once, by kind of device. On a CPU a chunk stays in the cache; on a GPU it keeps the matmul busy.
@@ -48,7 +49,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, t
 
 def chunk_rows(vocabulary: int, device_type: str) -> int:
     """How many positions' logits are held at once."""
-    return max(MIN_CHUNK_ROWS, CHUNK_LOGITS[device_type] // vocabulary)
+    return max(MIN_CHUNK_ROWS, by_device(CHUNK_LOGITS, device_type) // vocabulary)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

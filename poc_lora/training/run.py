@@ -72,7 +72,7 @@ class Run:
                 f"{len(text):,} bytes could not be added: {problem.strerror}",
                 where=self._metrics,
                 fix="make room or mend the folder; the run goes on from its last commit with --resume",
-            ) from None
+            ) from problem
 
     def settle(self) -> None:
         """Make metrics.jsonl survive a power cut up to here."""
@@ -120,16 +120,16 @@ def run_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path, blocking=False)
         lock.acquire()
-    except Timeout:
+    except Timeout as problem:
         raise RunError(
             "another process trains in this run folder",
             where=folder,
             fix="wait for it, or set output to another folder",
-        ) from None
+        ) from problem
     except OSError as problem:
         raise RunError(
             f"cannot be written: {problem.strerror}", where=folder, fix="choose a folder that can be written to"
-        ) from None
+        ) from problem
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ import torch
 
 from poc_lora.lora.factors import Factors
 from poc_lora.lora.similarity import cosine, gram_of_stack, summary
-from poc_lora.lora.stacked import stack
+from poc_lora.lora.stacked import exact_device, stack
 from poc_lora.training.pack import Pack
 
 
@@ -48,7 +48,7 @@ def validate(
 
 @torch.no_grad()
 def _similarity(pack: Pack) -> dict[str, Any]:
-    inner = torch.zeros(len(pack.live), len(pack.live), dtype=torch.float64, device=pack.device)
+    inner = torch.zeros(len(pack.live), len(pack.live), dtype=torch.float64, device=exact_device(pack.device))
     for module in pack.bank.modules.values():
         A, B, scale = module.stack.A, module.stack.B, pack.bank.scale
         inner += gram_of_stack(stack([Factors(A[slot], B[slot].T, scale) for slot in pack.live]))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from poc_lora.config import RunConfig
+from poc_lora.envvars import whole_number
 from poc_lora.errors import Interrupted
 from poc_lora.progress import Tracker, track
 from poc_lora.ranks import Ranks
@@ -211,7 +212,7 @@ class Worker:
         """Say it once, where a launcher would kill this process before a commit could be written."""
         if self._warned or "TORCHELASTIC_RUN_ID" not in os.environ:
             return
-        patience = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", LAUNCHER_PATIENCE))
+        patience = whole_number("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", LAUNCHER_PATIENCE)
         if self.commits.slowest < patience:
             return
         self._warned = True

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from poc_lora.config import RunConfig, load_config
 from poc_lora.data.commonsense import BENCHMARKS, read_questions
+from poc_lora.devices import by_device
 from poc_lora.evaluation.label import PreparedQuestions, prepare, score_labels
 from poc_lora.files import write_json
 from poc_lora.lora.base import load_base
@@ -44,7 +45,7 @@ def one_seed(config: RunConfig, model, tokenizer, prepared: dict[str, PreparedQu
     """Train one pack and score it whole and in part."""
     M = config.adapters.count
     data = prepare_data(config, tokenizer)
-    tokens = FAST_TOKENS[model.device.type]
+    tokens = by_device(FAST_TOKENS, model.device.type)
     pack = Pack(config, model, data, range(M), tokens=tokens, pad_id=tokenizer.pad_token_id)
     with torch.enable_grad():
         for step in range(data.total_steps):

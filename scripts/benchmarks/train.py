@@ -57,6 +57,7 @@ from poc_lora import rng
 from poc_lora.config import RunConfig, load_config
 from poc_lora.data.batches import PAD_MULTIPLE, BatchOrder, micro_batches
 from poc_lora.data.prompts import Example
+from poc_lora.devices import by_device
 from poc_lora.errors import PocLoraError
 from poc_lora.files import write_json
 from poc_lora.lora.base import context_length, default_device, load_base, resolve_dtype, without_cudnn_attention
@@ -402,7 +403,7 @@ def measured_flops(work: Work, tokens_per_s: float) -> dict[str, Any]:
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, times: int = 9) -> float:
-    n = MATMUL_SIZE[device.type]
+    n = by_device(MATMUL_SIZE, device.type)
     a, b = (rng.normal((n, n), rng.key(0, 0, "matmul", name=name), device).to(dtype) for name in "ab")
     seconds = []
     for _ in range(times + 3):  # the first three warm up

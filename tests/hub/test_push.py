@@ -372,6 +372,14 @@ def test_the_program_pushes_and_merges_and_its_token_is_nowhere(hub, run, tmp_pa
     assert not [path for path, content in there(hub, repo="me/a1").items() if TOKEN.encode() in content]
 
 
+def test_the_traceback_of_a_failed_download_shows_no_token(hub, tmp_path):
+    done = program(hub, tmp_path, "merge", "me/none@main", "--out", "out", POC_LORA_TRACEBACK="1")
+    assert done.returncode == 2, done.stderr
+    assert "HTTPStatusError" in done.stderr
+    assert "direct cause of the following exception" in done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+
+
 def test_the_command_line_refuses_without_a_traceback(hub, run, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
     monkeypatch.setattr(sys, "argv", ["poc-lora", "push", str(run), "me/demo"])

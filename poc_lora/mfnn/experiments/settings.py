@@ -220,7 +220,7 @@ def load(
             lines.append(f"{'.'.join(map(str, e['loc'])) or name}: {e['msg']}{got}")
         raise ConfigError(
             "\n  ".join(["the configuration is not valid:", *lines]), where=path, fix="compare with configs/mfnn"
-        ) from None
+        ) from problem
 
 
 def _merged(tree: dict[str, Any], over: Any, where: str | Path) -> dict[str, Any]:
