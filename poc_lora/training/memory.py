@@ -60,6 +60,7 @@ class Memory:
     optimizer: int  # two moments, and the noise of one adapter
     activations: int  # of one micro-batch, the backward pass included
     logits: int  # of one chunk
+    commit: int  # the copy of weights and moments that is being written; on a GPU it lies in the host's memory, so 0
 
     @property
     def total(self) -> int:
@@ -100,6 +101,7 @@ class Footprint:
             optimizer=2 * 4 * M * P + (4 * P if self.config.optim.temperature else 0),
             activations=max(head, max(body, backward) - logits),
             logits=logits,
+            commit=snapshot_bytes(M, P) if self.device.type == "cpu" else 0,
         )
 
     def choose(self, free: int, before: Mapping[str, Any] = MappingProxyType({})) -> Sizes:
@@ -171,6 +173,11 @@ class Footprint:
             return self._logits(rows)
         width = getattr(torch, self.dtype).itemsize
         return min(rows, chunk_rows(self.vocabulary, "cpu")) * self.vocabulary * (4 + (width if width != 4 else 0))
+
+
+def snapshot_bytes(adapters: int, parameters: int) -> int:
+    """Bytes on the host of what a commit under way is written from: weights and two moments of a pack's adapters."""
+    return 3 * 4 * adapters * parameters
 
 
 def free_bytes(device: torch.device) -> int:
@@ -254,7 +261,7 @@ def _most_bytes(config: RunConfig, model: PreTrainedModel, sizes: Sizes, longest
     tokens = max(sizes.tokens_per_microbatch, sizes.per_device * longest)
     text = model.config.get_text_config()
     attention = longest * getattr(text, "num_hidden_layers", 1) * getattr(text, "num_attention_heads", 1)
-    bank = (4 * sizes.per_device + 1) * config.lora.rank * width
+    bank = (7 * sizes.per_device + 1) * config.lora.rank * width
     weights = sum(p.nbytes for p in model.parameters()) + max(4 * m.in_features * m.out_features for m in linears)
     return weights + 4 * (bank + 4 * tokens * (width + attention))
 

@@ -28,7 +28,7 @@ from poc_lora.lora.base import (
 )
 from poc_lora.training.checkpoint import Progress
 from poc_lora.training.fused import require_compiler
-from poc_lora.training.memory import Footprint, free_bytes
+from poc_lora.training.memory import Footprint, free_bytes, snapshot_bytes
 from poc_lora.training.placement import place
 from poc_lora.training.run import find_run, started_at
 from poc_lora.training.trackers import require_trackers
@@ -171,6 +171,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         f"memory on {device.type}: optimizer": size(memory.optimizer),
         f"memory on {device.type}: activations": size(memory.activations),
         f"memory on {device.type}: logits held at once": size(memory.logits),
+        "memory on the host: a commit under way": size(snapshot_bytes(sizes.per_device, P)),
         f"memory on {device.type}: peak": f"{size(memory.total)} of {size(free)} free"
         + ("" if memory.total < free else ": TOO MUCH"),
         "disk": f"{size(on_disk)} of {size(room)} free",

@@ -61,6 +61,7 @@ def test_every_line_is_given_without_weights(settings, no_weights, monkeypatch, 
         "memory on cpu: base model": size(weights),
         "memory on cpu: adapters and gradients": size(2 * 4 * 3 * PARAMETERS),
         "memory on cpu: optimizer": size(2 * 4 * 3 * PARAMETERS + 4 * PARAMETERS),
+        "memory on the host: a commit under way": size(3 * 4 * 3 * PARAMETERS),
         "disk": f"{size(on_disk)} of 3.0 GB free",
         "run folder": f"{settings['output']} (new)",
     }
