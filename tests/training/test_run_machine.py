@@ -33,7 +33,7 @@ from tests.training.conftest import config, metrics, weights
 from tests.training.crash import KILLED
 from tests.training.forked import Interruption, train_in_ranks, train_pack
 
-STEPS = 8
+STEPS = 12
 MOST_ADAPTERS = 5
 EXAMPLES = int(os.environ.get("RUN_MACHINE_EXAMPLES", "40"))
 
@@ -45,7 +45,7 @@ INTERRUPTIONS = st.one_of(
     st.builds(
         Interruption,
         how=st.sampled_from(["SIGTERM", "SIGINT", "kill"]),
-        at=st.integers(2, STEPS - 1),
+        at=st.integers(2, STEPS - 4),
         rank=st.integers(0, 2),
         everywhere=st.booleans(),
     ),
@@ -53,7 +53,7 @@ INTERRUPTIONS = st.one_of(
         Interruption,
         how=st.just("kill"),
         where=st.just("write"),
-        at=st.integers(5, 80),  # a commit has about 20 such points
+        at=st.integers(5, 60),  # a commit has about 20 such points
         rank=st.integers(0, 2),
         everywhere=st.booleans(),
     ),
@@ -101,16 +101,19 @@ class Life(RuleBasedStateMachine):
         keep=st.sampled_from([1, 2]),
         ranks=RANKS,
         per_device=st.sampled_from([4, 2]),
+        interruption=INTERRUPTIONS,
     )
-    def begin(self, adapters, every_steps, keep, ranks, per_device):
+    def begin(self, adapters, every_steps, keep, ranks, per_device, interruption):
         self.adapters, self.every_steps, self.keep = adapters, every_steps, keep
-        self.ranks, self.per_device = ranks, per_device
+        self.train_elsewhere(interruption, ranks, per_device)
 
+    @precondition(lambda self: not self._is_at_its_end())
     @rule(interruption=INTERRUPTIONS)
     def train(self, interruption):
         self._train(interruption)
 
-    @rule(interruption=INTERRUPTIONS, ranks=RANKS, per_device=st.integers(1, 3))
+    @precondition(lambda self: not self._is_at_its_end())
+    @rule(interruption=INTERRUPTIONS, ranks=RANKS, per_device=st.integers(1, 2))
     def train_elsewhere(self, interruption, ranks, per_device):
         self.ranks, self.per_device = ranks, per_device
         self._train(interruption)
@@ -172,6 +175,10 @@ class Life(RuleBasedStateMachine):
         intact = self._intact()
         manifest = json.loads((intact[-1] / "manifest.json").read_text()) if intact else {"adapters": {}}
         return {int(adapter): state for adapter, state in manifest["adapters"].items()}
+
+    def _is_at_its_end(self):
+        """Whether there is nothing left to interrupt but what a further adapter brings."""
+        return self.adapters < MOST_ADAPTERS and all(map(self._is_finished, range(self.adapters)))
 
     def _is_finished(self, adapter):
         return self.committed.get(adapter, {}).get("status") == "finished"
