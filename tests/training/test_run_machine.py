@@ -40,7 +40,6 @@ EXAMPLES = int(os.environ.get("RUN_MACHINE_EXAMPLES", "40"))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 + 30 * EXAMPLES)]
 
 
-RANKS = st.integers(1, 3)  # of which there are never more than adapters
 INTERRUPTIONS = st.one_of(
     st.builds(
         Interruption,
@@ -99,29 +98,24 @@ class Life(RuleBasedStateMachine):
         adapters=st.sampled_from([4, 3]),
         every_steps=st.sampled_from([1, 2]),
         keep=st.sampled_from([1, 2]),
-        ranks=RANKS,
-        per_device=st.sampled_from([4, 2]),
+        place=st.tuples(st.integers(1, 2), st.sampled_from([4, 2])),
         interruption=INTERRUPTIONS,
     )
-    def begin(self, adapters, every_steps, keep, ranks, per_device, interruption):
+    def begin(self, adapters, every_steps, keep, place, interruption):
         self.adapters, self.every_steps, self.keep = adapters, every_steps, keep
-        self.train_elsewhere(interruption, ranks, per_device)
-
-    @precondition(lambda self: not self._is_at_its_end())
-    @rule(interruption=INTERRUPTIONS)
-    def train(self, interruption):
+        self.ranks, self.per_device = place
         self._train(interruption)
 
-    @precondition(lambda self: not self._is_at_its_end())
-    @rule(interruption=INTERRUPTIONS, ranks=RANKS, per_device=st.integers(1, 2))
-    def train_elsewhere(self, interruption, ranks, per_device):
-        self.ranks, self.per_device = ranks, per_device
-        self._train(interruption)
-
-    @precondition(lambda self: self.adapters < MOST_ADAPTERS)
-    @rule(interruption=INTERRUPTIONS)
-    def train_one_more(self, interruption):
-        self.adapters += 1
+    @rule(
+        interruption=INTERRUPTIONS,
+        elsewhere=st.tuples(st.integers(1, 3), st.integers(1, 4)) | st.none(),
+        one_more=st.sampled_from([False, False, False, True]),
+    )
+    def train(self, interruption, elsewhere, one_more):
+        if elsewhere:
+            self.ranks, self.per_device = elsewhere
+        if (one_more or self._is_at_its_end()) and self.adapters < MOST_ADAPTERS:
+            self.adapters += 1
         self._train(interruption)
 
     @precondition(lambda self: len(self._intact()) > 1)
@@ -140,7 +134,7 @@ class Life(RuleBasedStateMachine):
 
     def _train(self, interruption):
         """Start or resume the run, and look at how its ranks ended."""
-        ranks = min(self.ranks, self.adapters)
+        ranks = min(self.ranks, self.adapters)  # more are refused
         settings = config(
             self.references.settings,
             adapters__count=self.adapters,
@@ -177,8 +171,7 @@ class Life(RuleBasedStateMachine):
         return {int(adapter): state for adapter, state in manifest["adapters"].items()}
 
     def _is_at_its_end(self):
-        """Whether there is nothing left to interrupt but what a further adapter brings."""
-        return self.adapters < MOST_ADAPTERS and all(map(self._is_finished, range(self.adapters)))
+        return all(map(self._is_finished, range(self.adapters)))
 
     def _is_finished(self, adapter):
         return self.committed.get(adapter, {}).get("status") == "finished"
