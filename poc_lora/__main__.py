@@ -2,7 +2,7 @@
 
 import os
 
-from poc_lora import cli
+from poc_lora.cli import app as cli
 
 # What torch reads, the newest name first.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")

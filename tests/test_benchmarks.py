@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from poc_lora.config import validate
-from poc_lora.lora.merge_folders import merge_folders
+from poc_lora.merging.folders import merge_folders
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
-from poc_lora.training.loop import train
+from poc_lora.training.train import train
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "benchmarks"
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from poc_lora.distributed import is_first_rank, open_ranks
 from poc_lora.errors import RequestError
-from poc_lora.lora.base import default_device, resolve_dtype
-from poc_lora.ranks import is_first_rank, open_ranks
-from poc_lora.training.loop import _restarted
+from poc_lora.models.load import default_device, resolve_dtype
 from poc_lora.training.memory import free_bytes
+from poc_lora.training.train import _restarted
 
 CPU = torch.device("cpu")
 

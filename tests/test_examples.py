@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from poc_lora.lora.adapter import read_adapter
-from poc_lora.lora.merge_folders import merge_folders
+from poc_lora.adapters.adapter import read_adapter
+from poc_lora.merging.folders import merge_folders
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "examples"
 

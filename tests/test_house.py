@@ -9,7 +9,7 @@ import pytest
 import typer
 
 import poc_lora
-from poc_lora.cli import app
+from poc_lora.cli.app import app
 
 PACKAGE = Path(poc_lora.__file__).parent
 # From the top of the house to its foundations; a layer may import from itself and from those below it.
@@ -18,15 +18,20 @@ LAYERS = [
     ("cli",),
     ("microworld",),
     ("hub",),
-    ("terminal",),
     ("reporting",),
     ("evaluation",),
     ("training",),
-    ("lora", "data", "optim"),
+    ("merging",),
+    ("lora",),
+    ("adapters",),
+    ("models",),
+    ("artifacts",),
+    ("data", "optim"),
     ("mfnn",),
-    ("config", "progress", "ranks"),
-    ("rng", "devices", "envvars"),
-    ("files",),
+    ("config", "progress", "distributed"),
+    ("rng",),
+    ("files", "devices"),
+    ("envvars",),
     ("errors",),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -67,7 +72,7 @@ def test_data_and_optim_do_not_know_lora():
 
 def test_modules_stay_small():
     long = {
-        str(p.relative_to(PACKAGE)): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 350
+        str(p.relative_to(PACKAGE)): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400
     }
     assert not long
 
@@ -79,7 +84,7 @@ def test_modules_stay_small():
 def test_help_imports_no_torch(arguments):
     code = (
         "import sys\n"
-        "from poc_lora.cli import app\n"
+        "from poc_lora.cli.app import app\n"
         f"app({arguments.split()!r}, standalone_mode=False)\n"
         "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"

@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from poc_lora import cli
+from poc_lora.cli import app as cli
 from poc_lora.config import validate
-from poc_lora.lora.merge_folders import merge_folders
+from poc_lora.merging.folders import merge_folders
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -11,7 +11,7 @@ from torch import Tensor
 from poc_lora.config import load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.answers import AnswerFile, Item
-from poc_lora.evaluation.scores import is_right
+from poc_lora.evaluation.statistics import is_right
 from poc_lora.files import read_json
 
 

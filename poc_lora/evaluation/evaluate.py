@@ -9,19 +9,20 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.data.commonsense import Benchmark, chance_level, find_benchmarks, read_questions
+from poc_lora.distributed import Ranks, open_ranks
 from poc_lora.errors import Interrupted, RequestError, RunError
 from poc_lora.evaluation import subsets as subset_merges
 from poc_lora.evaluation.answers import AnswerFile, Item
-from poc_lora.evaluation.by_harness import evaluate_by_harness
 from poc_lora.evaluation.control import Control, read_control
 from poc_lora.evaluation.passes import Asker, Protocol, base_digest
+from poc_lora.evaluation.protocols.by_harness import evaluate_by_harness
 from poc_lora.evaluation.results import RESULTS_FILE, Results, adapter_key, summarise, things_scored, write_results
-from poc_lora.evaluation.scores import ensemble
-from poc_lora.evaluation.targets import Subjects, find_subjects
+from poc_lora.evaluation.statistics import ensemble
+from poc_lora.evaluation.variants import Subjects, find_subjects
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.lora.base import default_device, load_base, resolve_dtype, without_cudnn_attention
+from poc_lora.models.forward import without_cudnn_attention
+from poc_lora.models.load import default_device, load_base, resolve_dtype
 from poc_lora.progress import track
-from poc_lora.ranks import Ranks, open_ranks
 
 PROTOCOLS = ("label", "generate", "harness")
 

@@ -10,14 +10,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.data.prompts import TEMPLATES
+from poc_lora.distributed import Ranks
 from poc_lora.errors import AdapterError, Interrupted, ModelError
 from poc_lora.evaluation.answers import Answer, AnswerFile, Item
-from poc_lora.evaluation.generate import NEW_TOKENS, generate_answers
-from poc_lora.evaluation.label import ANSWER_PREFIX, label_answers
+from poc_lora.evaluation.protocols.generate import NEW_TOKENS, generate_answers
+from poc_lora.evaluation.protocols.label import ANSWER_PREFIX, label_answers
 from poc_lora.files import sha256_file
-from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
-from poc_lora.ranks import Ranks
 
 QUESTIONS_PER_COMMIT = 256  # answered at once, then kept: what an interruption costs
 PARTS_PER_RANK = 2  # at least, where there are several ranks: none is left without work for long

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from poc_lora.errors import RunError
-from poc_lora.evaluation import scores
+from poc_lora.evaluation import statistics as scores
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.control import Control
 from poc_lora.evaluation.passes import adapter_digest
-from poc_lora.evaluation.scores import Difference, Estimate
-from poc_lora.evaluation.targets import Subjects
+from poc_lora.evaluation.statistics import Difference, Estimate
+from poc_lora.evaluation.variants import Subjects
 from poc_lora.files import read_json, write_json
 
 RESULTS_FILE = "results.json"

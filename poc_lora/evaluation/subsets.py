@@ -10,7 +10,7 @@ from torch import Tensor
 
 from poc_lora import rng
 from poc_lora.evaluation.answers import AnswerFile
-from poc_lora.evaluation.scores import Estimate, is_right, macro_average, mean
+from poc_lora.evaluation.statistics import Estimate, is_right, macro_average, mean
 
 DRAWS = 2  # random orders of the adapters, each cut into disjoint subsets of every size
 

@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, open_adapter
+from poc_lora.adapters.sources import find_adapters
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import AdapterError, RequestError, RunError
 from poc_lora.evaluation.control import folder_name
 from poc_lora.evaluation.results import RESULTS_FILE, Results, Scored, adapter_key, read_results
 from poc_lora.files import read_json, sha256_file
 from poc_lora.hub.public import public_config, public_json, public_merge, refuse_metadata
-from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, open_adapter
-from poc_lora.lora.compatible import is_hub_name
-from poc_lora.lora.merge_folders import REPORT_NAME
-from poc_lora.lora.sources import find_adapters
+from poc_lora.merging.compatible import is_hub_name
+from poc_lora.merging.folders import REPORT_NAME
 from poc_lora.reporting.run_files import PROTOCOLS, Journey, Merge, checked, of_these_weights, read_facts
 from poc_lora.reporting.tables import REPORT_FILE, markdown, table_rows
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from safetensors import safe_open
 
+from poc_lora.adapters.peft_config import HARMLESS
 from poc_lora.errors import AdapterError
-from poc_lora.lora.merge import MergeReport, ModuleReport
-from poc_lora.lora.peft_config import HARMLESS
+from poc_lora.merging.merge import MergeReport, ModuleReport
 
 _PATTERN = re.compile(r"[\w.*+?|()\[\]\\^$:-]{1,4096}", re.ASCII)  # a module's name, or PEFT's pattern of several
 

@@ -4,8 +4,8 @@ import json
 import re
 import shlex
 
+from poc_lora.adapters.serving import VLLM_RANKS, vllm_rank
 from poc_lora.hub.collect import Subject
-from poc_lora.lora.serving import VLLM_RANKS, vllm_rank
 
 # By PEFT's task_type: transformers' class of the base model, and what the Hub calls the task.
 CLASSES = {

@@ -1,0 +1,1 @@
+"""M adapters stacked on one base model."""

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from poc_lora import rng
+from poc_lora.adapters.adapter import Adapter
+from poc_lora.adapters.factors import Factors
 from poc_lora.errors import AdapterError, ModelError
-from poc_lora.lora.adapter import Adapter
-from poc_lora.lora.base import keep_differentiable, linear_names
-from poc_lora.lora.factors import Factors
-from poc_lora.lora.packed import BankLinear, Stack, View
+from poc_lora.lora.layer import BankLinear, Stack, View
+from poc_lora.models.load import keep_differentiable, linear_names
 
 
 class AdapterBank:

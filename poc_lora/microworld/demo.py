@@ -9,12 +9,12 @@ from poc_lora.config import load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.evaluate import evaluate
 from poc_lora.evaluation.results import Results
-from poc_lora.lora.merge_folders import merge_folders
+from poc_lora.merging.folders import merge_folders
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 from poc_lora.reporting.page import write_page, write_rank_sweep
 from poc_lora.reporting.summaries import merge_summary, training_summary
 from poc_lora.reporting.tables import notes, terminal_table, write_report
-from poc_lora.training.loop import train
+from poc_lora.training.train import train
 
 _HERE = Path(__file__).parent
 # The wheel carries the checkout's configs/demo.yaml beside this module.

@@ -6,7 +6,7 @@ from poc_lora.config import RunConfig, flatten
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Chart, Part, Table, chart, short
 from poc_lora.reporting.run_files import RunFiles
-from poc_lora.training.plan import size
+from poc_lora.training.check import size
 
 
 def what_was_run(files: RunFiles) -> Part:

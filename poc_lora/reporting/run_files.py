@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.config import RunConfig, load_config
 from poc_lora.data.commonsense import BENCHMARKS
 from poc_lora.errors import RunError
@@ -16,8 +17,7 @@ from poc_lora.evaluation.control import folder_name
 from poc_lora.evaluation.passes import adapter_digest
 from poc_lora.evaluation.results import RESULTS_FILE, Results, adapter_key, read_results
 from poc_lora.files import read_json, read_text
-from poc_lora.lora.adapter import CONFIG_NAME, WEIGHTS_NAME
-from poc_lora.lora.merge_folders import REPORT_NAME
+from poc_lora.merging.folders import REPORT_NAME
 
 PROTOCOLS = ("label", "generate", "harness")
 MAX_METRICS_BYTES = 2**28

@@ -12,7 +12,7 @@ from poc_lora.data.commonsense import BENCHMARKS
 from poc_lora.evaluation.benchmarks import FACTS
 from poc_lora.evaluation.control import folder_name
 from poc_lora.evaluation.results import Results, Scored
-from poc_lora.evaluation.scores import Difference, Estimate
+from poc_lora.evaluation.statistics import Difference, Estimate
 from poc_lora.files import write_atomic
 from poc_lora.reporting.escape import code, escaped
 

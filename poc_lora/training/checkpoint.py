@@ -22,11 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from poc_lora.distributed import Ranks
 from poc_lora.errors import CheckpointError, PocLoraError, RequestError
 from poc_lora.files import free_bytes_at, publish_folder, read_json, sha256_file, sync, write_json
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.optim.noisy_adamw import NoisyAdamW
-from poc_lora.ranks import Ranks
 
 MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")

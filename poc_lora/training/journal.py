@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from poc_lora.training.pack import Pack, Step
 from poc_lora.training.run import Run
+from poc_lora.training.step import Pack, Step
 from poc_lora.training.trackers import Trackers
 
 LOGGED_STEPS = 1000  # metrics.jsonl holds about so many steps of a run at most

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from poc_lora.data.batches import MicroBatch
 from poc_lora.devices import by_device
-from poc_lora.lora.base import hidden_at, logits_at
+from poc_lora.models.forward import hidden_at, logits_at
 
 # Logits held at once, by kind of device. On a CPU a chunk stays in the cache; on a GPU it keeps the matmul busy.
 CHUNK_LOGITS = {"cpu": 2**18, "cuda": 2**27}

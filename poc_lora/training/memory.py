@@ -28,8 +28,9 @@ from poc_lora.data.batches import MicroBatch
 from poc_lora.devices import by_device
 from poc_lora.envvars import whole_number
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.lora.base import empty_base, has_plain_head, resolve_dtype
-from poc_lora.training.fused import gradient_checkpointing
+from poc_lora.models.forward import has_plain_head
+from poc_lora.models.load import empty_base, resolve_dtype
+from poc_lora.models.recomputation import gradient_checkpointing
 from poc_lora.training.loss import chunk_rows, packed_loss
 
 # Tokens of a micro-batch, all adapters counted, that keep the device busy; more would only take memory.

@@ -17,10 +17,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from poc_lora import __version__
+from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
 from poc_lora.errors import CheckpointError, RunError
 from poc_lora.files import read_json, read_text, sync, write_atomic, write_json
-from poc_lora.lora.adapter import Adapter, write_adapter
 from poc_lora.training.checkpoint import Commit, Progress, newest_commit
 
 # What may differ between a run and its resumption: nothing that a trained adapter already depends on.

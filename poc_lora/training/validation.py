@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from poc_lora.lora.factors import Factors
-from poc_lora.lora.similarity import cosine, gram_of_stack, summary
-from poc_lora.lora.stacked import exact_device, stack
-from poc_lora.training.pack import Pack
+from poc_lora.adapters.factors import Factors
+from poc_lora.merging.gram import cosine, gram_of_stack, summary
+from poc_lora.merging.stacked import exact_device, stack
+from poc_lora.training.step import Pack
 
 
 def validate(

@@ -20,15 +20,15 @@ from matplotlib.figure import Figure
 from poc_lora.config import RunConfig, load_config
 from poc_lora.data.commonsense import BENCHMARKS, read_questions
 from poc_lora.devices import by_device
-from poc_lora.evaluation.label import PreparedQuestions, prepare, score_labels
+from poc_lora.evaluation.protocols.label import PreparedQuestions, prepare, score_labels
 from poc_lora.files import write_json
-from poc_lora.lora.base import load_base
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
+from poc_lora.models.load import load_base
 from poc_lora.reporting.figures import subsets_figure
+from poc_lora.training.data import prepare_data
 from poc_lora.training.memory import FAST_TOKENS
-from poc_lora.training.pack import Pack
-from poc_lora.training.plan import prepare_data
 from poc_lora.training.run import environment
+from poc_lora.training.step import Pack
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
 

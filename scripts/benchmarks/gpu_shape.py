@@ -38,9 +38,10 @@ from transformers import (
 )
 
 from poc_lora.data.batches import PAD_MULTIPLE
-from poc_lora.lora.base import default_device, without_cudnn_attention
+from poc_lora.models.forward import without_cudnn_attention
+from poc_lora.models.load import default_device
 from poc_lora.training.memory import Footprint, Sizes
-from poc_lora.training.pack import Pack
+from poc_lora.training.step import Pack
 
 ADAPTERS, BATCH, STEPS, TOKENS = 8, 16, 2, 4096
 CUDNN_FIRST = [

@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 from poc_lora import evaluate, load_config, merge_folders, read_adapter, train
+from poc_lora.adapters.adapter import WEIGHTS_NAME
 from poc_lora.errors import Interrupted
-from poc_lora.lora.adapter import WEIGHTS_NAME
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from poc_lora.adapters.adapter import WEIGHTS_NAME, Adapter, read_adapter, write_adapter
+from poc_lora.adapters.factors import Factors
 from poc_lora.files import sync, write_json
-from poc_lora.lora.adapter import WEIGHTS_NAME, Adapter, read_adapter, write_adapter
-from poc_lora.lora.factors import Factors
-from poc_lora.lora.merge import merge
-from poc_lora.lora.merge_folders import merge_folders
+from poc_lora.merging.folders import merge_folders
+from poc_lora.merging.merge import merge
 
 HIDDEN, INTERMEDIATE, KEYS = 4096, 14336, 1024
 SHAPES = {  # d_out, d_in

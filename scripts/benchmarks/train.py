@@ -60,12 +60,13 @@ from poc_lora.data.prompts import Example
 from poc_lora.devices import by_device
 from poc_lora.errors import PocLoraError
 from poc_lora.files import write_json
-from poc_lora.lora.base import context_length, default_device, load_base, resolve_dtype, without_cudnn_attention
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
+from poc_lora.models.forward import without_cudnn_attention
+from poc_lora.models.load import context_length, default_device, load_base, resolve_dtype
+from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.memory import Sizes, free_bytes, resolve_sizes
-from poc_lora.training.pack import Pack
-from poc_lora.training.plan import TrainingData, prepare_data
 from poc_lora.training.run import environment
+from poc_lora.training.step import Pack
 
 # hidden, layers, intermediate, heads, key and value heads, vocabulary
 SHAPES = {

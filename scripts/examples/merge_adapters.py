@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from poc_lora import merge, read_adapter, write_adapter
-from poc_lora.lora.merge import sweep_by_type
+from poc_lora.merging.merge import sweep_by_type
 from poc_lora.microworld import MODEL_DIR
 
 KINDS = [  # as three people might have trained them

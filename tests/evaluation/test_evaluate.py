@@ -11,18 +11,19 @@ import pytest
 import torch
 import yaml
 
+from poc_lora.adapters.adapter import Adapter, write_adapter
+from poc_lora.adapters.factors import Factors
 from poc_lora.data.commonsense import Question, find_benchmarks, read_questions
 from poc_lora.data.prompts import TEMPLATES
+from poc_lora.distributed import Ranks
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError, RunError
-from poc_lora.evaluation import harness, passes
+from poc_lora.evaluation import passes
 from poc_lora.evaluation.answers import Answer, AnswerFile, Item
 from poc_lora.evaluation.evaluate import evaluate
-from poc_lora.evaluation.label import prepare, score_labels
+from poc_lora.evaluation.protocols import harness
+from poc_lora.evaluation.protocols.label import prepare, score_labels
 from poc_lora.evaluation.results import read_results
-from poc_lora.lora.adapter import Adapter, write_adapter
-from poc_lora.lora.base import load_base
-from poc_lora.lora.factors import Factors
-from poc_lora.ranks import Ranks
+from poc_lora.models.load import load_base
 from poc_lora.reporting.tables import notes
 from tests.launch import finish, processes
 

@@ -7,7 +7,7 @@ import torch
 
 from poc_lora.data.commonsense import Question
 from poc_lora.evaluation.answers import Answer, AnswerFile, Item
-from poc_lora.evaluation.scores import Estimate
+from poc_lora.evaluation.statistics import Estimate
 from poc_lora.evaluation.subsets import SubsetPoint, draw_subsets, subset_points, variance_law
 
 

@@ -7,15 +7,15 @@ import huggingface_hub.constants as hf
 import pytest
 import torch
 
+from poc_lora.adapters.adapter import Adapter, write_adapter
+from poc_lora.adapters.factors import Factors
 from poc_lora.config import dump_yaml, validate
 from poc_lora.evaluation.benchmarks import FACTS
 from poc_lora.evaluation.results import Results, Scored
-from poc_lora.evaluation.scores import Difference, Estimate
+from poc_lora.evaluation.statistics import Difference, Estimate
 from poc_lora.files import sha256_file
 from poc_lora.hub import push as pushing
-from poc_lora.lora.adapter import Adapter, write_adapter
-from poc_lora.lora.factors import Factors
-from poc_lora.lora.merge_folders import merge_folders
+from poc_lora.merging.folders import merge_folders
 from tests.hub.server import TOKEN, Hub
 
 

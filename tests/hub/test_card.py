@@ -12,14 +12,14 @@ import transformers
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
+from poc_lora.adapters.adapter import Adapter, write_adapter
+from poc_lora.adapters.factors import Factors
 from poc_lora.errors import AdapterError, RequestError
 from poc_lora.evaluation.benchmarks import FACTS
 from poc_lora.hub.card import eval_results_files, model_card
 from poc_lora.hub.collect import collect
 from poc_lora.hub.usage import usage
-from poc_lora.lora.adapter import Adapter, write_adapter
-from poc_lora.lora.factors import Factors
-from poc_lora.lora.merge_folders import merge_folders
+from poc_lora.merging.folders import merge_folders
 from tests.hub.conftest import change, make_run, small_adapter, some_results, write_results
 
 

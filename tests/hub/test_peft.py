@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import PeftModel
 
+from poc_lora.adapters.adapter import Adapter, write_adapter
+from poc_lora.adapters.factors import Factors
 from poc_lora.hub.push import push
-from poc_lora.lora.adapter import Adapter, write_adapter
-from poc_lora.lora.factors import Factors
-from poc_lora.lora.merge_folders import merge_folders
+from poc_lora.merging.folders import merge_folders
 from tests.conftest import build_llama
 
 

@@ -7,13 +7,13 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from poc_lora import rng
+from poc_lora.adapters.adapter import Adapter
+from poc_lora.adapters.factors import Factors
 from poc_lora.errors import AdapterError, ModelError
-from poc_lora.lora.adapter import Adapter
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.lora.base import logits_at
-from poc_lora.lora.factors import Factors
+from poc_lora.models.forward import logits_at
+from poc_lora.models.recomputation import gradient_checkpointing
 from poc_lora.optim.noisy_adamw import NoisyAdamW
-from poc_lora.training.fused import gradient_checkpointing
 from tests.conftest import build_llama
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

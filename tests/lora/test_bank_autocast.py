@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from poc_lora import rng
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.training.fused import gradient_checkpointing
+from poc_lora.models.recomputation import gradient_checkpointing
 from tests.conftest import build_llama
 from tests.lora.test_bank import ALPHA, RANK, TARGETS, VOCAB, give_random_B, make_bank, peft_factors
 

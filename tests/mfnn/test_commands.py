@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from poc_lora import cli
+from poc_lora.cli import app as cli
 
 SMALL = ["temperatures=[1e-2]", "widths=[5, 10]", "multi_index.samples=20", "multi_index.steps=3", "members=2"]
 

@@ -6,7 +6,7 @@ import math
 
 from poc_lora.config import dump_yaml, validate
 from poc_lora.evaluation.results import Results, Scored
-from poc_lora.evaluation.scores import Difference, Estimate
+from poc_lora.evaluation.statistics import Difference, Estimate
 
 FOLDERS = "social_i_qa piqa winogrande openbookqa ARC-Challenge ARC-Easy boolq hellaswag".split()
 MODULES = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")]

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from poc_lora.errors import PocLoraError, RunError
 from poc_lora.evaluation.passes import adapter_digest
-from poc_lora.evaluation.scores import Difference
+from poc_lora.evaluation.statistics import Difference
 from poc_lora.reporting.compare import write_comparison
 from poc_lora.reporting.page import write_page
 from poc_lora.reporting.parts_merge import labels

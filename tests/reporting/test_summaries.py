@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from poc_lora.lora.adapter import Adapter, write_adapter
-from poc_lora.lora.factors import Factors
-from poc_lora.lora.merge_folders import merge_folders
+from poc_lora.adapters.adapter import Adapter, write_adapter
+from poc_lora.adapters.factors import Factors
+from poc_lora.merging.folders import merge_folders
 from poc_lora.reporting.summaries import merge_summary, rank_table
 
 

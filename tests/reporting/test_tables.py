@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from poc_lora.evaluation.results import Results, Scored
-from poc_lora.evaluation.scores import Difference, Estimate
+from poc_lora.evaluation.statistics import Difference, Estimate
 from poc_lora.reporting.tables import markdown, notes, table_rows, terminal_table, write_report
 
 FOLDERS = "social_i_qa piqa winogrande openbookqa ARC-Challenge ARC-Easy boolq hellaswag".split()

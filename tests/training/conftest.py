@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from poc_lora.config import validate
-from poc_lora.training.pack import Pack
+from poc_lora.training.step import Pack
 
 
 @pytest.fixture

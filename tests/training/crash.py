@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
+from poc_lora.adapters import adapter
 from poc_lora.config import load_config
-from poc_lora.lora import adapter
 from poc_lora.training import checkpoint
-from poc_lora.training.loop import train
 from poc_lora.training.run import Run
+from poc_lora.training.train import train
 
 KILLED = 9
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from poc_lora import ranks
+from poc_lora import distributed as ranks
+from poc_lora.adapters.adapter import write_adapter
 from poc_lora.config import RunConfig
 from poc_lora.errors import PocLoraError
-from poc_lora.lora.adapter import write_adapter
-from poc_lora.lora.base import load_base
-from poc_lora.training.loop import train
-from poc_lora.training.pack import Pack
-from poc_lora.training.plan import prepare_data
+from poc_lora.models.load import load_base
+from poc_lora.training.data import prepare_data
+from poc_lora.training.step import Pack
+from poc_lora.training.train import train
 from tests.training.crash import KILLED, Killer
 
 FORKS = multiprocessing.get_context("forkserver")

@@ -14,11 +14,12 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from poc_lora import files
+from poc_lora.distributed import Ranks
 from poc_lora.errors import CheckpointError, RequestError, RunError
-from poc_lora.ranks import Ranks
-from poc_lora.training import checkpoint, worker
+from poc_lora.training import checkpoint
+from poc_lora.training import loop as worker
 from poc_lora.training.checkpoint import Commits, Placement, Progress, newest_commit
-from poc_lora.training.loop import train
+from poc_lora.training.train import train
 from tests.training.conftest import config, stop_after, weights
 
 

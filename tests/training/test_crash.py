@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from poc_lora.config import dump_yaml
-from poc_lora.training.loop import train
+from poc_lora.training.train import train
 from tests.training.conftest import config, metrics, weights
 
 

@@ -4,13 +4,13 @@ import psutil
 import pytest
 import torch
 
-from poc_lora.evaluation.label import TOKENS_PER_BATCH
+from poc_lora.evaluation.protocols.label import TOKENS_PER_BATCH
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.lora.base import resolve_dtype
-from poc_lora.lora.stacked import exact_device
+from poc_lora.merging.stacked import exact_device
+from poc_lora.models.load import resolve_dtype
+from poc_lora.training.check import check
 from poc_lora.training.loss import CHUNK_LOGITS, chunk_rows, chunked_cross_entropy
 from poc_lora.training.memory import FAST_TOKENS, SLOW_TOKENS, free_bytes, peak_bytes, resolve_sizes
-from poc_lora.training.plan import check
 from tests.conftest import build_llama
 from tests.training.conftest import config
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from poc_lora.config import dump_yaml
-from poc_lora.training.loop import train
+from poc_lora.training.train import train
 from tests.launch import finish, processes
 from tests.training.conftest import config, facts, metrics, weights
 from tests.training.test_trackers import curves
@@ -106,7 +106,7 @@ def test_a_run_goes_on_with_fewer_and_more_processes_and_more_adapters(settings,
 PATCHED = """
 import os, signal, sys, torch
 from poc_lora.__main__ import main
-from poc_lora.training.pack import Pack
+from poc_lora.training.step import Pack
 original = Pack.step
 def step(self, number, *arguments):
     {body}

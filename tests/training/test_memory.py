@@ -19,12 +19,13 @@ from transformers import (
 from poc_lora.data.batches import MicroBatch
 from poc_lora.errors import ModelError
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.lora.base import has_plain_head, load_base, load_tokenizer
+from poc_lora.models.forward import has_plain_head
+from poc_lora.models.load import load_base, load_tokenizer
+from poc_lora.models.recomputation import gradient_checkpointing
 from poc_lora.training import memory
-from poc_lora.training.fused import gradient_checkpointing
-from poc_lora.training.loop import train
 from poc_lora.training.loss import CHUNK_LOGITS, packed_loss
 from poc_lora.training.memory import SPARE, Footprint, Sizes, _most_bytes, _PeakBytes, resolve_sizes
+from poc_lora.training.train import train
 from tests.training.conftest import config
 
 CPU = torch.device("cpu")

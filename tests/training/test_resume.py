@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from poc_lora.errors import RunError
-from poc_lora.training import loop, run
-from poc_lora.training.loop import train
+from poc_lora.training import run
+from poc_lora.training import train as loop
 from poc_lora.training.run import changed_devices
+from poc_lora.training.train import train
 from tests.training.conftest import config, facts, stop_after, weights
 
 TEMPLATE = (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from poc_lora.errors import ConfigError
-from poc_lora.training.loop import train
 from poc_lora.training.trackers import Trackers
+from poc_lora.training.train import train
 from tests.training.conftest import config, metrics
 
 SECRETS = {"HF_TOKEN": "hf_PlantedSecret1", "WANDB_API_KEY": "PlantedSecret2" * 3, "COMET_API_KEY": "PlantedSecret3"}

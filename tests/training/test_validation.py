@@ -11,17 +11,18 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from poc_lora import progress, ranks
+from poc_lora import distributed as ranks
+from poc_lora import progress
+from poc_lora.adapters.adapter import read_adapter
 from poc_lora.data.batches import supervised_tokens
 from poc_lora.errors import CheckpointError, Interrupted
-from poc_lora.lora.adapter import read_adapter
-from poc_lora.lora.base import load_tokenizer
-from poc_lora.lora.merge_folders import merge_folders
-from poc_lora.lora.similarity import cosine, gram, summary
+from poc_lora.merging.folders import merge_folders
+from poc_lora.merging.gram import cosine, gram, summary
+from poc_lora.models.load import load_tokenizer
 from poc_lora.training.checkpoint import newest_commit
-from poc_lora.training.loop import train
-from poc_lora.training.pack import Pack
-from poc_lora.training.plan import prepare_data
+from poc_lora.training.data import prepare_data
+from poc_lora.training.step import Pack
+from poc_lora.training.train import train
 from tests.training.conftest import config, metrics, stop_after, weights
 
 SUMMARY = {"mean_cosine", "spread", "error_bar", "relative_error_bar"}

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from poc_lora.errors import Interrupted
-from poc_lora.training.loop import train
-from poc_lora.training.pack import Pack
+from poc_lora.training.step import Pack
+from poc_lora.training.train import train
 from tests.launch import finish
 from tests.training.conftest import config, metrics, weights
 from tests.training.test_many_ranks import launch_stopping

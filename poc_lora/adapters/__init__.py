@@ -1,0 +1,1 @@
+"""One adapter on disk, in PEFT's format, read as untrusted; where adapters come from."""

@@ -1,0 +1,244 @@
+"""One LoRA adapter: in memory, and on disk in PEFT's format, read as untrusted.
+
+Reading is default-deny. Only what leaves no doubt about ΔW = scale · B A is accepted; anything else is an
+AdapterError that says why, before a tensor is read. Nothing in the folder but the two named files is opened.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from poc_lora.adapters.factors import DTYPES, Factors, check_name, check_shapes, is_finite
+from poc_lora.adapters.peft_config import check_config, module_scales, plain_targets
+from poc_lora.adapters.weights_file import PREFIX, StoredFactors, StoredWhole, read_header
+from poc_lora.errors import AdapterError, PocLoraError
+from poc_lora.files import commit_folder, read_json, sync
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+MAX_CONFIG_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: module path in the base model (such as `model.layers.0.self_attn.q_proj`) to factors.
+
+    embeddings: the modules that are embeddings, whose ΔW [d, vocabulary] is added to the transposed table.
+    fan_in_fan_out: the base keeps weights of other modules transposed too, [d_in, d_out], as GPT-2 does. PEFT has one
+    flag for all modules, and corrects it by what it finds in the base.
+    whole: parameters that replace the base's, by path (such as lm_head.weight): PEFT's modules_to_save.
+    task_type: PEFT's, which chooses the class that it wraps the model in; None is its plain one, which fits any model.
+    targets: last parts of paths that are known to name no module of the base but these; see `target_modules`.
+    """
+
+    modules: Mapping[str, Factors]
+    base_model: str | None = None
+    revision: str | None = None
+    source: str = field(default="memory", compare=False)
+    embeddings: frozenset[str] = frozenset()
+    fan_in_fan_out: bool = False
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
+    task_type: str | None = None
+    targets: frozenset[str] = field(default=frozenset(), compare=False)
+
+    def rank(self, module: str) -> int:
+        """The rank of a module's factors, which are not read."""
+        return self.modules.rank(module) if isinstance(self.modules, StoredFactors) else self.modules[module].rank
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """The shape [d_out, d_in] of a module's ΔW, whose factors are not read."""
+        return self.modules.shape(module) if isinstance(self.modules, StoredFactors) else self.modules[module].shape
+
+
+def read_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
+    """Read a PEFT adapter folder; the factors keep their stored dtype, the scale is alpha / r or alpha / sqrt(r).
+
+    root: the folder that links may not lead out of, default the adapter's own.
+    Raises AdapterError for whatever is missing, damaged, too large, or not plain LoRA.
+    """
+    opened = open_adapter(folder, root=root)
+    return replace(opened, modules=dict(opened.modules), whole=dict(opened.whole))
+
+
+def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
+    """As `read_adapter`, but tensors stay in the file until one is asked for, and are not kept."""
+    folder = Path(folder)
+    try:
+        config_path, weights_path = (_real_file(folder, name, root or folder) for name in (CONFIG_NAME, WEIGHTS_NAME))
+    except OSError as problem:
+        raise AdapterError(f"cannot be read: {problem.strerror}", where=folder) from problem
+    config = read_json(config_path, error=AdapterError, max_bytes=MAX_CONFIG_BYTES)
+    check_config(config, config_path)
+    header = read_header(weights_path, config.get("modules_to_save") or ())
+    scales = module_scales(config, {name: pair.shape_A[0] for name, pair in header.pairs.items()}, config_path)
+    return Adapter(
+        modules=StoredFactors(header, scales),
+        base_model=config.get("base_model_name_or_path") or None,
+        revision=config.get("revision") or None,
+        source=str(folder),
+        embeddings=header.embeddings,
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        whole=StoredWhole(header),
+        task_type=config.get("task_type") or None,
+        targets=plain_targets(config),
+    )
+
+
+def write_adapter(
+    adapter: Adapter,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Write `adapter` as a new PEFT adapter folder, whole or not at all; same adapter, same bytes.
+
+    It is read back and compared before the folder gets its name. One rank for all modules (the largest; smaller ones
+    are padded with zeros), lora_alpha = rank, the scales folded into B; parameters saved whole keep their dtype.
+    `extra_files`: further text files of the folder by name.
+    Raises AdapterError for an adapter that cannot be written in `dtype`, RequestError if `folder` exists.
+    """
+    folder = Path(folder)
+    _check_writable(adapter, folder, dtype)
+    rank = max(factors.rank for factors in adapter.modules.values())
+    tensors = {PREFIX + name: tensor.detach().contiguous() for name, tensor in adapter.whole.items()}
+    for name, factors in adapter.modules.items():
+        check_name(name, adapter.source)
+        check_shapes(name, tuple(factors.A.shape), tuple(factors.B.shape), adapter.source)
+        A, B = _padded(factors, rank, dtype)
+        if not (is_finite(A) and is_finite(B)):
+            if not factors.is_finite():
+                raise AdapterError(f"the factors of {name} are not finite", where=adapter.source)
+            what = f"the factors of {name} do not fit in {dtype}"
+            raise AdapterError(what, where=adapter.source, fix="write float32 or bfloat16")
+        key_A, key_B = _keys(adapter, name)
+        tensors[key_A], tensors[key_B] = A, B
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": adapter.task_type,
+        "base_model_name_or_path": adapter.base_model,
+        "revision": adapter.revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": target_modules(adapter.modules, adapter.targets),
+        "bias": "none",
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+        "init_lora_weights": True,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.whole}) or None,
+        "use_dora": False,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    texts = {CONFIG_NAME: json.dumps(config, indent=2) + "\n", **(extra_files or {})}
+    try:
+        with commit_folder(folder) as aside:
+            # More metadata than this one key would be serialised in random order.
+            save_file(tensors, aside / WEIGHTS_NAME, metadata={"format": "pt"})
+            (aside / WEIGHTS_NAME).chmod(0o644)
+            for name, text in texts.items():
+                (aside / name).write_text(text, encoding="utf-8")
+            with ThreadPoolExecutor(1) as pool:  # the disk is waited for anyway
+                on_disk = pool.submit(sync, aside / WEIGHTS_NAME)
+                _check_written(adapter, tensors, aside)
+                on_disk.result()
+    except (OSError, SafetensorError) as problem:
+        raise PocLoraError(f"the adapter could not be written: {problem}", where=folder) from problem
+
+
+def target_modules(names: Iterable[str], known: Collection[str]) -> list[str]:
+    """The `target_modules` under which PEFT attaches the modules `names`, and no others of their base.
+
+    Last parts such as q_proj where every one of them is `known` to name no other module, and names one in each of the
+    layers 0..L-1 of a single stack; else full module paths, which are always right.
+    """
+    names = sorted(names)
+    layers_of: dict[str, dict[str, set[int]]] = {}  # suffix -> path with the layer left out -> layers
+    for name in names:
+        match = re.match(r"(?P<stack>(?:[^.]+\.)*?)(?P<layer>\d+)\.(?P<rest>.+)", name, re.ASCII)
+        if match is None:
+            return names
+        path = f"{match['stack']}*.{match['rest']}"
+        layers_of.setdefault(name.rpartition(".")[2], {}).setdefault(path, set()).add(int(match["layer"]))
+    stacks = [layers for paths in layers_of.values() for layers in paths.values()]
+    regular = len(stacks) == len(layers_of) and all(layers == set(range(len(stacks[0]))) for layers in stacks)
+    return sorted(layers_of) if regular and layers_of.keys() <= set(known) else names
+
+
+def _padded(factors: Factors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors as they are written: of that rank and dtype, with the scale in B. No copy where they are so already."""
+    A, B = factors.A.detach(), factors.B.detach()
+    B = (B.double() * factors.scale if factors.scale != 1 else B).to(dtype)
+    missing = rank - factors.rank
+    if missing:
+        A, B = functional.pad(A, (0, 0, 0, missing)), functional.pad(B, (0, missing))
+    return A.to(dtype).contiguous(), B.contiguous()
+
+
+def _keys(adapter: Adapter, module: str) -> tuple[str, str]:
+    """What PEFT calls the module's A and B."""
+    if module in adapter.embeddings:
+        return f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B"
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def _check_written(adapter: Adapter, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raises AdapterError unless the folder reads as an adapter of these tensors, with scales of 1."""
+    written = open_adapter(folder)
+
+    def same(module: str) -> bool:
+        found, (key_A, key_B) = written.modules[module], _keys(adapter, module)
+        return found.scale == 1 and torch.equal(found.A, tensors[key_A]) and torch.equal(found.B, tensors[key_B])
+
+    if not (
+        written.modules.keys() == adapter.modules.keys()
+        and written.whole.keys() == adapter.whole.keys()
+        and all(same(module) for module in adapter.modules)
+        and all(torch.equal(tensor, tensors[PREFIX + name]) for name, tensor in written.whole.items())
+    ):
+        raise AdapterError("the file reads back as other weights", where=folder, fix="check the disk, and write again")
+
+
+def _check_writable(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES.values():
+        raise AdapterError(f"an adapter cannot be written in {dtype}", fix="use float32, bfloat16 or float16")
+    if not adapter.modules:
+        raise AdapterError("an adapter without modules cannot be written", where=adapter.source)
+    if folder.exists():
+        raise AdapterError("the folder to write exists already", where=folder, fix="choose another or remove this one")
+
+
+def _real_file(folder: Path, name: str, root: Path) -> Path:
+    """The real path of a plain file of the folder; links may not lead out of `root`."""
+    path = folder / name
+    if not folder.is_dir():
+        raise AdapterError("no such folder", where=folder, fix="give the folder that holds adapter_config.json")
+    if not path.exists():
+        if name == WEIGHTS_NAME and (folder / PICKLE_NAME).exists():
+            raise AdapterError(
+                f"the weights are in {PICKLE_NAME}, a pickle, which can run code when it is opened",
+                where=folder,
+                fix="if you trust it, convert it with PEFT: PeftModel.from_pretrained(base, FOLDER)"
+                ".save_pretrained(NEW_FOLDER, safe_serialization=True)",
+            )
+        raise AdapterError(f"there is no {name}", where=folder, fix="a PEFT adapter has this file")
+    real = path.resolve()
+    if not real.is_relative_to(root.resolve()):
+        raise AdapterError(f"{name} is a link that leads out of its folder", where=path, fix="copy the file there")
+    if not real.is_file():
+        raise AdapterError(f"{name} is not a plain file", where=path)
+    return real

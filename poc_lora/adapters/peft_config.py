@@ -1,0 +1,175 @@
+"""What a PEFT LoRA configuration says about its factors, read as untrusted and default-deny.
+
+Only fields whose meaning is known are accepted; whatever else is set away from its default is refused by name.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from poc_lora.adapters.factors import MAX_NAME, MAX_RANK, check_name
+from poc_lora.errors import AdapterError
+
+MAX_ALPHA = 1e6
+MAX_BASE_NAME = 4096  # the longest path; a merge writes the name on
+MAX_WHOLE = 64  # modules saved whole
+COMPILE_STEPS = 1e5
+MAX_PATTERN_STEPS = 3e8  # what matching all patterns may cost at worst; 1,000 plain ones on as many modules: 6e7
+
+# Fields that do not change what the saved factors mean: how they were trained, initialised or selected.
+HARMLESS = {
+    "auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "runtime_config", "target_modules",
+}  # fmt: skip
+
+UNDERSTOOD = {
+    "alpha_pattern", "base_model_name_or_path", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha",
+    "modules_to_save", "peft_type", "r", "rank_pattern", "revision", "task_type", "use_rslora",
+}  # fmt: skip
+
+TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")  # PEFT's
+
+# Fields that, switched on, make the update something else than scale · B A on linear layers.
+REFUSED = {
+    "alora_invocation_tokens": "an activated LoRA applies only after certain tokens",
+    "arrow_config": "Arrow routes every token among several adapters",
+    "ensure_weight_tying": "tied embeddings share one update between two modules",
+    "kasa_config": "KaSA changes the base weights and adds singular values between A and B",
+    "layer_replication": "the adapter belongs to a model with repeated layers",
+    "lora_bias": "the update has a bias beside B A",
+    "megatron_config": "Megatron's parallel layers shard the factors",
+    "monteclora_config": "MonteCLoRA draws random factors at every step",
+    "target_parameters": "factors of bare parameters have another layout",
+    "trainable_token_indices": "embedding rows were trained beside the factors",
+    "use_bdlora": "BD-LoRA keeps its factors as blocks",
+    "use_dora": "DoRA rescales the columns of the adapted weight, so its update is not B A",
+    "use_qalora": "QA-LoRA pools the input before A",
+    "velora_config": "VeLoRA projects activations inside the layer",
+}
+
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal")
+_CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
+
+
+def check_config(config: Any, where: Path) -> None:
+    """Raise AdapterError unless the configuration is of plain LoRA."""
+    if not isinstance(config, dict):
+        raise AdapterError("the configuration is not a JSON object", where=where)
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"peft_type is {str(config.get('peft_type'))[:80]!r}, not 'LORA'", where=where)
+    for name, value in config.items():
+        if name in HARMLESS or name in UNDERSTOOD or _is_off(value):
+            continue
+        if name in REFUSED:
+            fix = f"use an adapter trained without {name}"
+            raise AdapterError(f"{name} is set: {REFUSED[name]}", where=where, fix=fix)
+        fix = "remove the field only if it does not change the update B A"
+        raise AdapterError(
+            f"the field {name[:MAX_NAME]!r} is not known, so neither is the update", where=where, fix=fix
+        )
+    if config.get("bias", "none") not in ("none", None):
+        raise AdapterError(f"bias is {str(config['bias'])[:80]!r}: biases were trained beside the factors", where=where)
+    for name in ("base_model_name_or_path", "revision"):
+        text = config.get(name)
+        if not isinstance(text, str | None) or len(text or "") > MAX_BASE_NAME:
+            raise AdapterError(f"{name} is not a text of at most {MAX_BASE_NAME} characters", where=where)
+    # A merge writes it on, and a model card puts it into code that readers copy.
+    if not re.fullmatch(r"[\w./-]{0,255}", config.get("revision") or "", re.ASCII):
+        what = "revision is not the name of a branch, a tag or a commit"
+        raise AdapterError(what, where=where, fix="correct it, for example to main")
+    if (config.get("task_type") or TASKS[0]) not in TASKS:
+        what = f"task_type is {str(config['task_type'])[:80]!r}, which PEFT does not know"
+        raise AdapterError(what, where=where, fix=f"one of: {', '.join(TASKS)}")
+    for name in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(config.get(name, False), bool | None):
+            raise AdapterError(f"{name} is neither true nor false", where=where)
+    whole = config.get("modules_to_save") or []
+    if not isinstance(whole, list) or len(whole) > MAX_WHOLE or not all(isinstance(name, str) for name in whole):
+        raise AdapterError(f"modules_to_save is not a list of up to {MAX_WHOLE} names", where=where)
+    for name in whole:
+        check_name(name, where)
+    _check_init(config.get("init_lora_weights", True), where)
+
+
+def plain_targets(config: dict[str, Any]) -> frozenset[str]:
+    """The `target_modules` that each name the adapter's modules and no others of its base: all that are so called."""
+    targets = config.get("target_modules")
+    restricted = any(config.get(name) not in (None, []) for name in ("exclude_modules", "layers_to_transform"))
+    if not isinstance(targets, list) or restricted:
+        return frozenset()
+    return frozenset(target for target in targets if isinstance(target, str))
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+def _check_init(init: Any, where: Path) -> None:
+    if init is None or isinstance(init, bool) or init in _PLAIN_INITS:
+        return
+    fix = "use an adapter trained from a plain start"
+    if isinstance(init, str) and init.startswith(_CONVERTIBLE_INITS):
+        fix = (
+            "convert it to plain LoRA with PEFT: model.save_pretrained(FOLDER, "
+            "path_initial_model_for_weight_conversion=THE_UNTRAINED_ADAPTER)"
+        )
+    what = f"init_lora_weights is {str(init)[:80]!r}: that start may change the base, so B A is not the whole update"
+    raise AdapterError(what, where=where, fix=fix)
+
+
+def module_scales(config: dict[str, Any], ranks: dict[str, int], where: Path) -> dict[str, float]:
+    """Each module's scale as PEFT sets it, after its rank was found to agree with its tensors."""
+    names = list(ranks)
+    stated = _by_module(config, "rank_pattern", "r", names, where, largest=MAX_RANK)
+    alphas = _by_module(config, "alpha_pattern", "lora_alpha", names, where, largest=MAX_ALPHA)
+    for name, rank in ranks.items():
+        if stated[name] != rank:
+            what = f"{name} has rank {rank}, but the configuration says {stated[name]:g}"
+            raise AdapterError(what, where=where, fix="correct r or rank_pattern")
+    root = bool(config.get("use_rslora"))
+    return {name: alphas[name] / (math.sqrt(rank) if root else rank) for name, rank in ranks.items()}
+
+
+def _by_module(
+    config: dict[str, Any], patterns_key: str, default_key: str, names: list[str], where: Path, *, largest: float
+) -> dict[str, float]:
+    """The value for each module: of the first pattern that matches its path, as in PEFT, else the default."""
+    patterns = config.get(patterns_key) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{patterns_key} is not an object", where=where)
+    default = config.get(default_key, 8)  # 8: PEFT's default for both
+    for key, value in [(default_key, default), *patterns.items()]:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= largest:
+            raise AdapterError(f"{key[:MAX_NAME]} is {str(value)[:80]}, not a number up to {largest:g}", where=where)
+    compiled = _compile(patterns, names, where)
+    return {
+        name: next((patterns[key] for key, regex in compiled if regex.match(name)), patterns.get(name, default))
+        for name in names
+    }
+
+
+def _compile(patterns: Iterable[str], names: list[str], where: Path) -> list[tuple[str, re.Pattern[str]]]:
+    """PEFT's regular expressions for the patterns; those that could take long to match are refused untried.
+
+    Without repeated groups, matching takes at most len(name) to the power of a pattern's repetitions, times the
+    product of its choices. Compiling one counts as many steps.
+    """
+    compiled, steps, longest = [], 0.0, max(map(len, names))
+    for key in patterns:
+        plain = key.replace("(?:", "(")
+        repetitions = len(re.findall(r"[*+]", plain))
+        choices = plain.count("?") + sum(math.log2(1 + part.count("|")) for part in re.split(r"[()]", plain))
+        # Module paths are ASCII, and a class of other characters takes long to compile.
+        simple = len(key) <= MAX_NAME and key.isascii() and not re.search(r"\(\?|\)[*+]|\\[0-9NUu]|[{}]", plain)
+        steps += 2.0 ** min(1000, choices + (1 + repetitions) * math.log2(longest)) * len(names) + COMPILE_STEPS
+        if not simple or steps > MAX_PATTERN_STEPS:
+            fix = "name the modules plainly, for example layers.0.self_attn.q_proj"
+            raise AdapterError(f"the pattern {key[:80]!r} could take very long to match", where=where, fix=fix)
+        try:
+            compiled.append((key, re.compile(rf"(.*\.)?({key})$")))
+        except (re.error, OverflowError, RecursionError) as problem:
+            raise AdapterError(f"{key!r} is not a pattern: {problem}", where=where) from problem
+    return compiled

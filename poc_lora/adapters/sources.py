@@ -1,0 +1,111 @@
+"""Where adapters come from: folders, runs, and the Hugging Face Hub."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
+
+from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
+from poc_lora.adapters.weights_file import MAX_WEIGHTS_BYTES
+from poc_lora.errors import AdapterError
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter's folder, and what to call it in a report, which does not tell where on this machine it lies."""
+
+    folder: Path
+    name: str
+    root: Path  # links in the folder lead no further up than this
+    revision: str | None = None  # the commit of a Hub repository
+
+
+def find_sources(source: str | Path) -> list[Source]:
+    """The adapters that `source` stands for: an adapter folder, a run (its finished adapters, by number), or a Hub id.
+
+    A Hub id is org/name or org/name@revision, with no such folder here; its two files are fetched into
+    huggingface_hub's cache. Raises AdapterError.
+    """
+    path = Path(source)
+    try:
+        if is_hub_id(source):
+            repo, _, revision = str(source).partition("@")
+            return [_fetch(repo, revision or None)]
+        return [Source(folder, _name(folder), path) for folder in find_adapters(path)]
+    except OSError as problem:  # a name that is too long, a folder that may not be searched
+        raise AdapterError(f"cannot be read: {problem.strerror}", where=source) from problem
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether a source is org/name or org/name@revision, with no such folder here."""
+    return bool(HUB_ID.fullmatch(str(source))) and not Path(source).exists()
+
+
+def find_adapters(source: Path) -> list[Path]:
+    """The adapter folders that `source` stands for: itself, or the finished ones of a run, by number."""
+    if (source / CONFIG_NAME).exists() or (source / WEIGHTS_NAME).exists():
+        return [source]
+    inside = source / "adapters"
+    if not inside.is_dir():
+        raise AdapterError(
+            "neither an adapter folder nor a run folder" if source.exists() else "no such folder",
+            where=source,
+            fix=f"give a folder with {CONFIG_NAME}, a run with adapters/00, adapters/01, ..., or a Hub id org/name",
+        )
+    numbered = [folder for folder in inside.iterdir() if folder.name.isascii() and folder.name.isdigit()]
+    finished = [folder for folder in numbered if (folder / CONFIG_NAME).exists() and (folder / WEIGHTS_NAME).exists()]
+    if not finished:
+        raise AdapterError("the run has no finished adapters", where=inside, fix="let it train to the end first")
+    return sorted(finished, key=lambda folder: (int(folder.name), folder.name))
+
+
+def refuse_duplicates(sources: Sequence[Source], hashes: Sequence[str]) -> None:
+    """Raises AdapterError where two sources hold the same weights."""
+    seen: dict[str, Source] = {}
+    for source, digest in zip(sources, hashes, strict=True):
+        if digest in seen:
+            raise AdapterError(
+                f"the same weights as {seen[digest].folder}",
+                where=source.folder,
+                fix="give every adapter once; use weights to favour one",
+            )
+        seen[digest] = source
+
+
+def _fetch(repo: str, revision: str | None) -> Source:
+    try:
+        config = Path(hf_hub_download(repo, CONFIG_NAME, revision=revision))
+        folder = config.parent  # models--org--name/snapshots/COMMIT, whose files are links into blobs/
+        # Of the same commit, whatever the branch has become in the meantime.
+        planned: Any = hf_hub_download(repo, WEIGHTS_NAME, revision=folder.name, dry_run=True)
+        if planned.file_size > MAX_WEIGHTS_BYTES:
+            raise AdapterError(f"{WEIGHTS_NAME} has {planned.file_size:,} bytes, more than any adapter", where=repo)
+        hf_hub_download(repo, WEIGHTS_NAME, revision=folder.name)
+    except AdapterError:
+        raise
+    except RemoteEntryNotFoundError as problem:
+        raise AdapterError(
+            f"the repository has not both {CONFIG_NAME} and {WEIGHTS_NAME}",
+            where=repo,
+            fix="where its weights are a pickle (.bin) and you trust it, convert it with PEFT: "
+            "PeftModel.from_pretrained(base, ID).save_pretrained(FOLDER)",
+        ) from problem
+    except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be had
+        first = str(problem).strip().split("\n")[0]
+        raise AdapterError(
+            f"no folder here, and it cannot be fetched from the Hub: {first}",
+            where=repo,
+            fix="check the name, the network, and that you are logged in where it is private (hf auth login)",
+        ) from problem
+    return Source(folder, f"{repo}@{folder.name}", folder.parents[1], folder.name)
+
+
+def _name(folder: Path) -> str:
+    parts = folder.resolve().parts
+    return "/".join(parts[-3:] if len(parts) > 3 and parts[-2] == "adapters" else parts[-1:])

@@ -1,0 +1,98 @@
+"""Which adapters can be merged with one another, and with which weights."""
+
+import math
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from poc_lora.adapters.adapter import Adapter
+from poc_lora.adapters.weights_file import MAX_MODULES
+from poc_lora.errors import AdapterError
+
+SAME_BASE = "merge only adapters of one base model"
+
+
+def check_compatible(adapters: Sequence[Adapter], *, allow_base_mismatch: bool = False) -> None:
+    """Refuse adapters that have no average. Factors stay unread; parameters saved whole are compared.
+
+    Names of base models are compared where they are Hub ids, unless `allow_base_mismatch`; shapes always.
+    Raises AdapterError.
+    """
+    if not adapters:
+        raise AdapterError("there are no adapters to merge", fix="give at least one")
+    if not allow_base_mismatch:
+        _check_bases(adapters)
+    first_with: dict[str, Adapter] = {}
+    for adapter in adapters:
+        if not adapter.modules:
+            raise AdapterError("the adapter has no modules", where=adapter.source)
+        for name in adapter.modules:
+            other = first_with.setdefault(name, adapter)
+            shape, known = adapter.shape(name), other.shape(name)
+            if shape != known:
+                what = f"{name} is {_size(shape)} here, but {_size(known)} in {other.source}"
+                raise AdapterError(what, where=adapter.source, fix=SAME_BASE)
+            if (name in adapter.embeddings) != (name in other.embeddings):
+                what = f"{name} is an embedding here or in {other.source}, but not in both"
+                raise AdapterError(what, where=adapter.source, fix=SAME_BASE)
+    if len(first_with) > MAX_MODULES:
+        what = f"the adapters have {len(first_with)} different modules together, where up to {MAX_MODULES} are written"
+        raise AdapterError(what, fix=SAME_BASE)
+    _check_whole(adapters)
+
+
+def is_hub_name(base_model: str) -> bool:
+    """Whether the name of a base model can be that of a Hub repository, org/name or one of the old plain names."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base_model, re.ASCII))
+
+
+def checked_weights(weights: Sequence[float] | None, M: int) -> tuple[float, ...]:
+    """The weights to use, 1/M each by default. Raises AdapterError unless they are M numbers that sum to 1."""
+    if weights is None:
+        return (1 / M,) * M
+    if len(weights) != M:
+        raise AdapterError(f"{len(weights)} weights for {M} adapters", where="weights", fix="give one weight each")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise AdapterError("a weight is not a finite number", where="weights")
+    total = math.fsum(weights)
+    if abs(total - 1) > 1e-6:
+        raise AdapterError(
+            f"the weights sum to {total:g}", where="weights", fix="divide each by that sum, so that they sum to 1"
+        )
+    return tuple(float(weight) for weight in weights)
+
+
+def _check_whole(adapters: Sequence[Adapter]) -> None:
+    """Parameters saved whole must be the same in all: their average would not be the average of the models."""
+    first = adapters[0]
+    for adapter in adapters[1:]:
+        for name in sorted(adapter.whole.keys() | first.whole.keys()):
+            if not _same(adapter.whole.get(name), first.whole.get(name)):
+                raise AdapterError(
+                    f"{name} was trained whole (modules_to_save) and is not the same in {first.source}",
+                    where=adapter.source,
+                    fix="train it in no adapter, or merge adapters that share it unchanged",
+                )
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _size(shape: tuple[int, int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _check_bases(adapters: Sequence[Adapter]) -> None:
+    """Names are compared where both are Hub ids; two paths may hold the same model."""
+    named = [a for a in adapters if a.base_model and is_hub_name(a.base_model)]
+    for adapter in named[1:]:
+        if adapter.base_model != named[0].base_model:
+            raise AdapterError(
+                f"the base model is {adapter.base_model}, but {named[0].source} has {named[0].base_model}",
+                where=adapter.source,
+                fix="merge adapters of one base model; if both names mean the same weights, allow the mismatch "
+                "(--allow-base-mismatch)",
+            )

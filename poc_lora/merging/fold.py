@@ -1,0 +1,224 @@
+"""An adapter folded into its base model's weights: a plain model again, for engines that know no adapters."""
+
+import contextlib
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from poc_lora.adapters.adapter import Adapter, open_adapter
+from poc_lora.adapters.factors import Factors
+from poc_lora.errors import AdapterError, ModelError, PocLoraError, RequestError
+from poc_lora.files import commit_folder, read_json
+from poc_lora.models.load import empty_base
+from poc_lora.progress import track
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a fold did."""
+
+    folder: Path
+    modules: int
+    files: int  # of weights
+
+
+def fold(adapter: Path, base: str, out: Path) -> Folded:
+    """Write the base model with the adapter's updates in its weights, W + ΔW, as the new folder `out`.
+
+    base: a folder, or a Hub id. It stays as it is: files, tensors, dtypes and shards have the same names and order in
+    `out`, and tokenizer and configuration are copied. Sums are taken in float32 (float64 of a float64 base) and rounded
+    once. One file of weights is in memory at a time.
+    Raises AdapterError for an adapter that cannot be read or is of another base, ModelError for a base that is
+    quantised or not in safetensors, RequestError for an `out` that exists.
+    """
+    read = open_adapter(adapter)
+    folder, out = _base_folder(base), Path(out)
+    if out.exists() or out.is_symlink():
+        raise RequestError("the output exists already", where=out, fix="choose a new folder")
+    transposed = _layout(read, folder, _read_config(folder))
+    files = _weight_files(folder)
+    _check_fits(read, transposed, files)
+    others = list(_other_files(folder))
+    try:
+        with commit_folder(out) as aside, track(len(files), f"folding into {len(files)} files") as bar:
+            for path in others:
+                shutil.copyfile(path, aside / path.name)
+            for name, keys in files.items():
+                tensors, metadata = _folded(read, transposed, folder / name, keys)
+                save_file(tensors, aside / name, metadata=metadata)
+                (aside / name).chmod(0o644)
+                bar.advance()
+    except (OSError, SafetensorError) as problem:
+        raise PocLoraError(f"the model could not be written: {problem}", where=out) from problem
+    return Folded(out, len(read.modules), len(files))
+
+
+def updated(weight: Tensor, factors: Factors) -> Tensor:
+    """W + scale · B A in W's dtype: multiplied and added in float32 or better, and rounded once."""
+    working = torch.promote_types(weight.dtype, torch.float32)
+    update = factors.B.to(working) @ (factors.A.to(working) * factors.scale)
+    return update.add_(weight.to(working)).to(weight.dtype)
+
+
+def _base_folder(base: str) -> Path:
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return path
+    if base.startswith((".", "/", "~")) or base.count("/") != 1:
+        raise ModelError(f"no base model at '{base}'", where="--base", fix="give a folder, or a Hub id org/name")
+    try:
+        return Path(snapshot_download(base, allow_patterns=["*.safetensors", *COPIED]))
+    except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be had
+        first = str(problem).strip().split("\n")[0]
+        raise ModelError(f"the base model '{base}' cannot be fetched: {first}", where="--base") from problem
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json", error=ModelError)
+    if not isinstance(config, dict):
+        raise ModelError("config.json is not an object", where=folder)
+    if config.get("quantization_config"):
+        raise ModelError(
+            "the base model is quantised, and sums with its weights would be rounded away",
+            where=folder,
+            fix="fold into the unquantised model, and quantise the result",
+        )
+    return config
+
+
+def _layout(adapter: Adapter, folder: Path, config: Mapping[str, Any]) -> frozenset[str]:
+    """The adapter's modules whose weights the base keeps transposed, [d_in, d_out].
+
+    PEFT has one flag for all modules of an adapter, which says nothing of a base that has both kinds of layers; so the
+    base's own layers are looked at. Raises AdapterError where the adapter changes an embedding whose weights are the
+    output head's too.
+    """
+    try:
+        model = empty_base(str(folder))
+    except ModelError:  # no causal language model: what the files say is all there is
+        layers: dict[str, nn.Module] = {}
+        tables = {name for name, tensor in adapter.whole.items() if tensor.shape[0] == config.get("vocab_size")}
+        tied = config.get("tie_word_embeddings", True)
+        shared = {*adapter.embeddings, *(name.removesuffix(".weight") for name in tables)} if tied else set()
+    else:
+        layers = dict(model.named_modules())
+        tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        shared = {path for path, layer in layers.items() if tied and layer in ends}
+    for name in sorted(shared):
+        if name in adapter.modules or f"{name}.weight" in adapter.whole:
+            raise AdapterError(
+                f"the adapter changes {name}, whose weights are the output head's too in this base",
+                where=adapter.source,
+                fix="use the adapter as it is, unfolded",
+            )
+    return frozenset(
+        name
+        for name in adapter.modules
+        if name in adapter.embeddings
+        or (isinstance(layers[name], Conv1D) if name in layers else adapter.fan_in_fan_out)
+    )
+
+
+def _weight_files(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The names of the weight files, and the shapes of the tensors in each, from their headers."""
+    if (folder / INDEX_NAME).exists():
+        index = read_json(folder / INDEX_NAME, error=ModelError)
+        mapping = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
+            raise ModelError("there is no weight_map in it", where=folder / INDEX_NAME)
+        names = sorted(set(mapping.values()))
+    elif (folder / SINGLE_NAME).exists():
+        names = [SINGLE_NAME]
+    else:
+        raise ModelError(
+            f"there is neither {SINGLE_NAME} nor {INDEX_NAME}",
+            where=folder,
+            fix="convert the weights with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)",
+        )
+    files: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{name!r} is not a safetensors file of this folder", where=folder / INDEX_NAME)
+        with _opened(folder / name) as stored:
+            files[name] = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    return files
+
+
+def _check_fits(
+    adapter: Adapter, transposed: Collection[str], files: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> None:
+    shapes = {key: shape for keys in files.values() for key, shape in keys.items()}
+    wanted: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in adapter.whole.items()}
+    for module in adapter.modules:
+        d_out, d_in = adapter.shape(module)
+        wanted[f"{module}.weight"] = (d_in, d_out) if module in transposed else (d_out, d_in)
+    for name, shape in wanted.items():
+        if shapes.get(name) != shape:
+            raise AdapterError(
+                f"the adapter changes {name} of shape {shape}, the base has {shapes.get(name) or 'no such weight'}",
+                where=adapter.source,
+                fix="fold it into the base model that it was trained on; where its files name tensors otherwise than "
+                "its modules, use PEFT's merge_and_unload",
+            )
+
+
+def _folded(
+    adapter: Adapter, transposed: Collection[str], source: Path, keys: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of one file with the updates in them, and the file's metadata."""
+    with _opened(source) as stored:
+        metadata = stored.metadata()
+        tensors = {key: stored.get_tensor(key) for key in keys}
+    for key, tensor in tensors.items():
+        module = key.removesuffix(".weight") if key.endswith(".weight") else ""
+        if key not in adapter.whole and module not in adapter.modules:
+            continue
+        if tensor.dtype not in FLOATS:
+            raise ModelError(f"{key} is {tensor.dtype}: quantised weights cannot be folded into", where=source)
+        if key in adapter.whole:
+            tensors[key] = adapter.whole[key].to(tensor.dtype)
+        elif module in transposed:
+            tensors[key] = updated(tensor.T, adapter.modules[module]).T.contiguous()
+        else:
+            tensors[key] = updated(tensor, adapter.modules[module])
+        if not bool(torch.isfinite(tensors[key]).all()):
+            raise AdapterError(f"the sum overflows in {key}", where=adapter.source, fix="use a wider base dtype")
+    return tensors, metadata
+
+
+def _other_files(folder: Path) -> Iterator[Path]:
+    """Tokenizer, configuration and licence. Links may not lead out of the folder, which may be a stranger's."""
+    real = folder.resolve()
+    root = real.parents[1] if real.parent.name == "snapshots" else real  # the Hub's cache links to its blobs/
+    for pattern in COPIED:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file() and not any(path.match(weights) for weights in WEIGHT_FILES):
+                if not path.resolve().is_relative_to(root):
+                    what = f"{path.name} is a link that leads out of its folder"
+                    raise ModelError(what, where=path, fix="copy the file there, or remove the link")
+                yield path
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as problem:
+        raise ModelError(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from problem

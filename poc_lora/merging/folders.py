@@ -1,0 +1,126 @@
+"""Adapter folders and runs in, one merged adapter folder out."""
+
+import contextlib
+import ctypes
+import itertools
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import poc_lora
+from poc_lora.adapters.adapter import WEIGHTS_NAME, open_adapter, write_adapter
+from poc_lora.adapters.sources import find_sources, refuse_duplicates
+from poc_lora.errors import AdapterError
+from poc_lora.files import sha256_file
+from poc_lora.merging.merge import merge, sweep_by_type
+from poc_lora.progress import track
+
+REPORT_NAME = "merge.json"
+MODULES_PER_TRIM = 8
+
+
+def merge_folders(
+    sources: Sequence[str | Path],
+    out: Path,
+    *,
+    method: str = "average",
+    rank: int | None = None,
+    rank_sweep: Sequence[int] = (),
+    weights: Sequence[float] | None = None,
+    canonical: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    allow_base_mismatch: bool = False,
+) -> dict[str, Any]:
+    """Merge adapters into the new folder `out`, and return what its merge.json says.
+
+    A source is an adapter folder, a run folder, which stands for its finished adapters in order, or a Hub id; `weights`
+    has one for each adapter. See `poc_lora.merging.merge.merge` for the method. The same inputs give the same
+    bytes. Raises AdapterError, before anything is written, for sources that cannot be read or merged.
+    """
+    out = Path(out)
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise AdapterError("the output exists already", where=out, fix="choose another folder or empty this one")
+    if out.is_dir() and out.samefile(Path.cwd()):
+        raise AdapterError("the output is the folder you are in", where=out, fix="name a folder in it")
+    found = [source for given in sources for source in find_sources(given)]
+    # Opened first: a damaged file is reported as such, and only plain files are hashed.
+    adapters = [open_adapter(source.folder, root=source.root) for source in found]
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(sha256_file, [source.folder / WEIGHTS_NAME for source in found]))
+    refuse_duplicates(found, digests)
+    modules = {name for adapter in adapters for name in adapter.modules}
+    done = itertools.count(1)
+    with track(len(modules), f"merging {len(adapters)} adapters") as bar:
+
+        def on_module(name: str) -> None:
+            bar.advance()
+            if next(done) % MODULES_PER_TRIM == 0:
+                _trim_heap()
+
+        merged = merge(
+            adapters,
+            method=method,
+            rank=rank,
+            rank_sweep=rank_sweep,
+            weights=weights,
+            canonical=canonical,
+            seed=seed,
+            dtype=dtype,
+            allow_base_mismatch=allow_base_mismatch,
+            on_module=on_module,
+        )
+    report: dict[str, Any] = {
+        "method": method,
+        "requested_rank": rank,
+        "canonical": canonical,
+        "seed": seed if method == "random" else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "base_mismatch_allowed": allow_base_mismatch,
+        "sources": [
+            {
+                "name": source.name,
+                "hub_commit": source.revision,
+                "sha256": digest,
+                "base_model": adapter.base_model,
+                "base_revision": adapter.revision,
+            }
+            for source, digest, adapter in zip(found, digests, adapters, strict=True)
+        ],
+        "versions": {
+            "poc_lora": poc_lora.__version__,
+            "torch": version("torch"),
+            "safetensors": version("safetensors"),
+        },
+        "modules_to_save": sorted(merged.adapter.whole),
+        "embeddings": sorted(merged.adapter.embeddings),
+        **asdict(merged.report),
+    }
+    if rank_sweep:
+        report["rank_sweep"] = sweep_by_type(merged.report)
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    was_there = out.exists()  # and empty
+    try:
+        if was_there:
+            out.rmdir()
+        write_adapter(merged.adapter, out, dtype=dtype, extra_files={REPORT_NAME: text})
+    except BaseException:
+        if was_there:
+            out.mkdir(exist_ok=True)
+        raise
+    return json.loads(text)
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system, where the C library can.
+
+    Otherwise the heap keeps the space of temporaries that lies between the results of the modules.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,75 @@
+"""M adapters' factors in one module, side by side: what every merge and comparison is computed from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from poc_lora.adapters.factors import Factors
+
+PANEL = 64  # rows of a Gram matrix computed at a time
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The factors of M adapters in one module; an adapter without the module has rank 0."""
+
+    A: Tensor  # [R, d_in]
+    B: Tensor  # [d_out, R], scales included
+    ranks: list[int]  # [M]
+
+    @cached_property
+    def inner_A(self) -> Tensor:
+        """A Aᵀ, [R, R]."""
+        return gram_of_rows(self.A)
+
+    @cached_property
+    def inner_B(self) -> Tensor:
+        """Bᵀ B, [R, R]."""
+        return gram_of_rows(self.B.T)
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """Which adapter each component belongs to, [R]."""
+        return torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks)).to(self.A.device)
+
+    def of(self, adapter: int) -> tuple[Tensor, Tensor]:
+        """One adapter's factors, A [r, d_in] and B [d_out, r]."""
+        start = sum(self.ranks[:adapter])
+        part = slice(start, start + self.ranks[adapter])
+        return self.A[part], self.B[:, part]
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where float64 can be computed for tensors on `device`: a Mac's GPU has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def stack(members: Sequence[Factors | None]) -> Stacked:
+    """The members' factors in float64, with the scales in B. None is a member without this module; one has it."""
+    present = [member for member in members if member is not None]
+    ranks = [0 if member is None else member.rank for member in members]
+    d_out, d_in = present[0].shape
+    A = torch.empty(sum(ranks), d_in, dtype=torch.float64, device=exact_device(present[0].A.device))
+    B = torch.empty(d_out, sum(ranks), dtype=torch.float64, device=A.device)
+    start = 0
+    for member in present:
+        part = slice(start, start + member.rank)
+        A[part] = member.A.detach()
+        B[:, part] = member.B.detach()
+        if member.scale != 1:
+            B[:, part] *= member.scale
+        start = part.stop
+    return Stacked(A, B, ranks)
+
+
+def gram_of_rows(X: Tensor) -> Tensor:
+    """X Xᵀ, [R, R]; symmetric, so panels below the diagonal are copied and not multiplied."""
+    out = X.new_empty(len(X), len(X))
+    for start in range(0, len(X), PANEL):
+        rows, below = slice(start, start + PANEL), slice(start + PANEL, None)
+        out[rows, start:] = X[rows] @ X[start:].T
+        out[below, rows] = out[rows, below].T
+    return out

@@ -1,0 +1,1 @@
+"""The frozen base model: loading, running, compiling, recomputing and sharding it."""

@@ -1,0 +1,184 @@
+"""The frozen base model: loaded safely, and run with the head only where logits are wanted."""
+
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._guards import detect_fake_mode
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from poc_lora.envvars import flag, one_of, whole_number
+from poc_lora.errors import ConfigError, ModelError
+
+MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # accelerate's names
+
+
+def default_device() -> torch.device:
+    """This process's GPU where there is one and accelerate was not told to use the CPU, else the CPU.
+
+    Only CUDA is chosen unasked: what draws random numbers and sums has been tested on no other accelerator.
+    """
+    if flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", whole_number("LOCAL_RANK", 0))
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    device: torch.device | None = None,
+    floats_only: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base model (folder or Hub id), frozen and in eval mode, with its tokenizer.
+
+    dtype: `auto` is bfloat16 on a GPU and float32 on the CPU. quantization: None, `nf4` or `int8`, by bitsandbytes,
+    of the linear layers but the head; they compute in `dtype`. floats_only: keep 4-bit weights in tensors of `dtype`,
+    the only ones that FSDP shards. Only safetensors weights are read and no code from the model's repository is run.
+    Raises ModelError.
+    """
+    device = device or default_device()
+    name = _expand(name)
+    tokenizer = load_tokenizer(name, revision=revision)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # a bar in a log file is noise
+    try:
+        pair: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=getattr(torch, resolve_dtype(dtype, device)),
+            quantization_config=_quantization(quantization, resolve_dtype(dtype, device), floats_only=floats_only),
+            device_map={"": device} if quantization else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be loaded
+        raise _cannot_load(name, problem) from problem
+    model, loaded = pair
+    if loaded["missing_keys"]:
+        raise _cannot_load(name, ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}"))
+    model.requires_grad_(False)
+    keep_differentiable(model)
+    return (model if quantization else model.to(device)).eval(), tokenizer
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """The name of the dtype that `auto` stands for on a device: accelerate's mixed precision, where one is set."""
+    if dtype != "auto":
+        return dtype
+    mixed = MIXED_PRECISION[one_of("ACCELERATE_MIXED_PRECISION", tuple(MIXED_PRECISION), "no")]
+    return mixed or ("float32" if device.type == "cpu" else "bfloat16")
+
+
+def require_gradients(dtype: str) -> None:
+    """Raises ConfigError for a base model's dtype in which adapters cannot be trained: float16."""
+    if dtype == "float16":
+        raise ConfigError(
+            "float16 gradients underflow to zero without loss scaling, which packed training does not have",
+            where="model.dtype",
+            fix="set it to bfloat16 or float32, which overrides accelerate's mixed precision; eval may use float16",
+        )
+
+
+def _quantization(kind: str | None, dtype: str, *, floats_only: bool) -> BitsAndBytesConfig | None:
+    if kind is None:
+        return None
+    require_quantization(kind)
+    if kind == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+            bnb_4bit_quant_storage=getattr(torch, dtype) if floats_only else torch.uint8,
+        )
+    # Threshold 0: outlier columns would be picked over all rows of a pack, and tie its adapters together.
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+
+
+def require_quantization(kind: str | None) -> None:
+    """Raises ModelError where a quantised base cannot be loaded because bitsandbytes is missing."""
+    if kind is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"quantization '{kind}' needs bitsandbytes", where="model.quantization", fix="pip install 'poc-lora[bnb]'"
+        )
+    # What bitsandbytes says at every call of an int8 layer, and of a kernel that `keep_differentiable` turns off.
+    for module in ("autograd._functions", "backends.cpu.ops"):
+        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep 4-bit layers as they are: on some CPUs bitsandbytes would repack one for good, at its first call without
+    gradients, for a bfloat16 kernel that has none."""
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model. Raises ModelError."""
+    name = _expand(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as problem:
+        raise _cannot_load(name, problem) from problem
+
+
+def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32") -> PreTrainedModel:
+    """The base model's shapes, from its config alone: no weights are read. Raises ModelError.
+
+    On the meta device, or within a FakeTensorMode on that mode's own CPU.
+    """
+    name = _expand(name)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        with torch.device("cpu" if detect_fake_mode() else "meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        return model.requires_grad_(False).eval()
+    except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be loaded
+        raise _cannot_load(name, problem) from problem
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens a row may have, None if the model's config states no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The distinct last names of the model's linear layers, for messages."""
+    return sorted({path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)})
+
+
+def _expand(name: str) -> str:
+    """The name of a Hub id, or the path of a folder that is there. Raises ModelError."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    folder = Path(name).expanduser()
+    if looks_local and not folder.is_dir():
+        raise ModelError(
+            f"no base model at '{name}'", where="model.name", fix="give a folder with config.json, or a Hub id org/name"
+        )
+    return str(folder) if looks_local else name
+
+
+def _cannot_load(name: str, problem: Exception) -> ModelError:
+    first = str(problem).strip().split("\n")[0]
+    return ModelError(
+        f"the base model '{name}' cannot be loaded: {first}",
+        where="model.name",
+        fix="it needs config.json, a tokenizer and *.safetensors weights of a causal language model",
+    )

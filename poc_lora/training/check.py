@@ -1,0 +1,155 @@
+"""What a run will do, found out before it starts: rows, steps, parameters, and bytes that can be counted."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poc_lora.config import RunConfig
+from poc_lora.data.batches import supervised_tokens
+from poc_lora.errors import RequestError
+from poc_lora.files import free_bytes_at
+from poc_lora.lora.bank import matching_linears
+from poc_lora.models.compilation import require_compiler
+from poc_lora.models.load import (
+    context_length,
+    default_device,
+    empty_base,
+    load_tokenizer,
+    require_gradients,
+    require_quantization,
+    resolve_dtype,
+)
+from poc_lora.training.checkpoint import Progress
+from poc_lora.training.data import TrainingData, prepare_data
+from poc_lora.training.memory import Footprint, free_bytes, snapshot_bytes
+from poc_lora.training.placement import place
+from poc_lora.training.run import find_run, started_at
+from poc_lora.training.trackers import require_trackers
+
+
+def check(config: RunConfig, *, device: torch.device | None = None, processes: int = 1) -> dict[str, Any]:
+    """Validate a run without weights; returns what it will do, as names and values for a person to read.
+
+    processes: how many `accelerate launch` will start, all on machines like this one.
+    Raises the error that `train` would: run folder, trackers, dtype, compiler, target modules, rows, room on the disk.
+    Memory is the predicted peak on `device`, default the one that training would use; time is not estimated.
+    """
+    require_processes(config, processes)
+    device, folder = device or default_device(), Path(config.output)
+    in_use = (folder / "config.yaml").exists()
+    run = find_run(config, resume=in_use)
+    require_trackers(config)
+    require_quantization(config.model.quantization)
+    require_gradients(resolve_dtype(config.model.dtype, device))
+    if config.train.compile:
+        require_compiler(device)
+    model = empty_base(config.model.name, revision=config.model.revision)
+    matching_linears(model, config.lora.targets)
+    tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
+    data = prepare_data(config, tokenizer, context=context_length(model), now=started_at(run.facts))
+    footprint = Footprint(config, device, longest=data.longest, ranks=processes)
+    free = free_bytes(device)
+    sizes = footprint.choose(free, run.facts)
+    fresh = {adapter: Progress(0) for adapter in range(config.adapters.count)}
+    placement = place(fresh, data.total_steps, ranks=processes, per_device=sizes.per_device)
+    memory = footprint.memory(sizes)
+    M, P = config.adapters.count, footprint.parameters
+    at_once = min(sizes.per_device * processes, M)
+    begun = sum(state.begun for state in run.commit.progress.values()) if run.commit else 0
+    on_disk = disk_bytes(config, P, at_once, waiting=max(0, begun - at_once))
+    room = require_room(folder, 0 if in_use else on_disk)
+    tokens = sum(len(e.ids) for e in data.train)
+    rows = M * config.train.batch_size
+    quantized = config.model.quantization
+    return {
+        "base parameters": sum(p.numel() for p in model.parameters()),
+        "base weights": footprint.dtype if quantized is None else f"{quantized}, computing in {footprint.dtype}",
+        "adapters": M,
+        "parameters per adapter": P,
+        "training rows": len(data.train),
+        "validation rows": len(data.validation),
+        "rows shortened to max_length": data.shortened,
+        "rows left out (whole answer cut off)": data.lost,
+        "tokens per epoch and adapter": tokens,
+        "supervised tokens per epoch and adapter": sum(
+            supervised_tokens(e, train_on_prompt=config.data.train_on_prompt) for e in data.train
+        ),
+        "rows per step": f"{rows:,}: {config.train.batch_size} of each adapter",
+        "steps": data.total_steps,
+        "tokens of the whole run, about": round(tokens / len(data.train) * rows * data.total_steps),
+        "validation, about": _validation_cost(data, sizes.per_device, config.train.validate_every),
+        "adapters trained at once": sizes.per_device,
+        **{
+            f"rank {rank} trains adapters": ", then ".join(
+                _span(packs[rank]) for packs in placement.rounds if packs[rank]
+            )
+            for rank in range(processes if processes > 1 else 0)
+        },
+        "tokens per micro-batch": f"{sizes.tokens_per_microbatch:,}, of all its adapters, padding counted",
+        "gradient checkpointing": "on" if sizes.gradient_checkpointing else "off",
+        f"memory on {device.type}: base model": size(memory.weights),
+        f"memory on {device.type}: adapters and gradients": size(memory.bank),
+        f"memory on {device.type}: optimizer": size(memory.optimizer),
+        f"memory on {device.type}: activations": size(memory.activations),
+        f"memory on {device.type}: logits held at once": size(memory.logits),
+        "memory on the host: a commit under way": size(snapshot_bytes(sizes.per_device, P)),
+        f"memory on {device.type}: peak": f"{size(memory.total)} of {size(free)} free"
+        + ("" if memory.total < free else ": TOO MUCH"),
+        "disk": f"{size(on_disk)} of {size(room)} free",
+        "run folder": f"{folder} ({'holds a run: train goes on with --resume' if in_use else 'new'})",
+    }
+
+
+def require_processes(config: RunConfig, processes: int) -> None:
+    """Raises RequestError for more processes than adapters, which train whole."""
+    if processes > config.adapters.count:
+        raise RequestError(
+            f"{processes} processes for {config.adapters.count} adapters: some would have nothing to do",
+            where="adapters.count",
+            fix=f"start at most {config.adapters.count} processes, or raise adapters.count",
+        )
+
+
+def _validation_cost(data: TrainingData, per_device: int, every: int | None) -> str:
+    """The forward passes of a pack's validations, in tokens: base, adapters and merge see every row."""
+    if not data.validation:
+        return "none: there are no validation rows"
+    times = 1 + ((data.total_steps - 1) // every if every else 0)
+    tokens = (per_device + 2) * sum(len(e.ids) for e in data.validation)
+    return f"{times * tokens:,} tokens: {len(data.validation)} rows by {per_device + 2} models, {times} times a pack"
+
+
+def _span(pack: list[int]) -> str:
+    """Adapters that follow each other, as all packs of a new run do."""
+    return f"{pack[0]}" if len(pack) == 1 else f"{pack[0]} to {pack[-1]} together"
+
+
+def disk_bytes(config: RunConfig, parameters: int, at_once: int, waiting: int = 0) -> int:
+    """Bytes of a run's commits, each with weights and moments of one pack a rank, and of its adapters.
+
+    at_once: how many adapters train at the same time. waiting: how many more have begun; all commits share the state
+    of these.
+    """
+    states = (config.checkpoint.keep + 1) * at_once + waiting
+    return 4 * parameters * (3 * states + config.adapters.count)
+
+
+def require_room(folder: Path, needed: int) -> int:
+    """Free bytes where `folder` is or will be. Raises RequestError where they are too few."""
+    free = free_bytes_at(folder)
+    if free < needed:
+        raise RequestError(
+            f"checkpoints and adapters need {size(needed)}, {size(free)} are free",
+            where=folder,
+            fix="free some space, set output to another disk, or lower adapters.count, lora.rank or checkpoint.keep",
+        )
+    return free
+
+
+def size(nbytes: int) -> str:
+    """Bytes as a person reads them: 1.5 GB is 1.5e9 bytes."""
+    for unit, width in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= width:
+            return f"{nbytes / width:.1f} {unit}"
+    return f"{nbytes / 1e3:.0f} kB"

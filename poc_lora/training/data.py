@@ -1,0 +1,87 @@
+"""The rows of a run: read, tokenised, split, and put into the order in which each adapter draws them."""
+
+import hashlib
+from dataclasses import dataclass
+from datetime import datetime
+
+from transformers import PreTrainedTokenizerBase
+
+from poc_lora import rng
+from poc_lora.config import RunConfig
+from poc_lora.data.batches import BatchOrder, padded_length
+from poc_lora.data.prompts import Example, encode_rows
+from poc_lora.data.rows import read_sources, source_files
+from poc_lora.errors import ConfigError, DataError
+from poc_lora.files import sha256_file
+
+TOKENISED = "tokenised rows"  # the key of their checksum beside those of the files
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Tokenised rows, split, with the order in which they are drawn."""
+
+    train: list[Example]
+    validation: list[Example]
+    order: BatchOrder
+    total_steps: int
+    shortened: int
+    lost: int
+    files: dict[str, str]  # path, and TOKENISED -> sha256
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, padded as it would be in a batch."""
+        return padded_length(max(len(e.ids) for e in (*self.train, *self.validation)))
+
+
+def prepare_data(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int | None = None,
+    now: datetime | None = None,
+) -> TrainingData:
+    """Read, tokenise and split the rows of a run.
+
+    context: the most tokens that the base model takes. now: see `encode_rows`.
+    Raises DataError, or ConfigError for a max_length beyond the context.
+    """
+    section = config.data
+    if context is not None and section.max_length > context:
+        raise ConfigError(
+            f"rows of {section.max_length} tokens do not fit the base model's context of {context}",
+            where="data.max_length",
+            fix=f"lower it to {context} or less",
+        )
+    encoded = encode_rows(
+        read_sources(section.train), tokenizer, template=section.prompt, max_length=section.max_length, now=now
+    )
+    order = rng.permutation(len(encoded.examples), rng.key(config.adapters.seed, 0, "validation split"))
+    if len(order) <= section.validation:
+        raise DataError(
+            f"{len(order)} usable rows leave none to train on once {section.validation} are held out"
+            f" ({encoded.lost} rows lost their whole answer to data.max_length={section.max_length})",
+            where="data",
+            fix="lower data.validation, raise data.max_length, or give more rows",
+        )
+    train = [encoded.examples[i] for i in sorted(order[section.validation :])]
+    batches = BatchOrder(
+        [len(e.ids) for e in train],
+        config.train.batch_size,
+        config.adapters.seed,
+        group_by_length=section.group_by_length,
+    )
+    steps = config.train.max_steps or max(1, round(batches.steps_per_epoch * (config.train.epochs or 0)))
+    return TrainingData(
+        train=train,
+        validation=[encoded.examples[i] for i in sorted(order[: section.validation])],
+        order=batches,
+        total_steps=steps,
+        shortened=encoded.shortened,
+        lost=encoded.lost,
+        files={
+            **{str(path): sha256_file(path) for path in source_files(section.train)},
+            TOKENISED: hashlib.sha256(repr([e.ids for e in encoded.examples]).encode()).hexdigest(),
+        },
+    )

@@ -1,0 +1,206 @@
+"""A pack: adapters at the same step, trained together on one base model. Computes; reads and writes no file."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from poc_lora import rng
+from poc_lora.config import RunConfig
+from poc_lora.data.batches import MicroBatch, cut_rows, micro_batches, supervised_tokens
+from poc_lora.data.prompts import Example
+from poc_lora.lora.bank import AdapterBank
+from poc_lora.models.compilation import compiled_parts
+from poc_lora.models.forward import has_plain_head
+from poc_lora.models.recomputation import gradient_checkpointing
+from poc_lora.optim.noisy_adamw import NoisyAdamW
+from poc_lora.optim.schedules import learning_rate
+from poc_lora.training.data import TrainingData
+from poc_lora.training.loss import packed_loss
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did, per slot [M]."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    noise_norms: list[float]
+    lr: float
+    diverged: list[int]  # slots dropped at this step
+    real_tokens: int
+    computed_tokens: int  # with padding
+
+
+class Pack:
+    """The bank and the optimizer of some adapters.
+
+    model: the frozen base, in which the bank replaces the target modules until `close`.
+    adapters: their ids. tokens: the size of a micro-batch. pad_id: any token; padding is never attended to.
+    checkpointing: run layers a second time in the backward pass instead of keeping what they computed.
+    largest: the greatest of all ranks' values, each called with as many, for a base model that is sharded over the
+    ranks: then all must run it equally often.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: PreTrainedModel,
+        data: TrainingData,
+        adapters: Sequence[int],
+        *,
+        tokens: int,
+        pad_id: int,
+        checkpointing: bool = False,
+        largest: Callable[[list[int]], list[int]] | None = None,
+    ):
+        self.config, self.model, self.data = config, model, data
+        self.largest = largest
+        self.tokens, self.pad_id, self.device = tokens, pad_id, model.device
+        self.plain_head = has_plain_head(model)
+        self._undo = contextlib.ExitStack()
+        if config.train.compile:
+            self._undo.enter_context(compiled_parts(model))
+        if checkpointing:
+            self._undo.enter_context(gradient_checkpointing(model))
+        lora, optim, seed = config.lora, config.optim, config.adapters.seed
+        self.bank = AdapterBank(
+            model,
+            targets=lora.targets,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            adapters=adapters,
+            seed=seed,
+            dropout=lora.dropout,
+        )
+        self.optimizer = NoisyAdamW(
+            [{"params": [row], "adapter": adapter} for row, adapter in zip(self.bank.rows, adapters, strict=True)],
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            temperature=optim.temperature,
+            seed=seed,
+            fused=True,
+        )
+
+    @property
+    def live(self) -> list[int]:
+        """Slots of the adapters that have not diverged."""
+        return [slot for slot in range(self.bank.size) if slot not in self.bank.dropped]
+
+    def step(self, step: int, stop: Callable[[], bool] = lambda: False) -> Step | None:
+        """Take optimizer step `step` (from 0) with every live adapter.
+
+        None, and nothing has changed, where `stop` became true before all of its rows had been through.
+        """
+        optim, bank = self.config.optim, self.bank
+        lr = learning_rate(
+            optim.schedule,
+            step,
+            peak=optim.lr,
+            warmup_steps=optim.warmup_steps,
+            total_steps=self.data.total_steps,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        bank.zero_grad()
+        accumulated = self._accumulate(step, stop)
+        if accumulated is None:
+            return None
+        losses, real, computed = accumulated
+        norms = bank.clip_grad_norm(optim.max_grad_norm)
+        diverged = self._drop_unless(torch.isfinite(losses) & torch.isfinite(norms))
+        self.optimizer.step()
+        diverged += self._drop_unless(torch.isfinite(bank.weights.sum(dim=1)))
+        noise = torch.stack(self.optimizer.noise_norms)
+        return Step(losses.tolist(), norms.tolist(), noise.tolist(), lr, diverged, real, computed)
+
+    def _accumulate(self, step: int, stop: Callable[[], bool]) -> tuple[Tensor, int, int] | None:
+        """Add up the gradients of one step's rows, micro-batch by micro-batch; None when told to stop."""
+        examples = self.data.train
+        rows = [self.data.order.rows(adapter, step) for adapter in self.bank.adapters]
+        counts = [sum(self._supervised(i) for i in chosen) for chosen in rows]
+        tokens_per_slot = torch.tensor(counts, dtype=torch.float32, device=self.device)
+        losses = torch.zeros_like(tokens_per_slot)
+        real = computed = 0
+        self.model.eval()  # a base with dropout of its own would draw it from torch's global stream
+        for module in self.bank.modules.values():
+            module.train()
+        parts = 1
+        if self.largest:
+            parts, stopping = self.largest([len(cut_rows(examples, rows, tokens=self.tokens)), stop()])
+            stop = lambda: bool(stopping)  # noqa: E731  (all ranks stop at the same step)
+        for batch in self._micro_batches(examples, rows, at_least=parts):
+            if stop():
+                return None
+            if self.config.lora.dropout:
+                self.bank.key_dropout(self._dropout_keys(batch, step))
+            loss, per_slot = packed_loss(self.model, batch, tokens_per_slot, plain_head=self.plain_head)
+            loss.backward()
+            losses += per_slot
+            real += batch.real_tokens
+            computed += batch.input_ids.numel()
+        return losses, real, computed
+
+    def _supervised(self, example: int) -> int:
+        return supervised_tokens(self.data.train[example], train_on_prompt=self.config.data.train_on_prompt)
+
+    def _micro_batches(
+        self, examples: Sequence[Example], rows: Sequence[Sequence[int]], at_least: int = 1
+    ) -> Iterator[MicroBatch]:
+        return micro_batches(
+            examples,
+            rows,
+            tokens=self.tokens,
+            at_least=at_least,
+            train_on_prompt=self.config.data.train_on_prompt,
+            pad_id=self.pad_id,
+            device=self.device,
+        )
+
+    def _dropout_keys(self, batch: MicroBatch, step: int) -> Tensor:
+        each = len(batch.examples) // self.bank.size
+        owners = [adapter for adapter in self.bank.adapters for _ in range(each)]
+        seed = self.config.adapters.seed
+        keys = [
+            rng.key(seed, adapter, "dropout", step, f"row {example}") - 2**63  # into the range of int64
+            for adapter, example in zip(owners, batch.examples, strict=True)
+        ]
+        return torch.tensor(keys, dtype=torch.int64, device=self.device)
+
+    def _drop_unless(self, finite: Tensor) -> list[int]:
+        bad = [slot for slot, good in enumerate(finite.tolist()) if not good and slot not in self.bank.dropped]
+        for slot in bad:
+            self.bank.drop(slot)
+        return bad
+
+    @torch.no_grad()
+    def loss(self, examples: Sequence[Example], stop: Callable[[], bool] = lambda: False) -> float | None:
+        """Mean loss per supervised token of `examples` under the bank's present view: base, one adapter or merge.
+
+        None where `stop` became true before all of them had been through.
+        """
+        self.model.eval()
+        learn_prompt = self.config.data.train_on_prompt
+        count = sum(supervised_tokens(e, train_on_prompt=learn_prompt) for e in examples)
+        tokens = torch.tensor([float(count)], device=self.device)
+        shares = []
+        for batch in self._micro_batches(examples, [range(len(examples))]):
+            if self._all_stop(stop):
+                return None
+            shares.append(float(packed_loss(self.model, batch, tokens, plain_head=self.plain_head)[1]))
+        return math.fsum(shares)
+
+    def _all_stop(self, stop: Callable[[], bool]) -> bool:
+        """Whether this rank stops; of ranks that share a base, whether any does, for then all must."""
+        return bool(self.largest([stop()])[0]) if self.largest else stop()
+
+    def close(self) -> None:
+        """Give the base model its own modules back."""
+        self.bank.remove()
+        self._undo.close()

@@ -1,0 +1,82 @@
+"""Statistics against values computed by hand."""
+
+import math
+
+import pytest
+import torch
+
+from poc_lora.data.commonsense import Question
+from poc_lora.evaluation.answers import Answer, Item
+from poc_lora.evaluation.statistics import (
+    Estimate,
+    agreement,
+    ensemble,
+    is_right,
+    macro_average,
+    mean,
+    paired_difference,
+)
+
+
+def items(n):
+    return [Item("piqa", "test", row, Question(f"Which {row}?", "", ("a", "b"), "a")) for row in range(1, n + 1)]
+
+
+def test_the_standard_error_is_that_of_a_sample_mean():
+    # variance of (1, 1, 1, 0) with n - 1: 3 * (1/4)^2 + (3/4)^2 = 3/4, over 3 = 1/4; over n = 1/16
+    assert mean(torch.tensor([1.0, 1, 1, 0])) == pytest.approx((0.75, 0.25))
+    one = mean(torch.tensor([1.0]))
+    assert one.value == 1
+    assert math.isnan(one.error)
+
+
+def test_the_macro_average_weighs_benchmarks_equally():
+    parts = {"a": Estimate(0.5, 0.03), "b": Estimate(0.9, 0.04)}
+    assert macro_average(parts) == pytest.approx((0.7, 0.025))
+
+
+def test_answers_that_were_not_given_are_wrong():
+    item = items(1)[0]
+    assert [is_right(item, Answer(choice)) for choice in ("a", "b", None)] == [1, 0, 0]
+    assert is_right(item, Answer(None, too_long=True)) == 0
+
+
+def test_the_ensemble_averages_probabilities_normalised_over_the_labels():
+    (item,) = items(1)
+    first = Answer("a", log_probs=(math.log(0.6), math.log(0.2)))  # normalised: 0.75, 0.25
+    second = Answer("b", log_probs=(math.log(0.001), math.log(0.009)))  # normalised: 0.1, 0.9
+    together = ensemble(item, [first, second])
+    assert together.choice == "b"
+    assert [math.exp(x) for x in together.log_probs] == pytest.approx([0.425, 0.575], abs=1e-5)
+    assert ensemble(item, [Answer(None, too_long=True)] * 2) == Answer(None, too_long=True)
+
+
+def test_agreement_counts_scored_questions_only():
+    asked = items(3)
+    long = Answer(None, too_long=True)
+    ours = dict(zip(asked, [Answer("a"), Answer("a"), long], strict=True))
+    theirs = dict(zip(asked, [Answer("a"), Answer("b"), long], strict=True))
+    assert agreement(ours, theirs) == 0.5
+    assert math.isnan(agreement(dict.fromkeys(asked, long), dict.fromkeys(asked, long)))
+
+
+def test_the_paired_interval_is_that_of_the_normal_law_where_questions_are_many():
+    ours = {"a": torch.tensor([1.0] * 600 + [0.0] * 400), "b": torch.tensor([1.0] * 300 + [0.0] * 700)}
+    theirs = {"a": torch.tensor([0.0] * 100 + [1.0] * 400 + [0.0] * 500), "b": ours["b"].clone()}
+    # a: 200 gains (the first 100 and another 100) of 1000 questions, b: none. Mean 0.2 / 2,
+    # error of a = sqrt(0.2 * 0.8 / 1000), halved in the average. Tolerance: 10,000 resamples move a quantile by
+    # about 3 % of the error.
+    error = math.sqrt(0.2 * 0.8 / 1000) / 2
+    difference = paired_difference(ours, theirs, seed=0)
+    assert difference.value == pytest.approx(0.1)
+    assert difference.low == pytest.approx(0.1 - 1.96 * error, abs=0.1 * error)
+    assert difference.high == pytest.approx(0.1 + 1.96 * error, abs=0.1 * error)
+    assert difference.p == pytest.approx(2 / 10_001)
+    assert paired_difference(ours, theirs, seed=0) == difference
+    assert paired_difference(ours, theirs, seed=1) != difference
+
+
+def test_no_difference_has_p_one():
+    same = {"a": torch.tensor([1.0, 0.0, 1.0])}
+    difference = paired_difference(same, same, seed=0)
+    assert (difference.value, difference.low, difference.high, difference.p) == (0, 0, 0, 1)
