@@ -15,11 +15,11 @@ class PocLoraError(Exception):
     what: one sentence naming the problem.
     where: the file, key or adapter it was found in.
     fix: what to do about it.
-    told: whether another process of the run tells it, so that it is printed once.
+    reported_elsewhere: whether another process of the run reports it, so that it is printed once.
     """
 
     exit_status = 1
-    told = False
+    reported_elsewhere = False
 
     def __init__(self, what: str, *, where: str | Path | None = None, fix: str | None = None):
         self.what = _shown(what)

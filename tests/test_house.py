@@ -28,7 +28,7 @@ LAYERS = [
     ("artifacts",),
     ("data", "optim"),
     ("mfnn",),
-    ("config", "progress", "distributed"),
+    ("config", "progress", "distributed", "environment"),
     ("rng",),
     ("files", "devices"),
     ("envvars",),

@@ -132,7 +132,7 @@ def train(
     from poc_lora.training.train import train
 
     done = train(loaded, resume=resume)
-    if not done.tells:
+    if not done.is_main_process:
         return
     show_training(done)
     merged = done.folder / "merged"
@@ -346,7 +346,7 @@ def env() -> None:
 
     Example: poc-lora env
     """
-    from poc_lora.training.run import environment
+    from poc_lora.environment import environment
 
     for section in environment().values():
         for name, value in section.items():

@@ -42,7 +42,7 @@ def show_error(error: PocLoraError, *, traceback: bool = False) -> None:
     """Print an error, after its traceback and those of its causes where asked for."""
     if traceback:
         typer.echo(printable("".join(format_exception(error))), err=True, nl=False)
-    if not error.told:
+    if not error.reported_elsewhere:
         typer.echo(f"poc-lora: {error}", err=True)
 
 
