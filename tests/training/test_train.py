@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from poc_lora import progress
 from poc_lora.config import dump_yaml
 from poc_lora.errors import CheckpointError, ConfigError, Interrupted, ModelError, RequestError, RunError, TrainingError
-from poc_lora.models import compilation as fused
+from poc_lora.models import compilation, recomputation
 from poc_lora.training import step as pack
 from poc_lora.training import train as train_module
 from poc_lora.training.step import Pack
@@ -370,7 +370,7 @@ def test_checkpointed_layers_train_the_same_adapters(settings, tmp_path, monkeyp
     settings["lora"]["dropout"] = 0.2
     plain = train(config(settings, train__gradient_checkpointing=False))
     used = []
-    monkeypatch.setattr(fused, "checkpoint", lambda *a, **k: (used.append(1), checkpoint(*a, **k))[1])
+    monkeypatch.setattr(recomputation, "checkpoint", lambda *a, **k: (used.append(1), checkpoint(*a, **k))[1])
     again = train(config(settings, train__gradient_checkpointing=True, output=str(tmp_path / "again")))
     assert facts(again.folder)["gradient_checkpointing"] is True
     assert used
@@ -382,7 +382,7 @@ def test_checkpointed_layers_train_the_same_adapters(settings, tmp_path, monkeyp
 def test_compiled_parts_train_adapters_close_to_eager_ones(settings, tmp_path, monkeypatch):
     eager = train(config(settings))
     used = []
-    monkeypatch.setattr(pack, "compiled_parts", lambda model: (used.append(1), fused.compiled_parts(model))[1])
+    monkeypatch.setattr(pack, "compiled_parts", lambda model: (used.append(1), compilation.compiled_parts(model))[1])
     compiled = train(config(settings, train__compile=True, output=str(tmp_path / "compiled")))
     assert used
     for adapter in range(3):
