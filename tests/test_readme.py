@@ -1,5 +1,7 @@
 """What README and the pages of docs/ show: commands, code, configurations and links. Runs are small."""
 
+import importlib.util
+import json
 import os
 import re
 import shlex
@@ -190,6 +192,42 @@ def test_every_page_of_docs_is_linked_from_the_readme():
     assert len(PAGES["README.md"].splitlines()) <= 200
     for page in PAGES:
         assert page == "README.md" or f"]({page}" in PAGES["README.md"], page
+
+
+RESULTS = sorted((ROOT / "scripts" / "benchmarks" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_measurement_is_linked_with_its_command(path):
+    page = PAGES["docs/benchmarks.md"]
+    assert f"](../{path.relative_to(ROOT).as_posix()})" in page
+    command = json.loads(path.read_text()).get("command", f"--out {path.relative_to(ROOT).as_posix()}\n")
+    assert command in page
+
+
+@pytest.mark.parametrize("name", ["train_tiny", "train_tiny_compiled", "train_small"])
+def test_the_speeds_of_training_are_those_of_the_json_file(name):
+    found = json.loads((RESULTS[0].parent / f"{name}.json").read_text())
+    (row,) = [line for line in PAGES["docs/benchmarks.md"].splitlines() if f"[`{name}`]" in line]
+    cells = row.replace(",", "").split(" | ")
+    speeds = [found["tokens_per_s"][side]["median"] for side in ("packed", "trainer", "loop")]
+    assert list(map(float, cells[1:4])) == pytest.approx(speeds, abs=0.51)
+    ratio = found["ratio"]["trainer"]
+    assert list(map(float, re.findall(r"[\d.]+", cells[4]))) == pytest.approx(
+        [ratio["median"], *ratio["range"]], abs=0.0051
+    )
+
+
+def test_the_accuracies_of_the_demo_are_those_of_the_json_file():
+    spec = importlib.util.spec_from_file_location("demo_seeds", ROOT / "scripts" / "benchmarks" / "demo_seeds.py")
+    demo_seeds = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo_seeds)
+    found = json.loads((RESULTS[0].parent / "demo_seeds.json").read_text())
+    for row in demo_seeds.summary(found).splitlines()[2:]:
+        assert row.partition(" | ")[2].replace("-", "−") in PAGES["docs/benchmarks.md"]
+    average, best, *merges, ensemble = re.findall(r"\d\d\.\d\d", demo_seeds.summary(found).splitlines()[2])[:6]
+    row = f"| {average} | {best} | {' | '.join(merges)} | {ensemble} |"
+    assert row in PAGES["README.md"].replace("**", "")
 
 
 def test_the_house_names_every_room():
