@@ -93,7 +93,7 @@ class Ranks:
     def jointly(self, problem: PocLoraError) -> PocLoraError:
         """`problem`, which every rank is about to raise and rank 0 will tell."""
         self._joint = True
-        problem.told = self.rank != 0
+        problem.reported_elsewhere = self.rank != 0
         return problem
 
     def agree(self, facts: dict[str, Any]) -> None:
@@ -158,7 +158,7 @@ class Ranks:
             f"rank {problem['rank']} failed: {problem['cause']}",
             fix="what was saved stands: go on with the same command, and train with --resume",
         )
-        error.told = self.rank != (1 if problem["rank"] == 0 else 0)
+        error.reported_elsewhere = self.rank != (1 if problem["rank"] == 0 else 0)
         return error
 
     def _give_up(self) -> None:
@@ -166,7 +166,7 @@ class Ranks:
         if self._closing.wait(GRACE_SECONDS):
             return
         error = self._peer_error()
-        if not error.told:
+        if not error.reported_elsewhere:
             print(f"poc-lora: {error}", file=sys.stderr, flush=True)  # noqa: T201
         os._exit(error.exit_status)
 

@@ -27,7 +27,7 @@ from huggingface_hub.utils import (
     get_session,
 )
 
-from poc_lora.errors import PocLoraError, RequestError
+from poc_lora.errors import HubError, PocLoraError, RequestError
 from poc_lora.evaluation.results import RESULTS_FILE
 from poc_lora.hub.card import EVAL_RESULTS, eval_results_files, model_card
 from poc_lora.hub.collect import File, collect
@@ -45,10 +45,6 @@ LOG_IN = "log in with hf auth login, or set HF_TOKEN, to a token that may write 
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _BRANCH = re.compile(r"(?!refs/|[0-9a-f]{40}$)\w[\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
 _TOKEN = re.compile(r"\bhf_\w{8,}")
-
-
-class HubError(PocLoraError):
-    """An upload that the Hub, or the way to it, did not let through. Nothing was changed there, or all of it."""
 
 
 @dataclass(frozen=True)
