@@ -52,7 +52,7 @@ class Ranks:
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
 
-    def beat(self, doing: str) -> None:
+    def heartbeat(self, doing: str) -> None:
         """Show that this rank gets on, and with what. Raises PeerError where another rank has failed."""
         self._beats += 1
         self._doing = doing
@@ -66,7 +66,7 @@ class Ranks:
         """
         doing, self._doing = self._doing, ""  # to wait for others is not to hang
         values = self._main.gather(value)
-        self.beat(doing)
+        self.heartbeat(doing)
         return values
 
     def channel(self, name: str) -> "Channel":

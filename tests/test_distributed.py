@@ -110,7 +110,7 @@ def test_a_killed_rank_is_noticed_even_by_ranks_that_are_stuck(victim, stuck):
     body = """
 group.gather("started")
 print("ready", flush=True)
-group.beat("at step 7")
+group.heartbeat("at step 7")
 if group.rank == {} or {}:
     time.sleep(1000)
 group.gather("never")
@@ -133,7 +133,7 @@ def test_a_rank_that_hangs_is_named_with_what_it_did(how):
     body = """
 group.gather("started")
 print("ready", flush=True)
-group.beat("at step 7")
+group.heartbeat("at step 7")
 if group.rank == 1:
     time.sleep(1000)
 group.gather("never")

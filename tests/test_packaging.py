@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NEEDED = (
-    "py.typed data/templates.json evaluation/protocols/tasks/siqa.yaml evaluation/protocols/tasks/_common_yaml microworld/demo.yaml "
+    "py.typed data/templates.json evaluation/protocols/tasks/siqa.yaml evaluation/protocols/tasks/_common_yaml "
+    "microworld/demo.yaml "
     "microworld/model/model.safetensors microworld/model/tokenizer.json microworld/data/piqa/test.json "
     "mfnn/experiments/configs/figure1.yaml reporting/report.css reporting/report.html.jinja"
 )

@@ -67,7 +67,7 @@ def env() -> None:
 
     Example: poc-lora env
     """
-    from poc_lora.training.run import environment
+    from poc_lora.environment import environment
 
     for section in environment().values():
         for name, value in section.items():

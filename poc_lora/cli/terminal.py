@@ -11,7 +11,7 @@ from poc_lora.errors import PocLoraError, RequestError, printable
 
 if TYPE_CHECKING:
     from poc_lora.evaluation.results import Results
-    from poc_lora.training.loop import Trained
+    from poc_lora.training.loop import TrainingResult
 
 N = TypeVar("N", int, float)
 
@@ -79,7 +79,7 @@ def show_merge(report: dict[str, Any]) -> None:
         show("\n".join(rank_table(report)))
 
 
-def show_training(done: "Trained") -> None:
+def show_training(done: "TrainingResult") -> None:
     """Print the summary of a training run."""
     from poc_lora.reporting.summaries import training_summary
 

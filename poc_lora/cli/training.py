@@ -71,11 +71,10 @@ def train(
 
     loaded = load_config(config, overrides or [])
 
-    from poc_lora.distributed import is_first_rank
     from poc_lora.training.train import train
 
     done = train(loaded, resume=resume)
-    if not is_first_rank():
+    if not done.is_main_process:
         return
     show_training(done)
     merged = done.folder / "merged"

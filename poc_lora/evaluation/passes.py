@@ -80,7 +80,7 @@ class Asker:
         for number, part in enumerate(_parts(missing, size)):
             if number % self.ranks.size == self.ranks.rank:
                 self._stop_if_asked()
-                self.ranks.beat(f"asking {note}")
+                self.ranks.heartbeat(f"asking {note}")
                 everyone = self.protocol.answers(self.model, self.tokenizer, part, copies=copies)
                 for (thing, file), answers in zip(files.items(), everyone, strict=True):
                     _check_numbers(thing, part, answers)

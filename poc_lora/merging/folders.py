@@ -19,7 +19,7 @@ from poc_lora.adapters.sources import find_sources, refuse_duplicates
 from poc_lora.errors import AdapterError
 from poc_lora.files import sha256_file
 from poc_lora.merging.merge import merge, sweep_by_type
-from poc_lora.progress import track
+from poc_lora.progress import progress_bar
 
 REPORT_NAME = "merge.json"
 MODULES_PER_TRIM = 8
@@ -57,7 +57,7 @@ def merge_folders(
     refuse_duplicates(found, digests)
     modules = {name for adapter in adapters for name in adapter.modules}
     done = itertools.count(1)
-    with track(len(modules), f"merging {len(adapters)} adapters") as bar:
+    with progress_bar(len(modules), f"merging {len(adapters)} adapters") as bar:
 
         def on_module(name: str) -> None:
             bar.advance()

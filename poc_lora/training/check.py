@@ -23,9 +23,9 @@ from poc_lora.models.load import (
 from poc_lora.training.checkpoint import Progress
 from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.memory import Footprint, free_bytes, snapshot_bytes
+from poc_lora.training.metrics import require_trackers
 from poc_lora.training.placement import place
 from poc_lora.training.run import find_run, started_at
-from poc_lora.training.trackers import require_trackers
 
 
 def check(config: RunConfig, *, device: torch.device | None = None, processes: int = 1) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "parameters per adapter": P,
         "training rows": len(data.train),
         "validation rows": len(data.validation),
-        "rows shortened to max_length": data.shortened,
-        "rows left out (whole answer cut off)": data.lost,
+        "rows shortened to max_length": data.truncated,
+        "rows left out (whole answer cut off)": data.dropped,
         "tokens per epoch and adapter": tokens,
         "supervised tokens per epoch and adapter": sum(
             supervised_tokens(e, train_on_prompt=config.data.train_on_prompt) for e in data.train

@@ -25,8 +25,8 @@ class TrainingData:
     validation: list[Example]
     order: BatchOrder
     total_steps: int
-    shortened: int
-    lost: int
+    truncated: int
+    dropped: int
     files: dict[str, str]  # path, and TOKENISED -> sha256
 
     @property
@@ -78,8 +78,8 @@ def prepare_data(
         validation=[encoded.examples[i] for i in sorted(order[: section.validation])],
         order=batches,
         total_steps=steps,
-        shortened=encoded.shortened,
-        lost=encoded.lost,
+        truncated=encoded.shortened,
+        dropped=encoded.lost,
         files={
             **{str(path): sha256_file(path) for path in source_files(section.train)},
             TOKENISED: hashlib.sha256(repr([e.ids for e in encoded.examples]).encode()).hexdigest(),

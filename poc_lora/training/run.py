@@ -5,20 +5,17 @@ config.yaml  run.json  metrics.jsonl  checkpoints/  adapters/  merged/  eval/
 
 import contextlib
 import json
-import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
-from poc_lora import __version__
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
+from poc_lora.environment import environment
 from poc_lora.errors import CheckpointError, RunError
 from poc_lora.files import read_json, read_text, sync, write_atomic, write_json
 from poc_lora.training.checkpoint import Commit, Progress, newest_commit
@@ -27,7 +24,6 @@ from poc_lora.training.checkpoint import Commit, Progress, newest_commit
 RESUMABLE = ("adapters.count", "adapters.per_device", "checkpoint.", "output", "track", "train.validate_every")
 WRITTEN = ("config.yaml", "run.json", "metrics.jsonl")
 LOCK = ".lock"
-LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "tokenizers")
 
 
 class Run:
@@ -74,7 +70,7 @@ class Run:
                 fix="make room or mend the folder; the run goes on from its last commit with --resume",
             ) from problem
 
-    def settle(self) -> None:
+    def sync_metrics(self) -> None:
         """Make metrics.jsonl survive a power cut up to here."""
         if self._metrics.exists():
             sync(self._metrics)
@@ -208,47 +204,3 @@ def require_same_rows(run: Run, files: Mapping[str, str], tokenised: str) -> Non
         )
         fix = "put back the tokenizer and versions of the beginning (run.json has them), or start anew"
     raise RunError(what, where=run.folder, fix=fix)
-
-
-def describe_device(device: torch.device) -> str:
-    """What the rounding of one rank, and on a GPU its noise, depends on beside the libraries."""
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        return f"{gpu.name}, {gpu.multi_processor_count} multiprocessors"
-    return f"{device.type}, {_processor()}, {torch.get_num_threads()} threads"
-
-
-def changed_devices(before: Sequence[str], now: Sequence[str]) -> str | None:
-    """What is no longer bitwise where a run goes on on other devices, as described; None where nothing has changed."""
-    if not before or set(before) == set(now):
-        return None
-    on_cpus = all(name.startswith("cpu,") for name in (*before, *now))
-    changed = "its rounding is" if on_cpus else "its rounding, and its noise, which depends on the kind of GPU, are"
-    return (
-        f"the run began on {' and '.join(sorted(set(before)))}; on {' and '.join(sorted(set(now)))}"
-        f" {changed} no longer bitwise that of an uninterrupted run"
-    )
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware: what a bug report or a benchmark needs."""
-    versions = {"poc_lora": __version__, "python": platform.python_version()}
-    for library in (*LIBRARIES, "peft", "accelerate", "datasets", "bitsandbytes", "lm_eval"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[library] = version(library)
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    machine = {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-    }
-    return {"versions": versions, "machine": machine}
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

@@ -23,7 +23,7 @@ from poc_lora.config import dump_yaml
 from poc_lora.errors import CheckpointError, ConfigError, Interrupted, ModelError, RequestError, RunError, TrainingError
 from poc_lora.models import compilation as fused
 from poc_lora.training import step as pack
-from poc_lora.training import train as loop
+from poc_lora.training import train as train_module
 from poc_lora.training.step import Pack
 from poc_lora.training.train import train
 from tests.training.conftest import config, facts, metrics, stop_after, weights
@@ -270,7 +270,7 @@ def test_a_restarting_launcher_resumes_by_itself(settings, monkeypatch):
     heal()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     steps = []
-    original = loop.Pack.step
+    original = Pack.step
     monkeypatch.setattr(Pack, "step", lambda self, n, *rest: (steps.append(n), original(self, n, *rest))[1])
     train(config(settings))
     assert steps == [4, 5]
@@ -301,14 +301,14 @@ def test_what_auto_chose_is_written_down_and_kept_on_resume(settings, tmp_path, 
     assert chosen.items() <= facts(done.folder).items()
     # With no memory the smallest is chosen, and it stays when there is plenty again.
     heal = stop_after(monkeypatch, 3)
-    monkeypatch.setattr(loop, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(train_module, "free_bytes", lambda device: 0)
     with pytest.raises(KeyboardInterrupt):
         train(config(settings, **auto))
     heal()
     smallest = facts(settings["output"])
     assert (smallest["per_device"], smallest["gradient_checkpointing"]) == (1, True)
     assert smallest["tokens_per_microbatch"] < 512
-    monkeypatch.setattr(loop, "free_bytes", lambda device: 2**40)
+    monkeypatch.setattr(train_module, "free_bytes", lambda device: 2**40)
     done = train(config(settings, **auto), resume=True)
     assert {name: facts(done.folder)[name] for name in chosen} == {name: smallest[name] for name in chosen}
 
@@ -415,7 +415,7 @@ def test_the_progress_line_tells_the_spread_of_the_losses_and_the_speed(settings
     mean, least, most = (float(text) for text in found.groups()[:3])
     expected = (sum(losses) / 3, min(losses), max(losses))
     assert (mean, least, most) == pytest.approx(expected, abs=5e-4)  # rounded to three digits
-    assert int(found[4].replace(",", "")) == pytest.approx(done.real_tokens / done.seconds, abs=0.51)
+    assert int(found[4].replace(",", "")) == pytest.approx(done.tokens / done.seconds, abs=0.51)
 
 
 def test_a_diverged_adapter_does_not_join_the_pack_of_an_extended_run(settings, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ from poc_lora.evaluation.protocols.label import ANSWER_PREFIX
 from poc_lora.evaluation.results import RESULTS_FILE, adapter_key
 from poc_lora.files import write_atomic
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.progress import track
+from poc_lora.progress import progress_bar
 
 TASKS_FOLDER = Path(__file__).with_name("tasks")  # for lm_eval --include_path
 BATCH_SIZE = 16  # lm-eval computes logits for every token of a batch
@@ -157,7 +157,7 @@ def score_harness(
     """
     found: dict[str, dict[str, TaskScores]] = {}
     things = 1 + len(adapters) + (merged is not None or len(adapters) > 1)
-    with track(things * _requests(tasks, limit), "evaluating") as progress:
+    with progress_bar(things * _requests(tasks, limit), "evaluating") as progress:
 
         def score(thing: str) -> None:
             def advance(requests: int) -> None:

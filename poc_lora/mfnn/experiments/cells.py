@@ -9,7 +9,7 @@ from poc_lora import __version__
 from poc_lora.errors import Interrupted, RunError
 from poc_lora.files import read_json, write_json
 from poc_lora.mfnn.experiments.settings import Settings
-from poc_lora.progress import track
+from poc_lora.progress import progress_bar
 
 Cell = Callable[[], dict[str, Any]]
 
@@ -48,7 +48,7 @@ class Folder:
         paths = {name: self.out / "cells" / f"{name}.json" for name in cells}
         missing = [name for name in cells if not paths[name].is_file()]
         try:
-            with track(len(cells), self.name, done=len(cells) - len(missing), hidden=self.hidden) as bar:
+            with progress_bar(len(cells), self.name, done=len(cells) - len(missing), hidden=self.hidden) as bar:
                 for name in missing:
                     write_json(paths[name], _replaced(cells[name](), math.isnan, None))
                     bar.advance(note=name)
