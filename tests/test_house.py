@@ -28,7 +28,7 @@ LAYERS = [
     ("artifacts",),
     ("data", "optim"),
     ("mfnn",),
-    ("config", "progress", "distributed", "environment"),
+    ("config", "config_files", "progress", "distributed", "environment"),
     ("rng",),
     ("files", "hub_ids", "devices"),
     ("envvars",),

@@ -120,9 +120,7 @@ def merge(
         inner += module_inner.cpu()
         on_module(name)
     bases = [adapter.base_model for adapter in adapters if adapter.base_model is not None]
-    bases.sort(
-        key=lambda name: not is_base_model_id(name)
-    )  # rather what others can fetch than a folder of this machine
+    bases.sort(key=lambda name: not is_base_model_id(name))  # Hub ids first: others can fetch them
     tasks = {adapter.task_type for adapter in adapters}
     revisions = {adapter.revision for adapter in adapters}
     merged = Adapter(
