@@ -1,33 +1,25 @@
-"""The schema of a run: a YAML file plus `key=value` overrides, checked by one validator.
+"""The schema of a training run: a YAML file plus `key=value` overrides. It has no field for a token or a password."""
 
-Precedence: override, then file, then default. There is no field for a token or a password.
-"""
-
-import difflib
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from poc_lora.errors import ConfigError
-from poc_lora.files import read_text
-
-MAX_CONFIG_BYTES = 2**20
-
-Positive = Annotated[int, Field(gt=0, strict=True)]
-NonNegative = Annotated[int, Field(ge=0, strict=True)]
-NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
-Flag = Annotated[bool, Field(strict=True)]
-Name = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    # The docstrings of the keys are their descriptions in docs/configuration.md.
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from poc_lora import config_files
+from poc_lora.config_files import (
+    Flag,
+    Fraction,
+    Name,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    apply_overrides,
+    read_config,
+    validate_as,
+)
 
 
 class ModelSection(Section):
@@ -170,139 +162,37 @@ class RunConfig(Section):
     """The run folder. It must be new or empty unless the run is resumed."""
 
 
-def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read `path`, apply overrides such as `optim.lr=1e-4`, validate.
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML file, apply overrides and validate.
 
-    Relative paths inside the file stay relative to the current folder. Raises ConfigError.
+    Args:
+        path: The file. Relative paths inside it are relative to the current folder.
+        overrides: Settings that replace the file's, such as `optim.lr=1e-4`.
+
+    Raises:
+        ConfigError: If the file cannot be read, or a key or value does not fit the schema.
     """
-    raw = parse_yaml(read_text(path, error=ConfigError, max_bytes=MAX_CONFIG_BYTES), where=str(path))
-    if not isinstance(raw, dict):
-        raise ConfigError("the file is not a mapping of sections", where=path, fix="start from configs/demo.yaml")
-    for override in overrides:
-        _apply_override(raw, override)
+    raw = read_config(path)
+    apply_overrides(raw, overrides)
     return validate(raw, where=str(path))
 
 
 def validate(raw: dict[str, Any], *, where: str) -> RunConfig:
-    """Turn plain dictionaries into a RunConfig; every problem is named by its dotted key."""
-    try:
-        return RunConfig.model_validate(raw)
-    except ValidationError as problem:
-        lines = [_describe(error) for error in problem.errors()]
-        raise ConfigError("\n  ".join(["the configuration is not valid:", *lines]), where=where) from problem
+    """Turn plain dictionaries into a RunConfig. Raises a ConfigError that names every problem by its dotted key."""
+    return validate_as(RunConfig, raw, where=where)
 
 
 def dump_yaml(config: RunConfig) -> str:
-    """The configuration as YAML that `load_config` reads back to an equal object."""
-    plain = config.model_dump(mode="json", exclude_none=True)
-    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False)
+    """Returns the configuration as YAML that `load_config` reads back to an equal object."""
+    return config_files.dump_section(config)
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, each with its old and new value."""
+    """Returns the dotted keys whose values differ, each with its old and new value."""
     before, after = flatten(old), flatten(new)
     return {k: (before.get(k), after.get(k)) for k in before | after if before.get(k) != after.get(k)}
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its dotted key."""
-    return _flatten(config.model_dump())
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader that reads 1e-4 as a number, and refuses aliases and repeated keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError(f"aliases are not allowed{self.peek_event().start_mark}")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep=deep)
-        if len(mapping) != len(node.value):
-            raise yaml.YAMLError(f"a key is repeated in the mapping that starts{node.start_mark}")
-        return mapping
-
-
-class _Dumper(yaml.SafeDumper):
-    """A safe dumper that quotes text which `_Loader` would read as a number."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
-        list("-+.0123456789"),
-    )
-
-
-def parse_yaml(text: str, *, where: str) -> Any:
-    """Parse YAML without running anything from it. Raises ConfigError."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as problem:
-        raise ConfigError(f"not valid YAML: {problem}", where=where) from problem
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    dotted, separator, text = override.partition("=")
-    if not separator or not dotted:
-        raise ConfigError(
-            f"'{override}' is not of the form key=value", where="overrides", fix="for example optim.lr=1e-4"
-        )
-    *sections, last = dotted.split(".")
-    node = raw
-    for section in sections:
-        if node.get(section) is None:
-            node[section] = {}
-        node = node[section]
-        if not isinstance(node, dict):
-            raise ConfigError(f"'{section}' in '{dotted}' is not a section", where="overrides")
-    node[last] = parse_yaml(text, where=f"override {override}")
-
-
-def _describe(error: Any) -> str:
-    # Past section and key, a location holds list positions and, for unions, names of types.
-    dotted = ".".join(str(part) for i, part in enumerate(error["loc"]) if i < 2 or isinstance(part, int))
-    if error["type"] == "extra_forbidden":
-        near = _nearest_key(dotted)
-        return f"{dotted}: no such key" + (f"; did you mean '{near}'?" if near else "")
-    if error["type"] == "missing":
-        return f"{dotted}: required but not given"
-    if error["type"] == "value_error":
-        return f"{dotted}: {error['ctx']['error']}"
-    plain = {"tuple_type": "must be a list, such as [a, b]", "model_type": "must be a section of keys and values"}
-    return f"{dotted}: {plain.get(error['type'], error['msg'])} (got {error['input']!r:.80})"
-
-
-def _nearest_key(dotted: str) -> str | None:
-    """The known key that a mistyped one stands for: in the wrong section, or misspelt."""
-    ends = {key.split(".")[-1]: key for key in all_keys()}
-    end = dotted.split(".")[-1]
-    if end in ends:
-        return ends[end]
-    for word, known in ((dotted, {key: key for key in all_keys()}), (end, ends)):
-        if near := difflib.get_close_matches(word, known, n=1, cutoff=0.5):
-            return known[near[0]]
-    return None
-
-
-def all_keys() -> list[str]:
-    """Every dotted key of the schema, sections included."""
-    keys: list[str] = []
-    for name, field in RunConfig.model_fields.items():
-        keys.append(name)
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            keys += [f"{name}.{inner}" for inner in section.model_fields]
-    return keys
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+    """Returns every setting by its dotted key."""
+    return config_files.flatten(config.model_dump())

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from poc_lora.config import _apply_override, all_keys, validate
+from poc_lora.config import RunConfig, validate
+from poc_lora.config_files import all_keys, apply_overrides
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("generate", ROOT / "scripts" / "generate_configuration.py")
@@ -20,8 +21,9 @@ def test_the_page_is_what_the_generator_writes():
 
 def test_every_key_has_a_row():
     page = generate.configuration_page()
-    sections = {key.partition(".")[0] for key in all_keys() if "." in key}
-    for key in set(all_keys()) - sections:
+    keys = set(all_keys(RunConfig))
+    sections = {key.partition(".")[0] for key in keys if "." in key}
+    for key in keys - sections:
         assert f"| `{key}` | " in page, key
     assert all(f"## `{section}`" in page for section in sections)
 
@@ -31,7 +33,7 @@ def test_the_example_is_valid_and_not_the_default(example):
     key = example.partition("=")[0]
     raw = {"model": {"name": "m"}, "data": {"train": ["t"]}, "output": "o"}
     default = validate(raw, where="the default").model_dump()
-    _apply_override(raw, example)
+    apply_overrides(raw, [example])
     changed = validate(raw, where=example).model_dump()
     for part in key.split("."):
         default, changed = default[part], changed[part]

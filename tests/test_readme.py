@@ -17,7 +17,8 @@ from transformers import Trainer, TrainingArguments
 import poc_lora
 from poc_lora import NoisyAdamW
 from poc_lora.cli import app as cli
-from poc_lora.config import all_keys, parse_yaml, validate
+from poc_lora.config import RunConfig, validate
+from poc_lora.config_files import all_keys, parse_yaml
 from poc_lora.merging.folders import merge_folders
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,8 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 }
 SMALL = ["adapters.count=2", "train.max_steps=3"]
-SECTIONS = {key.partition(".")[0] for key in all_keys() if "." in key}
+KEYS = set(all_keys(RunConfig))
+SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
 
 
 def blocks(page, language):
@@ -67,7 +69,7 @@ def check_poc_lora(words):
     assert not hasattr(command, "commands"), f"no such command: {words}"
     command.make_context(command.name, list(rest))  # raises for an option that does not exist
     if command.name in ("demo", "check", "train"):
-        assert {word.partition("=")[0] for word in rest if "=" in word} <= set(all_keys()), words
+        assert {word.partition("=")[0] for word in rest if "=" in word} <= KEYS, words
 
 
 def check_line(words):
@@ -84,7 +86,7 @@ def check_line(words):
     elif first == "python":
         source = (ROOT / words[1]).read_text()
         assert all(f'"{word}"' in source for word in words if word.startswith("--")), words
-        assert {word.partition("=")[0] for word in words if "=" in word} <= set(all_keys())
+        assert {word.partition("=")[0] for word in words if "=" in word} <= KEYS
     elif first == "sbatch":
         assert (ROOT / words[1]).is_file()
     elif first.startswith("scripts/"):
@@ -150,7 +152,7 @@ def test_every_command_has_its_program_options_and_files(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_key_and_extra_that_is_named_exists(page):
     for key in re.findall(rf"`((?:{'|'.join(SECTIONS)})\.\w+)(?:=[^`]*)?`", prose(page)):
-        assert key in all_keys() or key.endswith((".py", ".yaml", ".json")), key
+        assert key in KEYS or key.endswith((".py", ".yaml", ".json")), key
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(re.findall(r"poc-lora\[(\w+)\]", PAGES[page])) <= set(project["optional-dependencies"])
 

@@ -1,6 +1,5 @@
 """Where adapters come from: folders, runs, and the Hugging Face Hub."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.adapters.weights_file import MAX_WEIGHTS_BYTES
 from poc_lora.errors import AdapterError
-
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+from poc_lora.hub_ids import is_adapter_id, split_revision
 
 
 @dataclass(frozen=True)
@@ -34,17 +32,11 @@ def find_sources(source: str | Path) -> list[Source]:
     """
     path = Path(source)
     try:
-        if is_hub_id(source):
-            repo, _, revision = str(source).partition("@")
-            return [_fetch(repo, revision or None)]
+        if is_adapter_id(source):
+            return [_fetch(*split_revision(source))]
         return [Source(folder, _name(folder), path) for folder in find_adapters(path)]
     except OSError as problem:  # a name that is too long, a folder that may not be searched
         raise AdapterError(f"cannot be read: {problem.strerror}", where=source) from problem
-
-
-def is_hub_id(source: str | Path) -> bool:
-    """Whether a source is org/name or org/name@revision, with no such folder here."""
-    return bool(HUB_ID.fullmatch(str(source))) and not Path(source).exists()
 
 
 def find_adapters(source: Path) -> list[Path]:

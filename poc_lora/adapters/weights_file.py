@@ -157,6 +157,8 @@ def _opened(path: Path) -> Iterator[Any]:
         _check_sizes(path)
         with safe_open(path, framework="pt") as stored:
             yield stored
+    except AdapterError:  # a ValueError too
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
         raise AdapterError(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from problem
 

@@ -21,7 +21,7 @@ from poc_lora.evaluation.control import folder_name
 from poc_lora.evaluation.results import RESULTS_FILE, Results, Scored, adapter_key, read_results
 from poc_lora.files import read_json, sha256_file
 from poc_lora.hub.public import public_config, public_json, public_merge, refuse_metadata
-from poc_lora.merging.compatible import is_hub_name
+from poc_lora.hub_ids import is_base_model_id
 from poc_lora.merging.folders import REPORT_NAME
 from poc_lora.reporting.run_files import PROTOCOLS, Journey, Merge, checked, of_these_weights, read_facts
 from poc_lora.reporting.tables import REPORT_FILE, markdown, table_rows
@@ -206,7 +206,7 @@ def _link(path: Path, root: Path) -> Path | None:
 def _hub_name(adapter: Adapter, given: str | None, where: Path) -> str:
     """The base model's Hub id. Raises RequestError."""
     if given is not None:
-        if not is_hub_name(given):
+        if not is_base_model_id(given):
             raise RequestError(f"{given!r} is not a Hub id", where="--base-model", fix="such as org/name")
         return given
     name = adapter.base_model
@@ -221,7 +221,7 @@ def _hub_name(adapter: Adapter, given: str | None, where: Path) -> str:
 
 
 def _is_local(name: str) -> bool:
-    return not is_hub_name(name) or Path(name).exists()
+    return not is_base_model_id(name) or Path(name).exists()
 
 
 def _public_config(folder: Path, adapter: Adapter, base: str, left_out: dict[str, str]) -> dict[str, Any]:

@@ -27,10 +27,11 @@ from huggingface_hub.utils import (
     get_session,
 )
 
-from poc_lora.errors import PocLoraError, RequestError
+from poc_lora.errors import HubError, PocLoraError, RequestError
 from poc_lora.evaluation.results import RESULTS_FILE
 from poc_lora.hub.card import EVAL_RESULTS, eval_results_files, model_card
 from poc_lora.hub.collect import File, collect
+from poc_lora.hub_ids import is_repo_id
 from poc_lora.reporting.tables import REPORT_FILE
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before another attempt
@@ -42,13 +43,8 @@ CLAIMS = (RESULTS_FILE, REPORT_FILE, EVAL_RESULTS.format("*"))
 
 LOG_IN = "log in with hf auth login, or set HF_TOKEN, to a token that may write there"
 
-_REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _BRANCH = re.compile(r"(?!refs/|[0-9a-f]{40}$)\w[\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
 _TOKEN = re.compile(r"\bhf_\w{8,}")
-
-
-class HubError(PocLoraError):
-    """An upload that the Hub, or the way to it, did not let through. Nothing was changed there, or all of it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def push(
     Raises AdapterError, ConfigError, RunError, RequestError before anything is sent; RequestError where the token or
     the name is refused; HubError where the Hub cannot be reached or keeps failing, which changes nothing there.
     """
-    if not _REPO.fullmatch(repo_id) or repo_id.endswith(".git") or "--" in repo_id or ".." in repo_id:
+    if not is_repo_id(repo_id) or repo_id.endswith(".git") or "--" in repo_id or ".." in repo_id:
         raise RequestError(
             f"{repo_id!r} is not a repository's name", where="REPO_ID", fix="such as your-name/my-adapter"
         )

@@ -1,7 +1,6 @@
 """Which adapters can be merged with one another, and with which weights."""
 
 import math
-import re
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.weights_file import MAX_MODULES
 from poc_lora.errors import AdapterError
+from poc_lora.hub_ids import is_base_model_id
 
 SAME_BASE = "merge only adapters of one base model"
 
@@ -41,11 +41,6 @@ def check_compatible(adapters: Sequence[Adapter], *, allow_base_mismatch: bool =
         what = f"the adapters have {len(first_with)} different modules together, where up to {MAX_MODULES} are written"
         raise AdapterError(what, fix=SAME_BASE)
     _check_whole(adapters)
-
-
-def is_hub_name(base_model: str) -> bool:
-    """Whether the name of a base model can be that of a Hub repository, org/name or one of the old plain names."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base_model, re.ASCII))
 
 
 def checked_weights(weights: Sequence[float] | None, M: int) -> tuple[float, ...]:
@@ -87,7 +82,7 @@ def _size(shape: tuple[int, int]) -> str:
 
 def _check_bases(adapters: Sequence[Adapter]) -> None:
     """Names are compared where both are Hub ids; two paths may hold the same model."""
-    named = [a for a in adapters if a.base_model and is_hub_name(a.base_model)]
+    named = [a for a in adapters if a.base_model and is_base_model_id(a.base_model)]
     for adapter in named[1:]:
         if adapter.base_model != named[0].base_model:
             raise AdapterError(

@@ -18,6 +18,7 @@ from poc_lora.adapters.adapter import Adapter, open_adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.errors import AdapterError, ModelError, PocLoraError, RequestError
 from poc_lora.files import commit_folder, read_json
+from poc_lora.hub_ids import is_base_model_id
 from poc_lora.models.load import empty_base
 from poc_lora.progress import progress_bar
 
@@ -79,7 +80,7 @@ def _base_folder(base: str) -> Path:
     path = Path(base).expanduser()
     if path.is_dir():
         return path
-    if base.startswith((".", "/", "~")) or base.count("/") != 1:
+    if not is_base_model_id(base):
         raise ModelError(f"no base model at '{base}'", where="--base", fix="give a folder, or a Hub id org/name")
     try:
         return Path(snapshot_download(base, allow_patterns=["*.safetensors", *COPIED]))

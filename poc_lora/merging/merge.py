@@ -13,9 +13,10 @@ from poc_lora import rng
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.factors import DTYPES, MAX_RANK, Factors, is_finite
 from poc_lora.errors import AdapterError
+from poc_lora.hub_ids import is_base_model_id
 from poc_lora.merging import gram as similarity
 from poc_lora.merging import methods
-from poc_lora.merging.compatible import check_compatible, checked_weights, is_hub_name
+from poc_lora.merging.compatible import check_compatible, checked_weights
 from poc_lora.merging.stacked import Stacked, stack
 
 METHODS = ("average", "block", "random", "soup")
@@ -119,7 +120,7 @@ def merge(
         inner += module_inner.cpu()
         on_module(name)
     bases = [adapter.base_model for adapter in adapters if adapter.base_model is not None]
-    bases.sort(key=lambda name: not is_hub_name(name))  # rather what others can fetch than a folder of this machine
+    bases.sort(key=lambda name: not is_base_model_id(name))  # Hub ids first: others can fetch them
     tasks = {adapter.task_type for adapter in adapters}
     revisions = {adapter.revision for adapter in adapters}
     merged = Adapter(
