@@ -21,6 +21,7 @@ from poc_lora.cli.terminal import (
     tell_next,
 )
 from poc_lora.envvars import flag
+from poc_lora.merging.methods import METHODS
 
 app = typer.Typer(
     name="poc-lora",
@@ -149,7 +150,9 @@ def merge(
         typer.Argument(help="Adapter folders, runs (all their finished adapters), Hub ids org/name@revision."),
     ],
     out: Annotated[Path, typer.Option(help="The folder to create for the merged adapter.")],
-    method: Annotated[str, typer.Option(help="average, block, random or soup.")] = "average",
+    method: Annotated[
+        str, typer.Option(help=". ".join(f"{name}: {entry.summary}" for name, entry in METHODS.items()) + ".")
+    ] = "average",
     rank: Annotated[
         int | None, typer.Option(help="Rank of the result: for average the best approximation; default: exact.")
     ] = None,
