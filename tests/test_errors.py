@@ -1,4 +1,6 @@
-from poc_lora.errors import AdapterError
+import pytest
+
+from poc_lora.errors import AdapterError, first_line
 
 
 def test_what_a_file_says_can_neither_drive_a_terminal_nor_fill_it():
@@ -8,3 +10,11 @@ def test_what_a_file_says_can_neither_drive_a_terminal_nor_fill_it():
     assert "a\\rb" in text
     assert text.endswith("first\nsecond")
     assert 2000 < len(text) < 2200
+
+
+@pytest.mark.parametrize(
+    ("problem", "line"),
+    [(ValueError("\n no file\nhint"), "no file"), (KeyError("a"), "'a'"), (RuntimeError(), "RuntimeError()")],
+)
+def test_the_first_line_of_an_exception(problem, line):
+    assert first_line(problem) == line

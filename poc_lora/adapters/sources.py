@@ -11,7 +11,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.adapters.weights_file import MAX_WEIGHTS_BYTES
-from poc_lora.errors import AdapterError
+from poc_lora.errors import AdapterError, first_line
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
@@ -97,9 +97,8 @@ def _fetch(repo: str, revision: str | None) -> Source:
             "PeftModel.from_pretrained(base, ID).save_pretrained(FOLDER)",
         ) from problem
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be had
-        first = str(problem).strip().split("\n")[0]
         raise AdapterError(
-            f"no folder here, and it cannot be fetched from the Hub: {first}",
+            f"no folder here, and it cannot be fetched from the Hub: {first_line(problem)}",
             where=repo,
             fix="check the name, the network, and that you are logged in where it is private (hf auth login)",
         ) from problem

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from poc_lora.adapters.adapter import Adapter, open_adapter
 from poc_lora.adapters.factors import Factors
-from poc_lora.errors import AdapterError, ModelError, PocLoraError, RequestError
+from poc_lora.errors import AdapterError, ModelError, PocLoraError, RequestError, first_line
 from poc_lora.files import commit_folder, read_json
 from poc_lora.models.load import empty_base
 from poc_lora.progress import track
@@ -84,8 +84,9 @@ def _base_folder(base: str) -> Path:
     try:
         return Path(snapshot_download(base, allow_patterns=["*.safetensors", *COPIED]))
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be had
-        first = str(problem).strip().split("\n")[0]
-        raise ModelError(f"the base model '{base}' cannot be fetched: {first}", where="--base") from problem
+        raise ModelError(
+            f"the base model '{base}' cannot be fetched: {first_line(problem)}", where="--base"
+        ) from problem
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
