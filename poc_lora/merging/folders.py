@@ -99,7 +99,7 @@ def merge_folders(
             "torch": version("torch"),
             "safetensors": version("safetensors"),
         },
-        "modules_to_save": sorted(merged.adapter.whole),
+        "modules_to_save": sorted(merged.adapter.modules_to_save),
         "embeddings": sorted(merged.adapter.embeddings),
         **asdict(merged.report),
     }

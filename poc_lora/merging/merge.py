@@ -127,7 +127,7 @@ def merge(
         source="merge",
         embeddings=frozenset().union(*(adapter.embeddings for adapter in adapters)),
         fan_in_fan_out=any(adapter.fan_in_fan_out for adapter in adapters),
-        whole=adapters[0].whole,
+        modules_to_save=adapters[0].modules_to_save,
         task_type=tasks.pop() if len(tasks) == 1 else None,
         targets=frozenset().union(*(adapter.targets for adapter in adapters)),
     )
