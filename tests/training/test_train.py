@@ -209,7 +209,7 @@ def test_a_run_killed_before_its_first_commit_is_started_by_resuming_it(settings
         assert_same_bits(weights(straight.folder, adapter), weights(done.folder, adapter))
 
 
-def test_resuming_in_a_folder_of_other_things_is_refused(settings):
+def test_resuming_in_a_folder_of_other_things_is_recompilation(settings):
     run = Path(settings["output"])
     run.mkdir()
     (run / "notes.txt").write_text("mine")
@@ -457,7 +457,7 @@ def test_dropout_of_the_base_itself_stays_off(settings, tiny_model_dir, tmp_path
     assert_same_bits(weights(first.folder, 0), weights(again.folder, 0))
 
 
-def test_several_processes_without_a_launcher_are_refused(settings, monkeypatch):
+def test_several_processes_without_a_launcher_are_recompilation(settings, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(RequestError, match="accelerate launch"):
@@ -471,7 +471,7 @@ def test_the_output_head_is_no_target(settings):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_base_with_damaged_weights_is_refused(settings, tiny_model_dir, tmp_path, damage):
+def test_a_base_with_damaged_weights_is_recompilation(settings, tiny_model_dir, tmp_path, damage):
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)
     file = base / "model.safetensors"
