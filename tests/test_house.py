@@ -30,7 +30,7 @@ LAYERS = [
     ("mfnn",),
     ("config", "progress", "distributed"),
     ("rng",),
-    ("files", "devices"),
+    ("files", "devices", "plotting"),
     ("envvars",),
     ("errors",),
 ]

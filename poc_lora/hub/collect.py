@@ -24,7 +24,7 @@ from poc_lora.hub.public import public_config, public_json, public_merge, refuse
 from poc_lora.merging.compatible import is_hub_name
 from poc_lora.merging.folders import REPORT_NAME
 from poc_lora.reporting.run_files import PROTOCOLS, Journey, Merge, checked, of_these_weights, read_facts
-from poc_lora.reporting.tables import REPORT_FILE, markdown, table_rows
+from poc_lora.reporting.tables import REPORT_FILE, results_markdown, table_rows
 
 FIGURES = (".png", ".svg")
 
@@ -282,7 +282,7 @@ def _evaluation(
     rows = [row for row, one in table_rows(results) if one is scored]
     row = rows[0] if thing == "merged" or len(results.adapters) == 1 else name
     raw = public_json(results.to_json(), names)
-    files += [File(RESULTS_FILE, _json(raw)), File(REPORT_FILE, markdown(results).encode())]
+    files += [File(RESULTS_FILE, _json(raw)), File(REPORT_FILE, results_markdown(results).encode())]
     return Evaluation(results, scored, row)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from poc_lora.adapters.serving import serving_advice
 from poc_lora.training.check import size
-from poc_lora.training.train import Trained
+from poc_lora.training.loop import Trained
 
 IDENTICAL = 0.9999  # cosine of updates that can hardly have come from different seeds
 UNRELATED = 0.01  # of one that shares nothing with any other
