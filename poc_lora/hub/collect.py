@@ -5,7 +5,6 @@ files, such as a base model's name in place of its path, differs in memory only.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -40,17 +39,6 @@ class File:
     def size(self) -> int:
         """Its length in bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
-
-    def sha256(self) -> str:
-        """What the Hub knows a large file by, in hex."""
-        return (
-            hashlib.sha256(self.content).hexdigest() if isinstance(self.content, bytes) else sha256_file(self.content)
-        )
-
-    def blob_id(self) -> str:
-        """What git knows a small file by, in hex."""
-        data = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 @dataclass(frozen=True)
