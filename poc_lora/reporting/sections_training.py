@@ -124,7 +124,7 @@ def provenance(files: RunFiles) -> Section:
 
 
 def _sentence(config: RunConfig, files: RunFiles) -> str:
-    """What was run, in words."""
+    """Describes the run in a sentence."""
     lora, optim, train, adapters = config.lora, config.optim, config.train, config.adapters
     steps = files.journey.steps if files.journey else None
     steps = steps or train.max_steps
@@ -134,9 +134,9 @@ def _sentence(config: RunConfig, files: RunFiles) -> str:
     quantised = f", quantised to {config.model.quantization}" if config.model.quantization else ""
     return (
         f"M = {adapters.count} LoRA adapters of rank {lora.rank} (alpha {lora.alpha:g}) on "
-        f"{short(', '.join(lora.targets))} of {short(model, 300)}{quantised}, each trained by itself for {length} of "
-        f"{train.batch_size} rows with NoisyAdamW: learning rate {optim.lr:g}, {noise}, run seed {adapters.seed}. "
-        f"Trained on {short(', '.join(config.data.train), 300)}."
+        f"{short(', '.join(lora.targets))} of {short(model, 300)}{quantised}, each trained independently for "
+        f"{length} of {train.batch_size} rows with NoisyAdamW: learning rate {optim.lr:g}, {noise}, "
+        f"run seed {adapters.seed}. Trained on {short(', '.join(config.data.train), 300)}."
     )
 
 
