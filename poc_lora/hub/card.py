@@ -19,8 +19,8 @@ from poc_lora.evaluation.results import Results
 from poc_lora.hub.collect import Evaluation, File, Subject
 from poc_lora.hub.usage import PIPELINES, usage
 from poc_lora.hub_ids import is_repo_id
-from poc_lora.reporting.escape import code, plain
-from poc_lora.reporting.tables import markdown
+from poc_lora.reporting.escape import code, markdown, markdown_table
+from poc_lora.reporting.tables import results_markdown
 
 EVAL_RESULTS = ".eval_results/poc-lora-{}.yaml"
 MAX_LISTED = 32
@@ -205,7 +205,7 @@ def _making(subject: Subject) -> str:
             "seed": str(config.adapters.seed),
             "data": ", ".join(_data(subject)),
         }
-    lines = ["## How it was made", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+    lines = ["## How it was made", "", *markdown_table(["", ""], list(rows.items()), numbers=False)]
     if config is None:
         lines += [
             "",
@@ -214,7 +214,7 @@ def _making(subject: Subject) -> str:
         lines += _sources(merge)
     versions = merge.get("versions") or subject.run.get("versions")
     if isinstance(versions, dict):
-        lines += ["", "Made with " + ", ".join(f"{plain(k)} {plain(v)}" for k, v in versions.items()) + "."]
+        lines += ["", "Made with " + ", ".join(f"{markdown(k)} {markdown(v)}" for k, v in versions.items()) + "."]
     return "\n".join(lines)
 
 
@@ -258,7 +258,7 @@ def _hub_datasets(subject: Subject) -> list[str]:
 
 def _measured(evaluation: Evaluation) -> str:
     """The table of the evaluation, as in results.md, and which of its rows this adapter is."""
-    table = markdown(evaluation.results).replace("\n## ", "\n### ").replace("# Evaluation", "## Evaluation", 1)
+    table = results_markdown(evaluation.results).replace("\n## ", "\n### ").replace("# Evaluation", "## Evaluation", 1)
     official = _official(evaluation.results)
     own = [
         FACTS[folder].benchmark.short for folder in FACTS if folder in evaluation.results.questions.keys() - official

@@ -5,7 +5,6 @@ files, such as a base model's name in place of its path, differs in memory only.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,7 @@ from poc_lora.hub.public import public_config, public_json, public_merge, refuse
 from poc_lora.hub_ids import is_base_model_id
 from poc_lora.merging.folders import REPORT_NAME
 from poc_lora.reporting.run_files import PROTOCOLS, Journey, Merge, checked, of_these_weights, read_facts
-from poc_lora.reporting.tables import REPORT_FILE, markdown, table_rows
+from poc_lora.reporting.tables import REPORT_FILE, results_markdown, table_rows
 
 FIGURES = (".png", ".svg")
 
@@ -40,17 +39,6 @@ class File:
     def size(self) -> int:
         """Its length in bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
-
-    def sha256(self) -> str:
-        """What the Hub knows a large file by, in hex."""
-        return (
-            hashlib.sha256(self.content).hexdigest() if isinstance(self.content, bytes) else sha256_file(self.content)
-        )
-
-    def blob_id(self) -> str:
-        """What git knows a small file by, in hex."""
-        data = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -282,7 +270,7 @@ def _evaluation(
     rows = [row for row, one in table_rows(results) if one is scored]
     row = rows[0] if thing == "merged" or len(results.adapters) == 1 else name
     raw = public_json(results.to_json(), names)
-    files += [File(RESULTS_FILE, _json(raw)), File(REPORT_FILE, markdown(results).encode())]
+    files += [File(RESULTS_FILE, _json(raw)), File(REPORT_FILE, results_markdown(results).encode())]
     return Evaluation(results, scored, row)
 
 
