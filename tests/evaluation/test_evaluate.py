@@ -17,12 +17,13 @@ from poc_lora.data.commonsense import Question, find_benchmarks, read_questions
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.distributed import Ranks
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError, RunError
-from poc_lora.evaluation import passes
+from poc_lora.evaluation import evaluator
 from poc_lora.evaluation.answers import Answer, AnswerFile, Item
 from poc_lora.evaluation.evaluate import evaluate
 from poc_lora.evaluation.protocols import harness
 from poc_lora.evaluation.protocols.label import prepare, score_labels
 from poc_lora.evaluation.results import read_results
+from poc_lora.evaluation.variants import adapter_digest, base_digest
 from poc_lora.models.load import load_base
 from poc_lora.reporting.tables import notes
 from tests.launch import finish, processes
@@ -181,7 +182,7 @@ def test_what_was_scored_is_told_beside_its_accuracy(run, data):
     evaluate([run], data=data, benchmarks=["piqa"])
     for thing, folder in {"adapter-01": run / "adapters" / "01", "merged": run / "merged"}.items():
         told = json.loads((run / "eval" / f"{thing}.json").read_text())
-        assert told["adapter_digest"] == passes.adapter_digest(folder)
+        assert told["adapter_digest"] == adapter_digest(folder)
         assert told["settings"]["dtype"] == "float32"
 
 
@@ -248,7 +249,7 @@ def test_a_narrower_evaluation_keeps_the_answers_of_a_wider_one(run, data, monke
     kept = lines(run / "eval" / "adapter-00.jsonl")
     assert len(kept) == 24
     assert [(x["benchmark"], x["row"]) for x in kept[:3]] == [("openbookqa", 1), ("openbookqa", 2), ("piqa", 1)]
-    monkeypatch.setattr(passes, "label_answers", None)  # is not called again
+    monkeypatch.setattr(evaluator, "label_answers", None)  # is not called again
     assert evaluate([run], data=data, benchmarks=["piqa", "openbookqa"]) == wide
 
 
@@ -308,7 +309,7 @@ def test_what_was_answered_is_not_asked_again(run, data, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError
 
-    monkeypatch.setattr(passes, "label_answers", never)
+    monkeypatch.setattr(evaluator, "label_answers", never)
     assert evaluate([run], data=data, benchmarks=["piqa"], subsets=True) == whole
     assert {path.name: path.read_bytes() for path in (run / "eval").glob("*.jsonl")} == before
     evaluate([run], data=data, benchmarks=["piqa"], limit=5)  # a part of it
@@ -323,28 +324,28 @@ def test_what_was_answered_is_not_asked_again(run, data, monkeypatch):
 
 
 def test_answers_depend_on_the_template_and_on_the_bases_commit(monkeypatch, tmp_path):
-    before = passes.Protocol("label", "clean").settings
+    before = evaluator.Protocol("label", "clean").settings
     monkeypatch.setitem(TEMPLATES, "clean", TEMPLATES["bare"])
-    assert passes.Protocol("label", "clean").settings != before
+    assert evaluator.Protocol("label", "clean").settings != before
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
     cache, digests = tmp_path / "models--org--base", []
     for commit in ("a" * 40, "b" * 40):  # as huggingface_hub keeps a repository
         for path, text in {"refs/main": commit, f"snapshots/{commit}/config.json": "{}"}.items():
             (cache / path).parent.mkdir(parents=True, exist_ok=True)
             (cache / path).write_text(text)
-        digests.append(passes.base_digest("org/base"))
+        digests.append(base_digest("org/base"))
     assert digests == ["org/base at " + "a" * 40, "org/base at " + "b" * 40]
-    assert passes.base_digest("org/base", "a" * 40) == digests[0]
+    assert base_digest("org/base", "a" * 40) == digests[0]
     with pytest.raises(ModelError, match="org/other"):
-        passes.base_digest("org/other")
+        base_digest("org/other")
 
 
 @pytest.mark.parametrize("protocol", ["label", "generate"])
 def test_an_interrupted_evaluation_goes_on_to_the_same_results(run, data, tmp_path, monkeypatch, protocol):
     expected = evaluate([run], data=data, benchmarks=["piqa"], protocol=protocol, out=tmp_path / "straight")
-    monkeypatch.setattr(passes, "QUESTIONS_PER_COMMIT", 5)
+    monkeypatch.setattr(evaluator, "QUESTIONS_PER_BATCH", 5)
     calls = []
-    answers = passes.Protocol.answers
+    answers = evaluator.Protocol.answers
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -352,7 +353,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_results(run, data, tmp_pa
             signal.raise_signal(signal.SIGINT)  # seen at the next commit
         return answers(*args, **kwargs)
 
-    monkeypatch.setattr(passes.Protocol, "answers", interrupted)
+    monkeypatch.setattr(evaluator.Protocol, "answers", interrupted)
     out = tmp_path / "parts"
     for _ in range(3):
         with pytest.raises(Interrupted, match="answers so far are kept"):
@@ -500,7 +501,7 @@ def test_a_way_of_asking_that_there_is_not_is_refused(run, data, change, said):
 def test_two_ranks_share_the_questions(run, data, tmp_path):
     alone = evaluate([run], data=data, out=tmp_path / "alone", benchmarks=["piqa", "openbookqa"])
     code = (
-        "import sys; from poc_lora.evaluation import passes; passes.QUESTIONS_PER_COMMIT = 4;"
+        "import sys; from poc_lora.evaluation import evaluator; evaluator.QUESTIONS_PER_BATCH = 4;"
         " from poc_lora.__main__ import main; main()"
     )
     arguments = ["eval", str(run), "--data", str(data), "--benchmarks", "piqa,openbookqa"]
@@ -517,9 +518,9 @@ def test_two_ranks_share_the_questions(run, data, tmp_path):
 
 def test_a_rank_without_questions_ends_with_those_that_are_stopped(run, data):
     code = (
-        "import signal; from poc_lora.evaluation import passes; asked = passes.Protocol.answers\n"
+        "import signal; from poc_lora.evaluation import evaluator; asked = evaluator.Protocol.answers\n"
         "def stopped(*args, **kwargs): signal.raise_signal(signal.SIGTERM); return asked(*args, **kwargs)\n"
-        "passes.Protocol.answers = stopped; from poc_lora.__main__ import main; main()"
+        "evaluator.Protocol.answers = stopped; from poc_lora.__main__ import main; main()"
     )
     arguments = ["eval", str(run), "--data", str(data), "--benchmarks", "piqa", "--limit", "1"]
     with processes(2, "-c", code, *arguments) as ranks:
@@ -530,17 +531,16 @@ def test_a_rank_without_questions_ends_with_those_that_are_stopped(run, data):
     assert "poc-lora:" not in silent
 
 
-def test_few_questions_keep_many_ranks_busy(tmp_path):
+def test_few_questions_keep_many_ranks_busy():
     labels = ("a", "b")
     items = [Item("piqa", "test", row, Question(f"{row}?", "", labels, "a")) for row in range(100)]
-    says_a = SimpleNamespace(
+    protocol = SimpleNamespace(
         answers=lambda model, tokenizer, part, copies: [[Answer("a", log_probs=(0.0, -1.0))] * len(part)]
     )
     given = []
     for rank in range(8):
-        file = AnswerFile(tmp_path / str(rank) / "base.jsonl", {}, items)
-        passes.Asker(None, None, says_a, Ranks(rank, 8), lambda n, note: None).ask({"base": file})
-        given.append(set(file.answers))
+        batches = evaluator.Evaluator(None, None, protocol, Ranks(rank, 8)).answer(["base"], items)
+        given.append({item for batch, answers in batches if answers for item in batch})
     assert sum(map(len, given)) == len(set().union(*given)) == 100
     assert all(7 <= len(answers) <= 14 for answers in given)
 
