@@ -60,7 +60,7 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], items: Sequence[Item], *, rank: int = 0):
-        self.path, self.items, self.settings = path, items, dict(settings)
+        self.path, self.items = path, items
         self._part = path.with_name(f"{path.name}.part-{rank}")
         self._same_settings = _hash(json.dumps(settings, sort_keys=True))
         self._keys = {item: self._key(item) for item in items}
@@ -132,12 +132,7 @@ class AnswerFile:
 
 
 def check_numbers(variant: str, items: Sequence[Item], answers: Sequence[Answer]) -> None:
-    """Check that no log-probability is NaN.
-
-    Raises:
-        ModelError: If one is, and `variant` is the base.
-        AdapterError: If one is, and `variant` is another.
-    """
+    """Raises ModelError (for the base) or AdapterError where a log-probability is NaN."""
     for item, answer in zip(items, answers, strict=True):
         if any(math.isnan(value) for value in answer.log_probs or ()):
             where = f"{variant} on {item.benchmark}"

@@ -16,15 +16,10 @@ from poc_lora.files import read_json
 
 @dataclass(frozen=True)
 class Control:
-    """The merge of another run.
+    """The merge of another run."""
 
-    Attributes:
-        name: How it was trained, such as `λ = 0`.
-        correct: For each benchmark 1.0 or 0.0 per question [n].
-    """
-
-    name: str
-    correct: dict[str, Tensor]
+    name: str  # how it was trained, such as `λ = 0`
+    correct: dict[str, Tensor]  # for each benchmark 1.0 or 0.0 per question [n]
 
 
 def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: Sequence[Item]) -> Control:

@@ -3,22 +3,21 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from poc_lora.data.commonsense import Benchmark, chance_level, find_benchmarks, read_questions
 from poc_lora.distributed import open_ranks
 from poc_lora.errors import Interrupted, RequestError, RunError
-from poc_lora.evaluation.answers import Answer, AnswerFile, Item
+from poc_lora.evaluation.answers import AnswerFile, Item
 from poc_lora.evaluation.control import read_control
 from poc_lora.evaluation.evaluator import Evaluator, Protocol
 from poc_lora.evaluation.protocols.harness import harness_answers
 from poc_lora.evaluation.protocols.harness_tasks import load_tasks
 from poc_lora.evaluation.results import RESULTS_FILE, Results, summarise, write_results
 from poc_lora.evaluation.statistics import ensemble
-from poc_lora.evaluation.subsets import draw_subsets, subset_points, to_json
-from poc_lora.evaluation.variants import Variants, activate_variants, adapter_key, base_digest, find_variants
+from poc_lora.evaluation.subsets import name_subsets, subset_points, to_json
+from poc_lora.evaluation.variants import Variants, activate_variants, base_digest, find_variants
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_base, resolve_dtype
 from poc_lora.progress import track
@@ -108,9 +107,10 @@ def evaluate(
                 if data is None:
                     raise RequestError("there is no folder of questions", where="--data", fix="add --data DIR")
                 items = _read_items(data, chosen, limit)
+                test = [item for item in items if item.split == "test"]
                 how = Protocol(protocol, variants.prompt, beams)
                 settings |= how.settings
-                compared = None if control is None else read_control(control, protocol, settings, _test(items))
+                compared = None if control is None else read_control(control, protocol, settings, test)
             model, tokenizer = load_base(
                 variants.base,
                 revision=variants.revision,
@@ -118,29 +118,34 @@ def evaluate(
                 quantization=variants.quantization,
                 device=device,
             )
-        digests = variants.digests()
-        subset_slots = _subset_slots(variants, seed) if subsets else {}
-        for name, slots in subset_slots.items():
-            digests[name] = ["mean", *(digests[key][0] for key in _keys(variants, slots))]
+
+        subset_slots = name_subsets(len(variants.adapters), seed, whole=variants.merged is not None) if subsets else {}
+        digests = variants.digests(subset_slots)
         if protocol == "generate":
             digests.pop("ensemble", None)
         settings_of = {name: settings | {"adapters": of} for name, of in digests.items()}
-
         files: dict[str, AnswerFile] = {}
         if protocol == "harness":
-            items, answers = harness_answers(model, tokenizer, tasks, variants, data=data, limit=limit, stop=ranks.stop)
+            test, answers = harness_answers(model, tokenizer, tasks, variants, data=data, limit=limit, stop=ranks.stop)
+            items = test
         else:
-            files = _open_files(variants, settings_of, items, ranks.rank)
+            for name, own in settings_of.items():
+                asked = items if name in variants.keys else test  # validation questions only choose the best adapter
+                files[name] = AnswerFile(variants.out / f"{name}.jsonl", own, asked, rank=ranks.rank)
             ranks.gather("read")  # no rank adds answers before all have read, so that all share the same questions
             _answer_together(Evaluator(model, tokenizer, how, ranks), variants, files, subset_slots)
             answers = {name: file.answers for name, file in files.items()}
-        if "ensemble" in digests:
-            members = [answers[key] for key in _keys(variants)]
-            together = {item: ensemble(item, [given[item] for given in members]) for item in _test(items)}
-            answers.setdefault("ensemble", {}).update(together)
+        if "ensemble" in digests:  # its file, where it has one, shares these answers
+            members = [answers[key] for key in variants.keys]
+            answers.setdefault("ensemble", {}).update({i: ensemble(i, [given[i] for given in members]) for i in test})
+        points = None
+        if subsets:
+            by_slots = {tuple(range(len(variants.adapters))): answers["merged"]}
+            by_slots |= {(slot,): answers[key] for slot, key in enumerate(variants.keys)}
+            points = subset_points(by_slots | {slots: answers.pop(name) for name, slots in subset_slots.items()}, test)
 
         results = summarise(
-            {name: given for name, given in answers.items() if name not in subset_slots},
+            answers,
             items,
             adapters=list(variants.adapters),
             control=compared,
@@ -149,10 +154,8 @@ def evaluate(
             protocol=protocol,
             prompt=settings["prompt"],
             limit=limit,
-            chance={
-                b.folder: chance_level([i.question for i in _test(items) if i.benchmark == b.folder]) for b in chosen
-            },
-            subsets=_summarise_subsets(variants, answers, _test(items), subset_slots) if subsets else None,
+            chance={b.folder: chance_level([i.question for i in test if i.benchmark == b.folder]) for b in chosen},
+            subsets=None if points is None else to_json(points),
             exact_average=variants.exact_average,
         )
         if ranks.rank == 0:
@@ -227,46 +230,3 @@ def _read_items(data: Path, benchmarks: Sequence[Benchmark], limit: int | None) 
         for b in benchmarks
         for row, question in enumerate(read_questions(data, b, split=split, limit=limit), start=1)
     ]
-
-
-def _open_files(
-    variants: Variants, settings_of: Mapping[str, Mapping[str, Any]], items: Sequence[Item], rank: int
-) -> dict[str, AnswerFile]:
-    """The answer files of all variants. Only adapters are asked the validation questions."""
-    return {
-        name: AnswerFile(
-            variants.out / f"{name}.jsonl", own, items if name in _keys(variants) else _test(items), rank=rank
-        )
-        for name, own in settings_of.items()
-    }
-
-
-def _test(items: Sequence[Item]) -> list[Item]:
-    return [item for item in items if item.split == "test"]
-
-
-def _keys(variants: Variants, slots: Sequence[int] | None = None) -> list[str]:
-    """The names of the adapters among the variants; of those in `slots`, if given."""
-    keys = [adapter_key(name) for name in variants.adapters]
-    return keys if slots is None else [keys[slot] for slot in slots]
-
-
-def _subset_slots(variants: Variants, seed: int) -> dict[str, tuple[int, ...]]:
-    """Names of subset merges, which are also their files', and the slots of their adapters."""
-    M = len(variants.adapters)
-    groups = [group for drawn in draw_subsets(M, seed).values() for group in drawn]
-    if variants.merged is not None:  # it need not be the exact average of all
-        groups.append(tuple(range(M)))
-    return {f"subsets/{len(group)}-{'-'.join(f'{slot:02d}' for slot in group)}": group for group in groups}
-
-
-def _summarise_subsets(
-    variants: Variants,
-    answers: Mapping[str, Mapping[Item, Answer]],
-    test: Sequence[Item],
-    subset_slots: Mapping[str, tuple[int, ...]],
-) -> dict[str, Any]:
-    by_slots = {tuple(range(len(variants.adapters))): answers["merged"]}
-    by_slots |= {(slot,): answers[key] for slot, key in enumerate(_keys(variants))}
-    by_slots |= {slots: answers[name] for name, slots in subset_slots.items()}
-    return to_json(subset_points(by_slots, test))

@@ -21,17 +21,11 @@ BATCHES_PER_RANK = 2  # at least, where there are several ranks: none is left wi
 
 @dataclass(frozen=True)
 class Protocol:
-    """How questions are put and answers are read.
+    """How questions are put and answers are read."""
 
-    Attributes:
-        name: `label` or `generate`.
-        prompt: The prompt template.
-        beams: For `generate`; 1 is greedy.
-    """
-
-    name: str
-    prompt: str
-    beams: int = 1
+    name: str  # label or generate
+    prompt: str  # the template
+    beams: int = 1  # for generate; 1 is greedy
 
     def answers(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], *, copies: int

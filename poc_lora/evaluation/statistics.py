@@ -88,9 +88,7 @@ def ensemble(item: Item, members: Sequence[Answer]) -> Answer:
     return Answer(item.question.labels[int(mean.argmax())], log_probs=log_probs)
 
 
-def paired_difference(
-    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, seed: int, resamples: int = RESAMPLES
-) -> Difference:
+def paired_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, seed: int) -> Difference:
     """The macro average of `ours` minus that of `theirs`, with a percentile bootstrap (Efron 1979).
 
     Questions are resampled within each benchmark. p is twice the smaller share of resamples on one side of zero, with
@@ -100,22 +98,21 @@ def paired_difference(
         ours: For each benchmark a value per question [n].
         theirs: Values of the same questions in the same order.
         seed: Of the bootstrap.
-        resamples: How many are drawn.
     """
-    resampled = np.zeros(resamples)
+    resampled = np.zeros(RESAMPLES)
     observed = 0.0
     for benchmark in ours:
         difference = (ours[benchmark] - theirs[benchmark]).double().numpy()
         values, counts = np.unique(difference, return_counts=True)
         # n draws with replacement take few distinct values, so their counts are drawn: the same law, much less work.
         stream = np.random.default_rng(rng.key(seed, 0, "bootstrap", name=benchmark))
-        drawn = stream.multinomial(len(difference), counts / len(difference), size=resamples)
+        drawn = stream.multinomial(len(difference), counts / len(difference), size=RESAMPLES)
         resampled += drawn @ values / len(difference)
         observed += difference.mean()
     resampled /= len(ours)
     low, high = np.quantile(resampled, (0.025, 0.975))
     tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
-    p = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
+    p = min(1.0, 2 * (int(tail) + 1) / (RESAMPLES + 1))
     return Difference(float(observed / len(ours)), float(low), float(high), p)
 
 

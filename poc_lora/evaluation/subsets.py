@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from poc_lora import rng
 from poc_lora.evaluation.answers import Answer, Item
-from poc_lora.evaluation.statistics import Estimate, correct_by_benchmark, macro_average, mean
+from poc_lora.evaluation.statistics import correct_by_benchmark, macro_average, mean
 
 DRAWS = 2  # random orders of the adapters, each cut into disjoint subsets of every size
 
@@ -18,10 +18,8 @@ DRAWS = 2  # random orders of the adapters, each cut into disjoint subsets of ev
 def draw_subsets(M: int, seed: int) -> dict[int, list[tuple[int, ...]]]:
     """Draw subsets of 2, 4, ... adapters (fewer than M), by cutting random orders of all M into disjoint pieces.
 
-    Sizes 1 and M are not drawn: the adapters and their merge are evaluated anyway.
-
     Returns:
-        For each size the subsets, as sorted slots.
+        For each size the subsets, as sorted slots. Sizes 1 and M are left out, as they are evaluated anyway.
     """
     found: dict[int, list[tuple[int, ...]]] = {}
     m = 2
@@ -32,6 +30,14 @@ def draw_subsets(M: int, seed: int) -> dict[int, list[tuple[int, ...]]]:
     return found
 
 
+def name_subsets(M: int, seed: int, *, whole: bool) -> dict[str, tuple[int, ...]]:
+    """Name the subsets of `draw_subsets` as their answer files, such as subsets/2-00-03; `whole` adds that of all M."""
+    groups = [group for drawn in draw_subsets(M, seed).values() for group in drawn]
+    if whole:
+        groups.append(tuple(range(M)))
+    return {f"subsets/{len(group)}-{'-'.join(f'{slot:02d}' for slot in group)}": group for group in groups}
+
+
 @dataclass(frozen=True)
 class SubsetPoint:
     """All subsets of one size.
@@ -39,27 +45,26 @@ class SubsetPoint:
     Attributes:
         m: The size.
         subsets: The number of subsets.
-        accuracy: The mean over subsets of the macro average, with the standard deviation over subsets divided by the
-            square root of their number as its error, NaN for one. For m > 1 this is rough: subsets share adapters.
+        accuracy: The mean over subsets of the macro average.
+        error: The standard deviation of that over subsets, divided by the square root of their number; NaN for one.
+            For m > 1 it is rough, since subsets share adapters.
         distance: The mean over subsets and questions of ‖z_m − z_M‖², where z are the label logits, centred, of the
             subset's merge and of the merge of all. None for m = M, and where no question fits the context.
     """
 
     m: int
     subsets: int
-    accuracy: Estimate
+    accuracy: float
+    error: float
     distance: float | None
 
 
 def subset_points(answers: Mapping[tuple[int, ...], Mapping[Item, Answer]], items: Sequence[Item]) -> list[SubsetPoint]:
-    """Summarise the subsets of each size.
+    """Summarise the subsets of each size, in ascending order.
 
     Args:
-        answers: For each subset the answers of its merge, among them every single adapter and the merge of all.
+        answers: For each subset (slots) the answers of its merge; single adapters and the merge of all are among them.
         items: The test questions.
-
-    Returns:
-        A point per size, in ascending order.
     """
     whole = answers[max(answers, key=len)]
     M = max(map(len, answers))
@@ -70,7 +75,7 @@ def subset_points(answers: Mapping[tuple[int, ...], Mapping[Item, Answer]], item
         error = float(accuracies.std()) / math.sqrt(len(chosen)) if len(chosen) > 1 else math.nan
         distances = [_distance(items, given, whole) for given in chosen]
         distance = None if m == M or math.isnan(distances[0]) else sum(distances) / len(distances)
-        points.append(SubsetPoint(m, len(chosen), Estimate(float(accuracies.mean()), error), distance))
+        points.append(SubsetPoint(m, len(chosen), float(accuracies.mean()), error, distance))
     return points
 
 
@@ -98,16 +103,7 @@ def variance_law(points: Sequence[SubsetPoint]) -> dict[str, float] | None:
 def to_json(points: Sequence[SubsetPoint]) -> dict[str, Any]:
     """The `subsets` part of results.json."""
     return {
-        "points": [
-            {
-                "m": p.m,
-                "subsets": p.subsets,
-                "accuracy": p.accuracy.value,
-                "error": None if math.isnan(p.accuracy.error) else p.accuracy.error,
-                "distance": p.distance,
-            }
-            for p in points
-        ],
+        "points": [asdict(p) | {"error": None if math.isnan(p.error) else p.error} for p in points],
         "variance_law": variance_law(points),
     }
 

@@ -47,15 +47,17 @@ class Variants:
     out: Path
 
     @property
+    def keys(self) -> list[str]:
+        """The `adapter_key` of every adapter, in order."""
+        return [adapter_key(name) for name in self.adapters]
+
+    @property
     def exact_average(self) -> bool:
-        """Whether the merge that is evaluated is the exact average of the adapters, which is in no folder."""
+        """Whether the merge that is evaluated is the exact average of the adapters."""
         return self.merged is None and len(self.adapters) > 1
 
-    def digests(self) -> dict[str, list[str]]:
-        """For every variant, how it is combined from which adapters, by their digests.
-
-        Two variants with the same digests give the same answers.
-        """
+    def digests(self, subsets: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[str]]:
+        """For every variant, and every named subset, how it is combined from which adapters, by their digests."""
         alone = {adapter_key(name): [adapter_digest(Path(a.source))] for name, a in self.adapters.items()}
         every = [digest for digests in alone.values() for digest in digests]
         found: dict[str, list[str]] = {"base": []}
@@ -65,7 +67,7 @@ class Variants:
             found["merged"] = ["mean", *every]
         if len(every) > 1:
             found["ensemble"] = ["ensemble", *every]
-        return found | alone
+        return found | alone | {k: ["mean", *(every[slot] for slot in slots)] for k, slots in (subsets or {}).items()}
 
 
 def activate_variants(
@@ -75,13 +77,13 @@ def activate_variants(
     subsets: Mapping[str, Sequence[int]] | None = None,
     packed: bool = True,
 ) -> Generator[list[str], None, None]:
-    """Make `model` compute each variant in turn. Close the iterator to get the bare base model back.
+    """Make `model` compute each variant in turn, except the ensemble, which is made of answers.
 
     Args:
-        model: The loaded base model, without a bank.
-        variants: What to compute; the ensemble is made of answers and has no step.
-        subsets: For further variants their names and the slots of the adapters that they average.
-        packed: Compute all adapters in one step, for which every batch must be repeated for each of them
+        model: The loaded base model, without a bank; closing the iterator restores it.
+        variants: What to compute.
+        subsets: Names of further variants, and the slots of the adapters that they average.
+        packed: Compute all adapters in one step, in which every batch must be repeated for each of them
             (adapter-major); otherwise one adapter per step.
 
     Yields:
@@ -93,7 +95,7 @@ def activate_variants(
     with _bank(model, variants.adapters.values()) as bank:
         with bank.disabled():
             yield ["base"]
-        yield from _activate_adapters(bank, [adapter_key(name) for name in variants.adapters], packed)
+        yield from _activate_adapters(bank, variants.keys, packed)
         if variants.exact_average:
             with bank.merged():
                 yield ["merged"]
@@ -101,7 +103,7 @@ def activate_variants(
             with bank.merged(slots):
                 yield [name]
     if variants.merged is not None:
-        # A bank of its own: beside the adapters its rank, the sum of theirs, would pad every one of them.
+        # A bank of its own: in the adapters' bank its rank, the sum of theirs, would pad every one of them.
         with _bank(model, [variants.merged]) as bank:
             yield from _activate_adapters(bank, ["merged"], packed)
 
@@ -130,11 +132,7 @@ def adapter_digest(folder: Path) -> str:
 
 
 def base_digest(name: str, revision: str | None = None) -> str:
-    """Identifies a base model: by the commit of a Hub id, or by the sizes and times of a folder's files.
-
-    Raises:
-        ModelError: If there is no such model.
-    """
+    """Identify a base model by a Hub id's commit, or by the sizes and times of a folder's files. Raises ModelError."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         try:
@@ -158,14 +156,12 @@ def find_variants(
     out: Path | None = None,
     protocol: str = "label",
 ) -> Variants:
-    """Read the adapters that an evaluation was asked for.
-
-    What is not given comes from the run's config.yaml. For loose adapters the base comes from their own configurations,
-    the prompt template is `clean`, and `out` is required.
+    """Read the adapters of an evaluation.
 
     Args:
         targets: One run folder, or adapter folders and Hub ids.
-        base, revision, dtype, prompt, out: As in `Variants`.
+        base, revision, dtype, prompt, out: As in `Variants`. Defaults come from the run's config.yaml; loose adapters
+            name their base, are asked with the template `clean`, and need `out`.
         protocol: Names the default folder for results.
 
     Raises:

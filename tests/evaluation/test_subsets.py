@@ -7,7 +7,6 @@ import torch
 
 from poc_lora.data.commonsense import Question
 from poc_lora.evaluation.answers import Answer, Item
-from poc_lora.evaluation.statistics import Estimate
 from poc_lora.evaluation.subsets import SubsetPoint, draw_subsets, subset_points, variance_law
 
 
@@ -46,12 +45,10 @@ def test_logits_that_are_linear_in_the_adapters_follow_the_variance_law():
     assert law["c"] == pytest.approx(2, rel=0.09)
     assert abs(law["floor"]) < 0.05
     assert law["explained"] > 0.99
-    assert points[0].accuracy.value == pytest.approx(1 / 3, abs=0.02)  # chance; 4 x sqrt(2/9 / 16,000)
-    assert math.isnan(points[-1].accuracy.error)
+    assert points[0].accuracy == pytest.approx(1 / 3, abs=0.02)  # chance; 4 x sqrt(2/9 / 16,000)
+    assert math.isnan(points[-1].error)
 
 
 def test_two_sizes_are_too_few_for_a_fit():
-    one = Estimate(0.5, 0.1)
-    assert (
-        variance_law([SubsetPoint(1, 4, one, 0.3), SubsetPoint(2, 2, one, 0.1), SubsetPoint(4, 1, one, None)]) is None
-    )
+    points = [SubsetPoint(m, 4 // m, 0.5, 0.1, distance) for m, distance in ((1, 0.3), (2, 0.1), (4, None))]
+    assert variance_law(points) is None

@@ -5,9 +5,8 @@ LLM-Adapters searches for all labels of a benchmark, which differs only where a 
 not offer.
 """
 
-import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,10 +34,10 @@ def generate_answers(
     """Answer questions by the generate protocol.
 
     Args:
-        model: The model, in eval mode.
+        model: In eval mode.
         tokenizer: Its tokenizer.
         questions: What to answer.
-        prompt: The prompt template.
+        prompt: The template.
         beams: 1 is greedy.
         copies: How often the model expects each batch to be repeated: M for a bank of M packed adapters
             (adapter-major), otherwise 1.
@@ -53,6 +52,7 @@ def generate_answers(
     fitting.sort(key=lambda i: -len(prompts[i]))
     settings = _generation_config(model, tokenizer, beams)
     lengths = [len(prompts[i]) + NEW_TOKENS for i in fitting]
+    own = model.generation_config
     for first, last in batch_ranges(lengths, TOKENS_PER_BATCH // copies // beams):
         batch = fitting[first:last]
         width = len(prompts[batch[0]])
@@ -61,11 +61,14 @@ def generate_answers(
         for row, i in enumerate(batch):
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
-        with _generating_by(model, settings):
+        try:
+            model.generation_config = settings  # given as an argument, it would be completed from the model's own
             written = model.generate(  # type: ignore[operator]
                 input_ids=ids.repeat(copies, 1).to(model.device),
                 attention_mask=mask.repeat(copies, 1).to(model.device),
             )
+        finally:
+            model.generation_config = own
         texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
         for at, text in enumerate(texts):
             i = batch[at % len(batch)]
@@ -93,14 +96,3 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         eos_token_id=end,
         pad_token_id=0 if pad is None else pad,
     )
-
-
-@contextlib.contextmanager
-def _generating_by(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Within the block `settings` replace the model's own, from which `generate` would fill in what they leave open."""
-    before = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = before

@@ -22,8 +22,6 @@ from poc_lora.evaluation.variants import Variants, activate_variants
 from poc_lora.files import write_atomic
 from poc_lora.progress import track
 
-BATCH_SIZE = 16  # rows; lm-eval computes logits for every token of a batch
-
 
 @dataclass(frozen=True)
 class TaskScores:
@@ -98,9 +96,7 @@ def score_tasks(
     limit: int | None = None,
     on_answer: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, TaskScores], dict[str, Any]]:
-    """Score the variant that `model` computes now.
-
-    lm-eval's cache of answers is not used, since it cannot tell adapters apart, and no seed is set.
+    """Score the variant that `model` computes now. lm-eval's cache is not used: it cannot tell adapters apart.
 
     Args:
         model, tokenizer, tasks, limit: As in `harness_answers`.
@@ -115,7 +111,7 @@ def score_tasks(
 
     names = {folder: task.config.task for folder, task in tasks.items()}
     with quiet_lm_eval():
-        wrapped = LoadedModel(model, tokenizer, batch_size=BATCH_SIZE, on_answer=on_answer)
+        wrapped = LoadedModel(model, tokenizer, on_answer)
         task_dict = {"tasks": {names[folder]: task for folder, task in tasks.items()}}
         results = evaluate(lm=wrapped, task_dict=task_dict, limit=limit, log_samples=True)
     scores = {}

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.models.load import context_length
 
+BATCH_SIZE = 16  # rows; lm-eval computes logits for every token of a batch
 UNLIMITED = 2**40  # tokens, where the model's config states no limit: lm-eval would take 2048
 
 
@@ -23,27 +24,19 @@ class LoadedModel(HFLM):  # type: ignore[misc, unused-ignore]
     Args:
         model: The loaded model.
         tokenizer: Its tokenizer, which is copied, since lm-eval adds a pad token.
-        batch_size: Rows per batch.
         on_answer: Called after every request.
 
     Attributes:
         truncated: Requests that were cut on the left to fit the context, as (task, document).
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        on_answer: Callable[[], object],
-    ):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, on_answer: Callable[[], object]):
         super().__init__(
             pretrained=model,
             backend="causal",
             tokenizer=copy.deepcopy(tokenizer),
             max_length=context_length(model) or UNLIMITED,
-            batch_size=batch_size,
+            batch_size=BATCH_SIZE,
             softmax_dtype=torch.float32,
         )
         self.truncated: set[tuple[str, int]] = set()

@@ -55,7 +55,10 @@ def load_tasks(benchmarks: Sequence[Benchmark], *, data: Path | None, prompt: st
         RequestError: If lm-eval is not installed.
         DataError: If the questions cannot be read or loaded.
     """
-    require_lm_eval()
+    if importlib.util.find_spec("lm_eval") is None:
+        raise RequestError(
+            "the harness protocol needs lm-eval", where="--protocol", fix="pip install 'poc-lora[harness]'"
+        )
     from lm_eval.tasks import TaskManager
 
     with quiet_lm_eval():
@@ -65,14 +68,6 @@ def load_tasks(benchmarks: Sequence[Benchmark], *, data: Path | None, prompt: st
         metadata = {"data": str(data), "prompt": prompt}
         manager = TaskManager(include_path=TASKS_FOLDER, include_defaults=False, metadata=metadata)
         return {b.folder: manager.load([local_task(b)])["tasks"][local_task(b)] for b in benchmarks}
-
-
-def require_lm_eval() -> None:
-    """Raises RequestError if lm-eval is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise RequestError(
-            "the harness protocol needs lm-eval", where="--protocol", fix="pip install 'poc-lora[harness]'"
-        )
 
 
 def _load_hub_task(manager: Any, name: str) -> Any:

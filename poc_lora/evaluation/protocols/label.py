@@ -53,19 +53,11 @@ class PreparedQuestions:
 
 
 def prepare(
-    questions: Sequence[Question],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prompt: str,
-    max_length: int | None = None,
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, *, prompt: str, max_length: int | None = None
 ) -> PreparedQuestions:
-    """Tokenise questions.
+    """Tokenise questions (at least one) under a prompt template.
 
-    Args:
-        questions: At least one.
-        tokenizer: The base model's.
-        prompt: The prompt template.
-        max_length: The context length. A question that needs more tokens is marked `too_long` and has no rows.
+    A question that needs more than `max_length` tokens is marked `too_long` and has no rows.
 
     Raises:
         DataError: If the tokenizer encodes two labels of a question alike.
@@ -107,18 +99,7 @@ def label_answers(
     prompt: str,
     copies: int = 1,
 ) -> list[list[Answer]]:
-    """Answer questions by the label protocol.
-
-    Args:
-        model: The model, as for `score_labels`.
-        tokenizer: Its tokenizer.
-        questions: At least one.
-        prompt: The prompt template.
-        copies: As for `score_labels`.
-
-    Returns:
-        The answers of each copy to every question, [copies][n].
-    """
+    """Answer questions by the label protocol: `prepare`, then `score_labels`. Returns [copies][n] answers."""
     prepared = prepare(questions, tokenizer, prompt=prompt, max_length=context_length(model))
     log_probs = score_labels(model, prepared, copies=copies)
     chosen, too_long = log_probs.argmax(-1).tolist(), prepared.too_long.tolist()
@@ -134,16 +115,11 @@ def label_answers(
 
 
 @torch.inference_mode()
-def score_labels(
-    model: PreTrainedModel,
-    prepared: PreparedQuestions,
-    *,
-    copies: int = 1,
-) -> Tensor:
+def score_labels(model: PreTrainedModel, prepared: PreparedQuestions, *, copies: int = 1) -> Tensor:
     """Compute the log-probabilities of the labels.
 
     Args:
-        model: The model, in eval mode.
+        model: In eval mode.
         prepared: The questions.
         copies: How often the model expects each batch to be repeated: M for a bank of M packed adapters
             (adapter-major), otherwise 1.

@@ -126,7 +126,7 @@ def test_the_label_protocol_and_lm_eval_choose_the_same(base, data, prompt):
     for view in (bank.disabled(), bank.only(0), bank.only(1), bank.merged()):
         with view:
             seen.append(check_agreement(base, data, score_tasks(model, tokenizer, tasks), prompt))
-    assert len({frozenset(s) for s in seen}) == 4  # four things that choose differently
+    assert len({frozenset(s) for s in seen}) == 4  # four variants that choose differently
 
 
 def test_every_thing_is_scored_over_one_base_which_is_given_back(base, data, tmp_path):
@@ -152,8 +152,8 @@ def test_every_thing_is_scored_over_one_base_which_is_given_back(base, data, tmp
     bank = AdapterBank.from_adapters(model, list(adapters.values()))
     views = {"base": bank.disabled, "merged": bank.merged}
     views |= {f"adapter-0{i}": lambda i=i: bank.only(i) for i in range(2)}
-    for thing, answers in found.items():
-        with views[thing]():
+    for variant, answers in found.items():
+        with views[variant]():
             for name in LABELS:
                 _, ours = by_label(base, data, name)
                 asked = [item for item in items if item.benchmark == name]
@@ -161,14 +161,14 @@ def test_every_thing_is_scored_over_one_base_which_is_given_back(base, data, tmp
                     theirs = torch.tensor(answers[item].log_probs)
                     expected = row[: len(theirs)].log_softmax(-1)
                     torch.testing.assert_close(theirs.log_softmax(-1), expected, atol=1e-3, rtol=0)
-        written = json.loads((tmp_path / "out" / "harness" / thing / "results.json").read_text())
+        written = json.loads((tmp_path / "out" / "harness" / variant / "results.json").read_text())
         for name in LABELS:
             task = local_task(find_benchmarks([name])[0])
             asked = [item for item in items if item.benchmark == name]
             right = [float(answers[item].choice == item.question.answer) for item in asked]
             assert written["results"][task]["acc,none"] == pytest.approx(sum(right) / 10)
             assert written["n-samples"][task] == {"original": QUESTIONS, "effective": 10}
-            lines = (tmp_path / "out" / "harness" / thing / f"samples_{task}.jsonl").read_text().splitlines()
+            lines = (tmp_path / "out" / "harness" / variant / f"samples_{task}.jsonl").read_text().splitlines()
             samples = [json.loads(line) for line in lines]
             assert [s["doc_id"] for s in samples] == list(range(10))
             assert [s["acc"] for s in samples] == right
