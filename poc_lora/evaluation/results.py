@@ -13,31 +13,13 @@ from poc_lora.errors import RunError
 from poc_lora.evaluation import statistics as scores
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.control import Control
-from poc_lora.evaluation.passes import adapter_digest
 from poc_lora.evaluation.statistics import Difference, Estimate
-from poc_lora.evaluation.variants import Subjects
+from poc_lora.evaluation.variants import Variants, adapter_key
 from poc_lora.files import read_json, write_json
 
 RESULTS_FILE = "results.json"
 ROWS = ("base", "average", "merged", "ensemble", "control")
 NESTED = (*ROWS, "adapters", "comparisons", "unread")
-
-
-def adapter_key(name: str) -> str:
-    """What an adapter is called among the things scored, and its file: never `base`, `merged` or `ensemble`."""
-    return f"adapter-{name}"
-
-
-def things_scored(subjects: Subjects) -> dict[str, list[str]]:
-    """Everything that is scored, and of which adapters it is: what tells two of its kind apart."""
-    alone = {adapter_key(name): [adapter_digest(Path(a.source))] for name, a in subjects.adapters.items()}
-    every = [digest for digests in alone.values() for digest in digests]
-    found = {"base": [], **alone}
-    if subjects.merged is not None:
-        found["merged"] = [adapter_digest(Path(subjects.merged.source))]
-    elif len(every) > 1:
-        found["merged"] = ["mean", *every]
-    return found | ({"ensemble": ["ensemble", *every]} if len(every) > 1 else {})
 
 
 @dataclass(frozen=True)
@@ -106,11 +88,11 @@ def summarise(
     """
     test = [item for item in items if item.split == "test"]
     validation = [item for item in items if item.split == "validation"]
-    correct = {thing: _correct(test, given) for thing, given in answers.items()}
+    correct = {thing: scores.correct_by_benchmark(test, given) for thing, given in answers.items()}
     benchmarks = list(correct["base"])
     mean_correct = {b: torch.stack([correct[adapter_key(a)][b] for a in adapters]).mean(0) for b in benchmarks}
     scored = {thing: _scored(parts) for thing, parts in correct.items()}
-    chosen_on = {a: _scored(_correct(validation or test, answers[adapter_key(a)])) for a in adapters}
+    chosen_on = {a: _scored(scores.correct_by_benchmark(validation or test, answers[adapter_key(a)])) for a in adapters}
     best = max(adapters, key=lambda a: chosen_on[a].average.value)
     rivals = {"best": correct[adapter_key(best)], "average": mean_correct}
     if control is not None:
@@ -139,13 +121,6 @@ def summarise(
     )
 
 
-def _correct(items: Sequence[Item], answers: Mapping[Item, Answer]) -> dict[str, Tensor]:
-    found: dict[str, list[float]] = {}
-    for item in items:
-        found.setdefault(item.benchmark, []).append(scores.is_right(item, answers[item]))
-    return {b: torch.tensor(values, dtype=torch.float64) for b, values in found.items()}
-
-
 def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item]) -> dict[str, float]:
     """The share of answers in which no label was found, of questions that fit."""
     shares = {}
@@ -155,7 +130,7 @@ def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item])
     return shares
 
 
-def write_results(subjects: Subjects, results: Results, settings: Mapping[str, Mapping[str, Any]]) -> None:
+def write_results(subjects: Variants, results: Results, settings: Mapping[str, Mapping[str, Any]]) -> None:
     """A JSON for everything scored, then results.json: where it stands, the rest is of the same evaluation.
 
     settings: of each thing, what its answers depend on beside the questions; its `adapters` are digests.

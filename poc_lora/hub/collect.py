@@ -17,7 +17,8 @@ from poc_lora.adapters.sources import find_adapters
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import AdapterError, RequestError, RunError
 from poc_lora.evaluation.control import folder_name
-from poc_lora.evaluation.results import RESULTS_FILE, Results, Scored, adapter_key, read_results
+from poc_lora.evaluation.results import RESULTS_FILE, Results, Scored, read_results
+from poc_lora.evaluation.variants import adapter_key
 from poc_lora.files import read_json, sha256_file
 from poc_lora.hub.public import public_config, public_json, public_merge, refuse_metadata
 from poc_lora.hub_ids import is_base_model_id

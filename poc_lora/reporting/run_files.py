@@ -14,8 +14,8 @@ from poc_lora.config import RunConfig, load_config
 from poc_lora.data.commonsense import BENCHMARKS
 from poc_lora.errors import RunError
 from poc_lora.evaluation.control import folder_name
-from poc_lora.evaluation.passes import adapter_digest
-from poc_lora.evaluation.results import RESULTS_FILE, Results, adapter_key, read_results
+from poc_lora.evaluation.results import RESULTS_FILE, Results, read_results
+from poc_lora.evaluation.variants import adapter_digest, adapter_key
 from poc_lora.files import read_json, read_text
 from poc_lora.merging.folders import REPORT_NAME
 

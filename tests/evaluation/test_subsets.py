@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from poc_lora.data.commonsense import Question
-from poc_lora.evaluation.answers import Answer, AnswerFile, Item
-from poc_lora.evaluation.statistics import Estimate
+from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.subsets import SubsetPoint, draw_subsets, subset_points, variance_law
 
 
@@ -23,21 +22,20 @@ def test_subsets_of_one_order_are_disjoint_and_depend_on_the_seed_alone():
     assert list(draw_subsets(5, seed=0)) == [2, 4]
 
 
-def test_logits_that_are_linear_in_the_adapters_follow_the_variance_law(tmp_path):
+def test_logits_that_are_linear_in_the_adapters_follow_the_variance_law():
     """z of adapter j = limit + noise of variance 1 per label; a subset's merge has the mean of its members' z."""
     M, labels, n = 8, ("a", "b", "c"), 2000
     items = [Item("piqa", "test", row, Question(f"{row}?", "", labels, "a")) for row in range(n)]
     z = torch.randn(M, n, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     groups = [(slot,) for slot in range(M)] + [g for gs in draw_subsets(M, 0).values() for g in gs] + [tuple(range(M))]
-    files = {}
-    for group in groups:
-        files[group] = AnswerFile(tmp_path / f"{len(files)}.jsonl", {}, items)
-        mean = z[list(group)].mean(0)
-        files[group].answers = {
+    answers = {
+        group: {
             item: Answer(labels[int(row.argmax())], log_probs=tuple(row.tolist()))
-            for item, row in zip(items, mean, strict=True)
+            for item, row in zip(items, z[list(group)].mean(0), strict=True)
         }
-    points = subset_points(files, M)
+        for group in groups
+    }
+    points = subset_points(answers, items)
     assert [point.m for point in points] == [1, 2, 4, 8]
     for point in points[:-1]:
         # Three labels less their mean: two degrees of freedom of variance 1 each. Relative standard error of a mean of
@@ -47,12 +45,10 @@ def test_logits_that_are_linear_in_the_adapters_follow_the_variance_law(tmp_path
     assert law["c"] == pytest.approx(2, rel=0.09)
     assert abs(law["floor"]) < 0.05
     assert law["explained"] > 0.99
-    assert points[0].accuracy.value == pytest.approx(1 / 3, abs=0.02)  # chance; 4 x sqrt(2/9 / 16,000)
-    assert math.isnan(points[-1].accuracy.error)
+    assert points[0].accuracy == pytest.approx(1 / 3, abs=0.02)  # chance; 4 x sqrt(2/9 / 16,000)
+    assert math.isnan(points[-1].error)
 
 
 def test_two_sizes_are_too_few_for_a_fit():
-    one = Estimate(0.5, 0.1)
-    assert (
-        variance_law([SubsetPoint(1, 4, one, 0.3), SubsetPoint(2, 2, one, 0.1), SubsetPoint(4, 1, one, None)]) is None
-    )
+    points = [SubsetPoint(m, 4 // m, 0.5, 0.1, distance) for m, distance in ((1, 0.3), (2, 0.1), (4, None))]
+    assert variance_law(points) is None

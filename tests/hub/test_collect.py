@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from poc_lora.adapters.adapter import write_adapter
 from poc_lora.errors import AdapterError, RequestError, RunError
-from poc_lora.evaluation.passes import adapter_digest
+from poc_lora.evaluation.variants import adapter_digest
 from poc_lora.hub.collect import collect
 from poc_lora.merging.folders import merge_folders
 from tests.hub.conftest import change, make_run, small_adapter, snapshot, some_results, write_results

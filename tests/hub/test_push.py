@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from poc_lora.adapters.adapter import read_adapter, write_adapter
 from poc_lora.cli import app as cli
 from poc_lora.errors import AdapterError, HubError, RequestError
-from poc_lora.evaluation.variants import find_subjects
+from poc_lora.evaluation.variants import find_variants
 from poc_lora.hub import push as pushing
 from poc_lora.hub.push import push, summary
 from poc_lora.merging.folders import merge_folders
@@ -459,7 +459,7 @@ def test_what_cannot_be_had_is_a_refusal_that_names_it(hub, adapters, tmp_path, 
 
 
 def test_an_evaluation_reads_adapters_from_the_hub(hub, adapters, tmp_path):
-    subjects = find_subjects([Path("org/a"), Path("org/b@v2")], out=tmp_path / "out")
+    subjects = find_variants([Path("org/a"), Path("org/b@v2")], out=tmp_path / "out")
     assert subjects.base == "org/base"
     for name, folder in (("a", adapters[0]), ("b", adapters[2])):
         (factors, *_), (expected, *_) = (
@@ -473,7 +473,7 @@ def test_an_evaluation_of_what_cannot_be_had_is_refused(hub, tmp_path, monkeypat
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
     hub.add(source, private=False, **kind)
     with pytest.raises(AdapterError, match=r"cannot be fetched from the Hub|has not both"):
-        find_subjects([Path(source)], out=tmp_path / "out")
+        find_variants([Path(source)], out=tmp_path / "out")
 
 
 def test_a_private_adapter_needs_a_token(hub, adapters, tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from poc_lora.errors import PocLoraError, RunError
-from poc_lora.evaluation.passes import adapter_digest
 from poc_lora.evaluation.statistics import Difference
+from poc_lora.evaluation.variants import adapter_digest
 from poc_lora.reporting.compare import write_comparison
 from poc_lora.reporting.page import write_page
 from poc_lora.reporting.run_files import read_run
