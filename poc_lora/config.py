@@ -26,10 +26,15 @@ class ModelSection(Section):
     """The frozen base model: a local folder or a Hub id."""
 
     name: Name
+    """The base model: a folder, or a Hub id such as `org/name`."""
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on GPU, float32 on CPU
-    quantization: Literal["nf4", "int8"] | None = None  # by bitsandbytes; dtype is then what it computes in
-    shard: Flag = False  # each process keeps a part of the base and gathers the rest layer by layer (FSDP2)
+    """Branch, tag or commit of a Hub id; `null`: its default branch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the base's weights. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Load the base in 4 or 8 bits with bitsandbytes; `dtype` is then the type to compute in."""
+    shard: Flag = False
+    """Shard the base over the processes, which gather it layer by layer (FSDP2)."""
 
     @model_validator(mode="after")
     def _can_be_sharded(self) -> "ModelSection":
@@ -42,53 +47,81 @@ class LoraSection(Section):
     """The update W x + (alpha / rank) B A x of every target module."""
 
     rank: Positive = 32
+    """The rank of each adapter."""
     alpha: PositiveFloat = 64.0
+    """The update is scaled by alpha / rank."""
     dropout: Fraction = 0.0
+    """Dropout probability of the adapters' inputs."""
     targets: Annotated[tuple[Name, ...], Field(min_length=1)] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    """Names of the linear layers to adapt, as in PEFT's `target_modules`."""
 
 
 class AdaptersSection(Section):
     """How many adapters, and the seed that all their draws descend from."""
 
     count: Positive = 8
-    per_device: Literal["auto"] | Positive = "auto"  # trained at once; auto: as many as fit
+    """M, the number of adapters. It may grow when a run is resumed."""
+    per_device: Literal["auto"] | Positive = "auto"
+    """Adapters trained at once on a device. `auto`: as many as fit in its memory."""
     seed: NonNegative = 0
+    """The seed of all random draws of the run."""
 
 
 class DataSection(Section):
     """Training rows and how they become tokens."""
 
-    train: Annotated[tuple[Name, ...], Field(min_length=1)]  # files, folders or Hub ids
+    train: Annotated[tuple[Name, ...], Field(min_length=1)]
+    """Sources of training rows: `.json` or `.jsonl` files, folders of `train.json` files, or Hub data sets."""
     prompt: Literal["clean", "llm-adapters", "bare"] = "clean"
+    """The prompt template of instruction rows. `bare`: the instruction alone."""
     max_length: Positive = 256
+    """Longest row in tokens; longer rows are truncated."""
     train_on_prompt: Flag = True
+    """Whether the loss includes the prompt's tokens, or only the answer's."""
     group_by_length: Flag = True
-    validation: NonNegative = 120  # rows held out of training to measure the validation loss
+    """Batch rows of similar length together, which saves padding."""
+    validation: NonNegative = 120
+    """Rows held out of training to measure the validation loss."""
 
 
 class OptimSection(Section):
     """Noisy AdamW: see poc_lora.optim.noisy_adamw for the update. `temperature` is λ."""
 
     lr: PositiveFloat = 1e-4
+    """Peak learning rate."""
     temperature: NonNegativeFloat = 1e-6
+    """λ: the variance of the noise is 2 · lr · λ per step. 0 is plain AdamW."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
     eps: PositiveFloat = 1e-8
+    """AdamW's term added to the denominator for numerical stability."""
     weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay."""
     schedule: Literal["linear", "constant"] = "linear"
+    """Learning rate after warm-up: linear to zero, or constant."""
     warmup_steps: NonNegative = 100
+    """Optimizer steps in which the learning rate rises linearly from zero."""
     max_grad_norm: PositiveFloat = 1.0
+    """Each adapter's gradient is clipped to this norm."""
 
 
 class TrainSection(Section):
     """Length of training; `batch_size` counts rows per adapter and optimizer step."""
 
     epochs: PositiveFloat | None = None
+    """Passes over the training rows. If neither this nor `max_steps` is given: 3."""
     max_steps: Positive | None = None
+    """Optimizer steps per adapter, instead of `epochs`."""
     batch_size: Positive = 16
-    tokens_per_microbatch: Literal["auto"] | Positive = "auto"  # over all adapters, padding counted
-    gradient_checkpointing: Literal["auto"] | Flag = "auto"  # auto: on when the activations would not fit
-    compile: Flag = False  # fuse the base model's elementwise parts with torch.compile
-    validate_every: Positive | None = None  # steps; null: at the end only
+    """Rows per adapter and optimizer step."""
+    tokens_per_microbatch: Literal["auto"] | Positive = "auto"
+    """Tokens per micro-batch over all adapters, padding counted. `auto`: by the device and its memory."""
+    gradient_checkpointing: Literal["auto"] | Flag = "auto"
+    """Recompute activations to save memory. `auto`: where they would not fit."""
+    compile: Flag = False
+    """Compile the base's elementwise parts with torch.compile."""
+    validate_every: Positive | None = None
+    """Validate every so many optimizer steps; `null`: at the end only."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSection":
@@ -103,7 +136,9 @@ class CheckpointSection(Section):
     """A commit every so many steps; the newest `keep` stay."""
 
     every_steps: Positive = 200
+    """Optimizer steps from one commit to the next."""
     keep: Positive = 2
+    """Number of newest commits to keep."""
 
 
 Track = Literal[
@@ -121,8 +156,10 @@ class RunConfig(Section):
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    track: tuple[Track, ...] = ()  # metrics.jsonl is always written
+    track: tuple[Track, ...] = ()
+    """Experiment trackers, by accelerate's names; metrics.jsonl is always written."""
     output: Name
+    """The run folder. It must be new or empty unless the run is resumed."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

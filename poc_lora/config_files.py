@@ -29,7 +29,8 @@ Name = Annotated[str, Field(min_length=1)]
 class Section(BaseModel):
     """A mapping of known keys, immutable once validated."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # The docstrings of the keys are their descriptions in docs/configuration.md.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 S = TypeVar("S", bound=Section)

@@ -46,6 +46,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def first_line(problem: BaseException) -> str:
+    """The first line of an exception's message, or its repr if it has no message."""
+    return (str(problem).strip() or repr(problem)).split("\n")[0]
+
+
 class RequestError(PocLoraError, ValueError):
     """The request itself is wrong; nothing was done. Also a ValueError, as PyTorch raises for a bad argument."""
 

@@ -75,7 +75,7 @@ def test_the_sdist_holds_what_a_packager_needs(built):
         names = {name.partition("/")[2] for name in sdist.getnames()}
     for name in "pyproject.toml LICENSE README.md SECURITY.md CHANGELOG.md constraints.txt configs/demo.yaml".split():
         assert name in names, name
-    assert {"tests/conftest.py", "scripts/reproduce_table1.sh", "poc_lora/cli/app.py"} <= names
+    assert {"tests/conftest.py", "scripts/reproduce_table1.sh", "docs/configuration.md", "poc_lora/cli/app.py"} <= names
     assert not any(name.startswith((".venv", ".git/", "runs/")) for name in names)
 
 

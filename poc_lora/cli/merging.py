@@ -1,14 +1,17 @@
 """The verbs `merge` and `fold`."""
 
 import shlex
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from poc_lora.cli.terminal import numbers, print_next, show_merge
+from poc_lora.merging.methods import METHODS
 
-Method = Literal["average", "block", "random", "soup"]
+Method = StrEnum("Method", list(METHODS))  # type: ignore[misc]
+AVERAGE = Method("average")
 SavedDtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -18,7 +21,9 @@ def merge(
         typer.Argument(help="Adapter folders, runs (all their finished adapters), Hub ids org/name@revision."),
     ],
     out: Annotated[Path, typer.Option(help="The folder to create for the merged adapter.")],
-    method: Annotated[Method, typer.Option(help="How to merge.")] = "average",
+    method: Annotated[
+        Method, typer.Option(help=". ".join(f"{name}: {entry.summary}" for name, entry in METHODS.items()) + ".")
+    ] = AVERAGE,
     rank: Annotated[
         int | None, typer.Option(help="Rank of the result: for average the best approximation; default: exact.")
     ] = None,

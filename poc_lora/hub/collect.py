@@ -129,7 +129,7 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
         base_revision=config["revision"],
         task=config.get("task_type"),
         ranks=ranks,
-        whole={name: tuple(tensor.shape) for name, tensor in adapter.whole.items()},
+        whole={name: tuple(tensor.shape) for name, tensor in adapter.modules_to_save.items()},
         members=tuple(member.name for member in siblings) if members else (),
         merge=merge,
         config=load_config(run / "config.yaml") if run and trained_here else None,
@@ -183,8 +183,8 @@ def _read(folder: Path, root: Path) -> tuple[Adapter, tuple[int, ...]]:
     adapter = open_adapter(folder)
     refuse_metadata(folder / WEIGHTS_NAME)
     ranks = {factors.rank for factors in adapter.modules.values()}
-    for name in adapter.whole:
-        adapter.whole[name]
+    for name in adapter.modules_to_save:
+        adapter.modules_to_save[name]
     return adapter, tuple(sorted(ranks))
 
 

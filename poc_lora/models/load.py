@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from poc_lora.envvars import flag, one_of, whole_number
-from poc_lora.errors import ConfigError, ModelError
+from poc_lora.errors import ConfigError, ModelError, first_line
 from poc_lora.hub_ids import is_base_model_id
 
 MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # accelerate's names
@@ -178,9 +178,8 @@ def _expand(name: str) -> str:
 
 
 def _cannot_load(name: str, problem: Exception) -> ModelError:
-    first = str(problem).strip().split("\n")[0]
     return ModelError(
-        f"the base model '{name}' cannot be loaded: {first}",
+        f"the base model '{name}' cannot be loaded: {first_line(problem)}",
         where="model.name",
         fix="it needs config.json, a tokenizer and *.safetensors weights of a causal language model",
     )

@@ -49,7 +49,7 @@ def merge_summary(report: dict[str, Any]) -> list[str]:
             number = f"{len(absent)} of {len(report['modules'])} modules"
             lines.append(f"{source['name']} lacks {number}, such as {min(absent)}: they count as zero")
     whole, embeddings = bool(report["modules_to_save"]), bool(report["embeddings"])
-    return [*lines, *_oddities(report), *serving_advice(report["rank"], whole=whole, embeddings=embeddings)]
+    return [*lines, *_oddities(report), *serving_advice(report["rank"], modules_to_save=whole, embeddings=embeddings)]
 
 
 def rank_table(report: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How a pack stands on held-out rows, and how alike its adapters are."""
+"""Validation of a pack: losses on held-out rows, and the similarity of its adapters."""
 
 import contextlib
 import functools
@@ -20,11 +20,17 @@ def validate(
     stop: Callable[[], bool] = lambda: False,
     report: Callable[[str], None] = lambda note: None,
 ) -> dict[int | str, dict[str, Any]] | None:
-    """Measures by name: `base`, each live adapter by its id, and `merge`, from the bank's own views.
+    """Measure the base model, each live adapter, and their running merge.
 
-    Each has its `validation_loss`, where there are validation rows. `merge`, the average of the live adapters, has
-    their pairwise `cosines` and the figures of `similarity.summary`: S² and the error bar S²/M among them.
-    stop: asked before every micro-batch; None is returned where it became true. report: called with how far it is.
+    Args:
+        pack: The pack, whose bank provides the views.
+        stop: Asked before every micro-batch.
+        report: Called with a note on progress before each model.
+
+    Returns:
+        Measures by name: `base`, each live adapter by its id, and `merge`. Each has its `validation_loss` if there are
+        validation rows; `merge` also has the adapters' pairwise `cosines` and the figures of `merging.gram.summary`,
+        among them S² and S²/M. None if `stop` returned True.
     """
     bank, examples = pack.bank, pack.data.validation
     measures: dict[int | str, dict[str, Any]] = {"merge": _similarity(pack) if pack.live else {}}

@@ -1,11 +1,9 @@
 """`merge`: what it refuses, and what it writes beside the adapter."""
 
-from typing import get_args
-
 import pytest
 
 from poc_lora.cli.merging import Method
-from poc_lora.merging.merge import METHODS
+from poc_lora.merging.methods import METHODS
 
 
 def test_merging_nothing_is_refused(refused, poc_lora, config):
@@ -59,4 +57,4 @@ def test_a_word_that_is_no_choice_is_refused_with_those_that_are(poc_lora, train
 
 
 def test_the_choices_are_the_library_s():
-    assert get_args(Method) == METHODS
+    assert [method.value for method in Method] == list(METHODS)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from poc_lora import progress
 from poc_lora.config import dump_yaml
 from poc_lora.errors import CheckpointError, ConfigError, Interrupted, ModelError, RequestError, RunError, TrainingError
-from poc_lora.models import compilation as fused
+from poc_lora.models import compilation, recomputation
 from poc_lora.training import step as pack
 from poc_lora.training import train as train_module
 from poc_lora.training.step import Pack
@@ -209,7 +209,7 @@ def test_a_run_killed_before_its_first_commit_is_started_by_resuming_it(settings
         assert_same_bits(weights(straight.folder, adapter), weights(done.folder, adapter))
 
 
-def test_resuming_in_a_folder_of_other_things_is_refused(settings):
+def test_resuming_in_a_folder_of_other_things_is_recompilation(settings):
     run = Path(settings["output"])
     run.mkdir()
     (run / "notes.txt").write_text("mine")
@@ -370,7 +370,7 @@ def test_checkpointed_layers_train_the_same_adapters(settings, tmp_path, monkeyp
     settings["lora"]["dropout"] = 0.2
     plain = train(config(settings, train__gradient_checkpointing=False))
     used = []
-    monkeypatch.setattr(fused, "checkpoint", lambda *a, **k: (used.append(1), checkpoint(*a, **k))[1])
+    monkeypatch.setattr(recomputation, "checkpoint", lambda *a, **k: (used.append(1), checkpoint(*a, **k))[1])
     again = train(config(settings, train__gradient_checkpointing=True, output=str(tmp_path / "again")))
     assert facts(again.folder)["gradient_checkpointing"] is True
     assert used
@@ -382,7 +382,7 @@ def test_checkpointed_layers_train_the_same_adapters(settings, tmp_path, monkeyp
 def test_compiled_parts_train_adapters_close_to_eager_ones(settings, tmp_path, monkeypatch):
     eager = train(config(settings))
     used = []
-    monkeypatch.setattr(pack, "compiled_parts", lambda model: (used.append(1), fused.compiled_parts(model))[1])
+    monkeypatch.setattr(pack, "compiled_parts", lambda model: (used.append(1), compilation.compiled_parts(model))[1])
     compiled = train(config(settings, train__compile=True, output=str(tmp_path / "compiled")))
     assert used
     for adapter in range(3):
@@ -457,7 +457,7 @@ def test_dropout_of_the_base_itself_stays_off(settings, tiny_model_dir, tmp_path
     assert_same_bits(weights(first.folder, 0), weights(again.folder, 0))
 
 
-def test_several_processes_without_a_launcher_are_refused(settings, monkeypatch):
+def test_several_processes_without_a_launcher_are_recompilation(settings, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(RequestError, match="accelerate launch"):
@@ -471,7 +471,7 @@ def test_the_output_head_is_no_target(settings):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_base_with_damaged_weights_is_refused(settings, tiny_model_dir, tmp_path, damage):
+def test_a_base_with_damaged_weights_is_recompilation(settings, tiny_model_dir, tmp_path, damage):
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)
     file = base / "model.safetensors"

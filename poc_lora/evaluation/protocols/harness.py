@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.data.commonsense import Benchmark, find_benchmarks, read_questions
 from poc_lora.data.prompts import TEMPLATES, render_prompt
-from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, PocLoraError, RequestError
+from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, PocLoraError, RequestError, first_line
 from poc_lora.evaluation.protocols.label import ANSWER_PREFIX
 from poc_lora.evaluation.results import RESULTS_FILE, adapter_key
 from poc_lora.files import write_atomic
@@ -97,9 +97,8 @@ def _load_hub_task(manager: Any, name: str) -> Any:
     try:
         task = manager.load([name])["tasks"][name]
     except Exception as problem:  # the libraries raise many kinds, nearly all of which mean that the Hub is far
-        first = (str(problem).strip() or repr(problem)).split("\n")[0]
         raise DataError(
-            f"lm-eval cannot load its task '{name}': {first}",
+            f"lm-eval cannot load its task '{name}': {first_line(problem)}",
             where="its data, on the Hugging Face Hub",
             fix="check the network (once loaded, they are cached), or score local files with --data DIR",
         ) from problem
