@@ -151,8 +151,8 @@ def ours(
 
 def generation(base: str, folder: Path, items: list[Item], prompt: str) -> tuple[float, list[str | None]]:
     """As the benchmarks are usually scored: PEFT, transformers' generate, in the order of the file."""
-    model, tokenizer = load_base(base, dtype="float32")
-    model = PeftModel.from_pretrained(model, folder).eval()
+    plain, tokenizer = load_base(base, dtype="float32")
+    model: Any = PeftModel.from_pretrained(plain, folder).eval()
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
