@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from poc_lora.adapters.factors import Factors
-from poc_lora.merging.gram import cosine, gram_of_stack, summary
+from poc_lora.merging.gram import cosine, gram, summary
 from poc_lora.merging.stacked import exact_device, stack
 from poc_lora.training.step import Pack
 
@@ -22,7 +22,7 @@ def validate(
     """Measures by name: `base`, each live adapter by its id, and `merge`, from the bank's own views.
 
     Each has its `validation_loss`, where there are validation rows. `merge`, the average of the live adapters, has
-    their pairwise `cosines` and the figures of `similarity.summary`: S² and the error bar S²/M among them.
+    their pairwise `cosines` and the statistics of `gram.summary`, such as S² and the merge variance S²/M.
     stop: asked before every micro-batch; None is returned where it became true. tell: given a word of how far it is.
     """
     bank, examples = pack.bank, pack.data.validation
@@ -50,6 +50,6 @@ def validate(
 def _similarity(pack: Pack) -> dict[str, Any]:
     inner = torch.zeros(len(pack.live), len(pack.live), dtype=torch.float64, device=exact_device(pack.device))
     for module in pack.bank.modules.values():
-        A, B, scale = module.stack.A, module.stack.B, pack.bank.scale
-        inner += gram_of_stack(stack([Factors(A[slot], B[slot].T, scale) for slot in pack.live]))
+        A, B, scale = module.factors.A, module.factors.B, pack.bank.scale
+        inner += gram(stack([Factors(A[slot], B[slot].T, scale) for slot in pack.live]))
     return {**summary(inner), "cosines": cosine(inner).tolist()}

@@ -43,8 +43,8 @@ def make_bank(model, dropout=0.0):
     bank = AdapterBank(model, targets=TARGETS, rank=3, alpha=6.0, adapters=range(M), seed=7, dropout=dropout)
     for path, module in bank.modules.items():
         for slot in range(M):
-            shape = tuple(module.stack.B[slot].shape)
-            module.stack.B.detach()[slot].copy_(0.1 * rng.normal(shape, rng.key(1, slot, "test-B", 0, path)))
+            shape = tuple(module.factors.B[slot].shape)
+            module.factors.B.detach()[slot].copy_(0.1 * rng.normal(shape, rng.key(1, slot, "test-B", 0, path)))
     for module in bank.modules.values():
         module.train()
     return bank
