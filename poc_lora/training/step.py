@@ -143,7 +143,7 @@ class Pack:
             loss, per_slot = packed_loss(self.model, batch, tokens_per_slot, plain_head=self.plain_head)
             loss.backward()
             losses += per_slot
-            real += batch.real_tokens
+            real += batch.tokens
             computed += batch.input_ids.numel()
         return losses, real, computed
 

@@ -28,7 +28,7 @@ from poc_lora.models.load import (
     resolve_dtype,
 )
 from poc_lora.models.recomputation import gradient_checkpointing
-from poc_lora.models.sharding import largest, shard_base
+from poc_lora.models.sharding import all_reduce_max, shard_base
 from poc_lora.training.check import disk_bytes, require_processes, require_room
 from poc_lora.training.checkpoint import Commits, Progress
 from poc_lora.training.data import TOKENISED, TrainingData, prepare_data
@@ -129,7 +129,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
                     tokens=sizes.tokens_per_microbatch,
                     pad_id=tokenizer.pad_token_id or 0,
                     checkpointing=sizes.gradient_checkpointing,
-                    largest=largest if sharded else None,
+                    largest=all_reduce_max if sharded else None,
                 )
 
             worker.work(make_pack, bar)
