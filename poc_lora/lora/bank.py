@@ -191,7 +191,7 @@ class AdapterBank:
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Clip each adapter's gradient to the L2 norm `max_norm`. Returns the norms before clipping, [M]."""
-        norms = self.gradients.norm(dim=1)
+        norms: Tensor = self.gradients.norm(dim=1)
         self.gradients.mul_((max_norm / (norms + 1e-6)).clamp(max=1.0)[:, None])
         return norms
 

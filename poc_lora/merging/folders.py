@@ -123,7 +123,8 @@ def merge_folders(
         if was_there:
             out.mkdir(exist_ok=True)
         raise
-    return json.loads(text)
+    written: dict[str, Any] = json.loads(text)
+    return written
 
 
 def _trim_heap() -> None:

@@ -158,8 +158,9 @@ def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32"
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         with torch.device("cpu" if detect_fake_mode() else "meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        return model.requires_grad_(False).eval()
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model.requires_grad_(False).eval()
+        return model
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be loaded
         raise _cannot_load(name, problem) from problem
 
