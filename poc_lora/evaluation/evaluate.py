@@ -20,7 +20,7 @@ from poc_lora.evaluation.subsets import name_subsets, subset_points, to_json
 from poc_lora.evaluation.variants import Variants, activate_variants, base_digest, find_variants
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_base, resolve_dtype
-from poc_lora.progress import track
+from poc_lora.progress import progress_bar
 
 PROTOCOLS = ("label", "generate", "harness")
 
@@ -197,7 +197,7 @@ def _answer(
     """Answer the questions that `files` lack, variant by variant, and save every batch."""
     total = sum(len(file.items) for name, file in files.items() if name != "ensemble")
     with (
-        track(total, "evaluating", hidden=evaluator.ranks.rank > 0) as progress,
+        progress_bar(total, "evaluating", hidden=evaluator.ranks.rank > 0) as progress,
         contextlib.closing(activate_variants(evaluator.model, variants, subsets=subset_slots)) as steps,
     ):
         for names in steps:

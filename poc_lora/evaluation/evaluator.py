@@ -74,7 +74,7 @@ class Evaluator:
             if number % self.ranks.size == self.ranks.rank:
                 if self.ranks.stop.is_set():
                     raise Interrupted("stopped; the answers so far are kept", fix="the same command resumes from there")
-                self.ranks.beat(f"evaluating {', '.join(names)}")
+                self.ranks.heartbeat(f"evaluating {', '.join(names)}")
                 answers = self.protocol.answers(self.model, self.tokenizer, batch, copies=len(names))
                 for name, own in zip(names, answers, strict=True):
                     check_numbers(name, batch, own)

@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
-from poc_lora.adapters.sources import Source, find_adapters, find_sources, is_hub_id
+from poc_lora.adapters.sources import Source, find_adapters, find_sources
 from poc_lora.config import load_config
 from poc_lora.data.prompts import TEMPLATES
-from poc_lora.errors import ModelError, RequestError, RunError
+from poc_lora.errors import ModelError, RequestError, RunError, first_line
 from poc_lora.evaluation.control import folder_name
 from poc_lora.files import read_json, sha256_file
+from poc_lora.hub_ids import is_adapter_id
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.merging.folders import REPORT_NAME
 
@@ -138,9 +139,8 @@ def base_digest(name: str, revision: str | None = None) -> str:
         try:
             config = cached_file(name, "config.json", revision=revision)
         except OSError as problem:
-            first = str(problem).split("\n")[0]
             fix = "give a folder with config.json, or a Hub id org/name"
-            raise ModelError(f"no base model '{name}': {first}", where="model.name", fix=fix) from problem
+            raise ModelError(f"no base model '{name}': {first_line(problem)}", where="model.name", fix=fix) from problem
         return f"{name} at {extract_commit_hash(config, None)}"
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     return f"{folder.resolve()} {hashlib.sha256(repr(files).encode()).hexdigest()}"
@@ -172,7 +172,7 @@ def find_variants(
         raise RequestError(f"no prompt template is called {prompt!r}", fix=f"known: {', '.join(TEMPLATES)}")
     runs = [target for target in targets if (target / "config.yaml").is_file()]
     for target in targets:
-        if target not in runs and not (target / CONFIG_NAME).is_file() and not is_hub_id(target):
+        if target not in runs and not (target / CONFIG_NAME).is_file() and not is_adapter_id(target):
             what = "no such folder" if not target.is_dir() else "neither a run nor an adapter"
             fix = "give a run folder (with config.yaml), or adapters: folders with adapter_config.json, or Hub ids"
             raise RequestError(what, where=target, fix=fix)

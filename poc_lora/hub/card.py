@@ -18,8 +18,9 @@ from poc_lora.evaluation.benchmarks import FACTS, BenchmarkFacts
 from poc_lora.evaluation.results import Results
 from poc_lora.hub.collect import Evaluation, File, Subject
 from poc_lora.hub.usage import PIPELINES, usage
-from poc_lora.reporting.escape import code, plain
-from poc_lora.reporting.tables import markdown
+from poc_lora.hub_ids import is_repo_id
+from poc_lora.reporting.escape import code, markdown, markdown_table
+from poc_lora.reporting.tables import results_markdown
 
 EVAL_RESULTS = ".eval_results/poc-lora-{}.yaml"
 MAX_LISTED = 32
@@ -204,7 +205,7 @@ def _making(subject: Subject) -> str:
             "seed": str(config.adapters.seed),
             "data": ", ".join(_data(subject)),
         }
-    lines = ["## How it was made", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+    lines = ["## How it was made", "", *markdown_table(["", ""], list(rows.items()), numbers=False)]
     if config is None:
         lines += [
             "",
@@ -213,7 +214,7 @@ def _making(subject: Subject) -> str:
         lines += _sources(merge)
     versions = merge.get("versions") or subject.run.get("versions")
     if isinstance(versions, dict):
-        lines += ["", "Made with " + ", ".join(f"{plain(k)} {plain(v)}" for k, v in versions.items()) + "."]
+        lines += ["", "Made with " + ", ".join(f"{markdown(k)} {markdown(v)}" for k, v in versions.items()) + "."]
     return "\n".join(lines)
 
 
@@ -251,14 +252,13 @@ def _hub_datasets(subject: Subject) -> list[str]:
     return [
         source
         for source in subject.config.data.train
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source, re.ASCII)
-        and not any(Path(source) in (path, *path.parents) for path in files)
+        if is_repo_id(source) and not any(Path(source) in (path, *path.parents) for path in files)
     ]
 
 
 def _measured(evaluation: Evaluation) -> str:
     """The table of the evaluation, as in results.md, and which of its rows this adapter is."""
-    table = markdown(evaluation.results).replace("\n## ", "\n### ").replace("# Evaluation", "## Evaluation", 1)
+    table = results_markdown(evaluation.results).replace("\n## ", "\n### ").replace("# Evaluation", "## Evaluation", 1)
     official = _official(evaluation.results)
     own = [
         FACTS[folder].benchmark.short for folder in FACTS if folder in evaluation.results.questions.keys() - official

@@ -5,7 +5,6 @@ files, such as a base model's name in place of its path, differs in memory only.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -22,10 +21,10 @@ from poc_lora.evaluation.results import RESULTS_FILE, Results, Scored, read_resu
 from poc_lora.evaluation.variants import adapter_key
 from poc_lora.files import read_json, sha256_file
 from poc_lora.hub.public import public_config, public_json, public_merge, refuse_metadata
-from poc_lora.merging.compatible import is_hub_name
+from poc_lora.hub_ids import is_base_model_id
 from poc_lora.merging.folders import REPORT_NAME
 from poc_lora.reporting.run_files import PROTOCOLS, Journey, Merge, checked, of_these_weights, read_facts
-from poc_lora.reporting.tables import REPORT_FILE, markdown, table_rows
+from poc_lora.reporting.tables import REPORT_FILE, results_markdown, table_rows
 
 FIGURES = (".png", ".svg")
 
@@ -41,17 +40,6 @@ class File:
     def size(self) -> int:
         """Its length in bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
-
-    def sha256(self) -> str:
-        """What the Hub knows a large file by, in hex."""
-        return (
-            hashlib.sha256(self.content).hexdigest() if isinstance(self.content, bytes) else sha256_file(self.content)
-        )
-
-    def blob_id(self) -> str:
-        """What git knows a small file by, in hex."""
-        data = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -130,7 +118,7 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
         base_revision=config["revision"],
         task=config.get("task_type"),
         ranks=ranks,
-        whole={name: tuple(tensor.shape) for name, tensor in adapter.whole.items()},
+        whole={name: tuple(tensor.shape) for name, tensor in adapter.modules_to_save.items()},
         members=tuple(member.name for member in siblings) if members else (),
         merge=merge,
         config=load_config(run / "config.yaml") if run and trained_here else None,
@@ -184,8 +172,8 @@ def _read(folder: Path, root: Path) -> tuple[Adapter, tuple[int, ...]]:
     adapter = open_adapter(folder)
     refuse_metadata(folder / WEIGHTS_NAME)
     ranks = {factors.rank for factors in adapter.modules.values()}
-    for name in adapter.whole:
-        adapter.whole[name]
+    for name in adapter.modules_to_save:
+        adapter.modules_to_save[name]
     return adapter, tuple(sorted(ranks))
 
 
@@ -207,7 +195,7 @@ def _link(path: Path, root: Path) -> Path | None:
 def _hub_name(adapter: Adapter, given: str | None, where: Path) -> str:
     """The base model's Hub id. Raises RequestError."""
     if given is not None:
-        if not is_hub_name(given):
+        if not is_base_model_id(given):
             raise RequestError(f"{given!r} is not a Hub id", where="--base-model", fix="such as org/name")
         return given
     name = adapter.base_model
@@ -222,7 +210,7 @@ def _hub_name(adapter: Adapter, given: str | None, where: Path) -> str:
 
 
 def _is_local(name: str) -> bool:
-    return not is_hub_name(name) or Path(name).exists()
+    return not is_base_model_id(name) or Path(name).exists()
 
 
 def _public_config(folder: Path, adapter: Adapter, base: str, left_out: dict[str, str]) -> dict[str, Any]:
@@ -283,7 +271,7 @@ def _evaluation(
     rows = [row for row, one in table_rows(results) if one is scored]
     row = rows[0] if thing == "merged" or len(results.adapters) == 1 else name
     raw = public_json(results.to_json(), names)
-    files += [File(RESULTS_FILE, _json(raw)), File(REPORT_FILE, markdown(results).encode())]
+    files += [File(RESULTS_FILE, _json(raw)), File(REPORT_FILE, results_markdown(results).encode())]
     return Evaluation(results, scored, row)
 
 

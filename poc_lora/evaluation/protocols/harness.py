@@ -20,7 +20,7 @@ from poc_lora.evaluation.protocols.harness_tasks import quiet_lm_eval
 from poc_lora.evaluation.results import RESULTS_FILE
 from poc_lora.evaluation.variants import Variants, activate_variants
 from poc_lora.files import write_atomic
-from poc_lora.progress import track
+from poc_lora.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def harness_answers(
     requests = sum(len(t.doc_to_choice(doc)) for t in tasks.values() for doc in islice(t.eval_docs, limit))
     count = 1 + len(variants.adapters) + (variants.merged is not None or variants.exact_average)
     with (
-        track(count * requests, "evaluating") as progress,
+        progress_bar(count * requests, "evaluating") as progress,
         contextlib.closing(activate_variants(model, variants, packed=False)) as steps,
     ):
         for (name,) in steps:

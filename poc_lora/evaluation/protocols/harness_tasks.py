@@ -16,7 +16,7 @@ from typing import Any
 
 from poc_lora.data.commonsense import Benchmark, find_benchmarks, read_questions
 from poc_lora.data.prompts import TEMPLATES, render_prompt
-from poc_lora.errors import DataError, RequestError
+from poc_lora.errors import DataError, RequestError, first_line
 from poc_lora.evaluation.protocols.label import ANSWER_PREFIX
 
 TASKS_FOLDER = Path(__file__).with_name("tasks")  # for lm_eval --include_path
@@ -74,9 +74,8 @@ def _load_hub_task(manager: Any, name: str) -> Any:
     try:
         task = manager.load([name])["tasks"][name]
     except Exception as problem:  # the libraries raise many kinds, nearly all because the Hub cannot be reached
-        first = (str(problem).strip() or repr(problem)).split("\n")[0]
         raise DataError(
-            f"lm-eval cannot load its task '{name}': {first}",
+            f"lm-eval cannot load its task '{name}': {first_line(problem)}",
             where="its data, on the Hugging Face Hub",
             fix="check the network (once loaded, they are cached), or score local files with --data DIR",
         ) from problem
