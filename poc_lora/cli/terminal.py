@@ -61,12 +61,12 @@ def show_results(results: Any) -> None:
         show(note)
 
 
-def show_merge(report: dict[str, Any]) -> None:
+def show_merge(report: Any) -> None:
     from poc_lora.reporting.summaries import merge_summary, rank_table
 
     for line in merge_summary(report):
         typer.echo(line)
-    if "rank_sweep" in report:
+    if report.rank_sweep:
         show("\n".join(rank_table(report)))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.answers import AnswerFile, Item
@@ -28,7 +29,7 @@ def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: S
 
     settings: what answers depend on beside question and adapter, as in AnswerFile. Raises RunError.
     """
-    folder = run / folder_name(protocol)
+    folder = RunFolder(run).evaluation(protocol)
     fix = f"first: poc-lora eval {run} with the same base, data, benchmarks, prompt, dtype and limit"
     if not (folder / "merged.json").is_file():
         raise RunError("no merge of it was evaluated", where=run, fix=fix)
@@ -48,12 +49,7 @@ def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: S
                 what = f"its merge was not asked {item.benchmark}, row {item.row}, or not in these words"
                 raise RunError(what, where=folder, fix=fix)
             correct.setdefault(item.benchmark, []).append(is_right(item, answers[item]))
-    temperature = load_config(run / "config.yaml").optim.temperature
+    temperature = load_config(RunFolder(run).config).optim.temperature
     return Control(
         f"λ = {temperature:g}", {b: torch.tensor(values, dtype=torch.float64) for b, values in correct.items()}
     )
-
-
-def folder_name(protocol: str) -> str:
-    """Where in a run the results of a protocol are."""
-    return "eval" if protocol == "label" else f"eval-{protocol}"

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from poc_lora.artifacts.results import Results, Subsets
+from poc_lora.artifacts.run_folder import PROTOCOLS, RESULTS
 from poc_lora.data.commonsense import Benchmark, chance_level, find_benchmarks, read_questions
 from poc_lora.distributed import Ranks, open_ranks
 from poc_lora.errors import Interrupted, RequestError, RunError
@@ -16,15 +18,13 @@ from poc_lora.evaluation.answers import AnswerFile, Item
 from poc_lora.evaluation.control import Control, read_control
 from poc_lora.evaluation.passes import Asker, Protocol, base_digest
 from poc_lora.evaluation.protocols.by_harness import evaluate_by_harness
-from poc_lora.evaluation.results import RESULTS_FILE, Results, adapter_key, summarise, things_scored, write_results
+from poc_lora.evaluation.results import adapter_key, summarise, things_scored, write_results
 from poc_lora.evaluation.statistics import ensemble
 from poc_lora.evaluation.variants import Subjects, find_subjects
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_base, resolve_dtype
 from poc_lora.progress import track
-
-PROTOCOLS = ("label", "generate", "harness")
 
 
 def evaluate(
@@ -114,7 +114,7 @@ def evaluate(
         _answer_everything(model, tokenizer, subjects, way, files, ranks)
         results = _summarise(subjects, way, items, files, compared, seed=seed, limit=limit, subsets=subsets)
         if ranks.rank == 0:
-            (subjects.out / RESULTS_FILE).unlink(missing_ok=True)
+            (subjects.out / RESULTS).unlink(missing_ok=True)
             for file in (*files.asked, *([files.ensemble] if files.ensemble else [])):
                 file.finish()
             write_results(subjects, results, {thing: file.settings for thing, file in files.things.items()})
@@ -237,7 +237,7 @@ def _ask_everything(
     """Put the questions that are not answered yet; the adapters are checked against the base before the first."""
 
     def began() -> None:  # where results.json stands, everything else is of the same evaluation
-        (subjects.out / RESULTS_FILE).unlink(missing_ok=True)
+        (subjects.out / RESULTS).unlink(missing_ok=True)
 
     with track(sum(len(file.items) for file in files.asked), "evaluating", hidden=ranks.rank > 0) as progress:
         asker = Asker(model, tokenizer, way, ranks, progress.advance, began)
@@ -290,6 +290,6 @@ def _summarise(
         prompt=way.prompt,
         limit=limit,
         chance={b: chance_level(asked) for b, asked in questions.items()},
-        subsets=None if points is None else subset_merges.to_json(points),
+        subsets=points and Subsets(points=points, variance_law=subset_merges.variance_law(points)),
         exact_average=subjects.merged is None and files.merged is not None,
     )

@@ -6,34 +6,16 @@ nothing about other seeds.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from poc_lora import rng
+from poc_lora.artifacts.results import Difference, Estimate
 from poc_lora.evaluation.answers import Answer, Item
 
 RESAMPLES = 10_000
-
-
-class Estimate(NamedTuple):
-    """A value and its standard error; the error is NaN where one question is too few to tell."""
-
-    value: float
-    error: float
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A paired difference of macro averages with its 95 % bootstrap interval and two-sided p-value."""
-
-    value: float
-    low: float
-    high: float
-    p: float
 
 
 def is_right(item: Item, answer: Answer) -> float:
@@ -89,7 +71,7 @@ def paired_difference(
     low, high = np.quantile(resampled, (0.025, 0.975))
     tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
     p = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
-    return Difference(float(observed / len(ours)), float(low), float(high), p)
+    return Difference(value=float(observed / len(ours)), low=float(low), high=float(high), p=p)
 
 
 def agreement(ours: Mapping[Item, Answer], theirs: Mapping[Item, Answer]) -> float:

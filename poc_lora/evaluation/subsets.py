@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from poc_lora import rng
+from poc_lora.artifacts.results import SubsetPoint, VarianceLaw
 from poc_lora.evaluation.answers import AnswerFile
-from poc_lora.evaluation.statistics import Estimate, is_right, macro_average, mean
+from poc_lora.evaluation.statistics import is_right, macro_average, mean
 
 DRAWS = 2  # random orders of the adapters, each cut into disjoint subsets of every size
 
@@ -30,22 +29,6 @@ def draw_subsets(M: int, seed: int) -> dict[int, list[tuple[int, ...]]]:
     return found
 
 
-@dataclass(frozen=True)
-class SubsetPoint:
-    """All subsets of one size.
-
-    accuracy: the mean over subsets of the macro average; its error is the standard deviation over subsets over the
-    square root of their number, NaN for one. Subsets that share adapters are not independent, so for m > 1 it is rough.
-    distance: the mean over subsets and questions of ‖z_m − z_M‖², z the label logits (their mean taken out) of the
-    subset's merge and of the merge of all; None for m = M, and where no question fits the context.
-    """
-
-    m: int
-    subsets: int
-    accuracy: Estimate
-    distance: float | None
-
-
 def subset_points(files: Mapping[tuple[int, ...], AnswerFile], M: int) -> list[SubsetPoint]:
     """files: answers by the adapters merged, with all single ones and the one of all M among them."""
     sizes = sorted({len(members) for members in files})
@@ -57,11 +40,12 @@ def subset_points(files: Mapping[tuple[int, ...], AnswerFile], M: int) -> list[S
         error = float(accuracies.std()) / math.sqrt(len(chosen)) if len(chosen) > 1 else math.nan
         distances = [_distance(file, whole) for file in chosen]
         distance = None if m == M or math.isnan(distances[0]) else sum(distances) / len(distances)
-        points.append(SubsetPoint(m, len(chosen), Estimate(float(accuracies.mean()), error), distance))
+        accuracy = float(accuracies.mean())
+        points.append(SubsetPoint(m=m, subsets=len(chosen), accuracy=accuracy, error=error, distance=distance))
     return points
 
 
-def variance_law(points: Sequence[SubsetPoint]) -> dict[str, float] | None:
+def variance_law(points: Sequence[SubsetPoint]) -> VarianceLaw | None:
     """The least-squares fit of distance = c (1/m − 1/M) + floor, and the share of the variance that it explains.
 
     If logits were linear in ΔW, subsets drawn from M independent adapters would be at distance c (1/m − 1/M) from the
@@ -75,24 +59,7 @@ def variance_law(points: Sequence[SubsetPoint]) -> dict[str, float] | None:
     x, y = torch.tensor(seen, dtype=torch.float64).T
     slope, floor = torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], dim=1), y[:, None]).solution[:, 0].tolist()
     left, total = (y - slope * x - floor).square().sum(), (y - y.mean()).square().sum()
-    return {"c": slope, "floor": floor, "explained": float(1 - left / total) if total > 0 else math.nan}
-
-
-def to_json(points: Sequence[SubsetPoint]) -> dict[str, Any]:
-    """The `subsets` part of results.json."""
-    return {
-        "points": [
-            {
-                "m": p.m,
-                "subsets": p.subsets,
-                "accuracy": p.accuracy.value,
-                "error": None if math.isnan(p.accuracy.error) else p.accuracy.error,
-                "distance": p.distance,
-            }
-            for p in points
-        ],
-        "variance_law": variance_law(points),
-    }
+    return VarianceLaw(c=slope, floor=floor, explained=float(1 - left / total) if total > 0 else math.nan)
 
 
 def _accuracy(file: AnswerFile) -> float:

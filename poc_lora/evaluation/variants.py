@@ -6,12 +6,12 @@ from pathlib import Path
 
 from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from poc_lora.adapters.sources import Source, find_adapters, find_sources, is_hub_id
+from poc_lora.artifacts.merge_report import MergeReport
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import load_config
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.errors import RequestError, RunError
-from poc_lora.evaluation.control import folder_name
-from poc_lora.files import read_json, sha256_file
-from poc_lora.merging.folders import REPORT_NAME
+from poc_lora.files import sha256_file
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def find_subjects(
     """
     if prompt is not None and prompt not in TEMPLATES:
         raise RequestError(f"no prompt template is called {prompt!r}", fix=f"known: {', '.join(TEMPLATES)}")
-    runs = [target for target in targets if (target / "config.yaml").is_file()]
+    runs = [target for target in targets if RunFolder(target).is_run]
     for target in targets:
         if target not in runs and not (target / CONFIG_NAME).is_file() and not is_hub_id(target):
             what = "no such folder" if not target.is_dir() else "neither a run nor an adapter"
@@ -61,7 +61,7 @@ def find_subjects(
             fix="evaluate runs one by one",
         )
     if runs:
-        folder = out or runs[0] / folder_name(protocol)
+        folder = out or RunFolder(runs[0]).evaluation(protocol)
         return _of_run(runs[0], base=base, revision=revision, dtype=dtype, prompt=prompt, out=folder)
     if out is None:
         raise RequestError("adapters outside a run need a folder for the results", fix="add --out DIR")
@@ -76,10 +76,10 @@ def find_subjects(
 def _of_run(
     run: Path, *, base: str | None, revision: str | None, dtype: str | None, prompt: str | None, out: Path
 ) -> Subjects:
-    config = load_config(run / "config.yaml")
+    config = load_config(RunFolder(run).config)
     folders = find_adapters(run)
-    merged = run / "merged"
-    _check_merge_is_of(folders, merged)
+    merged = RunFolder(run).merged
+    _check_merge_is_of(folders, RunFolder(run))
     return Subjects(
         base=base or config.model.name,
         revision=revision or (config.model.revision if base is None else None),
@@ -92,18 +92,14 @@ def _of_run(
     )
 
 
-def _check_merge_is_of(folders: Sequence[Path], merged: Path) -> None:
+def _check_merge_is_of(folders: Sequence[Path], run: RunFolder) -> None:
     """Refuse a merge that was made before the run was extended; one without a merge.json is taken as it is."""
-    if not (merged / REPORT_NAME).is_file():
-        return
-    report = read_json(merged / REPORT_NAME, error=RunError)
-    sources = report.get("sources", []) if isinstance(report, dict) else []
-    made_of = {source.get("sha256") for source in sources if isinstance(source, dict)}
-    if made_of != {sha256_file(folder / WEIGHTS_NAME) for folder in folders}:
+    report = MergeReport.read_if_there(run.merge_report)
+    if report and {source.sha256 for source in report.sources} != {sha256_file(f / WEIGHTS_NAME) for f in folders}:
         raise RunError(
             "the merge is not of the adapters that the run has now",
-            where=merged,
-            fix=f"remove it, then: poc-lora merge {merged.parent} --out {merged}",
+            where=run.merged,
+            fix=f"remove it, then: poc-lora merge {run.path} --out {run.merged}",
         )
 
 

@@ -27,18 +27,17 @@ from huggingface_hub.utils import (
     get_session,
 )
 
+from poc_lora.artifacts.run_folder import RESULTS, RESULTS_TABLE
 from poc_lora.errors import PocLoraError, RequestError
-from poc_lora.evaluation.results import RESULTS_FILE
 from poc_lora.hub.card import EVAL_RESULTS, eval_results_files, model_card
 from poc_lora.hub.collect import File, collect
-from poc_lora.reporting.tables import REPORT_FILE
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before another attempt
 PATIENCE_SECONDS = 300.0  # no other attempt after that: the library has tried each request several times already
 TIMEOUT_SECONDS = 60.0  # without a sign of life; the library's own clients wait for ever
 
 # Claims about an adapter's accuracy. Those that an upload does not bring anew are removed: they are of another one.
-CLAIMS = (RESULTS_FILE, REPORT_FILE, EVAL_RESULTS.format("*"))
+CLAIMS = (RESULTS, RESULTS_TABLE, EVAL_RESULTS.format("*"))
 
 LOG_IN = "log in with hf auth login, or set HF_TOKEN, to a token that may write there"
 

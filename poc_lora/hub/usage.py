@@ -1,4 +1,4 @@
-"""The model card's section on how to use an adapter: code that readers copy, so nothing stands in it unquoted."""
+"""The usage section of the model card. Readers copy its code, so every text in it is quoted."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import shlex
 from poc_lora.adapters.serving import VLLM_RANKS, vllm_rank
 from poc_lora.hub.collect import Subject
 
-# By PEFT's task_type: transformers' class of the base model, and what the Hub calls the task.
+# By PEFT's task_type: transformers' class of the base model, and the Hub's name of the task.
 CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -26,7 +26,7 @@ PIPELINES = {
 
 
 def usage(subject: Subject, repo_id: str, revision: str | None) -> str:
-    """The section as Markdown. revision: the branch that the adapter is on, None for the main one."""
+    """Returns the section as Markdown. revision: the adapter's branch; None for the main one."""
     at = f", revision={_quoted(revision)}" if revision else ""
     # transformers' load_adapter knows no `revision` itself.
     kwargs_at = f', adapter_kwargs={{"revision": {_quoted(revision)}}}' if revision else ""
@@ -50,7 +50,7 @@ def usage(subject: Subject, repo_id: str, revision: str | None) -> str:
     ]
     if subject.task not in CLASSES:
         lines += [
-            "The adapter does not say its task: in place of `AutoModel`, take the class that it was trained with.",
+            "The adapter does not say its task: in place of `AutoModel`, use the class that it was trained with.",
             "",
         ]
     lines.append(f"With transformers alone: `base.load_adapter({repo}{kwargs_at})`.")
@@ -61,11 +61,11 @@ def usage(subject: Subject, repo_id: str, revision: str | None) -> str:
 
 
 def _serving(subject: Subject, repo_id: str) -> list[str]:
-    """How vLLM serves it, or why it does not."""
+    """The command for vLLM, or the reason why vLLM cannot serve the adapter."""
     rank = subject.ranks[-1]
     largest = vllm_rank(rank)
-    if len(subject.ranks) > 1 or subject.whole:
-        return ["", "vLLM takes adapters of one rank without modules trained whole, so not this one."]
+    if len(subject.ranks) > 1 or subject.modules_to_save:
+        return ["", "vLLM takes adapters of one rank without modules_to_save, so not this one."]
     if largest is None:
         return ["", f"vLLM takes ranks up to {VLLM_RANKS[-1]}, so not this adapter of rank {rank}."]
     served = shlex.quote(f"{repo_id.rpartition('/')[2]}={repo_id}")
@@ -80,17 +80,17 @@ def _serving(subject: Subject, repo_id: str) -> list[str]:
 
 
 def _labels(subject: Subject) -> str:
-    """The number of classes, which the base model does not know, from the shape of the classifier in the adapter."""
+    """The number of classes, from the shape of the classifier in the adapter; the base model does not have it."""
     if subject.task not in ("SEQ_CLS", "TOKEN_CLS"):
         return ""
     heads = [
         shape[0]
-        for name, shape in subject.whole.items()
+        for name, shape in subject.modules_to_save.items()
         if re.search(r"(^|\.)(score|classifier(\.out_proj)?)\.weight$", name)
     ]
     return f", num_labels={heads[0]}" if len(heads) == 1 else ""
 
 
 def _quoted(text: str) -> str:
-    """A text as a literal that Python reads back as it was, on one line and in ASCII."""
+    """The text as a Python literal on one line in ASCII."""
     return json.dumps(text)

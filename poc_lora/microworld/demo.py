@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from poc_lora.artifacts.results import Results
 from poc_lora.config import load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.evaluate import evaluate
-from poc_lora.evaluation.results import Results
 from poc_lora.merging.folders import merge_folders
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 from poc_lora.reporting.page import write_page, write_rank_sweep

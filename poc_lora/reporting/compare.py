@@ -8,9 +8,10 @@ from pathlib import Path
 import rich.box
 import rich.table
 
+from poc_lora.artifacts.results import Results, Scored
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import RunConfig, flatten
 from poc_lora.errors import RunError
-from poc_lora.evaluation.results import Results, Scored
 from poc_lora.files import write_atomic
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Cell, Part, Table, accuracy, chart, short
@@ -19,9 +20,6 @@ from poc_lora.reporting.run_files import RunFiles, read_run
 
 SWEPT = ("optim.temperature", "adapters.seed", "output")
 ROLES = {"LoRA (average)": "adapter", "LoRA (best)": "best", "PoC merge": "merge", "prediction ensemble": "ensemble"}
-
-
-COMPARISON_FILE = "comparison.md"
 
 
 def comparison(runs: Sequence[RunFiles]) -> Part:
@@ -81,7 +79,7 @@ def write_comparison(folders: Sequence[Path]) -> rich.table.Table:
     Raises what `comparison` raises.
     """
     part = comparison(list(map(read_run, folders)))
-    write_atomic(folders[0] / COMPARISON_FILE, _markdown(part))
+    write_atomic(RunFolder(folders[0]).comparison, _markdown(part))
     return _terminal(part)
 
 

@@ -152,21 +152,18 @@ def effective_rank_figure(modules: Mapping[str, float]) -> Figure:
         return figure
 
 
-def rank_sweep_figure(report: Mapping[str, Any]) -> Figure:
+def rank_sweep_figure(sweep: Mapping[str, Mapping[int, float]]) -> Figure:
     """Relative error and retained energy against rank, for all modules and by type.
 
-    report: what merge.json says; its `rank_sweep` maps `all` and every type of module to {rank: relative error e},
-    and the energy retained is 1 − e², the share of ‖ΔW‖².
+    sweep: from `all` and every type of module to {rank: relative error e}; the energy retained is 1 − e², the share
+    of ‖ΔW‖².
     """
-    sweep = {
-        kind: sorted((int(rank), float(error)) for rank, error in errors.items())
-        for kind, errors in report["rank_sweep"].items()
-    }
-    ranks = sorted({rank for points in sweep.values() for rank, _ in points})
+    curves = {kind: sorted(errors.items()) for kind, errors in sweep.items()}
+    ranks = sorted({rank for points in curves.values() for rank, _ in points})
     with drawing():
         figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
         errors, energies = figure.subplots(2, 1, sharex=True)
-        for i, (kind, points) in enumerate(sweep.items()):
+        for i, (kind, points) in enumerate(curves.items()):
             look = _series(i - 1) if kind != "all" else {"color": LIGHT["ink"], "linewidth": 2.4, "zorder": 3}
             errors.plot([r for r, _ in points], [e for _, e in points], label=short(kind, 24), **look)
             energies.plot([r for r, _ in points], [100 * (1 - e**2) for _, e in points], **look)

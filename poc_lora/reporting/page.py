@@ -5,12 +5,13 @@ import hashlib
 from collections.abc import Sequence
 from importlib.resources import files as resources
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from poc_lora import __version__
+from poc_lora.artifacts.merge_report import MergeReport
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.files import write_atomic
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Cell, Part, short, visible
@@ -22,7 +23,6 @@ from poc_lora.reporting.parts_training import noise, provenance, training, what_
 from poc_lora.reporting.run_files import RunFiles, read_run
 from poc_lora.reporting.svg import png_file, svg_file
 
-PAGE_FILE = "report.html"
 SWEEP_FILE = "rank_sweep"
 
 
@@ -34,8 +34,8 @@ def write_page(folder: Path, *, compare: Sequence[Path] = ()) -> Path:
     """
     run = read_run(folder)
     text = render(run, comparison([run, *map(read_run, compare)]) if compare else None)
-    write_atomic(folder / PAGE_FILE, text)
-    return folder / PAGE_FILE
+    write_atomic(RunFolder(folder).report, text)
+    return RunFolder(folder).report
 
 
 def render(run: RunFiles, compared: Part | None = None) -> str:
@@ -74,10 +74,10 @@ def render(run: RunFiles, compared: Part | None = None) -> str:
     )
 
 
-def write_rank_sweep(report: dict[str, Any], folder: Path) -> None:
+def write_rank_sweep(report: MergeReport, folder: Path) -> None:
     """Write rank_sweep.svg and rank_sweep.png: the figure of a merge.json that has a `rank_sweep`."""
-    figure = figures.rank_sweep_figure(report)
-    told = "; ".join(f"rank {rank}: relative error {error:.4f}" for rank, error in report["rank_sweep"]["all"].items())
+    figure = figures.rank_sweep_figure(report.rank_sweep)
+    told = "; ".join(f"rank {rank}: relative error {error:.4f}" for rank, error in report.rank_sweep["all"].items())
     title = "Relative error and retained energy of the merge against its rank"
     write_atomic(folder / f"{SWEEP_FILE}.svg", svg_file(figure, title=title, description=f"Over all modules. {told}."))
     write_atomic(folder / f"{SWEEP_FILE}.png", png_file(figure))

@@ -2,9 +2,10 @@
 
 from itertools import takewhile
 
+from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Part, Table, chart, percent, short
-from poc_lora.reporting.run_files import Merge, RunFiles
+from poc_lora.reporting.run_files import RunFiles
 
 
 def similarity(files: RunFiles) -> Part:
@@ -67,7 +68,7 @@ def ranks(files: RunFiles) -> Part:
     )
     part.charts.append(
         chart(
-            figures.rank_sweep_figure({"rank_sweep": merge.rank_sweep}),
+            figures.rank_sweep_figure(merge.rank_sweep),
             "rank-sweep",
             "Relative error and retained energy against rank",
             told,
@@ -93,7 +94,7 @@ def labels(names: list[str]) -> list[str]:
     return next((found for found in (plain, ends) if len(set(found)) == len(names)), numbered)
 
 
-def source_names(merge: Merge) -> list[str]:
+def source_names(merge: MergeReport) -> list[str]:
     """The last part of each source's name where those differ, else the whole."""
     names = [source.name for source in merge.sources]
     short = [name.rstrip("/").rpartition("/")[2] for name in names]

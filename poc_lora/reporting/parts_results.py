@@ -3,10 +3,10 @@
 import math
 from pathlib import Path
 
-from poc_lora.evaluation.results import Results, Scored
+from poc_lora.artifacts.results import Results, Scored
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Cell, Chart, Part, Table, accuracy, chart, percent, short
-from poc_lora.reporting.run_files import RunFiles, Subsets
+from poc_lora.reporting.run_files import RunFiles
 from poc_lora.reporting.tables import columns, notes, table_rows
 
 
@@ -99,8 +99,8 @@ def subsets(files: RunFiles) -> Part:
     if found is None or found.subsets is None:
         part.missing.append("No merges of fewer adapters were scored: poc-lora eval RUN --data DIR --subsets does it.")
         return part
-    scored = Subsets.model_validate(found.subsets)
-    points = [(p.m, 100 * p.accuracy, 100 * (p.error or 0.0)) for p in scored.points]
+    scored = found.subsets
+    points = [(p.m, 100 * p.accuracy, 0.0 if math.isnan(p.error) else 100 * p.error) for p in scored.points]
     part.charts.append(
         chart(
             figures.subsets_figure(points, 100 * found.adapters[found.best].average.value),

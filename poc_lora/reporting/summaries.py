@@ -1,8 +1,7 @@
 """Short texts for the end of a verb."""
 
-from typing import Any
-
 from poc_lora.adapters.serving import serving_advice
+from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.training.check import size
 from poc_lora.training.train import Trained
 
@@ -31,32 +30,32 @@ def training_summary(done: Trained) -> list[str]:
     return lines
 
 
-def merge_summary(report: dict[str, Any]) -> list[str]:
+def merge_summary(report: MergeReport) -> list[str]:
     """What a merge did, how far it is from the merge of ever more adapters, and how to serve it."""
-    M = len(report["sources"])
+    M = len(report.sources)
     lines = [
-        f"{M} adapters merged into one of rank {report['rank']}, {report['method']}: relative error "
-        f"{report['error']:.1e}, and {report['cast_error']:.1e} from rounding to {report['dtype']}"
+        f"{M} adapters merged into one of rank {report.rank}, {report.method}: relative error "
+        f"{report.error:.1e}, and {report.cast_error:.1e} from rounding to {report.dtype}"
     ]
-    if report["relative_error_bar"] is not None:
+    if report.relative_error_bar is not None:
         lines.append(
-            f"mean cosine of the updates {report['mean_cosine']:.3f}; "
-            f"the merge is about {report['relative_error_bar']:.0%} of its norm from the limit of many adapters"
+            f"mean cosine of the updates {report.mean_cosine:.3f}; "
+            f"the merge is about {report.relative_error_bar:.0%} of its norm from the limit of many adapters"
         )
-    if report["next_move"] is not None:
-        lines.append(f"one more adapter would move the merge by about {report['next_move']:.1%}")
-    for j, source in enumerate(report["sources"]):
-        absent = [name for name, module in report["modules"].items() if j in module["absent"]]
+    if report.next_move is not None:
+        lines.append(f"one more adapter would move the merge by about {report.next_move:.1%}")
+    for j, source in enumerate(report.sources):
+        absent = [name for name, module in report.modules.items() if j in module.absent]
         if absent:
-            number = f"{len(absent)} of {len(report['modules'])} modules"
-            lines.append(f"{source['name']} lacks {number}, such as {min(absent)}: they count as zero")
-    whole, embeddings = bool(report["modules_to_save"]), bool(report["embeddings"])
-    return [*lines, *_oddities(report), *serving_advice(report["rank"], whole=whole, embeddings=embeddings)]
+            number = f"{len(absent)} of {len(report.modules)} modules"
+            lines.append(f"{source.name} lacks {number}, such as {min(absent)}: they count as zero")
+    whole, embeddings = bool(report.modules_to_save), bool(report.embeddings)
+    return [*lines, *_oddities(report), *serving_advice(report.rank, whole=whole, embeddings=embeddings)]
 
 
-def rank_table(report: dict[str, Any]) -> list[str]:
+def rank_table(report: MergeReport) -> list[str]:
     """The rank sweep: for each type of module and rank the relative error, and the share of ‖ΔW‖² that is kept."""
-    sweep = report["rank_sweep"]
+    sweep = report.rank_sweep
     width = max(map(len, sweep))
     lines = [
         "relative error (kept of the squared norm) at rank",
@@ -67,9 +66,9 @@ def rank_table(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _oddities(report: dict[str, Any]) -> list[str]:
+def _oddities(report: MergeReport) -> list[str]:
     """Warnings of adapters that are one and the same, or that have nothing in common."""
-    cosines, names = report["cosines"], [source["name"] for source in report["sources"]]
+    cosines, names = report.cosines, [source.name for source in report.sources]
     M = len(names)
     pairs = [(cosines[i][j], i, j) for i in range(M) for j in range(i)]
     lines = [

@@ -241,8 +241,9 @@ def test_text_of_results_and_versions_is_not_markup(tmp_path):
     run = make_run(tmp_path / "run")
     attack = "x`<img src=x>\n\n# Hello [a](b)"
     scored = some_results(["00", "01"])
-    found = dataclasses.replace(scored, base_model=attack, prompt=attack, protocol=attack, unread={attack: 0.5})
-    write_results(run / "eval", dataclasses.replace(found, control=scored.base, control_name=attack))
+    changes = dict(base_model=attack, prompt=attack, protocol=attack, unread={attack: 0.5})
+    changes |= dict(control=scored.base, control_name=attack)
+    write_results(run / "eval", scored.model_copy(update=changes))
     change(run / "merged" / "merge.json", versions={"torch": attack})
     change(run / "run.json", versions={attack: attack})
     text = card(run) + card(run / "adapters" / "00")

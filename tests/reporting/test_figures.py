@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgba
 
+from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.reporting import figures
 from poc_lora.reporting.page import write_rank_sweep
 from poc_lora.reporting.palette import DARK, LIGHT, LINES, TEXT, stylesheet
@@ -15,6 +16,8 @@ from poc_lora.reporting.svg import inline_svg, svg_file
 from tests.reporting.run_folder import merge_report
 
 THEMES = {"light": LIGHT, "dark": DARK}
+
+SWEEP = MergeReport.model_validate(merge_report()).rank_sweep
 
 
 @pytest.mark.parametrize(
@@ -61,7 +64,7 @@ def everything():
         "heatmap": figures.heatmap_figure(cosines, ["a", "b", "c", "d"]),
         "key": figures.heatmap_figure(np.eye(12).tolist(), [f"{i:04d}" for i in range(12)]),
         "ranks": figures.effective_rank_figure({f"l.{i}.{n}_proj": i + 1.0 for i in range(3) for n in "abcdefgh"}),
-        "sweep": figures.rank_sweep_figure(merge_report()),
+        "sweep": figures.rank_sweep_figure(SWEEP),
         "subsets": figures.subsets_figure([(1, 70.0, 1.0), (2, 74.0, 1.0)], 71.0),
         "distance": figures.distance_figure([(1, 0.4), (2, 0.2), (4, 0.1)], (0.4, 0.01, 8)),
         "temperature": figures.temperature_figure({"PoC merge": ("merge", [(0.0, 70.0, 1.0), (1e-3, 71.0, math.nan)])}),
@@ -105,8 +108,8 @@ def test_a_mean_is_over_the_curves_that_have_a_step():
 
 
 def test_a_rank_sweep_draws_error_and_energy_of_every_type():
-    report = {"rank_sweep": {"all": {"8": 0.0, "2": 0.6}, "q_proj": {"2": 0.5, "8": 0.1}}}
-    errors, energies = figures.rank_sweep_figure(report).axes
+    sweep = {"all": {8: 0.0, 2: 0.6}, "q_proj": {2: 0.5, 8: 0.1}}
+    errors, energies = figures.rank_sweep_figure(sweep).axes
     assert [line.get_label() for line in errors.lines] == ["all", "q_proj"]
     for line, values in zip(errors.lines, ([0.6, 0.0], [0.5, 0.1]), strict=True):
         assert list(line.get_xdata()) == [2, 8]
@@ -116,17 +119,17 @@ def test_a_rank_sweep_draws_error_and_energy_of_every_type():
 
 
 def test_lines_of_many_types_stay_distinct():
-    report = {"rank_sweep": {kind: {"2": 0.5, "4": 0.1} for kind in ["all", *"abcdefgh"]}}
+    sweep = {kind: {2: 0.5, 4: 0.1} for kind in ["all", *"abcdefgh"]}
     looks = [
         (to_rgba(line.get_color()), line.get_linestyle(), line.get_marker())
-        for line in figures.rank_sweep_figure(report).axes[0].lines
+        for line in figures.rank_sweep_figure(sweep).axes[0].lines
     ]
     assert all(one != other for one, other in itertools.combinations(looks, 2))
 
 
 def test_a_rank_sweep_in_files_is_the_same_bytes_every_time(tmp_path):
     for folder in ("one", "two"):
-        write_rank_sweep(merge_report(), tmp_path / folder)
+        write_rank_sweep(MergeReport.model_validate(merge_report()), tmp_path / folder)
     for name in ("rank_sweep.svg", "rank_sweep.png"):
         first = (tmp_path / "one" / name).read_bytes()
         assert first == (tmp_path / "two" / name).read_bytes()
@@ -135,7 +138,7 @@ def test_a_rank_sweep_in_files_is_the_same_bytes_every_time(tmp_path):
 
 
 def test_an_svg_file_stands_alone():
-    text = svg_file(figures.rank_sweep_figure(merge_report()), title="A <b>", description="told")
+    text = svg_file(figures.rank_sweep_figure(SWEEP), title="A <b>", description="told")
     root = ET.fromstring(text)  # noqa: S314
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert [child.text for child in root[:2]] == ["A <b>", "told"]

@@ -13,14 +13,13 @@ from rich.console import Console
 
 from poc_lora.errors import PocLoraError, RunError
 from poc_lora.evaluation.passes import adapter_digest
-from poc_lora.evaluation.statistics import Difference
 from poc_lora.reporting.compare import write_comparison
 from poc_lora.reporting.page import write_page
 from poc_lora.reporting.parts_merge import labels
 from poc_lora.reporting.parts_results import headline
 from poc_lora.reporting.run_files import read_run
 from tests.reporting.html import Page
-from tests.reporting.run_folder import FOLDERS, make_run, merge_report, metric_lines, results, scored
+from tests.reporting.run_folder import FOLDERS, difference, make_run, merge_report, metric_lines, results, scored
 
 PARTS = "run benchmarks subsets training noise similarity ranks provenance".split()
 SHAPES = {"svg", "g", "path", "use", "defs", "text", "tspan", "clippath", "rect", "title", "desc"}
@@ -101,17 +100,17 @@ def test_it_says_what_was_run_in_words(page):
 
 
 @pytest.mark.parametrize(
-    ("difference", "told"),
+    ("gain", "told"),
     [
         (
-            Difference(0.01, -0.01, 0.03, 0.3),
+            difference(0.01, -0.01, 0.03, 0.3),
             "and the best one, which had to be picked on validation, cannot be told apart",
         ),
-        (Difference(-0.02, -0.03, -0.01, 0.01), "falls short of the best one (-2.00 points"),
+        (difference(-0.02, -0.03, -0.01, 0.01), "falls short of the best one (-2.00 points"),
     ],
 )
-def test_the_headline_claims_no_more_than_the_test(tmp_path, difference, told):
-    found = results(best_chosen_on="validation", comparisons={"best": difference})
+def test_the_headline_claims_no_more_than_the_test(tmp_path, gain, told):
+    found = results(best_chosen_on="validation", comparisons={"best": gain})
     assert told in headline(read_run(make_run(tmp_path, found=found)))[0]
 
 
@@ -224,8 +223,8 @@ def test_accuracy_against_m_is_drawn_where_subsets_were_scored(tmp_path):
 
 
 def test_a_control_and_other_protocols_stand_beside(tmp_path):
-    difference = Difference(0.01, -0.01, 0.03, 0.3)
-    found = results(control=scored(0.74), control_name="λ = 0", comparisons={"control": difference})
+    gain = difference(0.01, -0.01, 0.03, 0.3)
+    found = results(control=scored(0.74), control_name="λ = 0", comparisons={"control": gain})
     run = make_run(tmp_path, found=found)
     (run / "eval-generate").mkdir()
     written = results(protocol="generate", ensemble=None, agreement=None, unread={"base": 0.25, "merged": float("nan")})

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from poc_lora.artifacts.results import Results
 from poc_lora.data.commonsense import Benchmark, Question, chance_level, read_questions
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.protocols.harness import TaskScores, load_tasks, score_harness
-from poc_lora.evaluation.results import Results, adapter_key, summarise, things_scored, write_results
+from poc_lora.evaluation.results import adapter_key, summarise, things_scored, write_results
 from poc_lora.evaluation.statistics import ensemble
 from poc_lora.evaluation.variants import Subjects
 from poc_lora.models.load import load_base
@@ -68,6 +69,7 @@ def evaluate_by_harness(
         prompt=prompt,
         limit=limit,
         chance={b: chance_level(questions) for b, questions in by_benchmark.items()},
+        subsets=None,
         exact_average=subjects.merged is None and "merged" in answers,
     )
     shared = {**settings, "protocol": "harness", "prompt": prompt}

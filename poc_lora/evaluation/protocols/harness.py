@@ -23,11 +23,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.adapters.adapter import Adapter
+from poc_lora.artifacts.run_folder import RESULTS
 from poc_lora.data.commonsense import Benchmark, find_benchmarks, read_questions
 from poc_lora.data.prompts import TEMPLATES, render_prompt
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, PocLoraError, RequestError
 from poc_lora.evaluation.protocols.label import ANSWER_PREFIX
-from poc_lora.evaluation.results import RESULTS_FILE, adapter_key
+from poc_lora.evaluation.results import adapter_key
 from poc_lora.files import write_atomic
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.progress import track
@@ -175,7 +176,7 @@ def score_harness(
             )
             _check_finite(thing, scores)
             if out is not None:
-                (out / RESULTS_FILE).unlink(missing_ok=True)
+                (out / RESULTS).unlink(missing_ok=True)
                 _write(out / "harness" / thing, written)
             found[thing] = scores
 
