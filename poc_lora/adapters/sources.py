@@ -11,6 +11,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.adapters.weights_file import MAX_WEIGHTS_BYTES
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.errors import AdapterError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
@@ -51,7 +52,7 @@ def find_adapters(source: Path) -> list[Path]:
     """The adapter folders that `source` stands for: itself, or the finished ones of a run, by number."""
     if (source / CONFIG_NAME).exists() or (source / WEIGHTS_NAME).exists():
         return [source]
-    inside = source / "adapters"
+    inside = RunFolder(source).adapters
     if not inside.is_dir():
         raise AdapterError(
             "neither an adapter folder nor a run folder" if source.exists() else "no such folder",

@@ -2,20 +2,12 @@
 
 from typing import Annotated, ClassVar, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from poc_lora.artifacts.schema import Artifact, Finite, Number, Public, Schema, Share
 
 Rank = Annotated[int, Field(gt=0, le=2**31)]
-
-
-def _with_ranks(sweep: dict[str, dict[Rank, Share]]) -> dict[str, dict[Rank, Share]]:
-    if not all(sweep.values()):
-        raise ValueError("a rank sweep without ranks")
-    return sweep
-
-
-RankSweep = Annotated[dict[str, dict[Rank, Share]], AfterValidator(_with_ranks)]
+RankSweep = dict[str, Annotated[dict[Rank, Share], Field(min_length=1)]]
 
 
 class ModuleReport(Schema):
@@ -94,9 +86,7 @@ class MergeReport(MergeStatistics, MergeOrigin, Artifact):
     fix: ClassVar[str] = "restore the file, or remove it"
 
     # For each type of module (`q_proj`, ...) and `all`, rank: the relative error of truncation to it.
-    rank_sweep: Public[Annotated[dict[str, dict[Rank, Share]], AfterValidator(_with_ranks)]] = Field(
-        default_factory=dict
-    )
+    rank_sweep: Public[RankSweep] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:

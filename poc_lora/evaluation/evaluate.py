@@ -18,7 +18,7 @@ from poc_lora.evaluation.answers import AnswerFile, Item
 from poc_lora.evaluation.control import Control, read_control
 from poc_lora.evaluation.passes import Asker, Protocol, base_digest
 from poc_lora.evaluation.protocols.by_harness import evaluate_by_harness
-from poc_lora.evaluation.results import adapter_key, summarise, things_scored, write_results
+from poc_lora.evaluation.results import adapter_key, summarise, variant_digests, write_results
 from poc_lora.evaluation.statistics import ensemble
 from poc_lora.evaluation.variants import Subjects, find_subjects
 from poc_lora.lora.bank import AdapterBank
@@ -170,7 +170,7 @@ def _files(
     subjects: Subjects, settings: Mapping[str, Any], items: Sequence[Item], rank: int, seed: int, subsets: bool
 ) -> _Files:
     test = [item for item in items if item.split == "test"]
-    made_of, M = things_scored(subjects), len(subjects.adapters)
+    made_of, M = variant_digests(subjects), len(subjects.adapters)
 
     def file(name: str, adapters: Sequence[str], asked: Sequence[Item] = test) -> AnswerFile:
         path = subjects.out / f"{name}.jsonl"

@@ -19,12 +19,12 @@ from poc_lora.files import write_json
 
 
 def adapter_key(name: str) -> str:
-    """What an adapter is called among the things scored, and its file: never `base`, `merged` or `ensemble`."""
+    """Returns an adapter's name among the variants and files, which is never `base`, `merged` or `ensemble`."""
     return f"adapter-{name}"
 
 
-def things_scored(subjects: Subjects) -> dict[str, list[str]]:
-    """Everything that is scored, and of which adapters it is: what tells two of its kind apart."""
+def variant_digests(subjects: Subjects) -> dict[str, list[str]]:
+    """Returns the digests of the adapters in every variant, after a word for how several are combined."""
     alone = {adapter_key(name): [adapter_digest(Path(a.source))] for name, a in subjects.adapters.items()}
     every = [digest for digests in alone.values() for digest in digests]
     found = {"base": [], **alone}
@@ -44,18 +44,20 @@ def summarise(
     seed: int,
     **described: Any,
 ) -> Results:
-    """Turn answers into Results.
+    """Compute Results from answers.
 
-    answers: of each thing (`base`, the `adapter_key` of each adapter, `merged`, `ensemble`; the last two may be absent)
-    to the test questions among `items`, of adapters to all. seed: of the bootstrap. described: the fields of Results
-    that answers do not tell.
+    Args:
+        answers: By variant: `base`, the `adapter_key` of each adapter and, where there are such, `merged` and
+            `ensemble`. Those of adapters are to all `items`, the others to test questions.
+        seed: The seed of the bootstrap.
+        described: The fields of Results that do not depend on answers.
     """
     test = [item for item in items if item.split == "test"]
     validation = [item for item in items if item.split == "validation"]
-    correct = {thing: _correct(test, given) for thing, given in answers.items()}
+    correct = {variant: _correct(test, given) for variant, given in answers.items()}
     benchmarks = list(correct["base"])
     mean_correct = {b: torch.stack([correct[adapter_key(a)][b] for a in adapters]).mean(0) for b in benchmarks}
-    scored = {thing: _scored(parts) for thing, parts in correct.items()}
+    scored = {variant: _scored(parts) for variant, parts in correct.items()}
     chosen_on = {a: _scored(_correct(validation or test, answers[adapter_key(a)])) for a in adapters}
     best = max(adapters, key=lambda a: chosen_on[a].average.value)
     rivals = {"best": correct[adapter_key(best)], "average": mean_correct}
@@ -93,39 +95,40 @@ def _correct(items: Sequence[Item], answers: Mapping[Item, Answer]) -> dict[str,
 
 
 def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item]) -> dict[str, float]:
-    """The share of answers in which no label was found, of questions that fit."""
+    """The share of answers without a label, among the questions that fit."""
     shares = {}
-    for thing, given in answers.items():
+    for variant, given in answers.items():
         asked = [given[item] for item in items if not given[item].too_long]
-        shares[thing] = sum(answer.choice is None for answer in asked) / len(asked) if asked else math.nan
+        shares[variant] = sum(answer.choice is None for answer in asked) / len(asked) if asked else math.nan
     return shares
 
 
 def write_results(subjects: Subjects, results: Results, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """A JSON for everything scored, then results.json: where it stands, the rest is of the same evaluation.
+    """Write a JSON file for each variant, then results.json, which thus proves the others complete.
 
-    settings: of each thing, what its answers depend on beside the questions; its `adapters` are digests.
+    Args:
+        settings: By variant, what its answers depend on beside the questions; its `adapters` are digests.
     """
     sources = {adapter_key(name): adapter.source for name, adapter in subjects.adapters.items()}
     if subjects.merged is not None:
         sources["merged"] = subjects.merged.source
     found: dict[str, Scored | None] = {adapter_key(name): scored for name, scored in results.adapters.items()}
     found |= {"base": results.base, "merged": results.merged, "ensemble": results.ensemble}
-    for thing, scored in found.items():
+    for variant, scored in found.items():
         if scored is None:
             continue
         summary = {
-            "thing": thing,
-            "source": sources.get(thing),
-            "adapter_digest": settings[thing]["adapters"][0] if thing in sources else None,
+            "thing": variant,
+            "source": sources.get(variant),
+            "adapter_digest": settings[variant]["adapters"][0] if variant in sources else None,
             "base_model": results.base_model,
             "protocol": results.protocol,
             "prompt": results.prompt,
             "benchmarks": {b: _plain(e) | {"questions": results.questions[b]} for b, e in scored.benchmarks.items()},
             "average": _plain(scored.average),
-            "settings": settings[thing],
+            "settings": settings[variant],
         }
-        write_json(subjects.out / f"{thing}.json", summary)
+        write_json(subjects.out / f"{variant}.json", summary)
     results.write(subjects.out / RESULTS)
 
 

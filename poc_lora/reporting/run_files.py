@@ -24,10 +24,10 @@ MEASURES = ("loss", "grad_norm", "noise_norm", "validation_loss")
 
 @dataclass
 class Metrics:
-    """metrics.jsonl as curves: measure to name to (step, value); the names are adapters, `base` and merges."""
+    """metrics.jsonl as curves: measure to name to [(step, value)]; the names are adapters, `base` and merges."""
 
     curves: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=lambda: {m: {} for m in MEASURES})
-    diverged: dict[str, int] = field(default_factory=dict)  # adapter to the step of it
+    diverged: dict[str, int] = field(default_factory=dict)  # adapter to the step at which it diverged
     last_step: int = 0
 
 
@@ -73,18 +73,24 @@ def read_run(folder: Path) -> RunFiles:
     )
 
 
-def of_these_weights(place: Path, thing: str, adapter: Path) -> bool | None:
-    """Whether an evaluation of `thing` in the folder `place` is of the weights that the adapter's folder has now.
+def of_these_weights(place: Path, variant: str, adapter: Path) -> bool | None:
+    """Whether an evaluation is of the weights that an adapter's folder has now.
 
-    None where one of them is not there, or the evaluation does not say. Raises RunError.
+    Args:
+        place: The folder of the evaluation.
+        variant: The adapter's name there.
+        adapter: The adapter's folder.
+
+    Returns:
+        None where the evaluation or the adapter is not there, or the evaluation does not name its weights.
     """
-    if not re.fullmatch(r"[\w .@+-]{1,100}", thing):  # names from results.json are anyone's
+    if not re.fullmatch(r"[\w .@+-]{1,100}", variant):  # a name from results.json must not lead out of the folder
         return None
-    path = place / f"{thing}.json"
+    path = place / f"{variant}.json"
     if not (path.is_file() and (adapter / WEIGHTS_NAME).is_file() and (adapter / CONFIG_NAME).is_file()):
         return None
-    told = read_json(path, error=RunError)
-    digest = told.get("adapter_digest") if isinstance(told, dict) else None
+    summary = read_json(path, error=RunError)
+    digest = summary.get("adapter_digest") if isinstance(summary, dict) else None
     return digest == adapter_digest(adapter) if isinstance(digest, str) else None
 
 
@@ -97,7 +103,7 @@ def _changed(run: RunFolder, place: Path, results: Results) -> tuple[str, ...]:
 
 
 def _read_metrics(path: Path) -> Metrics | None:
-    """The curves of metrics.jsonl; a line that is not one of ours, as a kill may leave it, is passed over."""
+    """The curves of metrics.jsonl; malformed lines, which a killed run may leave, are skipped."""
     if not path.is_file():
         return None
     metrics = Metrics()
@@ -107,11 +113,11 @@ def _read_metrics(path: Path) -> Metrics | None:
         except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and _is_count(entry.get("step")) and _is_name(entry.get("adapter")):
-            _take(metrics, entry)
+            _add(metrics, entry)
     return metrics
 
 
-def _take(metrics: Metrics, entry: dict[str, Any]) -> None:
+def _add(metrics: Metrics, entry: dict[str, Any]) -> None:
     step, adapter = entry["step"], entry["adapter"]
     name = adapter if isinstance(adapter, str) else f"{adapter:02d}"
     if name == "merge" and isinstance(entry.get("members"), list):

@@ -11,7 +11,7 @@ from poc_lora.artifacts.results import Results
 from poc_lora.data.commonsense import Benchmark, Question, chance_level, read_questions
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.protocols.harness import TaskScores, load_tasks, score_harness
-from poc_lora.evaluation.results import adapter_key, summarise, things_scored, write_results
+from poc_lora.evaluation.results import adapter_key, summarise, variant_digests, write_results
 from poc_lora.evaluation.statistics import ensemble
 from poc_lora.evaluation.variants import Subjects
 from poc_lora.models.load import load_base
@@ -74,7 +74,7 @@ def evaluate_by_harness(
     )
     shared = {**settings, "protocol": "harness", "prompt": prompt}
     write_results(
-        subjects, results, {thing: shared | {"adapters": of} for thing, of in things_scored(subjects).items()}
+        subjects, results, {thing: shared | {"adapters": of} for thing, of in variant_digests(subjects).items()}
     )
     return results
 
