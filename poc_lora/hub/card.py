@@ -9,8 +9,8 @@ import math
 import re
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.utils import yaml_dump
 
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.results import Results
@@ -88,7 +88,11 @@ def eval_results_files(evaluation: Evaluation | None) -> list[File]:
                 "value": value,
                 "notes": f"{evaluation.results.protocol} protocol, {evaluation.results.prompt} prompt",
             }
-            files.append(File(EVAL_RESULTS.format(facts.benchmark.folder.lower()), yaml_dump([entry]).encode()))
+            files.append(
+                File(
+                    EVAL_RESULTS.format(facts.benchmark.folder.lower()), yaml.dump([entry], allow_unicode=True).encode()
+                )
+            )
     return files
 
 

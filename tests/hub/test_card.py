@@ -271,7 +271,7 @@ def test_the_class_is_that_of_the_task(tmp_path, task, kind):
     assert f"base = {kind}.from_pretrained(" in text
     assert hasattr(transformers, kind)
     assert ("vLLM" in text) == (task == "CAUSAL_LM")
-    assert ("does not say its task" in text) == (task is None)
+    assert ("does not name its task" in text) == (task is None)
     pipeline = loaded(text, tmp_path).data.pipeline_tag
     assert (pipeline == "text-generation") == (task == "CAUSAL_LM")
 
