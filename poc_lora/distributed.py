@@ -1,8 +1,8 @@
-"""The processes of one run under `accelerate launch`: what they tell each other, so that none waits in vain.
+"""The processes of one run under `accelerate launch`: small messages between them, and failure detection.
 
-Ranks exchange small messages through a key-value store that rank 0 holds: at the start, at commits and at the end.
-Between them every rank works alone. A thread in each shows the others that it lives, and watches for a rank that fails,
-dies or hangs; then all stop, and the message names that rank and the cause.
+Ranks exchange small messages through a key-value store on rank 0: at the start, at commits and at the end. In between
+every rank works alone, for longer than a collective's timeout could allow. So a thread in each rank sends heartbeats
+and watches those of the others: if a rank fails, dies or hangs, all ranks stop, and the error names it and the cause.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ import torch.distributed as dist
 from poc_lora.envvars import flag, seconds, whole_number
 from poc_lora.errors import PeerError, PocLoraError, RequestError
 
-POLL_SECONDS = 0.5  # how often a rank looks after the others
-POLLS_UNTIL_GONE = 60  # counted in polls, not in time: a machine that slept is no rank that died
-GRACE_SECONDS = 10  # for the main thread to end by itself once another rank has failed
+POLL_SECONDS = 0.5  # between two looks at the other ranks' heartbeats
+POLLS_UNTIL_GONE = 60  # counted in polls, not in seconds: a suspended machine must not look like a dead rank
+GRACE_SECONDS = 10  # for the main thread to stop by itself once another rank has failed
 RANK_0_GONE = {"rank": 0, "cause": "it is gone"}  # and the store with it
 # A rank hangs when it has been busy with one thing, such as a step or loading the model, for so long, unless
 # POC_LORA_HANG_SECONDS says otherwise.
@@ -35,10 +35,12 @@ HANG_SECONDS = 1800.0
 
 
 class Ranks:
-    """The ranks of a run as one of them sees it. Alone, with `size` 1, it exchanges nothing.
+    """The ranks of a run as seen by one of them. With `size` 1 nothing is exchanged.
 
-    hang_seconds: how long one of them may be busy with one thing.
-    stop: set when this or another rank was asked to stop, by Ctrl-C, SIGTERM or the death of its launcher.
+    Attributes:
+        rank: This process's rank.
+        size: The number of ranks.
+        stop: Set when any rank was asked to stop, by Ctrl-C, SIGTERM or the death of its launcher.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, hang_seconds: float = HANG_SECONDS):
@@ -52,30 +54,37 @@ class Ranks:
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
 
-    def beat(self, doing: str) -> None:
-        """Show that this rank gets on, and with what. Raises PeerError where another rank has failed."""
+    def heartbeat(self, doing: str) -> None:
+        """Report that this rank makes progress, and on what. Raises PeerError if another rank has failed."""
         self._beats += 1
         self._doing = doing
         if self._problem:
             raise self._peer_error()
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order, as they come back from JSON.
+        """Gather a JSON value from every rank.
 
-        Waits until every rank has called it as often. Raises PeerError where one has failed, died or hangs.
+        Args:
+            value: This rank's value.
+
+        Returns:
+            The values of all ranks in the order of their ranks, as JSON returns them.
+
+        Raises:
+            PeerError: A rank has failed, died or hangs.
         """
         doing, self._doing = self._doing, ""  # to wait for others is not to hang
         values = self._main.gather(value)
-        self.beat(doing)
+        self.heartbeat(doing)
         return values
 
     def channel(self, name: str) -> "Channel":
-        """Another line to the other ranks, for a thread that runs beside the main one; `name` is the same on all."""
+        """A separate channel for another thread; `name` must be the same on all ranks."""
         return Channel(self, name)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A request that is found wrong within the block, on whichever rank, ends them all with one message."""
+        """Raise an error of the block on all ranks, whichever rank raised it; it is printed once."""
         mine: PocLoraError | None = None
         try:
             yield
@@ -91,13 +100,13 @@ class Ranks:
         raise self.jointly(mine)
 
     def jointly(self, problem: PocLoraError) -> PocLoraError:
-        """`problem`, which every rank is about to raise and rank 0 will tell."""
+        """Mark `problem`, which every rank is about to raise, to be printed by rank 0 only."""
         self._joint = True
-        problem.told = self.rank != 0
+        problem.reported_elsewhere = self.rank != 0
         return problem
 
     def agree(self, facts: dict[str, Any]) -> None:
-        """Raises RequestError, which names rank and key, where the ranks' facts differ."""
+        """Raise RequestError, naming rank and key, if `facts` differ between ranks."""
         everyone = self.gather(facts)
         for rank, theirs in enumerate(everyone):
             for key in sorted(everyone[0].keys() | theirs.keys()):
@@ -111,7 +120,7 @@ class Ranks:
                     raise self.jointly(problem)
 
     def _connect(self, host: str) -> None:
-        """Open the store, on a port that rank 0 chooses, and begin to watch."""
+        """Open the store on a port that rank 0 chooses, and start the watching thread."""
         mine = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.rank == 0 else None
         port = [mine.port if mine else 0]
         dist.broadcast_object_list(port, src=0)
@@ -123,7 +132,7 @@ class Ranks:
 
     def _watch(self, store: dist.Store, homes: list[tuple[str, int]]) -> None:
         launcher, polls = os.getppid(), 0
-        others = {rank: _Signs(*home, self.hang_seconds) for rank, home in enumerate(homes) if rank != self.rank}
+        others = {rank: _Heartbeats(*home, self.hang_seconds) for rank, home in enumerate(homes) if rank != self.rank}
         while not self._closing.wait(POLL_SECONDS):
             polls += 1
             try:
@@ -149,29 +158,29 @@ class Ranks:
             self.stop.set()
 
     def _publish(self, store: dist.Store, rank: int, cause: str) -> None:
-        """Tell all ranks what is wrong with one; the first word stands."""
+        """Publish a rank's failure; the first one published stands."""
         store.compare_set("failed", "", json.dumps({"rank": rank, "cause": cause}))
 
     def _peer_error(self) -> PeerError:
         problem = self._problem or {}
         error = PeerError(
             f"rank {problem['rank']} failed: {problem['cause']}",
-            fix="what was saved stands: go on with the same command, and train with --resume",
+            fix="what was saved stands: run the same command again, and train with --resume",
         )
-        error.told = self.rank != (1 if problem["rank"] == 0 else 0)
+        error.reported_elsewhere = self.rank != (1 if problem["rank"] == 0 else 0)
         return error
 
     def _give_up(self) -> None:
-        """Let the main thread end; if it does not, it is stuck where nothing wakes it, and the process ends here."""
+        """Give the main thread time to stop; if it is stuck, end the process."""
         if self._closing.wait(GRACE_SECONDS):
             return
         error = self._peer_error()
-        if not error.told:
+        if not error.reported_elsewhere:
             print(f"poc-lora: {error}", file=sys.stderr, flush=True)  # noqa: T201
         os._exit(error.exit_status)
 
     def _close(self, problem: BaseException | None) -> None:
-        """Leave; rank 0, which holds the store, leaves last."""
+        """Leave the run. Rank 0, which holds the store, leaves last."""
         if self._store is None:
             return
         with contextlib.suppress(RuntimeError):  # of a store whose process has gone
@@ -190,14 +199,14 @@ class Ranks:
         self._stop_watching()
 
     def _stop_watching(self) -> None:
-        """End the thread: one that is in a call of the store when the interpreter ends would abort the process."""
+        """Stop the thread: inside a call of the store at interpreter exit it would abort the process."""
         self._closing.set()
         if self._watcher is not None:
             self._watcher.join(GRACE_SECONDS)
 
 
 class Channel:
-    """A line between the ranks, which one thread of each uses in the same order of calls."""
+    """Gathers values between ranks, for one thread of each; all must call it in the same order."""
 
     def __init__(self, ranks: Ranks, name: str):
         self._ranks, self._name = ranks, name
@@ -227,8 +236,8 @@ class Channel:
         return values
 
 
-class _Signs:
-    """The signs of life of one rank, as another sees them."""
+class _Heartbeats:
+    """The heartbeats of one rank as another sees them."""
 
     def __init__(self, host: str, pid: int, hang_seconds: float = HANG_SECONDS) -> None:
         self._hang_seconds = hang_seconds
@@ -237,7 +246,7 @@ class _Signs:
         self._silent = self._stuck = 0
 
     def problem(self, sign: bytes | None) -> str | None:
-        """What the newest sign, looked for once a poll, says is wrong with the rank."""
+        """What is wrong with the rank according to its newest heartbeat, if anything; called once a poll."""
         polls, beats, doing = json.loads(sign) if sign else (0, 0, "starting")
         self._silent = self._silent + 1 if polls == self._polls else 0
         self._stuck = self._stuck + 1 if beats == self._beats and doing else 0
@@ -257,19 +266,22 @@ def _exists(pid: int) -> bool:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one of its run that tells what came of it."""
+    """Whether this process is rank 0, which reports the results."""
     return whole_number("RANK", 0) == 0
 
 
 @contextlib.contextmanager
 def open_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The ranks that accelerate or another launcher started this process among, for the length of the block.
+    """Join the ranks that `accelerate launch` or another launcher started, for the length of the block.
 
-    device: this process's own.
+    An error that leaves the block ends the other ranks too. Within the block Ctrl-C and SIGTERM set `stop`. A second
+    Ctrl-C kills, unless there is a launcher, which passes signals on and kills by itself.
 
-    An error that leaves the block ends the other ranks too. Within it Ctrl-C and SIGTERM set `stop`; a second Ctrl-C
-    kills, unless there is a launcher, which passes signals on and kills by itself.
-    Raises RequestError for settings of accelerate that do not fit, and for environment variables that cannot be read.
+    Args:
+        device: This process's device.
+
+    Raises:
+        RequestError: accelerate's settings do not fit, or an environment variable cannot be parsed.
     """
     _refuse_plugins()
     hang_seconds = seconds("POC_LORA_HANG_SECONDS", HANG_SECONDS)
@@ -281,7 +293,7 @@ def open_ranks(device: torch.device) -> Iterator[Ranks]:
         return
     if "MASTER_ADDR" not in os.environ:
         raise RequestError(
-            f"one of {size} processes, but where rank 0 is was not said",
+            f"this is one of {size} processes, but the address of rank 0 is not set",
             where="MASTER_ADDR",
             fix="start them all with accelerate launch",
         )

@@ -1,7 +1,7 @@
 """Every error a user can meet. Each says what is wrong, where, and how to fix it.
 
-The command line prints these without a traceback and exits with `exit_status`: 2 for a request that
-cannot be carried out as written, 1 for a run that failed on the way.
+The command line prints them without a traceback and exits with `exit_status`: 2 for a request that cannot be carried
+out as written, 1 for a run that failed on the way.
 """
 
 from pathlib import Path
@@ -10,16 +10,20 @@ MAX_SHOWN = 2000
 
 
 class PocLoraError(Exception):
-    """Base of all errors raised on purpose.
+    """Base class of all errors raised on purpose.
 
-    what: one sentence naming the problem.
-    where: the file, key or adapter it was found in.
-    fix: what to do about it.
-    told: whether another process of the run tells it, so that it is printed once.
+    Args:
+        what: one sentence naming the problem.
+        where: the file, key or adapter concerned.
+        fix: what to do about it.
+
+    Attributes:
+        exit_status: of the command line.
+        reported_elsewhere: True where another process of the run prints this error, so that it is printed once.
     """
 
     exit_status = 1
-    told = False
+    reported_elsewhere = False
 
     def __init__(self, what: str, *, where: str | Path | None = None, fix: str | None = None):
         self.what = _shown(what)
@@ -38,18 +42,23 @@ def _shown(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """What a terminal can show safely of a text that may quote a file: control characters are escaped."""
+    """Escape control characters, so that a text that may quote a file is safe to show on a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-class RequestError(PocLoraError):
-    """The request itself is wrong; nothing was done."""
+def first_line(problem: BaseException) -> str:
+    """The first line of an exception's message, or its repr if it has no message."""
+    return (str(problem).strip() or repr(problem)).split("\n")[0]
+
+
+class RequestError(PocLoraError, ValueError):
+    """The request itself is wrong; nothing was done. Also a ValueError, as PyTorch raises for a bad argument."""
 
     exit_status = 2
 
 
 class ConfigError(RequestError):
-    """A configuration file or override does not fit the schema."""
+    """A configuration file, override or optimizer setting that is not valid."""
 
 
 class DataError(RequestError):
@@ -57,7 +66,7 @@ class DataError(RequestError):
 
 
 class ModelError(RequestError):
-    """A base model that cannot be loaded, or that lacks what the run needs."""
+    """A base model that cannot be loaded or lacks what the run needs."""
 
 
 class AdapterError(RequestError):
@@ -73,7 +82,11 @@ class CheckpointError(PocLoraError):
 
 
 class TrainingError(PocLoraError):
-    """Training could not go on, for example because every adapter diverged."""
+    """Training could not continue, for example because every adapter diverged."""
+
+
+class HubError(PocLoraError):
+    """The Hub could not be reached or refused an upload. The repository has all of the upload or is unchanged."""
 
 
 class PeerError(PocLoraError):

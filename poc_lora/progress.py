@@ -13,18 +13,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class Tracker(Protocol):
-    """What a `track` block yields."""
+class ProgressBar(Protocol):
+    """What a `progress_bar` block yields."""
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Count `n` more units of work done; `note` is shown beside the bar."""
 
-    def tell(self, note: str) -> None:
+    def report(self, note: str) -> None:
         """Show `note` while work is done that does not count."""
 
 
 @contextlib.contextmanager
-def track(total: int, title: str, *, done: int = 0, hidden: bool = False) -> Iterator[Tracker]:
+def progress_bar(total: int, title: str, *, done: int = 0, hidden: bool = False) -> Iterator[ProgressBar]:
     """Show the progress of `total` units of work, `done` of them done before the block; nothing if `hidden`."""
     if hidden:
         yield _Nothing()
@@ -42,7 +42,7 @@ class _Nothing:
     def advance(self, n: int = 1, note: str = "") -> None:
         pass
 
-    def tell(self, note: str) -> None:
+    def report(self, note: str) -> None:
         pass
 
 
@@ -53,7 +53,7 @@ class _Bar:
     def advance(self, n: int = 1, note: str = "") -> None:
         self.progress.update(self.task, advance=n, note=note)  # type: ignore[arg-type]
 
-    def tell(self, note: str) -> None:
+    def report(self, note: str) -> None:
         self.advance(0, note)
 
 
@@ -72,7 +72,7 @@ class _Lines:
                 parts.append(f"{timedelta(seconds=round(left))} left")
             self._print(*parts)
 
-    def tell(self, note: str) -> None:
+    def report(self, note: str) -> None:
         if self._due():
             self._print(f"{self.done}/{self.total}", note)
 

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from poc_lora.config import RunConfig, all_keys, changed_keys, dump_yaml, flatten, load_config, parse_yaml, validate
+from poc_lora.config import RunConfig, changed_keys, dump_yaml, flatten, load_config, validate
+from poc_lora.config_files import all_keys, parse_yaml
 from poc_lora.errors import ConfigError
 
 MINIMAL = {"model": {"name": "base"}, "data": {"train": ["rows.json"]}, "output": "runs/x"}
@@ -294,12 +295,12 @@ def test_changed_keys_names_each_difference(load):
 
 
 def test_the_schema_has_no_place_for_a_secret():
-    assert len(all_keys()) > 30
-    for key in all_keys():
+    assert len(all_keys(RunConfig)) > 30
+    for key in all_keys(RunConfig):
         assert not {"token", "password", "secret", "key"} & set(key.replace(".", "_").split("_")), key
     assert "no such key" in refusal(model__token="hf_abc")
 
 
 def test_every_field_is_a_known_key():
-    assert {"model", "model.name", "optim.temperature", "output"} <= set(all_keys())
-    assert {key.split(".")[0] for key in all_keys()} == set(RunConfig.model_fields)
+    assert {"model", "model.name", "optim.temperature", "output"} <= set(all_keys(RunConfig))
+    assert {key.split(".")[0] for key in all_keys(RunConfig)} == set(RunConfig.model_fields)

@@ -23,7 +23,7 @@ try:
     with ranks.open_ranks(torch.device('cpu')) as group:
         work(group)
 except PocLoraError as problem:
-    if not problem.told:
+    if not problem.reported_elsewhere:
         print(problem, file=sys.stderr)
     sys.exit(problem.exit_status)
 """
@@ -40,7 +40,7 @@ def test_alone_nothing_is_exchanged():
     alone.agree({"a": 1})
     with pytest.raises(RequestError) as problem, alone.together():
         raise RequestError("wrong")
-    assert not problem.value.told
+    assert not problem.value.reported_elsewhere
 
 
 def test_what_ranks_gather_comes_in_their_order_again_and_again():
@@ -110,7 +110,7 @@ def test_a_killed_rank_is_noticed_even_by_ranks_that_are_stuck(victim, stuck):
     body = """
 group.gather("started")
 print("ready", flush=True)
-group.beat("at step 7")
+group.heartbeat("at step 7")
 if group.rank == {} or {}:
     time.sleep(1000)
 group.gather("never")
@@ -133,7 +133,7 @@ def test_a_rank_that_hangs_is_named_with_what_it_did(how):
     body = """
 group.gather("started")
 print("ready", flush=True)
-group.beat("at step 7")
+group.heartbeat("at step 7")
 if group.rank == 1:
     time.sleep(1000)
 group.gather("never")

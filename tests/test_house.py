@@ -28,9 +28,9 @@ LAYERS = [
     ("artifacts",),
     ("data", "optim"),
     ("mfnn",),
-    ("config", "progress", "distributed"),
+    ("config", "config_files", "progress", "distributed", "environment"),
     ("rng",),
-    ("files", "devices"),
+    ("files", "hub_ids", "devices"),
     ("envvars",),
     ("errors",),
 ]

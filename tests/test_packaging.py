@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NEEDED = (
-    "py.typed data/templates.json evaluation/protocols/tasks/siqa.yaml evaluation/protocols/tasks/_common_yaml microworld/demo.yaml "
+    "py.typed data/templates.json evaluation/protocols/tasks/siqa.yaml evaluation/protocols/tasks/_common_yaml "
+    "microworld/demo.yaml "
     "microworld/model/model.safetensors microworld/model/tokenizer.json microworld/data/piqa/test.json "
     "mfnn/experiments/configs/figure1.yaml reporting/report.css reporting/report.html.jinja"
 )
@@ -74,7 +75,7 @@ def test_the_sdist_holds_what_a_packager_needs(built):
         names = {name.partition("/")[2] for name in sdist.getnames()}
     for name in "pyproject.toml LICENSE README.md SECURITY.md CHANGELOG.md constraints.txt configs/demo.yaml".split():
         assert name in names, name
-    assert {"tests/conftest.py", "scripts/reproduce_table1.sh", "poc_lora/cli.py"} <= names
+    assert {"tests/conftest.py", "scripts/reproduce_table1.sh", "docs/configuration.md", "poc_lora/cli/app.py"} <= names
     assert not any(name.startswith((".venv", ".git/", "runs/")) for name in names)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from poc_lora import progress
-from poc_lora.progress import track
+from poc_lora.progress import progress_bar
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def clock(monkeypatch):
 
 
 def test_a_line_tells_what_is_done_and_the_time_left(clock, capsys):
-    with track(20, "training") as bar:
+    with progress_bar(20, "training") as bar:
         clock[0] += 9
         bar.advance(2, "fast")  # too soon for a line
         assert capsys.readouterr().err == ""
@@ -30,7 +30,7 @@ def test_a_line_tells_what_is_done_and_the_time_left(clock, capsys):
 
 
 def test_what_was_done_before_does_not_count_as_speed(clock, capsys):
-    with track(100, "training", done=90) as bar:
+    with progress_bar(100, "training", done=90) as bar:
         clock[0] += 20
         bar.advance(5)
     assert capsys.readouterr().err == "training 95/100, 0:00:20 left\n"
@@ -38,7 +38,7 @@ def test_what_was_done_before_does_not_count_as_speed(clock, capsys):
 
 @pytest.mark.parametrize("done", [0, 90])
 def test_nothing_done_yet_tells_no_nonsense(clock, capsys, done):
-    with track(100, "training", done=done) as bar:
+    with progress_bar(100, "training", done=done) as bar:
         clock[0] += 20
         bar.advance(0, "waiting")
     assert capsys.readouterr().err == f"training {done}/100, waiting\n"

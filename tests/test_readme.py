@@ -1,29 +1,99 @@
-"""What the README tells a stranger to run, run: in a folder of its own, with fewer and shorter adapters."""
+"""What README and the pages of docs/ show: commands, code, configurations and links. Runs are small."""
 
+import importlib.util
+import json
+import os
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+import typer
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
 
+import poc_lora
+from poc_lora import NoisyAdamW
 from poc_lora.cli import app as cli
-from poc_lora.config import validate
+from poc_lora.config import RunConfig, validate
+from poc_lora.config_files import all_keys, parse_yaml
 from poc_lora.merging.folders import merge_folders
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+}
 SMALL = ["adapters.count=2", "train.max_steps=3"]
+KEYS = set(all_keys(RunConfig))
+SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page, language):
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
 
 
-def commands():
-    lines = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("poc-lora ")]
+def block(page, word):
+    """The one Python block of a page that holds `word`."""
+    (found,) = [text for text in blocks(page, "python") if word in text]
+    return found
+
+
+def prose(page):
+    return re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+
+
+def lines(page):
+    """The command lines of a page's shell blocks, without their comments."""
+    stripped = [line.partition("#")[0].strip() for text in blocks(page, "sh") for line in text.splitlines()]
+    return [line for line in stripped if line]
+
+
+def inline_commands(page):
+    """Commands in running text: their words may be placeholders."""
+    return re.findall(r"`(poc-lora [^`\n]+)`", prose(page))
+
+
+def find_verb(words):
+    """The command of the words after `poc-lora`, and the words after its name; None for options of poc-lora itself."""
+    command = typer.main.get_command(cli.app)
+    while words and hasattr(command, "commands") and words[0] in command.commands:
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+def check_poc_lora(words):
+    command, rest = find_verb(words)
+    assert not hasattr(command, "commands"), f"no such command: {words}"
+    command.make_context(command.name, list(rest))  # raises for an option that does not exist
+    if command.name in ("demo", "check", "train"):
+        assert {word.partition("=")[0] for word in rest if "=" in word} <= KEYS, words
+
+
+def check_line(words):
+    """A line of a shell block: its program, files and options exist."""
+    first = words[0]
+    if "poc_lora" in words and words[:2] == ["accelerate", "launch"]:
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+        check_poc_lora(words[words.index("poc_lora") + 1 :])
+    elif first == "poc-lora":
+        check_poc_lora(words[1:])
+    elif first == "make":
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+        assert set(words[1:]) <= targets
+    elif first == "python":
+        source = (ROOT / words[1]).read_text()
+        assert all(f'"{word}"' in source for word in words if word.startswith("--")), words
+        assert {word.partition("=")[0] for word in words if "=" in word} <= KEYS
+    elif first == "sbatch":
+        assert (ROOT / words[1]).is_file()
+    elif first.startswith("scripts/"):
+        assert os.access(ROOT / first, os.X_OK)
+        assert all((ROOT / word).exists() for word in words[1:])
+    else:
+        assert first in ("pip", "git", "cd"), f"the test does not know {first}"
 
 
 @pytest.fixture
@@ -46,7 +116,9 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
     ran, merged = [], ""
     paths = {"path/to/a": "runs/mine/adapters/00", "path/to/b": "runs/mine/adapters/01"}
     paths["path/to/base"] = "poc_lora/microworld/model"
-    for line in commands():
+    pages = ["README.md", *(f"docs/{name}.md" for name in ("scaling", "evaluation", "merging", "training"))]
+    assert not any(line.startswith("poc-lora ") for page in PAGES.keys() - set(pages) for line in lines(page))
+    for line in dict.fromkeys(line for page in pages for line in lines(page) if line.startswith("poc-lora ")):
         words = [paths.get(word, word) for word in shlex.split(line) if word != "path/to/c"]
         if words[1] == "merge" and "merged" in words:  # each its own
             merged = words[words.index("merged")] = f"merged{len(ran)}"
@@ -60,18 +132,116 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
             words += ["--limit", "5"]
         call(monkeypatch, words)
         ran.append(words[1])
-    first = ["check", "train", "merge", "eval", "report"]
-    assert ran == [*first, "check", "merge", "merge", "merge", "fold", "eval", "eval", "push"]
+    readme = ["check", "train", "merge", "eval", "report", "check", "merge", "merge", "fold"]
+    assert ran == [*readme, "eval", "eval", "merge", "push", "check", "train"]
     assert "PoC merge" in capsys.readouterr().out
 
 
-def test_the_run_in_the_readme_is_valid():
-    (text,) = blocks("yaml")
-    assert validate(yaml.safe_load(text.replace("1e-4", "0.0001").replace("1e-6", "0.000001")), where="README")
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_has_its_program_options_and_files(page):
+    for line in lines(page):
+        check_line(shlex.split(line))
+    for line in inline_commands(page):
+        words = line.split()[1:]
+        command, rest = find_verb(words)
+        assert command.name != "poc-lora" or words[0].startswith("--"), f"no such command: {line}"
+        known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+        assert {word for word in rest if word.startswith("--")} <= known, line
 
 
-def test_the_loop_in_the_readme_runs(tiny_llama):
-    (loop,) = [block for block in blocks("python") if "AdapterBank" in block]
+@pytest.mark.parametrize("page", PAGES)
+def test_every_key_and_extra_that_is_named_exists(page):
+    for key in re.findall(rf"`((?:{'|'.join(SECTIONS)})\.\w+)(?:=[^`]*)?`", prose(page)):
+        assert key in KEYS or key.endswith((".py", ".yaml", ".json")), key
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(re.findall(r"poc-lora\[(\w+)\]", PAGES[page])) <= set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_configuration_is_valid(page):
+    for text in blocks(page, "yaml"):
+        assert validate(parse_yaml(text, where=page), where=page)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_python_block_compiles(page):
+    for text in blocks(page, "python"):
+        compile(text, page, "exec")
+
+
+def anchors(page):
+    titles = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_image_leads_somewhere(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose(page)) + re.findall(r'<img src="([^"]+)"', prose(page))
+    for target in targets:
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert file.is_relative_to(ROOT), target
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.relative_to(ROOT).as_posix()), target
+        if file.suffix == ".png":
+            assert file.stat().st_size < 100_000, target
+
+
+def test_every_page_of_docs_is_linked_from_the_readme():
+    assert len(PAGES["README.md"].splitlines()) <= 200
+    for page in PAGES:
+        assert page == "README.md" or f"]({page}" in PAGES["README.md"], page
+
+
+RESULTS = sorted((ROOT / "scripts" / "benchmarks" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_measurement_is_linked_with_its_command(path):
+    page = PAGES["docs/benchmarks.md"]
+    assert f"](../{path.relative_to(ROOT).as_posix()})" in page
+    command = json.loads(path.read_text()).get("command", f"--out {path.relative_to(ROOT).as_posix()}\n")
+    assert command in page
+
+
+@pytest.mark.parametrize("name", ["train_tiny", "train_tiny_compiled", "train_small"])
+def test_the_speeds_of_training_are_those_of_the_json_file(name):
+    found = json.loads((RESULTS[0].parent / f"{name}.json").read_text())
+    (row,) = [line for line in PAGES["docs/benchmarks.md"].splitlines() if f"[`{name}`]" in line]
+    cells = row.replace(",", "").split(" | ")
+    speeds = [found["tokens_per_s"][side]["median"] for side in ("packed", "trainer", "loop")]
+    assert list(map(float, cells[1:4])) == pytest.approx(speeds, abs=0.51)
+    ratio = found["ratio"]["trainer"]
+    assert list(map(float, re.findall(r"[\d.]+", cells[4]))) == pytest.approx(
+        [ratio["median"], *ratio["range"]], abs=0.0051
+    )
+
+
+def test_the_accuracies_of_the_demo_are_those_of_the_json_file():
+    spec = importlib.util.spec_from_file_location("demo_seeds", ROOT / "scripts" / "benchmarks" / "demo_seeds.py")
+    demo_seeds = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo_seeds)
+    found = json.loads((RESULTS[0].parent / "demo_seeds.json").read_text())
+    for row in demo_seeds.summary(found).splitlines()[2:]:
+        assert row.partition(" | ")[2].replace("-", "−") in PAGES["docs/benchmarks.md"]
+    average, best, *merges, ensemble = re.findall(r"\d\d\.\d\d", demo_seeds.summary(found).splitlines()[2])[:6]
+    row = f"| {average} | {best} | {' | '.join(merges)} | {ensemble} |"
+    assert row in PAGES["README.md"].replace("**", "")
+
+
+def test_the_house_names_every_room():
+    (house,) = [text for text in blocks("CONTRIBUTING.md", "") if "training/" in text]
+    for path in Path(poc_lora.__file__).parent.iterdir():
+        if path.is_dir() and path.name != "__pycache__":
+            assert f"{path.name}/" in house, path.name
+        elif path.suffix == ".py":
+            assert path.name in house, path.name
+
+
+def test_the_loop_in_training_md_runs(tiny_llama):
     ids = torch.randint(0, 97, (16, 6))
     seen = []
     scope = {
@@ -79,17 +249,51 @@ def test_the_loop_in_the_readme_runs(tiny_llama):
         "batches": [(ids, ids)] * 2,
         "validate": lambda m: seen.append(m(ids).logits.shape),
     }
-    exec(loop, scope)  # noqa: S102
+    exec(block("docs/training.md", "AdapterBank"), scope)  # noqa: S102
     assert seen == [(16, 6, 97)]
     assert scope["adapter"].modules["model.layers.0.self_attn.q_proj"].B.abs().sum() > 0
 
 
-def test_the_trainer_in_the_readme_runs(tiny_llama, tmp_path, monkeypatch):
+ROWS = [{"input_ids": list(range(5, 11)), "labels": list(range(5, 11))} for _ in range(4)]
+
+
+def test_the_trainer_in_training_md_runs(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (loop,) = [block for block in blocks("python") if "Trainer" in block]
-    rows = [{"input_ids": list(range(5, 11)), "labels": list(range(5, 11))} for _ in range(4)]
+    loop = block("docs/training.md", "Trainer")
     small = loop.replace("range(8)", "range(2)").replace("seed=adapter)", "seed=adapter, max_steps=2, report_to=[])", 1)
     assert small.count("max_steps") == 1
-    exec(small, {"model": tiny_llama, "rows": rows})  # noqa: S102
+    exec(small, {"model": tiny_llama, "rows": ROWS})  # noqa: S102
     merge_folders([Path("adapters/0"), Path("adapters/1")], Path("merged"))
     assert Path("merged/adapter_model.safetensors").is_file()
+
+
+def test_the_trainer_in_the_readme_runs(tiny_llama, tmp_path):
+    scope = {
+        "Trainer": Trainer,
+        "peft_model": get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"])),
+        "arguments": TrainingArguments(str(tmp_path), max_steps=1, report_to=[]),
+        "rows": ROWS,
+    }
+    exec(block("README.md", "Trainer"), scope)  # noqa: S102
+    scope["trainer"].train()
+    assert isinstance(scope["trainer"].optimizer.optimizer, NoisyAdamW)
+
+
+def test_the_merged_adapter_in_merging_md_loads(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrapped = get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"]))
+    wrapped.save_pretrained("runs/mine/merged")
+    scope = {"base": wrapped.unload()}
+    exec(block("docs/merging.md", "PeftModel"), scope)  # noqa: S102
+    assert scope["model"].peft_config["default"].target_modules == {"q_proj"}
+
+
+def test_the_example_in_theory_md_runs_and_the_merge_is_better(capsys):
+    example = block("docs/theory.md", "poc_lora.mfnn")
+    short = example.replace("steps=1000", "steps=50")
+    assert short != example
+    scope = {}
+    exec(short, scope)  # noqa: S102
+    assert scope["particles"].shape == (8, 256, 3)
+    single, merged = map(float, re.findall(r"tensor\((.*?)\)", capsys.readouterr().out))
+    assert merged < single  # Jensen: an average's squared error is at most the average squared error

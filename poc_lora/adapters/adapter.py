@@ -1,7 +1,8 @@
-"""One LoRA adapter: in memory, and on disk in PEFT's format, read as untrusted.
+"""One LoRA adapter, in memory and on disk in PEFT's format.
 
-Reading is default-deny. Only what leaves no doubt about ΔW = scale · B A is accepted; anything else is an
-AdapterError that says why, before a tensor is read. Nothing in the folder but the two named files is opened.
+Adapter folders are untrusted and reading is default-deny: only settings and tensors that define ΔW = scale · B A
+without doubt are accepted. Anything else raises an AdapterError with the reason, before a tensor is read. Only
+adapter_config.json and adapter_model.safetensors are opened.
 """
 
 import json
@@ -20,7 +21,7 @@ from torch.nn import functional
 
 from poc_lora.adapters.factors import DTYPES, Factors, check_name, check_shapes, is_finite
 from poc_lora.adapters.peft_config import check_config, module_scales, plain_targets
-from poc_lora.adapters.weights_file import PREFIX, StoredFactors, StoredWhole, read_header
+from poc_lora.adapters.weights_file import PREFIX, LazyFactors, LazyModulesToSave, read_header
 from poc_lora.errors import AdapterError, PocLoraError
 from poc_lora.files import commit_folder, read_json, sync
 
@@ -33,14 +34,19 @@ MAX_CONFIG_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter: module path in the base model (such as `model.layers.0.self_attn.q_proj`) to factors.
+    """A LoRA adapter.
 
-    embeddings: the modules that are embeddings, whose ΔW [d, vocabulary] is added to the transposed table.
-    fan_in_fan_out: the base keeps weights of other modules transposed too, [d_in, d_out], as GPT-2 does. PEFT has one
-    flag for all modules, and corrects it by what it finds in the base.
-    whole: parameters that replace the base's, by path (such as lm_head.weight): PEFT's modules_to_save.
-    task_type: PEFT's, which chooses the class that it wraps the model in; None is its plain one, which fits any model.
-    targets: last parts of paths that are known to name no module of the base but these; see `target_modules`.
+    Args:
+        modules: The factors of each module, by its path in the base model (`model.layers.0.self_attn.q_proj`).
+        base_model: The base model's Hub id or folder.
+        revision: The base model's branch, tag or commit.
+        source: Where the adapter comes from, for messages.
+        embeddings: The modules that are embeddings; their ΔW [d, vocabulary] is added to the transposed table.
+        fan_in_fan_out: The base keeps the weights of other modules transposed too, [d_in, d_out], as GPT-2 does. PEFT
+            has one flag for all modules, and corrects it for each layer of the base.
+        modules_to_save: The parameters that replace the base's (PEFT's modules_to_save), by path (`lm_head.weight`).
+        task_type: PEFT's task type, which selects its model class; None selects `PeftModel`, which fits any model.
+        targets: Module names (last parts of paths) known to match no other module of the base; see `target_modules`.
     """
 
     modules: Mapping[str, Factors]
@@ -49,31 +55,37 @@ class Adapter:
     source: str = field(default="memory", compare=False)
     embeddings: frozenset[str] = frozenset()
     fan_in_fan_out: bool = False
-    whole: Mapping[str, Tensor] = field(default_factory=dict)
+    modules_to_save: Mapping[str, Tensor] = field(default_factory=dict)
     task_type: str | None = None
     targets: frozenset[str] = field(default=frozenset(), compare=False)
 
     def rank(self, module: str) -> int:
-        """The rank of a module's factors, which are not read."""
-        return self.modules.rank(module) if isinstance(self.modules, StoredFactors) else self.modules[module].rank
+        """The rank of a module's factors, without reading them."""
+        return self.modules.rank(module) if isinstance(self.modules, LazyFactors) else self.modules[module].rank
 
     def shape(self, module: str) -> tuple[int, int]:
-        """The shape [d_out, d_in] of a module's ΔW, whose factors are not read."""
-        return self.modules.shape(module) if isinstance(self.modules, StoredFactors) else self.modules[module].shape
+        """The shape [d_out, d_in] of a module's ΔW, without reading its factors."""
+        return self.modules.shape(module) if isinstance(self.modules, LazyFactors) else self.modules[module].shape
 
 
 def read_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
-    """Read a PEFT adapter folder; the factors keep their stored dtype, the scale is alpha / r or alpha / sqrt(r).
+    """Read a PEFT adapter folder into memory.
 
-    root: the folder that links may not lead out of, default the adapter's own.
-    Raises AdapterError for whatever is missing, damaged, too large, or not plain LoRA.
+    The factors keep their stored dtype; their scale is alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+    Args:
+        folder: The adapter's folder.
+        root: The folder that symbolic links may not lead out of; by default `folder`.
+
+    Raises:
+        AdapterError: A file is missing, damaged or too large, or the adapter is not plain LoRA.
     """
     opened = open_adapter(folder, root=root)
-    return replace(opened, modules=dict(opened.modules), whole=dict(opened.whole))
+    return replace(opened, modules=dict(opened.modules), modules_to_save=dict(opened.modules_to_save))
 
 
 def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
-    """As `read_adapter`, but tensors stay in the file until one is asked for, and are not kept."""
+    """Like `read_adapter`, but each tensor is read from the file when it is accessed, and not kept."""
     folder = Path(folder)
     try:
         config_path, weights_path = (_real_file(folder, name, root or folder) for name in (CONFIG_NAME, WEIGHTS_NAME))
@@ -82,15 +94,15 @@ def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
     config = read_json(config_path, error=AdapterError, max_bytes=MAX_CONFIG_BYTES)
     check_config(config, config_path)
     header = read_header(weights_path, config.get("modules_to_save") or ())
-    scales = module_scales(config, {name: pair.shape_A[0] for name, pair in header.pairs.items()}, config_path)
+    scales = module_scales(config, {name: pair.shape_A[0] for name, pair in header.layers.items()}, config_path)
     return Adapter(
-        modules=StoredFactors(header, scales),
+        modules=LazyFactors(header, scales),
         base_model=config.get("base_model_name_or_path") or None,
         revision=config.get("revision") or None,
         source=str(folder),
         embeddings=header.embeddings,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        whole=StoredWhole(header),
+        modules_to_save=LazyModulesToSave(header),
         task_type=config.get("task_type") or None,
         targets=plain_targets(config),
     )
@@ -103,17 +115,25 @@ def write_adapter(
     dtype: torch.dtype = torch.float32,
     extra_files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `adapter` as a new PEFT adapter folder, whole or not at all; same adapter, same bytes.
+    """Write an adapter as a new PEFT adapter folder, atomically; the same adapter gives the same bytes.
 
-    It is read back and compared before the folder gets its name. One rank for all modules (the largest; smaller ones
-    are padded with zeros), lora_alpha = rank, the scales folded into B; parameters saved whole keep their dtype.
-    `extra_files`: further text files of the folder by name.
-    Raises AdapterError for an adapter that cannot be written in `dtype`, RequestError if `folder` exists.
+    All modules get one rank, the largest, and smaller ones are padded with zeros; lora_alpha = rank, and the scales go
+    into B. The files are read back and compared before the folder gets its name.
+
+    Args:
+        adapter: The adapter to write.
+        folder: The folder to create.
+        dtype: The dtype of the factors; parameters of modules_to_save keep theirs.
+        extra_files: The contents of further text files, by name.
+
+    Raises:
+        AdapterError: `folder` exists, or the adapter has no modules or cannot be written in `dtype`.
+        PocLoraError: The disk could not be written to.
     """
     folder = Path(folder)
     _check_writable(adapter, folder, dtype)
     rank = max(factors.rank for factors in adapter.modules.values())
-    tensors = {PREFIX + name: tensor.detach().contiguous() for name, tensor in adapter.whole.items()}
+    tensors = {PREFIX + name: tensor.detach().contiguous() for name, tensor in adapter.modules_to_save.items()}
     for name, factors in adapter.modules.items():
         check_name(name, adapter.source)
         check_shapes(name, tuple(factors.A.shape), tuple(factors.B.shape), adapter.source)
@@ -138,7 +158,7 @@ def write_adapter(
         "bias": "none",
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "init_lora_weights": True,
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.whole}) or None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.modules_to_save}) or None,
         "use_dora": False,
         "use_rslora": False,
         "rank_pattern": {},
@@ -161,10 +181,10 @@ def write_adapter(
 
 
 def target_modules(names: Iterable[str], known: Collection[str]) -> list[str]:
-    """The `target_modules` under which PEFT attaches the modules `names`, and no others of their base.
+    """Returns the `target_modules` with which PEFT attaches exactly the modules `names`.
 
-    Last parts such as q_proj where every one of them is `known` to name no other module, and names one in each of the
-    layers 0..L-1 of a single stack; else full module paths, which are always right.
+    These are last parts of paths, such as q_proj, if each is `known` to match no other module and matches one module in
+    each layer 0..L-1 of a single stack; otherwise the full paths, which are always right.
     """
     names = sorted(names)
     layers_of: dict[str, dict[str, set[int]]] = {}  # suffix -> path with the layer left out -> layers
@@ -180,7 +200,7 @@ def target_modules(names: Iterable[str], known: Collection[str]) -> list[str]:
 
 
 def _padded(factors: Factors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Factors as they are written: of that rank and dtype, with the scale in B. No copy where they are so already."""
+    """Returns A and B of the given rank and dtype, with the scale in B; not copied if they are so already."""
     A, B = factors.A.detach(), factors.B.detach()
     B = (B.double() * factors.scale if factors.scale != 1 else B).to(dtype)
     missing = rank - factors.rank
@@ -190,14 +210,14 @@ def _padded(factors: Factors, rank: int, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def _keys(adapter: Adapter, module: str) -> tuple[str, str]:
-    """What PEFT calls the module's A and B."""
+    """PEFT's names of the module's A and B."""
     if module in adapter.embeddings:
         return f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B"
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
 def _check_written(adapter: Adapter, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Raises AdapterError unless the folder reads as an adapter of these tensors, with scales of 1."""
+    """Raises AdapterError unless the folder reads back as these tensors, with scales of 1."""
     written = open_adapter(folder)
 
     def same(module: str) -> bool:
@@ -206,11 +226,13 @@ def _check_written(adapter: Adapter, tensors: Mapping[str, Tensor], folder: Path
 
     if not (
         written.modules.keys() == adapter.modules.keys()
-        and written.whole.keys() == adapter.whole.keys()
+        and written.modules_to_save.keys() == adapter.modules_to_save.keys()
         and all(same(module) for module in adapter.modules)
-        and all(torch.equal(tensor, tensors[PREFIX + name]) for name, tensor in written.whole.items())
+        and all(torch.equal(tensor, tensors[PREFIX + name]) for name, tensor in written.modules_to_save.items())
     ):
-        raise AdapterError("the file reads back as other weights", where=folder, fix="check the disk, and write again")
+        raise AdapterError(
+            "the file does not read back as it was written", where=folder, fix="check the disk, and write again"
+        )
 
 
 def _check_writable(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
@@ -223,7 +245,7 @@ def _check_writable(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _real_file(folder: Path, name: str, root: Path) -> Path:
-    """The real path of a plain file of the folder; links may not lead out of `root`."""
+    """Returns the resolved path of a regular file; links may not lead out of `root`."""
     path = folder / name
     if not folder.is_dir():
         raise AdapterError("no such folder", where=folder, fix="give the folder that holds adapter_config.json")

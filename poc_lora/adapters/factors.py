@@ -1,4 +1,4 @@
-"""One module's low-rank update, and the limits that factors from strangers must keep."""
+"""One module's LoRA factors, and the limits on factors from untrusted files."""
 
 import math
 import re
@@ -48,19 +48,19 @@ class Factors:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity, in one pass and without a copy."""
-    # Minimum and maximum carry a NaN through.
+    """Whether a tensor has neither NaN nor infinity, in one pass and without a copy."""
+    # Minimum and maximum propagate NaN.
     return tensor.numel() == 0 or all(math.isfinite(bound.item()) for bound in torch.aminmax(tensor.detach()))
 
 
 def check_name(module: str, where: str | Path) -> None:
-    """Raises AdapterError for what cannot be a module's path."""
+    """Raises AdapterError if `module` is not a valid module path."""
     if len(module) > MAX_NAME or not _NAME.fullmatch(module):
         raise AdapterError(f"{module[:MAX_NAME]!r} is not a module path", where=where)
 
 
 def check_shapes(module: str, A: tuple[int, ...], B: tuple[int, ...], where: str | Path) -> None:
-    """Raises AdapterError for shapes that are not those of factors, or beyond any adapter's."""
+    """Raises AdapterError unless A is [r, d_in] and B [d_out, r], within the limits on rank and width."""
     shapes = f"A {list(A)} and B {list(B)}"
     if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
         raise AdapterError(f"{module} has factors {shapes}, not [r, d_in] and [d_out, r]", where=where)

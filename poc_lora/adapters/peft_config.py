@@ -1,6 +1,6 @@
-"""What a PEFT LoRA configuration says about its factors, read as untrusted and default-deny.
+"""Checks of a PEFT LoRA configuration, which is untrusted, and the scales it gives the factors.
 
-Only fields whose meaning is known are accepted; whatever else is set away from its default is refused by name.
+Only fields with a known meaning are accepted; any other field that is not at its default is refused by name.
 """
 
 import math
@@ -13,12 +13,12 @@ from poc_lora.adapters.factors import MAX_NAME, MAX_RANK, check_name
 from poc_lora.errors import AdapterError
 
 MAX_ALPHA = 1e6
-MAX_BASE_NAME = 4096  # the longest path; a merge writes the name on
-MAX_WHOLE = 64  # modules saved whole
+MAX_BASE_NAME = 4096  # the longest path; a merge copies the name
+MAX_MODULES_TO_SAVE = 64
 COMPILE_STEPS = 1e5
 MAX_PATTERN_STEPS = 3e8  # what matching all patterns may cost at worst; 1,000 plain ones on as many modules: 6e7
 
-# Fields that do not change what the saved factors mean: how they were trained, initialised or selected.
+# Fields that do not change the meaning of the saved factors: how they were trained, initialised or selected.
 HARMLESS = {
     "auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
@@ -32,7 +32,7 @@ UNDERSTOOD = {
 
 TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")  # PEFT's
 
-# Fields that, switched on, make the update something else than scale · B A on linear layers.
+# Fields that, if set, make the update something other than scale · B A on linear layers.
 REFUSED = {
     "alora_invocation_tokens": "an activated LoRA applies only after certain tokens",
     "arrow_config": "Arrow routes every token among several adapters",
@@ -55,7 +55,7 @@ _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
 def check_config(config: Any, where: Path) -> None:
-    """Raise AdapterError unless the configuration is of plain LoRA."""
+    """Raises AdapterError unless the configuration is of plain LoRA."""
     if not isinstance(config, dict):
         raise AdapterError("the configuration is not a JSON object", where=where)
     if config.get("peft_type") != "LORA":
@@ -76,7 +76,7 @@ def check_config(config: Any, where: Path) -> None:
         text = config.get(name)
         if not isinstance(text, str | None) or len(text or "") > MAX_BASE_NAME:
             raise AdapterError(f"{name} is not a text of at most {MAX_BASE_NAME} characters", where=where)
-    # A merge writes it on, and a model card puts it into code that readers copy.
+    # A merge copies it, and a model card puts it into code that readers paste.
     if not re.fullmatch(r"[\w./-]{0,255}", config.get("revision") or "", re.ASCII):
         what = "revision is not the name of a branch, a tag or a commit"
         raise AdapterError(what, where=where, fix="correct it, for example to main")
@@ -86,16 +86,20 @@ def check_config(config: Any, where: Path) -> None:
     for name in ("use_rslora", "fan_in_fan_out"):
         if not isinstance(config.get(name, False), bool | None):
             raise AdapterError(f"{name} is neither true nor false", where=where)
-    whole = config.get("modules_to_save") or []
-    if not isinstance(whole, list) or len(whole) > MAX_WHOLE or not all(isinstance(name, str) for name in whole):
-        raise AdapterError(f"modules_to_save is not a list of up to {MAX_WHOLE} names", where=where)
-    for name in whole:
+    to_save = config.get("modules_to_save") or []
+    if (
+        not isinstance(to_save, list)
+        or len(to_save) > MAX_MODULES_TO_SAVE
+        or not all(isinstance(name, str) for name in to_save)
+    ):
+        raise AdapterError(f"modules_to_save is not a list of up to {MAX_MODULES_TO_SAVE} names", where=where)
+    for name in to_save:
         check_name(name, where)
     _check_init(config.get("init_lora_weights", True), where)
 
 
 def plain_targets(config: dict[str, Any]) -> frozenset[str]:
-    """The `target_modules` that each name the adapter's modules and no others of its base: all that are so called."""
+    """The `target_modules` that match all modules of the base with that name, and none is excluded."""
     targets = config.get("target_modules")
     restricted = any(config.get(name) not in (None, []) for name in ("exclude_modules", "layers_to_transform"))
     if not isinstance(targets, list) or restricted:
@@ -121,7 +125,16 @@ def _check_init(init: Any, where: Path) -> None:
 
 
 def module_scales(config: dict[str, Any], ranks: dict[str, int], where: Path) -> dict[str, float]:
-    """Each module's scale as PEFT sets it, after its rank was found to agree with its tensors."""
+    """Returns each module's scale as PEFT computes it.
+
+    Args:
+        config: A configuration that `check_config` accepts.
+        ranks: The rank of each module's tensors.
+        where: The configuration's file, for messages.
+
+    Raises:
+        AdapterError: A rank differs from the configuration's, or a rank or alpha pattern cannot be used.
+    """
     names = list(ranks)
     stated = _by_module(config, "rank_pattern", "r", names, where, largest=MAX_RANK)
     alphas = _by_module(config, "alpha_pattern", "lora_alpha", names, where, largest=MAX_ALPHA)
@@ -136,7 +149,7 @@ def module_scales(config: dict[str, Any], ranks: dict[str, int], where: Path) ->
 def _by_module(
     config: dict[str, Any], patterns_key: str, default_key: str, names: list[str], where: Path, *, largest: float
 ) -> dict[str, float]:
-    """The value for each module: of the first pattern that matches its path, as in PEFT, else the default."""
+    """The value for each module: that of the first pattern that matches its path, as in PEFT, or the default."""
     patterns = config.get(patterns_key) or {}
     if not isinstance(patterns, dict):
         raise AdapterError(f"{patterns_key} is not an object", where=where)
@@ -152,10 +165,10 @@ def _by_module(
 
 
 def _compile(patterns: Iterable[str], names: list[str], where: Path) -> list[tuple[str, re.Pattern[str]]]:
-    """PEFT's regular expressions for the patterns; those that could take long to match are refused untried.
+    """Compile the patterns as PEFT does, and refuse those that could take very long to match.
 
-    Without repeated groups, matching takes at most len(name) to the power of a pattern's repetitions, times the
-    product of its choices. Compiling one counts as many steps.
+    Without repeated groups, matching takes at most len(name) ** repetitions × product of choices steps. Compiling a
+    pattern counts as COMPILE_STEPS.
     """
     compiled, steps, longest = [], 0.0, max(map(len, names))
     for key in patterns:

@@ -1,6 +1,5 @@
-"""Where adapters come from: folders, runs, and the Hugging Face Hub."""
+"""Find adapters in folders, runs and on the Hugging Face Hub."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,44 +11,41 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.adapters.weights_file import MAX_WEIGHTS_BYTES
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.errors import AdapterError
-
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+from poc_lora.errors import AdapterError, first_line
+from poc_lora.hub_ids import is_adapter_id, split_revision
 
 
 @dataclass(frozen=True)
 class Source:
-    """One adapter's folder, and what to call it in a report, which does not tell where on this machine it lies."""
+    """One adapter's folder."""
 
     folder: Path
-    name: str
-    root: Path  # links in the folder lead no further up than this
+    name: str  # for reports, which do not name local folders in full
+    root: Path  # symbolic links in the folder may not lead out of this one
     revision: str | None = None  # the commit of a Hub repository
 
 
 def find_sources(source: str | Path) -> list[Source]:
-    """The adapters that `source` stands for: an adapter folder, a run (its finished adapters, by number), or a Hub id.
+    """Find the adapters of a source.
 
-    A Hub id is org/name or org/name@revision, with no such folder here; its two files are fetched into
-    huggingface_hub's cache. Raises AdapterError.
+    Args:
+        source: An adapter folder; a run folder, for its finished adapters by number; or a Hub id, org/name or
+            org/name@revision, if there is no such folder. An adapter on the Hub is downloaded into the cache.
+
+    Raises:
+        AdapterError: There is no adapter, or it cannot be downloaded.
     """
     path = Path(source)
     try:
-        if is_hub_id(source):
-            repo, _, revision = str(source).partition("@")
-            return [_fetch(repo, revision or None)]
+        if is_adapter_id(source):
+            return [_fetch(*split_revision(source))]
         return [Source(folder, _name(folder), path) for folder in find_adapters(path)]
     except OSError as problem:  # a name that is too long, a folder that may not be searched
         raise AdapterError(f"cannot be read: {problem.strerror}", where=source) from problem
 
 
-def is_hub_id(source: str | Path) -> bool:
-    """Whether a source is org/name or org/name@revision, with no such folder here."""
-    return bool(HUB_ID.fullmatch(str(source))) and not Path(source).exists()
-
-
 def find_adapters(source: Path) -> list[Path]:
-    """The adapter folders that `source` stands for: itself, or the finished ones of a run, by number."""
+    """Returns `source` if it is an adapter folder, or a run's finished adapters by number. Raises AdapterError."""
     if (source / CONFIG_NAME).exists() or (source / WEIGHTS_NAME).exists():
         return [source]
     inside = RunFolder(source).adapters
@@ -62,12 +58,12 @@ def find_adapters(source: Path) -> list[Path]:
     numbered = [folder for folder in inside.iterdir() if folder.name.isascii() and folder.name.isdigit()]
     finished = [folder for folder in numbered if (folder / CONFIG_NAME).exists() and (folder / WEIGHTS_NAME).exists()]
     if not finished:
-        raise AdapterError("the run has no finished adapters", where=inside, fix="let it train to the end first")
+        raise AdapterError("the run has no finished adapters", where=inside, fix="let it finish training first")
     return sorted(finished, key=lambda folder: (int(folder.name), folder.name))
 
 
 def refuse_duplicates(sources: Sequence[Source], hashes: Sequence[str]) -> None:
-    """Raises AdapterError where two sources hold the same weights."""
+    """Raises AdapterError if two sources have the same weights."""
     seen: dict[str, Source] = {}
     for source, digest in zip(sources, hashes, strict=True):
         if digest in seen:
@@ -83,7 +79,7 @@ def _fetch(repo: str, revision: str | None) -> Source:
     try:
         config = Path(hf_hub_download(repo, CONFIG_NAME, revision=revision))
         folder = config.parent  # models--org--name/snapshots/COMMIT, whose files are links into blobs/
-        # Of the same commit, whatever the branch has become in the meantime.
+        # From the same commit, even if the branch has moved in the meantime.
         planned: Any = hf_hub_download(repo, WEIGHTS_NAME, revision=folder.name, dry_run=True)
         if planned.file_size > MAX_WEIGHTS_BYTES:
             raise AdapterError(f"{WEIGHTS_NAME} has {planned.file_size:,} bytes, more than any adapter", where=repo)
@@ -92,17 +88,16 @@ def _fetch(repo: str, revision: str | None) -> Source:
         raise
     except RemoteEntryNotFoundError as problem:
         raise AdapterError(
-            f"the repository has not both {CONFIG_NAME} and {WEIGHTS_NAME}",
+            f"the repository lacks {CONFIG_NAME} or {WEIGHTS_NAME}",
             where=repo,
-            fix="where its weights are a pickle (.bin) and you trust it, convert it with PEFT: "
+            fix="if its weights are a pickle (.bin) and you trust it, convert it with PEFT: "
             "PeftModel.from_pretrained(base, ID).save_pretrained(FOLDER)",
         ) from problem
-    except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be had
-        first = str(problem).strip().split("\n")[0]
+    except Exception as problem:  # huggingface_hub raises many kinds
         raise AdapterError(
-            f"no folder here, and it cannot be fetched from the Hub: {first}",
+            f"no folder here, and it cannot be fetched from the Hub: {first_line(problem)}",
             where=repo,
-            fix="check the name, the network, and that you are logged in where it is private (hf auth login)",
+            fix="check the name, the network, and, if it is private, that you are logged in (hf auth login)",
         ) from problem
     return Source(folder, f"{repo}@{folder.name}", folder.parents[1], folder.name)
 

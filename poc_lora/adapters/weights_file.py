@@ -1,4 +1,4 @@
-"""An adapter's file of tensors, from a stranger: judged by its header alone, then read tensor by tensor when asked."""
+"""An adapter's safetensors file, untrusted: checked by its header alone, then read lazily, tensor by tensor."""
 
 import contextlib
 import re
@@ -24,8 +24,8 @@ _FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>(embe
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Where a module's factors are in the file: the names of A and B, and their shapes."""
+class LayerWeights:
+    """A module's factors in the file: the names and shapes of A and B."""
 
     key_A: str
     key_B: str
@@ -35,52 +35,55 @@ class Pair:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file of tensors holds, found to be plain LoRA within the limits."""
+    """The contents of a weights file, once its header has passed the checks."""
 
     path: Path
-    pairs: Mapping[str, Pair]  # by module, in order of name
+    layers: Mapping[str, LayerWeights]  # by module, sorted
     embeddings: frozenset[str]  # the modules that are embeddings
-    whole: Mapping[str, tuple[int, ...]]  # shapes of the tensors of modules saved whole, by parameter path
+    modules_to_save: Mapping[str, tuple[int, ...]]  # the shapes of their parameters, by path
 
 
 def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
-    """Check names, dtypes, shapes and sizes on the header, and read no tensor.
+    """Check the names, dtypes, shapes and sizes in a file's header, without reading a tensor.
 
-    modules_to_save: the modules that may be there whole, by their last parts, as in PEFT.
-    Raises AdapterError for whatever is damaged, too large, or not understood.
+    Args:
+        path: The safetensors file.
+        modules_to_save: PEFT's names (last parts of paths) of modules whose parameters are in the file.
+
+    Raises:
+        AdapterError: The file is damaged, too large, or has tensors other than LoRA factors and modules_to_save.
     """
     found: dict[str, dict[str, str]] = {}
-    whole: dict[str, tuple[int, ...]] = {}
+    saved: dict[str, tuple[int, ...]] = {}
     with _opened(path) as stored:
         for key in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
             match = _FACTOR.fullmatch(key)
             if match and bool(match["weight"]) != match["factor"].startswith("embedding_"):
                 found.setdefault(match["module"], {})[match["factor"]] = key
             elif key.startswith(PREFIX) and _is_of(key.removeprefix(PREFIX), modules_to_save):
-                whole[key.removeprefix(PREFIX)] = _check_whole(key, stored.get_slice(key), path)
+                saved[key.removeprefix(PREFIX)] = _check_saved(key, stored.get_slice(key), path)
             else:
                 fix = f"only {PREFIX}<module>.lora_A.weight, .lora_B.weight and .lora_embedding_A, _B are understood"
                 if key.endswith(".base_layer.weight"):
                     fix = "it is the base's own: save without it, save_pretrained(DIR, save_embedding_layers=False)"
                 what = f"the tensor {key[:MAX_NAME]!r} is not a LoRA factor of a linear layer or an embedding"
                 raise AdapterError(what, where=path, fix=fix)
-        if not 0 < len(found) <= MAX_MODULES or len(whole) > MAX_MODULES:
+        if not 0 < len(found) <= MAX_MODULES or len(saved) > MAX_MODULES:
             raise AdapterError(f"{len(found)} modules, where 1 to {MAX_MODULES} are read", where=path)
-        pairs = {module: _check_pair(module, found[module], stored.get_slice, path) for module in sorted(found)}
-    missing = [name for name in modules_to_save if not any(_is_of(key, [name]) for key in whole)]
-    # PEFT names both of these for every classifier, which has one of them.
-    if missing and (not whole or set(missing) - {"classifier", "score"}):
+        layers = {module: _check_layer(module, found[module], stored.get_slice, path) for module in sorted(found)}
+    missing = [name for name in modules_to_save if not any(_is_of(key, [name]) for key in saved)]
+    # PEFT lists both of these for every classifier, which has only one of them.
+    if missing and (not saved or set(missing) - {"classifier", "score"}):
         what = f"modules_to_save names {missing[0][:MAX_NAME]!r}, which is not in the file"
         raise AdapterError(what, where=path, fix="save the adapter again, with PEFT's save_pretrained")
     embeddings = frozenset(module for module, keys in found.items() if "embedding_A" in keys)
-    return Header(path, pairs, embeddings, dict(sorted(whole.items())))
+    return Header(path, layers, embeddings, dict(sorted(saved.items())))
 
 
-class StoredFactors(Mapping[str, Factors]):
-    """A file's factors by module. Each is read when it is asked for, and not kept: one module is in memory at a time.
+class LazyFactors(Mapping[str, Factors]):
+    """The factors in a file by module, read at each access and not kept, so that memory holds one module at a time.
 
-    Asking raises AdapterError where the factors hold NaN or infinity, or the file has changed since its header was
-    read.
+    Access raises AdapterError for NaN or infinity, and if the file has changed since its header was read.
     """
 
     def __init__(self, header: Header, scales: Mapping[str, float]):
@@ -88,57 +91,57 @@ class StoredFactors(Mapping[str, Factors]):
         self.scales = scales
 
     def __getitem__(self, module: str) -> Factors:
-        pair, path = self.header.pairs[module], self.header.path
-        # Opened anew for every module: what was read of a file stays in memory for as long as it is open.
+        layer, path = self.header.layers[module], self.header.path
+        # Reopened for every module: pages that were read stay in memory for as long as the file is open.
         with _opened(path) as stored:
-            A, B = stored.get_tensor(pair.key_A), stored.get_tensor(pair.key_B)
-        if (tuple(A.shape), tuple(B.shape)) != (pair.shape_A, pair.shape_B):
-            raise AdapterError("the file has changed while it was read", where=path)
+            A, B = stored.get_tensor(layer.key_A), stored.get_tensor(layer.key_B)
+        if (tuple(A.shape), tuple(B.shape)) != (layer.shape_A, layer.shape_B):
+            raise AdapterError("the file changed while it was being read", where=path)
         _refuse_not_finite(f"the factors of {module}", path, A, B)
         return Factors(A, B, self.scales[module])
 
     def __contains__(self, module: object) -> bool:
-        return module in self.header.pairs
+        return module in self.header.layers
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.header.pairs)
+        return iter(self.header.layers)
 
     def __len__(self) -> int:
-        return len(self.header.pairs)
+        return len(self.header.layers)
 
     def rank(self, module: str) -> int:
         """The rank of a module's factors, from the header."""
-        return self.header.pairs[module].shape_A[0]
+        return self.header.layers[module].shape_A[0]
 
     def shape(self, module: str) -> tuple[int, int]:
         """The shape [d_out, d_in] of a module's ΔW, from the header."""
-        pair = self.header.pairs[module]
-        return pair.shape_B[0], pair.shape_A[1]
+        layer = self.header.layers[module]
+        return layer.shape_B[0], layer.shape_A[1]
 
 
-class StoredWhole(Mapping[str, Tensor]):
-    """The parameters of a file's modules that were saved whole, by path; read when they are asked for, and not kept."""
+class LazyModulesToSave(Mapping[str, Tensor]):
+    """The parameters of modules_to_save in a file by path, read at each access and not kept."""
 
     def __init__(self, header: Header):
         self.header = header
 
     def __getitem__(self, name: str) -> Tensor:
-        shape, path = self.header.whole[name], self.header.path
+        shape, path = self.header.modules_to_save[name], self.header.path
         with _opened(path) as stored:
             tensor: Tensor = stored.get_tensor(PREFIX + name)
         if tuple(tensor.shape) != shape:
-            raise AdapterError("the file has changed while it was read", where=path)
+            raise AdapterError("the file changed while it was being read", where=path)
         _refuse_not_finite(name, path, tensor)
         return tensor
 
     def __contains__(self, name: object) -> bool:
-        return name in self.header.whole
+        return name in self.header.modules_to_save
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.header.whole)
+        return iter(self.header.modules_to_save)
 
     def __len__(self) -> int:
-        return len(self.header.whole)
+        return len(self.header.modules_to_save)
 
 
 def _refuse_not_finite(what: str, path: Path, *tensors: Tensor) -> None:
@@ -147,7 +150,7 @@ def _refuse_not_finite(what: str, path: Path, *tensors: Tensor) -> None:
 
 
 def _is_of(parameter: str, modules: Collection[str]) -> bool:
-    """Whether a parameter is inside one of the modules, which are named by their last parts."""
+    """Whether a parameter belongs to one of the modules, which are named by the last parts of their paths."""
     return any(f".{name}." in f".{parameter}" for name in modules)
 
 
@@ -157,6 +160,8 @@ def _opened(path: Path) -> Iterator[Any]:
         _check_sizes(path)
         with safe_open(path, framework="pt") as stored:
             yield stored
+    except AdapterError:  # a ValueError too
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
         raise AdapterError(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from problem
 
@@ -172,7 +177,7 @@ def _check_sizes(path: Path) -> None:
         raise AdapterError(f"larger than any adapter should be ({size:,} bytes, header {header:,})", where=path)
 
 
-def _check_pair(module: str, keys: dict[str, str], slice_of: Callable[[str], Any], where: Path) -> Pair:
+def _check_layer(module: str, keys: dict[str, str], slice_of: Callable[[str], Any], where: Path) -> LayerWeights:
     check_name(module, where)
     if set(keys) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
         found = " and ".join(f"lora_{factor}" for factor in sorted(keys))
@@ -182,10 +187,10 @@ def _check_pair(module: str, keys: dict[str, str], slice_of: Callable[[str], Any
         _check_dtype(f"lora_{factor} of {module}", part, where)
     (factor_A, A), (factor_B, B) = ((factor, tuple(part.get_shape())) for factor, part in sorted(parts.items()))
     check_shapes(module, A, B, where)
-    return Pair(keys[factor_A], keys[factor_B], A, B)
+    return LayerWeights(keys[factor_A], keys[factor_B], A, B)
 
 
-def _check_whole(key: str, part: Any, where: Path) -> tuple[int, ...]:
+def _check_saved(key: str, part: Any, where: Path) -> tuple[int, ...]:
     check_name(key.removeprefix(PREFIX), where)
     _check_dtype(key, part, where)
     shape = tuple(part.get_shape())

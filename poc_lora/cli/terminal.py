@@ -1,19 +1,27 @@
-"""What the verbs of the command line print, errors included, and the lists that they take."""
+"""What the verbs print, errors included, and how they parse lists of numbers."""
 
 import sys
+from collections.abc import Callable
 from traceback import format_exception
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 from poc_lora.errors import PocLoraError, RequestError, printable
 
-# What torch's allocator for the CPU says, on Linux and macOS, and on Windows; it has no exception of its own.
+if TYPE_CHECKING:
+    from poc_lora.artifacts.merge_report import MergeReport
+    from poc_lora.artifacts.results import Results
+    from poc_lora.training.loop import TrainingResult
+
+N = TypeVar("N", int, float)
+
+# torch's CPU allocator has no exception of its own; its messages on Linux and macOS, and on Windows.
 CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
 def as_error(problem: Exception) -> PocLoraError | None:
-    """The error that tells a user of `problem`; None where that is a bug or a fault of the device."""
+    """Returns the error to show a user for `problem`, None if that is a bug or a device fault."""
     if isinstance(problem, PocLoraError):
         return problem
     if _is_out_of_memory(problem):
@@ -30,7 +38,7 @@ def as_error(problem: Exception) -> PocLoraError | None:
 
 
 def _is_out_of_memory(problem: Exception) -> bool:
-    torch = sys.modules.get("torch")  # what failed has imported it, or does without
+    torch = sys.modules.get("torch")  # not imported here: whatever ran out of torch's memory has done so
     return (
         isinstance(problem, MemoryError)
         or (torch is not None and isinstance(problem, torch.OutOfMemoryError))
@@ -39,10 +47,10 @@ def _is_out_of_memory(problem: Exception) -> bool:
 
 
 def show_error(error: PocLoraError, *, traceback: bool = False) -> None:
-    """Print an error, after its traceback and those of its causes where asked for."""
+    """Print an error to stderr, with `traceback` after its traceback and those of its causes."""
     if traceback:
         typer.echo(printable("".join(format_exception(error))), err=True, nl=False)
-    if not error.told:
+    if not error.reported_elsewhere:
         typer.echo(f"poc-lora: {error}", err=True)
 
 
@@ -53,7 +61,8 @@ def show(thing: Any) -> None:
     Console().print(thing, markup=False, highlight=False)
 
 
-def show_results(results: Any) -> None:
+def show_results(results: "Results") -> None:
+    """Print the table of an evaluation and its notes."""
     from poc_lora.reporting.tables import notes, terminal_table
 
     show(terminal_table(results))
@@ -61,7 +70,8 @@ def show_results(results: Any) -> None:
         show(note)
 
 
-def show_merge(report: Any) -> None:
+def show_merge(report: "MergeReport") -> None:
+    """Print the summary of a merge and its rank sweep, if any."""
     from poc_lora.reporting.summaries import merge_summary, rank_table
 
     for line in merge_summary(report):
@@ -70,15 +80,16 @@ def show_merge(report: Any) -> None:
         show("\n".join(rank_table(report)))
 
 
-def show_training(done: Any) -> None:
+def show_training(done: "TrainingResult") -> None:
+    """Print the summary of a training run."""
     from poc_lora.reporting.summaries import training_summary
 
     for line in training_summary(done):
         typer.echo(line)
 
 
-def numbers(text: str, kind: type, option: str, example: str) -> list[Any]:
-    """The numbers of a comma-separated list. Raises RequestError."""
+def numbers(text: str, kind: Callable[[str], N], option: str, example: str) -> list[N]:
+    """Parse the comma-separated numbers of an option. Raises RequestError."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as problem:
@@ -87,6 +98,6 @@ def numbers(text: str, kind: type, option: str, example: str) -> list[Any]:
         ) from problem
 
 
-def tell_next(result: str, command: str) -> None:
-    """How every verb ends: where the result lies, and what to run next."""
+def print_next(result: str, command: str) -> None:
+    """Print the last lines of every verb: where its result is, and the command to run next."""
     typer.echo(f"\n{result}\nnext: {command}")

@@ -13,6 +13,7 @@ from typing import Any
 
 from poc_lora.errors import DataError
 from poc_lora.files import read_json, read_text
+from poc_lora.hub_ids import is_repo_id
 
 MAX_DATA_BYTES = 4 * 2**30
 TRAIN_FILES = ("train.json", "train.jsonl")
@@ -56,7 +57,7 @@ def source_files(sources: Sequence[str]) -> list[Path]:
             files += found
         elif path.is_file():
             files.append(path)
-        elif not _is_hub_id(source):
+        elif not is_repo_id(source) or source.endswith((".json", ".jsonl")):
             raise DataError("no such file or folder", where=source, fix="check data.train")
     return files
 
@@ -141,12 +142,6 @@ def _parse_chat(messages: Any, where: str) -> ChatRow:
     if not well_formed or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError("'messages' is not a list of {role, content} turns that ends with the assistant's", where=where)
     return ChatRow(tuple({"role": m["role"], "content": m["content"]} for m in messages))
-
-
-def _is_hub_id(source: str) -> bool:
-    return (
-        source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith((".json", ".jsonl"))
-    )
 
 
 def _read_hub(source: str) -> list[Row]:

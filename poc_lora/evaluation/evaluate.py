@@ -24,7 +24,7 @@ from poc_lora.evaluation.variants import Subjects, find_subjects
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_base, resolve_dtype
-from poc_lora.progress import track
+from poc_lora.progress import progress_bar
 
 
 def evaluate(
@@ -239,7 +239,7 @@ def _ask_everything(
     def began() -> None:  # where results.json stands, everything else is of the same evaluation
         (subjects.out / RESULTS).unlink(missing_ok=True)
 
-    with track(sum(len(file.items) for file in files.asked), "evaluating", hidden=ranks.rank > 0) as progress:
+    with progress_bar(sum(len(file.items) for file in files.asked), "evaluating", hidden=ranks.rank > 0) as progress:
         asker = Asker(model, tokenizer, way, ranks, progress.advance, began)
         bank = AdapterBank.from_adapters(model, list(subjects.adapters.values()))
         with bank.disabled():

@@ -13,7 +13,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.distributed import Ranks
-from poc_lora.errors import AdapterError, Interrupted, ModelError
+from poc_lora.errors import AdapterError, Interrupted, ModelError, first_line
 from poc_lora.evaluation.answers import Answer, AnswerFile, Item
 from poc_lora.evaluation.protocols.generate import NEW_TOKENS, generate_answers
 from poc_lora.evaluation.protocols.label import ANSWER_PREFIX, label_answers
@@ -80,7 +80,7 @@ class Asker:
         for number, part in enumerate(_parts(missing, size)):
             if number % self.ranks.size == self.ranks.rank:
                 self._stop_if_asked()
-                self.ranks.beat(f"asking {note}")
+                self.ranks.heartbeat(f"asking {note}")
                 everyone = self.protocol.answers(self.model, self.tokenizer, part, copies=copies)
                 for (thing, file), answers in zip(files.items(), everyone, strict=True):
                     _check_numbers(thing, part, answers)
@@ -135,9 +135,8 @@ def base_digest(name: str, revision: str | None = None) -> str:
         try:
             config = cached_file(name, "config.json", revision=revision)
         except OSError as problem:
-            first = str(problem).split("\n")[0]
             fix = "give a folder with config.json, or a Hub id org/name"
-            raise ModelError(f"no base model '{name}': {first}", where="model.name", fix=fix) from problem
+            raise ModelError(f"no base model '{name}': {first_line(problem)}", where="model.name", fix=fix) from problem
         return f"{name} at {extract_commit_hash(config, None)}"
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     return f"{folder.resolve()} {hashlib.sha256(repr(files).encode()).hexdigest()}"

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
-from poc_lora.adapters.sources import Source, find_adapters, find_sources, is_hub_id
+from poc_lora.adapters.sources import Source, find_adapters, find_sources
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import load_config
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.errors import RequestError, RunError
 from poc_lora.files import sha256_file
+from poc_lora.hub_ids import is_adapter_id
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def find_subjects(
         raise RequestError(f"no prompt template is called {prompt!r}", fix=f"known: {', '.join(TEMPLATES)}")
     runs = [target for target in targets if RunFolder(target).is_run]
     for target in targets:
-        if target not in runs and not (target / CONFIG_NAME).is_file() and not is_hub_id(target):
+        if target not in runs and not (target / CONFIG_NAME).is_file() and not is_adapter_id(target):
             what = "no such folder" if not target.is_dir() else "neither a run nor an adapter"
             fix = "give a run folder (with config.yaml), or adapters: folders with adapter_config.json, or Hub ids"
             raise RequestError(what, where=target, fix=fix)

@@ -19,6 +19,7 @@ from poc_lora.errors import RequestError
 from poc_lora.evaluation.benchmarks import FACTS, BenchmarkFacts
 from poc_lora.hub.collect import Evaluation, File, Subject
 from poc_lora.hub.usage import PIPELINES, usage
+from poc_lora.hub_ids import is_repo_id
 from poc_lora.reporting.escape import code, plain
 from poc_lora.reporting.tables import markdown
 
@@ -231,8 +232,7 @@ def _hub_datasets(subject: Subject) -> list[str]:
     return [
         source
         for source in subject.config.data.train
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source, re.ASCII)
-        and not any(Path(source) in (path, *path.parents) for path in files)
+        if is_repo_id(source) and not any(Path(source) in (path, *path.parents) for path in files)
     ]
 
 

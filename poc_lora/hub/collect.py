@@ -23,7 +23,7 @@ from poc_lora.errors import AdapterError, RequestError, RunError
 from poc_lora.evaluation.results import adapter_key
 from poc_lora.files import read_json, sha256_file
 from poc_lora.hub.public import public_config, refuse_metadata
-from poc_lora.merging.compatible import is_hub_name
+from poc_lora.hub_ids import is_base_model_id
 from poc_lora.reporting.run_files import of_these_weights
 from poc_lora.reporting.tables import markdown, table_rows
 
@@ -162,7 +162,7 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
         base_revision=config["revision"],
         task=config.get("task_type"),
         ranks=ranks,
-        modules_to_save={name: tuple(tensor.shape) for name, tensor in adapter.whole.items()},
+        modules_to_save={name: tuple(tensor.shape) for name, tensor in adapter.modules_to_save.items()},
         members=tuple(member.name for member in siblings) if members else (),
         merge=merge,
         config=load_config(origin.config) if origin else None,
@@ -211,19 +211,19 @@ def _read(folder: Path, tree: _Tree) -> tuple[Adapter, tuple[int, ...]]:
     adapter = open_adapter(folder)
     refuse_metadata(folder / WEIGHTS_NAME)
     ranks = {factors.rank for factors in adapter.modules.values()}
-    for name in adapter.whole:
-        adapter.whole[name]
+    for name in adapter.modules_to_save:
+        adapter.modules_to_save[name]
     return adapter, tuple(sorted(ranks))
 
 
 def _hub_name(adapter: Adapter, given: str | None, where: Path) -> str:
     """The base model's Hub id. Raises RequestError."""
     if given is not None:
-        if not is_hub_name(given):
+        if not is_base_model_id(given):
             raise RequestError(f"{given!r} is not a Hub id", where="--base-model", fix="such as org/name")
         return given
     name = adapter.base_model
-    if name is None or not is_hub_name(name) or Path(name).exists():
+    if name is None or not is_base_model_id(name) or Path(name).exists():
         what = "the adapter does not name its base model" if name is None else f"the base model is the folder {name}"
         raise RequestError(
             f"{what}, which others cannot load", where=where, fix="give its name on the Hub: --base-model ORG/NAME"

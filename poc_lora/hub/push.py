@@ -28,9 +28,10 @@ from huggingface_hub.utils import (
 )
 
 from poc_lora.artifacts.run_folder import RESULTS, RESULTS_TABLE
-from poc_lora.errors import PocLoraError, RequestError
+from poc_lora.errors import HubError, PocLoraError, RequestError
 from poc_lora.hub.card import EVAL_RESULTS, eval_results_files, model_card
 from poc_lora.hub.collect import File, collect
+from poc_lora.hub_ids import is_repo_id
 
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before another attempt
 PATIENCE_SECONDS = 300.0  # no other attempt after that: the library has tried each request several times already
@@ -41,13 +42,8 @@ CLAIMS = (RESULTS, RESULTS_TABLE, EVAL_RESULTS.format("*"))
 
 LOG_IN = "log in with hf auth login, or set HF_TOKEN, to a token that may write there"
 
-_REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _BRANCH = re.compile(r"(?!refs/|[0-9a-f]{40}$)\w[\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
 _TOKEN = re.compile(r"\bhf_\w{8,}")
-
-
-class HubError(PocLoraError):
-    """An upload that the Hub, or the way to it, did not let through. Nothing was changed there, or all of it."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ def push(
     Raises AdapterError, ConfigError, RunError, RequestError before anything is sent; RequestError where the token or
     the name is refused; HubError where the Hub cannot be reached or keeps failing, which changes nothing there.
     """
-    if not _REPO.fullmatch(repo_id) or repo_id.endswith(".git") or "--" in repo_id or ".." in repo_id:
+    if not is_repo_id(repo_id) or repo_id.endswith(".git") or "--" in repo_id or ".." in repo_id:
         raise RequestError(
             f"{repo_id!r} is not a repository's name", where="REPO_ID", fix="such as your-name/my-adapter"
         )

@@ -72,9 +72,9 @@ class AdapterBank:
         linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
         paths = [path for path in linears if any(path in a.modules for a in adapters)]
         for adapter in adapters:
-            if adapter.whole:
+            if adapter.modules_to_save:
                 raise AdapterError(
-                    f"the adapter replaces {min(adapter.whole)} whole (modules_to_save), which cannot be packed",
+                    f"the adapter replaces {min(adapter.modules_to_save)} (modules_to_save), which cannot be packed",
                     where=adapter.source,
                     fix="fold it into its base first: poc-lora fold ADAPTER --base BASE --out DIR",
                 )

@@ -1,7 +1,6 @@
-"""Which adapters can be merged with one another, and with which weights."""
+"""Checks of whether adapters can be merged, and with which weights."""
 
 import math
-import re
 from collections.abc import Sequence
 
 import torch
@@ -10,15 +9,18 @@ from torch import Tensor
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.weights_file import MAX_MODULES
 from poc_lora.errors import AdapterError
+from poc_lora.hub_ids import is_base_model_id
 
 SAME_BASE = "merge only adapters of one base model"
 
 
 def check_compatible(adapters: Sequence[Adapter], *, allow_base_mismatch: bool = False) -> None:
-    """Refuse adapters that have no average. Factors stay unread; parameters saved whole are compared.
+    """Check that adapters can be averaged: same base model, same shapes, same parameters of modules_to_save.
 
-    Names of base models are compared where they are Hub ids, unless `allow_base_mismatch`; shapes always.
-    Raises AdapterError.
+    Factors are not read. Base models are compared by name only if they are Hub ids, and not if `allow_base_mismatch`.
+
+    Raises:
+        AdapterError: There are no adapters, or two of them do not fit together.
     """
     if not adapters:
         raise AdapterError("there are no adapters to merge", fix="give at least one")
@@ -38,18 +40,13 @@ def check_compatible(adapters: Sequence[Adapter], *, allow_base_mismatch: bool =
                 what = f"{name} is an embedding here or in {other.source}, but not in both"
                 raise AdapterError(what, where=adapter.source, fix=SAME_BASE)
     if len(first_with) > MAX_MODULES:
-        what = f"the adapters have {len(first_with)} different modules together, where up to {MAX_MODULES} are written"
+        what = f"together the adapters have {len(first_with)} different modules, more than {MAX_MODULES}"
         raise AdapterError(what, fix=SAME_BASE)
-    _check_whole(adapters)
-
-
-def is_hub_name(base_model: str) -> bool:
-    """Whether the name of a base model can be that of a Hub repository, org/name or one of the old plain names."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base_model, re.ASCII))
+    _check_modules_to_save(adapters)
 
 
 def checked_weights(weights: Sequence[float] | None, M: int) -> tuple[float, ...]:
-    """The weights to use, 1/M each by default. Raises AdapterError unless they are M numbers that sum to 1."""
+    """Returns the weights, by default 1/M each. Raises AdapterError unless they are M numbers that sum to 1."""
     if weights is None:
         return (1 / M,) * M
     if len(weights) != M:
@@ -64,16 +61,16 @@ def checked_weights(weights: Sequence[float] | None, M: int) -> tuple[float, ...
     return tuple(float(weight) for weight in weights)
 
 
-def _check_whole(adapters: Sequence[Adapter]) -> None:
-    """Parameters saved whole must be the same in all: their average would not be the average of the models."""
+def _check_modules_to_save(adapters: Sequence[Adapter]) -> None:
+    """Parameters of modules_to_save must be the same in all: their average is not the average of the models."""
     first = adapters[0]
     for adapter in adapters[1:]:
-        for name in sorted(adapter.whole.keys() | first.whole.keys()):
-            if not _same(adapter.whole.get(name), first.whole.get(name)):
+        for name in sorted(adapter.modules_to_save.keys() | first.modules_to_save.keys()):
+            if not _same(adapter.modules_to_save.get(name), first.modules_to_save.get(name)):
                 raise AdapterError(
-                    f"{name} was trained whole (modules_to_save) and is not the same in {first.source}",
+                    f"{name}, of modules_to_save, is not the same in {first.source}",
                     where=adapter.source,
-                    fix="train it in no adapter, or merge adapters that share it unchanged",
+                    fix="merge adapters that share it unchanged, or train without modules_to_save",
                 )
 
 
@@ -86,8 +83,8 @@ def _size(shape: tuple[int, int]) -> str:
 
 
 def _check_bases(adapters: Sequence[Adapter]) -> None:
-    """Names are compared where both are Hub ids; two paths may hold the same model."""
-    named = [a for a in adapters if a.base_model and is_hub_name(a.base_model)]
+    """Compare base models by name if both are Hub ids; two different paths may hold the same model."""
+    named = [a for a in adapters if a.base_model and is_base_model_id(a.base_model)]
     for adapter in named[1:]:
         if adapter.base_model != named[0].base_model:
             raise AdapterError(

@@ -16,10 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from poc_lora.adapters.adapter import Adapter, open_adapter
 from poc_lora.adapters.factors import Factors
-from poc_lora.errors import AdapterError, ModelError, PocLoraError, RequestError
+from poc_lora.errors import AdapterError, ModelError, PocLoraError, RequestError, first_line
 from poc_lora.files import commit_folder, read_json
+from poc_lora.hub_ids import is_base_model_id
 from poc_lora.models.load import empty_base
-from poc_lora.progress import track
+from poc_lora.progress import progress_bar
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -55,7 +56,7 @@ def fold(adapter: Path, base: str, out: Path) -> Folded:
     _check_fits(read, transposed, files)
     others = list(_other_files(folder))
     try:
-        with commit_folder(out) as aside, track(len(files), f"folding into {len(files)} files") as bar:
+        with commit_folder(out) as aside, progress_bar(len(files), f"folding into {len(files)} files") as bar:
             for path in others:
                 shutil.copyfile(path, aside / path.name)
             for name, keys in files.items():
@@ -79,13 +80,14 @@ def _base_folder(base: str) -> Path:
     path = Path(base).expanduser()
     if path.is_dir():
         return path
-    if base.startswith((".", "/", "~")) or base.count("/") != 1:
+    if not is_base_model_id(base):
         raise ModelError(f"no base model at '{base}'", where="--base", fix="give a folder, or a Hub id org/name")
     try:
         return Path(snapshot_download(base, allow_patterns=["*.safetensors", *COPIED]))
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be had
-        first = str(problem).strip().split("\n")[0]
-        raise ModelError(f"the base model '{base}' cannot be fetched: {first}", where="--base") from problem
+        raise ModelError(
+            f"the base model '{base}' cannot be fetched: {first_line(problem)}", where="--base"
+        ) from problem
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -112,7 +114,9 @@ def _layout(adapter: Adapter, folder: Path, config: Mapping[str, Any]) -> frozen
         model = empty_base(str(folder))
     except ModelError:  # no causal language model: what the files say is all there is
         layers: dict[str, nn.Module] = {}
-        tables = {name for name, tensor in adapter.whole.items() if tensor.shape[0] == config.get("vocab_size")}
+        tables = {
+            name for name, tensor in adapter.modules_to_save.items() if tensor.shape[0] == config.get("vocab_size")
+        }
         tied = config.get("tie_word_embeddings", True)
         shared = {*adapter.embeddings, *(name.removesuffix(".weight") for name in tables)} if tied else set()
     else:
@@ -121,7 +125,7 @@ def _layout(adapter: Adapter, folder: Path, config: Mapping[str, Any]) -> frozen
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         shared = {path for path, layer in layers.items() if tied and layer in ends}
     for name in sorted(shared):
-        if name in adapter.modules or f"{name}.weight" in adapter.whole:
+        if name in adapter.modules or f"{name}.weight" in adapter.modules_to_save:
             raise AdapterError(
                 f"the adapter changes {name}, whose weights are the output head's too in this base",
                 where=adapter.source,
@@ -164,7 +168,7 @@ def _check_fits(
     adapter: Adapter, transposed: Collection[str], files: Mapping[str, Mapping[str, tuple[int, ...]]]
 ) -> None:
     shapes = {key: shape for keys in files.values() for key, shape in keys.items()}
-    wanted: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in adapter.whole.items()}
+    wanted: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in adapter.modules_to_save.items()}
     for module in adapter.modules:
         d_out, d_in = adapter.shape(module)
         wanted[f"{module}.weight"] = (d_in, d_out) if module in transposed else (d_out, d_in)
@@ -187,12 +191,12 @@ def _folded(
         tensors = {key: stored.get_tensor(key) for key in keys}
     for key, tensor in tensors.items():
         module = key.removesuffix(".weight") if key.endswith(".weight") else ""
-        if key not in adapter.whole and module not in adapter.modules:
+        if key not in adapter.modules_to_save and module not in adapter.modules:
             continue
         if tensor.dtype not in FLOATS:
             raise ModelError(f"{key} is {tensor.dtype}: quantised weights cannot be folded into", where=source)
-        if key in adapter.whole:
-            tensors[key] = adapter.whole[key].to(tensor.dtype)
+        if key in adapter.modules_to_save:
+            tensors[key] = adapter.modules_to_save[key].to(tensor.dtype)
         elif module in transposed:
             tensors[key] = updated(tensor.T, adapter.modules[module]).T.contiguous()
         else:

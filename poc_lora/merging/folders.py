@@ -19,7 +19,8 @@ from poc_lora.artifacts.run_folder import MERGE_REPORT
 from poc_lora.errors import AdapterError
 from poc_lora.files import sha256_file
 from poc_lora.merging.merge import merge, sweep_by_type
-from poc_lora.progress import track
+from poc_lora.merging.methods import METHODS
+from poc_lora.progress import progress_bar
 
 MODULES_PER_TRIM = 8
 
@@ -56,7 +57,7 @@ def merge_folders(
     refuse_duplicates(found, digests)
     modules = {name for adapter in adapters for name in adapter.modules}
     done = itertools.count(1)
-    with track(len(modules), f"merging {len(adapters)} adapters") as bar:
+    with progress_bar(len(modules), f"merging {len(adapters)} adapters") as bar:
 
         def on_module(name: str) -> None:
             bar.advance()
@@ -82,7 +83,7 @@ def merge_folders(
         method=method,
         requested_rank=rank,
         canonical=canonical,
-        seed=seed if method == "random" else None,
+        seed=seed if METHODS[method].random else None,
         dtype=str(dtype).removeprefix("torch."),
         base_mismatch_allowed=allow_base_mismatch,
         sources=[
@@ -96,7 +97,7 @@ def merge_folders(
             for source, digest, adapter in zip(found, digests, adapters, strict=True)
         ],
         versions=Versions(poc_lora=poc_lora.__version__, torch=version("torch"), safetensors=version("safetensors")),
-        modules_to_save=sorted(merged.adapter.whole),
+        modules_to_save=sorted(merged.adapter.modules_to_save),
         embeddings=sorted(merged.adapter.embeddings),
         **statistics,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from poc_lora.adapters.adapter import Adapter
-from poc_lora.merging.stacked import Stacked, stack
+from poc_lora.merging.stacked import StackedFactors, stack
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def gram(adapters: Sequence[Adapter]) -> Gram:
     return Gram(modules)
 
 
-def gram_of_stack(stacked: Stacked) -> Tensor:
+def gram_of_stack(stacked: StackedFactors) -> Tensor:
     """The Gram matrix [M, M] of the products of a stack; see `gram` for the formula."""
     owned = functional.one_hot(stacked.owner, len(stacked.ranks)).to(stacked.A)  # [R, M]
     inner = owned.T @ (stacked.inner_A * stacked.inner_B) @ owned

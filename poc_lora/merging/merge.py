@@ -1,9 +1,8 @@
 """The average of adapters as one adapter, from their factors alone. Pure functions of tensors."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -14,12 +13,13 @@ from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.factors import DTYPES, MAX_RANK, Factors, is_finite
 from poc_lora.artifacts.merge_report import MergeStatistics, ModuleReport
 from poc_lora.errors import AdapterError
+from poc_lora.hub_ids import is_base_model_id
 from poc_lora.merging import gram as similarity
-from poc_lora.merging import methods
-from poc_lora.merging.compatible import check_compatible, checked_weights, is_hub_name
-from poc_lora.merging.stacked import Stacked, stack
-
-METHODS = ("average", "block", "random", "soup")
+from poc_lora.merging import norms
+from poc_lora.merging.compatible import check_compatible, checked_weights
+from poc_lora.merging.decomposition import canonical
+from poc_lora.merging.methods import MergeMethod, ModuleToMerge, find_method
+from poc_lora.merging.stacked import stack
 
 
 @dataclass(frozen=True)
@@ -41,39 +41,38 @@ def merge(
     allow_base_mismatch: bool = False,
     on_module: Callable[[str], object] = lambda name: None,
 ) -> Merged:
-    """The weighted average of M adapters' updates as one adapter.
+    """Merge M adapters of one base model into one adapter, from their factors alone.
 
         ΔW = Σ_j w_j s_j B_j A_j,   w_j = 1/M by default
 
     Averaging products instead of factors merges M mean-field networks of r neurons into one of M·r neurons
     (Nitanda et al., "Propagation of Chaos for Mean-Field Langevin Dynamics and its Application to Model
-    Ensemble", ICML 2025). `method`:
+    Ensemble", ICML 2025). Everything is computed in float64 and cast once, at the end. A module that an adapter lacks
+    counts as zero. Tensors are read from the adapters one module at a time.
 
-    average  Without `rank` the factors are stacked: rank Σ r_j, and no error but rounding. With `rank` each module is
-             the nearest matrix of at most that rank (Eckart and Young, 1936), found by QR of the stacked factors and
-             an SVD of the small core.
-    block    The first k_j components b_i a_iᵀ of every adapter, Σ k_j = `rank`, rescaled: Σ_j w_j s_j (r_j / k_j)
-             Σ_{i ≤ k_j} b_i a_iᵀ. A pruned ensemble, as in the paper's appendix on LoRA.
-    random   `rank` components drawn with replacement, adapter j's with probability w_j / r_j each, and averaged with
-             weight s_j r_j: ΔW in expectation. The paper's remark prunes without replacement. Keyed by `seed`.
-    soup     A and B averaged apart, (Σ_j w_j s_j B_j) (Σ_i w_i A_i): "model soups" (Wortsman et al., 2022) of the
-             factors. It is not the average: it holds the cross terms B_j A_i of differing adapters.
+    Args:
+        adapters: The adapters; shapes must agree, and so must parameters of modules_to_save.
+        method: A name in `poc_lora.merging.methods.METHODS`, where each has its formula.
+        rank: The rank to keep in each module, for the methods that use one.
+        rank_sweep: Ranks for which the report gives the error of truncating the average.
+        weights: One weight w_j for each adapter; they sum to 1.
+        canonical: Replace each adapter's components by its singular triples, largest first, for the methods that
+            depend on how an update is factored.
+        seed: Keys the random draws of method `random`.
+        dtype: The dtype of the merged factors.
+        allow_base_mismatch: Accept adapters whose base models have different Hub ids.
+        on_module: Called with each module's name once it is merged.
 
-    `block` and `random` take the components as they were trained, and those depend on the factorisation: `canonical`
-    makes them each adapter's singular triples first, the largest first. All in float64; one cast at the end, to
-    `dtype`. `rank_sweep`: ranks for which the report tells the error of truncation.
+    Returns:
+        The merged adapter and its report.
 
-    A module that an adapter lacks counts as zero. `weights` must sum to 1. Adapters of differently named Hub
-    models are refused unless `allow_base_mismatch`; shapes must agree always. Parameters saved whole (modules_to_save)
-    must be the same in all. One module at a time is asked of the adapters; `on_module` is told each name when it is
-    done. Raises AdapterError.
+    Raises:
+        AdapterError: The adapters cannot be merged, or not with these options.
     """
     check_compatible(adapters, allow_base_mismatch=allow_base_mismatch)
     used = checked_weights(weights, len(adapters))
-    _check_method(method, rank, rank_sweep, used, canonical, dtype)
-    if method == "average" and rank is None:
-        _check_total_rank(adapters)
-    plan = _Plan(method, rank, tuple(rank_sweep), used, canonical, seed, dtype)
+    plan = _Plan(find_method(method), rank, tuple(rank_sweep), used, canonical, seed, dtype)
+    _check_plan(method, plan, adapters)
     modules: dict[str, Factors] = {}
     reports: dict[str, ModuleReport] = {}
     inner = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
@@ -82,7 +81,7 @@ def merge(
         inner += module_inner.cpu()
         on_module(name)
     bases = [adapter.base_model for adapter in adapters if adapter.base_model is not None]
-    bases.sort(key=lambda name: not is_hub_name(name))  # rather what others can fetch than a folder of this machine
+    bases.sort(key=lambda name: not is_base_model_id(name))  # a Hub id, which others can fetch, before a local folder
     tasks = {adapter.task_type for adapter in adapters}
     revisions = {adapter.revision for adapter in adapters}
     merged = Adapter(
@@ -92,7 +91,7 @@ def merge(
         source="merge",
         embeddings=frozenset().union(*(adapter.embeddings for adapter in adapters)),
         fan_in_fan_out=any(adapter.fan_in_fan_out for adapter in adapters),
-        whole=adapters[0].whole,
+        modules_to_save=adapters[0].modules_to_save,
         task_type=tasks.pop() if len(tasks) == 1 else None,
         targets=frozenset().union(*(adapter.targets for adapter in adapters)),
     )
@@ -101,9 +100,9 @@ def merge(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What `merge` was asked for."""
+    """The options of a merge."""
 
-    method: str
+    method: MergeMethod
     rank: int | None
     rank_sweep: tuple[int, ...]
     weights: tuple[float, ...]
@@ -124,20 +123,12 @@ def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[
                 raise AdapterError(what, where=adapter.source, fix="leave this adapter out")
         _refuse_overflow(name)
     norm = math.sqrt(max(0.0, float(weights @ inner @ weights)))
-    total = len(stacked.A)
-    truncate = plan.method == "average" and plan.rank is not None and plan.rank < total
-    sweep = truncate or plan.rank_sweep
-    triples = methods.decompose(stacked.A, stacked.B, weights[stacked.owner]) if sweep else None
-    error = 0.0
-    if triples and truncate and plan.rank is not None:
-        A, B = triples.truncated(plan.rank)
-        error = triples.error(plan.rank)
-    elif plan.method == "average":
-        A, B = methods.average(stacked, weights)
-    else:
-        A, B = _other_method(name, stacked, weights, plan)
-        error = methods.distance(*methods.average(stacked, weights), A, B) / norm if norm else 0.0
-    if not len(A):  # nothing was drawn of a module
+    exact = ModuleToMerge(stacked, weights, plan.rank, rng.key(plan.seed, 0, "random merge", 0, name))
+    module = replace(exact, factors=canonical(stacked)) if plan.canonical else exact
+    A, B, error = plan.method.merge(module)
+    if error is None:
+        error = norms.distance(*exact.average, A, B) / norm if norm else 0.0
+    if not len(A):  # a random merge may draw no component of a module
         A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
     factors = Factors(A.to(plan.dtype), B.to(plan.dtype))
     if not factors.is_finite():
@@ -147,26 +138,16 @@ def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[
         rank=factors.rank,
         norm=norm,
         error=error,
-        cast_error=methods.cast_distance(A, B, factors.A, factors.B) / norm if norm else 0.0,
-        effective_rank=methods.effective_rank(stacked, weights),
+        cast_error=norms.cast_distance(A, B, factors.A, factors.B) / norm if norm else 0.0,
+        effective_rank=norms.effective_rank(stacked, weights),
         mean_cosine=similarity.mean_cosine(inner),
         pair_cosines=similarity.pair_cosines(inner),
         norms=similarity.norms(inner),
         spread=similarity.spread(inner),
         error_bar=similarity.error_bar(inner, plan.weights),
-        sweep={rank: triples.error(rank) for rank in plan.rank_sweep} if triples else {},
+        sweep={rank: exact.decomposition.error(rank) for rank in plan.rank_sweep},
     )
     return factors, report, inner
-
-
-def _other_method(name: str, stacked: Stacked, weights: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
-    if plan.canonical:
-        stacked = methods.canonical(stacked)
-    if plan.method == "soup" or plan.rank is None:
-        return methods.soup(stacked, weights)
-    if plan.method == "block":
-        return methods.block(stacked, weights, plan.rank)
-    return methods.random(stacked, weights, plan.rank, rng.key(plan.seed, 0, "random merge", 0, name))
 
 
 def _total_report(modules: dict[str, ModuleReport], inner: Tensor, weights: tuple[float, ...]) -> MergeStatistics:
@@ -211,46 +192,24 @@ def sweep_by_type(report: MergeStatistics) -> dict[str, dict[int, float]]:
     return table
 
 
-def _check_total_rank(adapters: Sequence[Adapter]) -> None:
-    """The exact average has the sum of the ranks, and that has a limit."""
-    totals: Counter[str] = Counter()
-    for adapter in adapters:
-        totals.update({name: adapter.rank(name) for name in adapter.modules})
-    name, total = max(totals.items(), key=lambda item: item[1])
-    if total > MAX_RANK:
-        what = f"the exact average of {name} has rank {total}, where up to {MAX_RANK} is written"
-        raise AdapterError(what, where="rank", fix="give a rank (--rank), for the best approximation of that rank")
-
-
 def _refuse_overflow(name: str) -> NoReturn:
     raise AdapterError(
         f"the merge of {name} overflows", where=name, fix="look for an adapter with huge factors, or use float32"
     )
 
 
-def _check_method(
-    method: str,
-    rank: int | None,
-    rank_sweep: Sequence[int],
-    weights: tuple[float, ...],
-    canonical: bool,
-    dtype: torch.dtype,
-) -> None:
-    if any(not 1 <= r <= MAX_RANK for r in (*rank_sweep, 1 if rank is None else rank)):
-        what = f"the ranks to keep are {', '.join(map(str, (*rank_sweep, *([] if rank is None else [rank]))))}"
+def _check_plan(name: str, plan: _Plan, adapters: Sequence[Adapter]) -> None:
+    """Raises AdapterError for options that do not go together."""
+    ranks = [*plan.rank_sweep, *([] if plan.rank is None else [plan.rank])]
+    if any(not 1 <= rank <= MAX_RANK for rank in ranks):
+        what = f"the ranks to keep are {', '.join(map(str, ranks))}"
         raise AdapterError(what[:200], where="rank", fix=f"give ranks from 1 to {MAX_RANK}")
-    if dtype not in DTYPES.values():
-        raise AdapterError(f"an adapter cannot be kept in {dtype}", fix="use float32, bfloat16 or float16")
-    if method not in METHODS:
-        raise AdapterError(f"there is no method '{method}'", where="method", fix=f"one of: {', '.join(METHODS)}")
-    if method in ("block", "random") and rank is None:
-        raise AdapterError(f"the method {method} needs to know how many components to keep", fix="give a rank")
-    if method == "soup" and rank is not None:
-        raise AdapterError("a soup has the rank of its adapters", fix="leave out the rank, or use average")
-    if canonical and method not in ("block", "random"):
-        raise AdapterError(f"{method} does not depend on components", fix="leave out canonical")
-    if method == "random" and min(weights) < 0:
-        raise AdapterError("a negative weight is no probability", where="weights", fix="use average")
-    if method == "block" and rank is not None and rank < len(weights):
-        what = f"rank {rank} leaves some of {len(weights)} adapters no component"
-        raise AdapterError(what, where="rank", fix=f"give a rank of at least {len(weights)}, or use average")
+    if plan.dtype not in DTYPES.values():
+        raise AdapterError(f"an adapter cannot be written in {plan.dtype}", fix="use float32, bfloat16 or float16")
+    if plan.method.rank == "required" and plan.rank is None:
+        raise AdapterError(f"the method {name} needs the number of components to keep", fix="give a rank")
+    if plan.method.rank == "unused" and plan.rank is not None:
+        raise AdapterError(f"the method {name} has no rank to choose", fix="leave out the rank, or use average")
+    if plan.canonical and not plan.method.by_component:
+        raise AdapterError(f"the method {name} does not depend on components", fix="leave out canonical")
+    plan.method.check(adapters, plan.weights, plan.rank)

@@ -1,162 +1,210 @@
-"""One module's adapters made one: the exact average and its best approximation, and three other ways.
+"""The merge methods: one entry each, and nothing to change elsewhere to add one.
 
-Pure functions of float64 factors. A module of M adapters is A [R, d_in] and B [d_out, R], R = Σ_j r_j, with the scales
-s_j in B, and the ranks r_j; an adapter without the module has rank 0. Each returns the factors of the merged update.
+To add a method, write a function of one module under `@merge_method`:
+
+    @merge_method("the first adapter alone", rank="unused")
+    def first(module: ModuleToMerge) -> MergedFactors:
+        return MergedFactors(*module.factors.adapter(0))
+
+`merge`, the command line's help and the error messages take their choices from `METHODS`. All tensors are float64 and
+the adapters' scales are in B. The command line reads this module for its help: import torch only within functions.
 """
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+from poc_lora.errors import AdapterError
 
-from poc_lora import rng
-from poc_lora.merging.stacked import Stacked
+if TYPE_CHECKING:
+    from torch import Tensor
 
-SLICE = 2**17  # numbers compared at a time: they stay in the cache
-
-
-def average(stacked: Stacked, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """ΔW = Σ_j w_j s_j B_j A_j, exactly: A stacked, and B with the weights in it."""
-    return stacked.A, stacked.B * weights[stacked.owner]
+    from poc_lora.adapters.adapter import Adapter
+    from poc_lora.merging.decomposition import Decomposition
+    from poc_lora.merging.stacked import StackedFactors
 
 
 @dataclass(frozen=True)
-class Orthogonal:
-    """The Q [m, k] of a QR decomposition, as the reflections that make it up: never formed, only applied."""
+class ModuleToMerge:
+    """One module of M adapters, with what was asked of the merge."""
 
-    reflections: Tensor
-    tau: Tensor
+    factors: "StackedFactors"
+    weights: "Tensor"  # [M], sums to 1
+    rank: int | None = None  # the rank to keep
+    key: int = 0  # of the method's random draws, for `rng`
 
-    def __matmul__(self, other: Tensor) -> Tensor:
-        """Q X for X [k, n], as [m, n]."""
-        padded = functional.pad(other, (0, 0, 0, len(self.reflections) - len(other)))
-        return torch.ormqr(self.reflections, self.tau, padded)
+    @property
+    def average(self) -> "tuple[Tensor, Tensor]":
+        """ΔW = Σ_j w_j s_j B_j A_j, exactly: A stacked, and B with the weights in it."""
+        return self.factors.A, self.factors.B * self.weights[self.factors.owner]
+
+    @cached_property
+    def decomposition(self) -> "Decomposition":
+        """The singular value decomposition of the average."""
+        from poc_lora.merging.decomposition import decompose
+
+        return decompose(self.factors.A, self.factors.B, self.weights[self.factors.owner])
 
 
-def qr(matrix: Tensor) -> tuple[Orthogonal, Tensor]:
-    """Q [m, k] and R [k, n] of a matrix [m, n], k = min(m, n)."""
-    reflections, tau = torch.geqrf(matrix)
-    k = len(tau)
-    return Orthogonal(reflections[:, :k], tau), reflections[:k].triu()
+class MergedFactors(NamedTuple):
+    """One module's merged update B A."""
+
+    A: "Tensor"  # [r, d_in]
+    B: "Tensor"  # [d_out, r]
+    error: float | None = None  # ‖average − B A‖ / ‖average‖ where the method knows it; `merge` computes it otherwise
+
+
+Check = Callable[[Sequence["Adapter"], Sequence[float], int | None], None]
 
 
 @dataclass(frozen=True)
-class Decomposition:
-    """The singular triples of a product B A, the largest first: B A = (Q_B U) diag(values) (Q_A V)ᵀ."""
+class MergeMethod:
+    """An entry of `METHODS`.
 
-    Q_A: Orthogonal
-    Q_B: Orthogonal
-    U: Tensor
-    values: Tensor
-    V: Tensor
-
-    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The nearest factors of at most that rank (Eckart and Young, 1936)."""
-        root = self.values[:rank].sqrt()
-        return (self.Q_A @ (self.V[:, :rank] * root)).T, self.Q_B @ (self.U[:, :rank] * root)
-
-    def error(self, rank: int) -> float:
-        """‖ΔW − its truncation‖ / ‖ΔW‖."""
-        norm = float(torch.linalg.vector_norm(self.values))
-        return float(torch.linalg.vector_norm(self.values[rank:])) / norm if norm else 0.0
-
-
-def decompose(A: Tensor, B: Tensor, weights: Tensor | None = None) -> Decomposition:
-    """The singular value decomposition of B A from its factors, or of B W A with W = diag(weights [R]).
-
-    With Aᵀ = Q_A R_A and B = Q_B R_B, only the core R_B W R_Aᵀ [R, R] is left to decompose.
+    Args:
+        merge: Merges one module.
+        summary: One line for the command line's help.
+        rank: Whether the method uses a rank: `optional`, `required` or `unused`.
+        by_component: Whether the result depends on how each B_j A_j is factored, so that `canonical` makes a
+            difference.
+        random: Whether the method draws random numbers, so that the seed makes a difference.
+        check: Raises AdapterError for adapters, weights and a rank that the method cannot merge.
     """
-    Q_A, R_A = qr(A.T)
-    Q_B, R_B = qr(B)
-    core = (R_B if weights is None else R_B * weights) @ R_A.T
-    U, values, Vh = torch.linalg.svd(core, full_matrices=False)
-    return Decomposition(Q_A, Q_B, U, values, Vh.T)
+
+    merge: Callable[[ModuleToMerge], MergedFactors]
+    summary: str
+    rank: Literal["optional", "required", "unused"]
+    by_component: bool
+    random: bool
+    check: Check
 
 
-def canonical(stacked: Stacked) -> Stacked:
-    """Every adapter's update factored anew into its singular triples: what its components are, whoever trained them."""
-    parts = [decompose(*stacked.of(j)).truncated(r) if r else stacked.of(j) for j, r in enumerate(stacked.ranks)]
-    A, B = torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], dim=1)
-    return Stacked(A, B, [len(A) for A, _ in parts])
+METHODS: dict[str, MergeMethod] = {}
 
 
-def block(stacked: Stacked, weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def merge_method(
+    summary: str,
+    *,
+    rank: Literal["optional", "required", "unused"],
+    by_component: bool = False,
+    random: bool = False,
+    check: Check = lambda adapters, weights, rank: None,
+) -> Callable[[Callable[[ModuleToMerge], MergedFactors]], Callable[[ModuleToMerge], MergedFactors]]:
+    """Register a function as a merge method under its own name; see `MergeMethod` for the arguments."""
+
+    def register(function: Callable[[ModuleToMerge], MergedFactors]) -> Callable[[ModuleToMerge], MergedFactors]:
+        METHODS[function.__name__] = MergeMethod(function, summary, rank, by_component, random, check)
+        return function
+
+    return register
+
+
+def find_method(name: str) -> MergeMethod:
+    """Returns the method called `name`. Raises AdapterError, which lists the methods, if there is none."""
+    if name not in METHODS:
+        raise AdapterError(f"there is no method '{name}'", where="method", fix=f"one of: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def _check_total_rank(adapters: Sequence["Adapter"], weights: Sequence[float], rank: int | None) -> None:
+    """The exact average has the sum of the ranks, which must be a rank that can be written."""
+    from poc_lora.adapters.factors import MAX_RANK
+
+    totals: Counter[str] = Counter()
+    for adapter in adapters:
+        totals.update({name: adapter.rank(name) for name in adapter.modules})
+    name, total = max(totals.items(), key=lambda item: item[1])
+    if rank is None and total > MAX_RANK:
+        raise AdapterError(
+            f"the exact average of {name} has rank {total}, but an adapter's rank is at most {MAX_RANK}",
+            where="rank",
+            fix="give a rank (--rank) to get the best approximation of that rank",
+        )
+
+
+@merge_method("the exact average, or with a rank its best approximation", rank="optional", check=_check_total_rank)
+def average(module: ModuleToMerge) -> MergedFactors:
+    """ΔW = Σ_j w_j s_j B_j A_j, or the nearest matrix of rank at most `rank` (Eckart and Young, 1936).
+
+    Without a rank the factors are stacked: rank Σ_j r_j, and no error but rounding. With one, the approximation is
+    computed by QR of the stacked factors and an SVD of the small core.
+    """
+    if module.rank is None or module.rank >= len(module.factors.A):
+        return MergedFactors(*module.average, error=0.0)
+    return MergedFactors(*module.decomposition.truncated(module.rank), error=module.decomposition.error(module.rank))
+
+
+def _check_block_rank(adapters: Sequence["Adapter"], weights: Sequence[float], rank: int | None) -> None:
+    M = len(adapters)
+    if rank is not None and rank < M:
+        what = f"rank {rank} leaves some of {M} adapters no component"
+        raise AdapterError(what, where="rank", fix=f"give a rank of at least {M}, or use average")
+
+
+@merge_method(
+    "the first components of each adapter, rescaled", rank="required", by_component=True, check=_check_block_rank
+)
+def block(module: ModuleToMerge) -> MergedFactors:
     """ΔW = Σ_j w_j (r_j / k_j) Σ_{i ≤ k_j} s_j b_i a_iᵀ: each adapter's first components, rescaled.
 
-    The k_j are as equal as can be, with k_j ≤ r_j and Σ_j k_j = min(rank, Σ_j r_j). `rank` is at least M.
+    The k_j are as equal as possible, with k_j ≤ r_j and Σ_j k_j = min(rank, Σ_j r_j). This is the pruned ensemble of
+    the paper's appendix on LoRA.
     """
-    shares = [0] * len(stacked.ranks)
-    for _ in range(min(rank, sum(stacked.ranks))):
-        unfilled = [j for j, r in enumerate(stacked.ranks) if shares[j] < r]
-        shares[min(unfilled, key=lambda j: shares[j])] += 1
-    parts = []
-    for j, (r, k) in enumerate(zip(stacked.ranks, shares, strict=True)):
-        A, B = stacked.of(j)
-        if k:
-            parts.append((A[:k], B[:, :k] * (weights[j] * r / k)))
-    return torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], dim=1)
+    factors, ranks, rank = module.factors, module.factors.ranks, module.rank or 0
+    kept = [0] * len(ranks)
+    for _ in range(min(rank, sum(ranks))):
+        unfilled = [j for j, r in enumerate(ranks) if kept[j] < r]
+        kept[min(unfilled, key=lambda j: kept[j])] += 1
+    owner = [j for j, k in enumerate(kept) for _ in range(k)]
+    chosen = [sum(ranks[:j]) + i for j, k in enumerate(kept) for i in range(k)]
+    r, k = (module.weights.new_tensor([counts[j] for j in owner]) for counts in (ranks, kept))
+    return MergedFactors(factors.A[chosen], factors.B[:, chosen] * (module.weights[owner] * r / k))
 
 
-def random(stacked: Stacked, weights: Tensor, rank: int, key: int) -> tuple[Tensor, Tensor]:
+def _check_probabilities(adapters: Sequence["Adapter"], weights: Sequence[float], rank: int | None) -> None:
+    if min(weights) < 0:
+        raise AdapterError("a negative weight is not a probability", where="weights", fix="use average")
+
+
+@merge_method(
+    "components drawn at random with replacement, averaged",
+    rank="required",
+    by_component=True,
+    random=True,
+    check=_check_probabilities,
+)
+def random(module: ModuleToMerge) -> MergedFactors:
     """ΔW = (1 / rank) Σ_t s_j r_j b_i a_iᵀ over `rank` draws (j, i), each with probability w_j / r_j.
 
-    Drawn with replacement, so its mean is the average. An adapter without the module is drawn as zero.
+    The expectation is the average. A draw of an adapter that lacks the module counts as zero. (The paper's remark on
+    pruning draws without replacement.)
     """
-    M = len(stacked.ranks)
-    ranks = torch.tensor(stacked.ranks, device=weights.device)
-    draws = rng.uniform((2, rank), key).to(weights)
-    j = torch.searchsorted(weights.cumsum(0), draws[0] * weights.sum(), right=True).clamp(max=M - 1)
+    from poc_lora import rng
+
+    factors, weights, rank = module.factors, module.weights, module.rank or 0
+    ranks = factors.rank_tensor
+    draws = rng.uniform((2, rank), module.key).to(weights)
+    below = weights.cumsum(0)[:, None] <= draws[0] * weights.sum()
+    j = below.sum(0).clamp(max=len(ranks) - 1)
     j = j[ranks[j] > 0]
     i = (draws[1, : len(j)] * ranks[j]).long()
     chosen = (ranks.cumsum(0) - ranks)[j] + i
-    return stacked.A[chosen], stacked.B[:, chosen] * (ranks[j] / rank)
+    return MergedFactors(factors.A[chosen], factors.B[:, chosen] * (ranks[j] / rank))
 
 
-def soup(stacked: Stacked, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """ΔW = (Σ_j w_j s_j B_j) (Σ_i w_i A_i), smaller ranks padded with zeros: with the cross terms B_j A_i, i ≠ j."""
-    r = max(stacked.ranks)
-    A = stacked.A.new_zeros(r, stacked.A.shape[1])
-    B = stacked.B.new_zeros(stacked.B.shape[0], r)
-    for j, own in enumerate(stacked.ranks):
-        A_j, B_j = stacked.of(j)
-        A[:own] += weights[j] * A_j
-        B[:, :own] += weights[j] * B_j
-    return A, B
+@merge_method("A and B averaged separately, a model soup of the factors", rank="unused")
+def soup(module: ModuleToMerge) -> MergedFactors:
+    """ΔW = (Σ_j w_j s_j B_j) (Σ_i w_i A_i), smaller ranks padded with zeros (Wortsman et al., 2022).
 
-
-def product_norm(A: Tensor, B: Tensor) -> float:
-    """‖B A‖, from the factors."""
-    return max(0.0, float(((A @ A.T) * (B.T @ B)).sum())) ** 0.5
-
-
-def distance(A: Tensor, B: Tensor, other_A: Tensor, other_B: Tensor) -> float:
-    """‖B A − B' A'‖. Precise for products that differ much."""
-    return product_norm(torch.cat([A, other_A]), torch.cat([B, -other_B], dim=1))
-
-
-def cast_distance(A: Tensor, B: Tensor, cast_A: Tensor, cast_B: Tensor) -> float:
-    """‖B A − B' A'‖ of factors that nearly agree: as (B − B') A + B' (A − A'), where nothing cancels."""
-    if _holds(cast_A, A):  # a float32 average has the very A of its adapters
-        return 0.0 if _holds(cast_B, B) else product_norm(A, B - cast_B)
-    cast_A, cast_B = cast_A.to(A.dtype), cast_B.to(B.dtype)
-    return product_norm(torch.cat([A, A - cast_A]), torch.cat([B - cast_B, cast_B], dim=1))
-
-
-def _holds(cast: Tensor, original: Tensor) -> bool:
-    """Whether a cast has lost nothing; slice by slice, so that nothing large is converted back."""
-    pairs = zip(cast.reshape(-1).split(SLICE), original.reshape(-1).split(SLICE), strict=True)
-    return all(torch.equal(part.to(whole.dtype), whole) for part, whole in pairs)
-
-
-def effective_rank(stacked: Stacked, weights: Tensor) -> float:
-    """(Σσ²)² / Σσ⁴ of the singular values of the average B A: the participation ratio, 0 for a product of zero.
-
-    The σ² are the eigenvalues of G = (A Aᵀ)(Bᵀ B), so Σσ² = tr G and Σσ⁴ = tr G². The scale of G cancels, and is taken
-    out first: the fourth power of large float32 products leaves the range of float64.
+    Not the average: it has the cross terms B_j A_i, i ≠ j.
     """
-    w = weights[stacked.owner]
-    G = stacked.inner_A @ (w[:, None] * stacked.inner_B * w)
-    G = G / G.abs().max().clamp(min=torch.finfo(G.dtype).tiny)
-    fourth = float((G * G.T).sum())
-    return float(G.trace()) ** 2 / fourth if fourth > 0 else 0.0
+    factors, r = module.factors, max(module.factors.ranks)
+    A = factors.A.new_zeros(r, factors.A.shape[1])
+    B = factors.B.new_zeros(factors.B.shape[0], r)
+    for j, own in enumerate(factors.ranks):
+        A_j, B_j = factors.adapter(j)
+        A[:own] += module.weights[j] * A_j
+        B[:, :own] += module.weights[j] * B_j
+    return MergedFactors(A, B)

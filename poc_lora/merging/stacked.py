@@ -1,4 +1,4 @@
-"""M adapters' factors in one module, side by side: what every merge and comparison is computed from."""
+"""The factors of M adapters in one module, stacked: the input of every merge and comparison."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ PANEL = 64  # rows of a Gram matrix computed at a time
 
 
 @dataclass(frozen=True)
-class Stacked:
-    """The factors of M adapters in one module; an adapter without the module has rank 0."""
+class StackedFactors:
+    """The factors of M adapters in one module, R = Σ_j r_j; an adapter without the module has rank 0."""
 
     A: Tensor  # [R, d_in]
     B: Tensor  # [d_out, R], scales included
@@ -31,24 +31,33 @@ class Stacked:
         return gram_of_rows(self.B.T)
 
     @cached_property
-    def owner(self) -> Tensor:
-        """Which adapter each component belongs to, [R]."""
-        return torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks)).to(self.A.device)
+    def rank_tensor(self) -> Tensor:
+        """`ranks` as an int64 tensor [M] on the factors' device."""
+        return torch.tensor(self.ranks, device=self.A.device)
 
-    def of(self, adapter: int) -> tuple[Tensor, Tensor]:
-        """One adapter's factors, A [r, d_in] and B [d_out, r]."""
-        start = sum(self.ranks[:adapter])
-        part = slice(start, start + self.ranks[adapter])
+    @cached_property
+    def owner(self) -> Tensor:
+        """The adapter that each component belongs to, [R]."""
+        return torch.arange(len(self.ranks), device=self.A.device).repeat_interleave(self.rank_tensor)
+
+    def adapter(self, j: int) -> tuple[Tensor, Tensor]:
+        """One adapter's factors, A [r_j, d_in] and B [d_out, r_j]."""
+        start = sum(self.ranks[:j])
+        part = slice(start, start + self.ranks[j])
         return self.A[part], self.B[:, part]
 
 
 def exact_device(device: torch.device) -> torch.device:
-    """Where float64 can be computed for tensors on `device`: a Mac's GPU has none."""
+    """The device to compute in float64 on for tensors on `device`: the CPU for a Mac's GPU, which has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def stack(members: Sequence[Factors | None]) -> Stacked:
-    """The members' factors in float64, with the scales in B. None is a member without this module; one has it."""
+def stack(members: Sequence[Factors | None]) -> StackedFactors:
+    """Stack the factors of one module, in float64 with the scales in B.
+
+    Args:
+        members: One entry for each adapter, None where it lacks the module; at least one has it.
+    """
     present = [member for member in members if member is not None]
     ranks = [0 if member is None else member.rank for member in members]
     d_out, d_in = present[0].shape
@@ -62,11 +71,11 @@ def stack(members: Sequence[Factors | None]) -> Stacked:
         if member.scale != 1:
             B[:, part] *= member.scale
         start = part.stop
-    return Stacked(A, B, ranks)
+    return StackedFactors(A, B, ranks)
 
 
 def gram_of_rows(X: Tensor) -> Tensor:
-    """X Xᵀ, [R, R]; symmetric, so panels below the diagonal are copied and not multiplied."""
+    """X Xᵀ, [R, R]. It is symmetric, so panels below the diagonal are copied and not computed."""
     out = X.new_empty(len(X), len(X))
     for start in range(0, len(X), PANEL):
         rows, below = slice(start, start + PANEL), slice(start + PANEL, None)

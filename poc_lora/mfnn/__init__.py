@@ -1,11 +1,53 @@
 """Mean-field neural networks: the theory's own setting, in pure torch.
 
-model.py      networks as particles, their objective, its first variation and gradient in closed form
+model.py      networks as particles [M, N, P], their objective, its first variation and gradient in closed form
 langevin.py   noisy gradient descent of many networks, each with noise of its own key
 problems.py   double circle, multi-index regression, and linear regression for the solvable analogue
 ensemble.py   merging, pruning, distances
 theory.py     the bounds
 gaussian.py   the solvable analogue: every law in closed form
-experiments/  figure1, figure2, table2 and poc: computed in cells, drawn, written
-commands.py   their verbs
+experiments/  figure1, figure2, table2 and poc, run by `poc-lora mfnn`
 """
+
+from poc_lora.mfnn.ensemble import merge, merged_outputs, prune, squared_l2, sup_norm
+from poc_lora.mfnn.gaussian import Gaussian, Modes, from_samples
+from poc_lora.mfnn.langevin import train
+from poc_lora.mfnn.model import LOGISTIC, SQUARED, Linear, Loss, Neuron, Objective, Tanh, TanhBias, outputs
+from poc_lora.mfnn.problems import Problem, double_circle, linear, multi_index
+from poc_lora.mfnn.theory import (
+    curvature_constant,
+    ensemble_error_bound,
+    ensemble_saturation,
+    kl_bound,
+    objective_gap_bound,
+)
+
+__all__ = [
+    "LOGISTIC",
+    "SQUARED",
+    "Gaussian",
+    "Linear",
+    "Loss",
+    "Modes",
+    "Neuron",
+    "Objective",
+    "Problem",
+    "Tanh",
+    "TanhBias",
+    "curvature_constant",
+    "double_circle",
+    "ensemble_error_bound",
+    "ensemble_saturation",
+    "from_samples",
+    "kl_bound",
+    "linear",
+    "merge",
+    "merged_outputs",
+    "multi_index",
+    "objective_gap_bound",
+    "outputs",
+    "prune",
+    "squared_l2",
+    "sup_norm",
+    "train",
+]

@@ -1,7 +1,6 @@
-"""Ways to run the base model with less memory or time, put in place for the length of a block and undone after it."""
+"""Compile the memory-bound parts of a base model with torch.compile, for the length of a block."""
 
 import contextlib
-import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -11,87 +10,88 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from poc_lora import rng
-from poc_lora.errors import ConfigError
+from poc_lora.errors import ConfigError, first_line
 
-ROTARY = "apply_rotary_pos_emb"  # what transformers calls it in every family that has it
-Product = Callable[[Tensor, Tensor], Tensor]  # act_fn(gate) * up
+ROTARY = "apply_rotary_pos_emb"  # transformers' name for it in every family that has it
+
+# transformers' MLPs that compute down_proj(act_fn(gate_proj(x)) * up_proj(x)). Others clamp, scale or drop something.
+GATED_MLPS = frozenset({
+    "Cohere2MLP", "CohereMLP", "Gemma2MLP", "Gemma3MLP", "GemmaMLP", "GraniteMLP", "HeliumMLP", "LlamaMLP",
+    "MinistralMLP", "MistralMLP", "Olmo2MLP", "Olmo3MLP", "OlmoMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP",
+    "StableLmMLP",
+})  # fmt: skip
 
 
 @contextlib.contextmanager
 def compiled_parts(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block norms, rotary embedding and gated activations of the model run as one compiled kernel each.
+    """Within the block, run the model's norms, rotary embedding and gated activations as one compiled kernel each.
 
-    They are the memory-bound parts, where compilation pays: each reads and writes its tensors once. They take seconds
-    to compile; a whole decoder takes minutes. The bank's modules and the matmuls stay as they are. Raises ConfigError
-    where torch.compile has no compiler to use.
+    These parts are memory-bound, so compilation pays: each reads and writes its tensors once. They compile in seconds,
+    where a whole decoder takes minutes. Matmuls, the bank's modules and MLPs not in `GATED_MLPS` run as they are.
+
+    Raises:
+        ConfigError: torch.compile does not work here.
     """
     require_compiler(model.device)
     with contextlib.ExitStack() as undo:
-        # One compiled function for all layers of a kind: torch.compile gives up on one that it meets too often anew.
-        forwards: dict[type, Callable[..., Any]] = {}
-        products: dict[type, tuple[Product, Product]] = {}
+        # One compiled function for all layers of a kind: torch.compile gives up on a function recompiled too often.
+        compiled: dict[Any, Callable[..., Any]] = {}
+        module: Any
         for module in model.modules():
-            if type(module).__name__.endswith("Norm") and not list(module.children()):
-                forward = forwards.setdefault(type(module), _compiled(type(module).forward))
-                _patch(undo, module, "forward", types.MethodType(forward, module))
-            elif hasattr(module, "act_fn") and all(
-                isinstance(getattr(module, name, None), nn.Linear) for name in ("gate_proj", "up_proj", "down_proj")
-            ):
-                _patch_gated(undo, module, model.dtype, products)
+            kind = type(module)
+            if kind.__name__.endswith("Norm") and not list(module.children()):
+                forward = compiled.setdefault(kind, _compile(kind.forward))
+                _patch(undo, module, types.MethodType(forward, module))
+            elif is_gated_mlp(module):
+                key = kind, type(module.act_fn)
+                _patch(undo, module, _gated_forward(module, compiled.setdefault(key, _compile(_gated(module.act_fn)))))
         for name in {type(module).__module__ for module in model.modules()}:
             library = sys.modules[name]
             if hasattr(library, ROTARY):
                 original = getattr(library, ROTARY)
-                setattr(library, ROTARY, _compiled(original))
+                setattr(library, ROTARY, _compile(original))
                 undo.callback(setattr, library, ROTARY, original)
         yield
 
 
+def is_gated_mlp(module: Any) -> bool:
+    """Whether a module is one of transformers' `GATED_MLPS`, with an activation that has no parameters of its own."""
+    kind = type(module)
+    known = kind.__name__ in GATED_MLPS and kind.__module__.startswith("transformers.models.")
+    return known and not list(module.act_fn.parameters())
+
+
 def require_compiler(device: torch.device) -> None:
-    """Raises ConfigError where torch.compile does not work."""
+    """Raises ConfigError if torch.compile does not work on `device`."""
     try:
-        _compiled(lambda x: x * 2 + 1)(torch.ones(4, device=device))
+        _compile(lambda x: x * 2 + 1)(torch.ones(4, device=device))
     except Exception as problem:  # inductor raises many kinds
         raise ConfigError(
-            f"torch.compile does not work here: {str(problem).strip().splitlines()[0]}",
+            f"torch.compile does not work here: {first_line(problem)}",
             where="train.compile",
             fix="install a C++ compiler such as g++ (on a GPU, triton too), or set it to false",
         ) from problem
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 
-def _patch(undo: contextlib.ExitStack, module: nn.Module, name: str, value: Any) -> None:
-    setattr(module, name, value)
-    undo.callback(delattr, module, name)
-
-
-def _patch_gated(
-    undo: contextlib.ExitStack, module: Any, dtype: torch.dtype, products: dict[type, tuple[Product, Product]]
-) -> None:
-    """Compile `act_fn(gate) * up` where that is what the module computes: found out on numbers.
-
-    On numbers small and large, since some families cut off large ones.
-    """
-    act = module.act_fn
-
+def _gated(act_fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     def gated(gate: Tensor, up: Tensor) -> Tensor:
-        return act(gate) * up
+        return act_fn(gate) * up
 
-    def forward(x: Tensor, product: Product) -> Tensor:
-        return module.down_proj(product(module.gate_proj(x), module.up_proj(x)))
+    return gated
 
-    plain, compiled = products.setdefault(type(act), (gated, _compiled(gated)))
-    scales = 10.0 ** torch.arange(-2, 5)
-    x = rng.normal((1, len(scales), module.gate_proj.in_features), rng.key(0, 0, "compile probe"))
-    x = (x * scales[:, None]).to(module.gate_proj.weight.device, dtype)
-    try:
-        with torch.no_grad():
-            same = torch.allclose(module(x), forward(x, plain), rtol=0, atol=0, equal_nan=True)
-    except Exception:  # a module that wants other inputs, or returns something else
-        return
-    if same:
-        _patch(undo, module, "forward", functools.partial(forward, product=compiled))
+
+def _gated_forward(module: Any, gated: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        down: Tensor = module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))
+        return down
+
+    return forward
+
+
+def _patch(undo: contextlib.ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    module.forward = forward
+    undo.callback(delattr, module, "forward")

@@ -20,7 +20,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from poc_lora.envvars import flag, one_of, whole_number
-from poc_lora.errors import ConfigError, ModelError
+from poc_lora.errors import ConfigError, ModelError, first_line
+from poc_lora.hub_ids import is_base_model_id
 
 MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # accelerate's names
 
@@ -165,20 +166,20 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def _expand(name: str) -> str:
-    """The name of a Hub id, or the path of a folder that is there. Raises ModelError."""
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    """Returns the path of a folder that exists, or a Hub id as it is. Raises ModelError."""
     folder = Path(name).expanduser()
-    if looks_local and not folder.is_dir():
+    if folder.is_dir():
+        return str(folder)
+    if not is_base_model_id(name):
         raise ModelError(
             f"no base model at '{name}'", where="model.name", fix="give a folder with config.json, or a Hub id org/name"
         )
-    return str(folder) if looks_local else name
+    return name
 
 
 def _cannot_load(name: str, problem: Exception) -> ModelError:
-    first = str(problem).strip().split("\n")[0]
     return ModelError(
-        f"the base model '{name}' cannot be loaded: {first}",
+        f"the base model '{name}' cannot be loaded: {first_line(problem)}",
         where="model.name",
         fix="it needs config.json, a tokenizer and *.safetensors weights of a causal language model",
     )

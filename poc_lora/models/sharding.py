@@ -41,7 +41,7 @@ def shard_base(model: PreTrainedModel | None, device: torch.device) -> PreTraine
     return model
 
 
-def largest(values: list[int]) -> list[int]:
+def all_reduce_max(values: list[int]) -> list[int]:
     """The greatest of all ranks' values, position by position. Called by all ranks at once."""
     tensor = torch.tensor(values, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(tensor, dist.ReduceOp.MAX)

@@ -3,27 +3,25 @@
 from poc_lora.adapters.serving import serving_advice
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.training.check import size
-from poc_lora.training.train import Trained
+from poc_lora.training.loop import TrainingResult
 
 IDENTICAL = 0.9999  # cosine of updates that can hardly have come from different seeds
 UNRELATED = 0.01  # of one that shares nothing with any other
 
 
-def training_summary(done: Trained) -> list[str]:
+def training_summary(done: TrainingResult) -> list[str]:
     """What a training did, rows that did not take part and adapters that diverged included."""
     finished = [adapter for adapter, state in done.progress.items() if state.status == "finished"]
     lines = [f"{len(finished)} adapters trained for {done.steps} steps"]
     if done.seconds:
-        rate = done.real_tokens / done.seconds
-        share = done.real_tokens / done.computed_tokens
-        lines[0] += (
-            f": {done.real_tokens:,} tokens in {done.seconds:.0f} s, {rate:,.0f} tokens/s, {share:.1%} not padding"
-        )
+        rate = done.tokens / done.seconds
+        share = done.tokens / done.padded_tokens
+        lines[0] += f": {done.tokens:,} tokens in {done.seconds:.0f} s, {rate:,.0f} tokens/s, {share:.1%} not padding"
         lines.append(f"peak memory {size(done.peak_bytes)}")
-    if done.shortened:
-        lines.append(f"{done.shortened} rows were cut to data.max_length")
-    if done.lost:
-        lines.append(f"{done.lost} rows were left out: data.max_length cut off their whole answer")
+    if done.truncated:
+        lines.append(f"{done.truncated} rows were cut to data.max_length")
+    if done.dropped:
+        lines.append(f"{done.dropped} rows were left out: data.max_length cut off their whole answer")
     for adapter, state in done.progress.items():
         if state.status == "diverged":
             lines.append(f"adapter {adapter} diverged after step {state.step} and is left out of the merge")
@@ -50,7 +48,7 @@ def merge_summary(report: MergeReport) -> list[str]:
             number = f"{len(absent)} of {len(report.modules)} modules"
             lines.append(f"{source.name} lacks {number}, such as {min(absent)}: they count as zero")
     whole, embeddings = bool(report.modules_to_save), bool(report.embeddings)
-    return [*lines, *_oddities(report), *serving_advice(report.rank, whole=whole, embeddings=embeddings)]
+    return [*lines, *_oddities(report), *serving_advice(report.rank, modules_to_save=whole, embeddings=embeddings)]
 
 
 def rank_table(report: MergeReport) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run will do, found out before it starts: rows, steps, parameters, and bytes that can be counted."""
+"""`check`: what a run will do and need, before it starts: rows, steps, parameters, memory and disk."""
 
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,24 @@ from poc_lora.models.load import (
 from poc_lora.training.checkpoint import Progress
 from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.memory import Footprint, free_bytes, snapshot_bytes
+from poc_lora.training.metrics import require_trackers
 from poc_lora.training.placement import place
 from poc_lora.training.run import find_run, started_at
-from poc_lora.training.trackers import require_trackers
 
 
 def check(config: RunConfig, *, device: torch.device | None = None, processes: int = 1) -> dict[str, Any]:
-    """Validate a run without weights; returns what it will do, as names and values for a person to read.
+    """Validate a run without loading weights.
 
-    processes: how many `accelerate launch` will start, all on machines like this one.
-    Raises the error that `train` would: run folder, trackers, dtype, compiler, target modules, rows, room on the disk.
-    Memory is the predicted peak on `device`, default the one that training would use; time is not estimated.
+    Args:
+        config: The run's configuration.
+        device: Default, the device that training would use.
+        processes: How many processes `accelerate launch` will start, on machines like this one.
+
+    Returns:
+        What the run will do, as names and values to read; memory is the predicted peak on `device`.
+
+    Raises:
+        PocLoraError: As `train` would: run folder, trackers, compiler, target modules, rows, disk space.
     """
     require_processes(config, processes)
     device, folder = device or default_device(), Path(config.output)
@@ -69,8 +76,8 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "parameters per adapter": P,
         "training rows": len(data.train),
         "validation rows": len(data.validation),
-        "rows shortened to max_length": data.shortened,
-        "rows left out (whole answer cut off)": data.lost,
+        "rows shortened to max_length": data.truncated,
+        "rows left out (whole answer cut off)": data.dropped,
         "tokens per epoch and adapter": tokens,
         "supervised tokens per epoch and adapter": sum(
             supervised_tokens(e, train_on_prompt=config.data.train_on_prompt) for e in data.train
@@ -102,7 +109,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
 
 
 def require_processes(config: RunConfig, processes: int) -> None:
-    """Raises RequestError for more processes than adapters, which train whole."""
+    """Raise RequestError if there are more processes than adapters."""
     if processes > config.adapters.count:
         raise RequestError(
             f"{processes} processes for {config.adapters.count} adapters: some would have nothing to do",
@@ -112,7 +119,7 @@ def require_processes(config: RunConfig, processes: int) -> None:
 
 
 def _validation_cost(data: TrainingData, per_device: int, every: int | None) -> str:
-    """The forward passes of a pack's validations, in tokens: base, adapters and merge see every row."""
+    """The tokens of a pack's validations: base, adapters and merge see every row."""
     if not data.validation:
         return "none: there are no validation rows"
     times = 1 + ((data.total_steps - 1) // every if every else 0)
@@ -121,22 +128,25 @@ def _validation_cost(data: TrainingData, per_device: int, every: int | None) -> 
 
 
 def _span(pack: list[int]) -> str:
-    """Adapters that follow each other, as all packs of a new run do."""
+    """A range of adapters; those of a new run's pack are consecutive."""
     return f"{pack[0]}" if len(pack) == 1 else f"{pack[0]} to {pack[-1]} together"
 
 
 def disk_bytes(config: RunConfig, parameters: int, at_once: int, waiting: int = 0) -> int:
-    """Bytes of a run's commits, each with weights and moments of one pack a rank, and of its adapters.
+    """Return the bytes of a run's commits and adapters.
 
-    at_once: how many adapters train at the same time. waiting: how many more have begun; all commits share the state
-    of these.
+    Args:
+        config: The run's configuration.
+        parameters: Of one adapter; a commit holds as many weights and twice as many moments, in float32.
+        at_once: How many adapters train at the same time.
+        waiting: How many more have begun; all commits share the state of these.
     """
     states = (config.checkpoint.keep + 1) * at_once + waiting
     return 4 * parameters * (3 * states + config.adapters.count)
 
 
 def require_room(folder: Path, needed: int) -> int:
-    """Free bytes where `folder` is or will be. Raises RequestError where they are too few."""
+    """Return the free bytes where `folder` is or will be. Raises RequestError if fewer than `needed`."""
     free = free_bytes_at(folder)
     if free < needed:
         raise RequestError(
@@ -148,7 +158,7 @@ def require_room(folder: Path, needed: int) -> int:
 
 
 def size(nbytes: int) -> str:
-    """Bytes as a person reads them: 1.5 GB is 1.5e9 bytes."""
+    """Format a number of bytes; 1.5 GB is 1.5e9 bytes."""
     for unit, width in (("GB", 1e9), ("MB", 1e6)):
         if nbytes >= width:
             return f"{nbytes / width:.1f} {unit}"

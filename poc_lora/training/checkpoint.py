@@ -1,4 +1,4 @@
-"""Numbered commits of a run's state: atomic, checksummed, one file per adapter, written while training goes on.
+"""Numbered commits of a run's state: atomic, checksummed, one file per adapter, written in the background.
 
     checkpoints/commit_00007/  manifest.json  adapter_00.safetensors  adapter_01.safetensors ...
 
@@ -73,10 +73,16 @@ class Commit:
 
 
 class Commits:
-    """The commits under `root`, made by all ranks at once in the background, one at a time.
+    """The commits under `root`, written by all ranks together in the background, one at a time.
 
-    keep: the newest so many intact ones stay. last: the commit that the run goes on from, if any.
-    Leaving the block waits for the commit under way.
+    As a context manager it waits, on exit, for the commit under way.
+
+    Args:
+        root: The folder checkpoints/ of the run.
+        ranks: The ranks of the run.
+        placement: Which rank trains, and therefore writes, which adapters.
+        keep: How many of the newest intact commits to keep.
+        last: The commit that is resumed, if any.
     """
 
     def __init__(self, root: Path, ranks: Ranks, placement: Placement, *, keep: int, last: Commit | None = None):
@@ -89,8 +95,8 @@ class Commits:
         self._intact = [last.number] if last else []
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commits")
         self._under_way: Future[None] | None = None
-        self.seconds = 0.0  # that training stood still for commits
-        self.slowest = 0.0  # seconds that one commit took to write
+        self.seconds = 0.0  # for which commits held training up
+        self.slowest = 0.0  # seconds that the slowest commit took to write
 
     def __enter__(self) -> "Commits":
         return self
@@ -99,12 +105,18 @@ class Commits:
         self._background.shutdown(wait=True)
 
     def start(self, progress: Mapping[int, Progress], bank: AdapterBank | None, optimizer: NoisyAdamW | None) -> None:
-        """Begin to write the next commit, once the one before stands. Called by all ranks alike.
+        """Start to write the next commit once the one before is complete. All ranks must call it.
 
-        progress: of all adapters, the same on every rank. bank, optimizer: hold the adapters that this rank trains at
-        present; their state is copied before the call returns, so training may go on at once. Those that have begun
-        and wait for their turn are taken over from the commit before.
-        Raises CheckpointError where the commit before could not be written; those before that one stand.
+        The state of the adapters in the bank is copied before the call returns, so training may continue. Adapters
+        that have begun and wait for their turn are linked from the commit before.
+
+        Args:
+            progress: Of all adapters, the same on every rank.
+            bank: The adapters that this rank trains at present, if any.
+            optimizer: Their optimizer.
+
+        Raises:
+            CheckpointError: The commit before could not be written; those before it stand.
         """
         self.wait()
         began = time.perf_counter()
@@ -120,12 +132,12 @@ class Commits:
         self.seconds += time.perf_counter() - began
 
     def check(self) -> None:
-        """Raises CheckpointError if the commit under way has failed already."""
+        """Raise CheckpointError if the commit under way has already failed."""
         if self._under_way is not None and self._under_way.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the commit under way stands. Raises CheckpointError where it could not be written."""
+        """Wait for the commit under way. Raises CheckpointError if it could not be written."""
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             began = time.perf_counter()
@@ -133,9 +145,10 @@ class Commits:
             self.seconds += time.perf_counter() - began
 
     def restore(self, progress: Mapping[int, Progress], bank: AdapterBank, optimizer: NoisyAdamW) -> None:
-        """Put the weights, moments and step counts of the newest commit back, bitwise.
+        """Restore weights, moments and step counts of the bank's adapters from the newest commit, bitwise.
 
-        An adapter that had diverged stays dropped, one that had not begun as it is. Raises CheckpointError.
+        An adapter that had diverged stays dropped, one that had not begun keeps its initial state.
+        Raises CheckpointError if a file cannot be used.
         """
         self.wait()
         for slot, adapter in enumerate(bank.adapters):
@@ -145,7 +158,7 @@ class Commits:
                 _restore(self._last / _file_name(adapter), progress[adapter].step, bank, optimizer, slot)
 
     def _write(self, number: int, states: dict[int, State], waiting: list[int], manifest: dict[str, Any]) -> None:
-        """Write commit `number` together with the other ranks; runs in the background."""
+        """Write commit `number` together with the other ranks, in the background thread."""
         began = time.perf_counter()
         folder = self.root / f"commit_{number:05d}"
         aside = self.root / f".{folder.name}"
@@ -165,7 +178,7 @@ class Commits:
                 f"commit {number} could not be written: {reason}"
                 f" (it takes {needed:,} bytes, {free_bytes_at(self.root):,} are free)",
                 where=folder,
-                fix="make room or mend the folder; the run goes on from the commit before with --resume",
+                fix="make room or repair the folder; --resume continues from the commit before",
             ) from problem
         self._last = folder
         if self._ranks.rank == 0:
@@ -173,7 +186,7 @@ class Commits:
         self.slowest = max(self.slowest, time.perf_counter() - began)
 
     def _write_files(self, aside: Path, states: dict[int, State], waiting: list[int]) -> dict[str, Any]:
-        """Write this rank's files, in parallel, and read them back; returns what the manifest says of them."""
+        """Write this rank's files in parallel and verify them; returns their entries of the manifest."""
         aside.mkdir(parents=True, exist_ok=True)  # all ranks write to one folder
         files = {_file_name(adapter): self._files[_file_name(adapter)] for adapter in waiting}
         for name in files:
@@ -183,7 +196,7 @@ class Commits:
             return files | dict(written)
 
     def _clear(self, aside: Path) -> None:
-        """Remove this rank's files of a commit that failed; other ranks may still write to the folder."""
+        """Remove this rank's files of a failed commit; other ranks may still be writing to the folder."""
         for adapter in self._mine:
             (aside / _file_name(adapter)).unlink(missing_ok=True)
         if self._ranks.rank == 0:
@@ -192,7 +205,7 @@ class Commits:
             aside.rmdir()
 
     def _prune(self, number: int) -> None:
-        """Keep the newest commits that are known to be intact, and no others."""
+        """Remove all commits but the newest that are known to be intact."""
         self._intact = [*self._intact, number][-self.keep :]
         for old in _numbers(self.root):
             if old not in self._intact:
@@ -200,9 +213,16 @@ class Commits:
 
 
 def newest_commit(root: Path) -> tuple[Commit | None, list[str]]:
-    """The newest commit that verifies, or None where none was ever made, and what was wrong with newer ones.
+    """Find the newest intact commit.
 
-    Raises CheckpointError when there are commits but none is intact.
+    Args:
+        root: The folder checkpoints/ of a run.
+
+    Returns:
+        The commit, or None if there are none, and a line for each newer commit that is damaged.
+
+    Raises:
+        CheckpointError: There are commits, but none is intact.
     """
     problems: list[str] = []
     numbers = sorted(_numbers(root), reverse=True)
@@ -218,17 +238,17 @@ def newest_commit(root: Path) -> tuple[Commit | None, list[str]]:
 
 
 def plain(progress: Mapping[int, Progress], adapters: Iterable[int]) -> dict[str, dict[str, Any]]:
-    """The progress of some adapters as JSON holds it."""
+    """Convert the progress of some adapters to plain JSON values."""
     return {str(adapter): asdict(progress[adapter]) for adapter in sorted(adapters)}
 
 
 def parsed(adapters: Mapping[str, Any]) -> dict[int, Progress]:
-    """What `plain` gave."""
+    """Convert the values of `plain` back."""
     return {int(adapter): Progress(**state) for adapter, state in adapters.items()}
 
 
 def _snapshot(bank: AdapterBank, optimizer: NoisyAdamW, progress: Mapping[int, Progress]) -> dict[int, State]:
-    """Copies on the host of the adapters in training; from a GPU all at once, into pinned memory that torch reuses."""
+    """Copy the state of the adapters in training to the host; from a GPU into pinned memory, which torch reuses."""
     states: dict[int, State] = {}
     for slot, adapter in enumerate(bank.adapters):
         if progress[adapter].begun:
@@ -246,7 +266,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _write_state(path: Path, state: State) -> tuple[str, dict[str, Any]]:
-    """Write one adapter's state, and compare it with what is read back; returns the file's name, size and checksum."""
+    """Write one adapter's state and compare it with what is read back; returns the file's name, size and checksum."""
     save_file(state, path, metadata={"format": "pt"})
     sync(path)
     facts = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -259,7 +279,7 @@ def _write_state(path: Path, state: State) -> tuple[str, dict[str, Any]]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under a second name, or a copy where the disk knows no such links."""
+    """Link the file under a second name, or copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -283,7 +303,7 @@ def _restore(path: Path, step: int, bank: AdapterBank, optimizer: NoisyAdamW, sl
 
 
 def _verified(folder: Path, number: int) -> Commit:
-    """The commit in `folder`. Raises an error where a file, or the state of an adapter, is missing or damaged."""
+    """Verify the commit in `folder`. Raises if a file, or the state of an adapter, is missing or damaged."""
     manifest = read_json(folder / MANIFEST, error=RequestError)
     files = {Path(name).name: facts for name, facts in manifest["files"].items()}
     progress = parsed(manifest["adapters"])

@@ -19,19 +19,19 @@ TOKENISED = "tokenised rows"  # the key of their checksum beside those of the fi
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Tokenised rows, split, with the order in which they are drawn."""
+    """Tokenised rows, split into training and validation, and the order in which they are drawn."""
 
     train: list[Example]
     validation: list[Example]
     order: BatchOrder
     total_steps: int
-    shortened: int
-    lost: int
+    truncated: int
+    dropped: int
     files: dict[str, str]  # path, and TOKENISED -> sha256
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row, padded as it would be in a batch."""
+        """Tokens of the longest row, padded as in a batch."""
         return padded_length(max(len(e.ids) for e in (*self.train, *self.validation)))
 
 
@@ -44,8 +44,15 @@ def prepare_data(
 ) -> TrainingData:
     """Read, tokenise and split the rows of a run.
 
-    context: the most tokens that the base model takes. now: see `encode_rows`.
-    Raises DataError, or ConfigError for a max_length beyond the context.
+    Args:
+        config: The run's configuration.
+        tokenizer: The base model's tokenizer.
+        context: The base model's context length in tokens, if it has one.
+        now: The time that chat templates which write a date see; see `encode_rows`.
+
+    Raises:
+        DataError: Rows cannot be read or used, or none are left to train on.
+        ConfigError: `data.max_length` exceeds the context.
     """
     section = config.data
     if context is not None and section.max_length > context:
@@ -78,8 +85,8 @@ def prepare_data(
         validation=[encoded.examples[i] for i in sorted(order[: section.validation])],
         order=batches,
         total_steps=steps,
-        shortened=encoded.shortened,
-        lost=encoded.lost,
+        truncated=encoded.shortened,
+        dropped=encoded.lost,
         files={
             **{str(path): sha256_file(path) for path in source_files(section.train)},
             TOKENISED: hashlib.sha256(repr([e.ids for e in encoded.examples]).encode()).hexdigest(),

@@ -1,7 +1,7 @@
-"""Which rank trains which adapters, and which of them together: whole adapters, packed, the work shared out evenly.
+"""Which rank trains which adapters, and which of them together: whole adapters in packs, balanced over the ranks.
 
-Nothing that an adapter becomes depends on its place but for the rounding of matrix kernels. So a run resumed on as many
-ranks keeps its packs, and with them every bit; on fewer or more ranks it is placed anew.
+An adapter depends on its place only through the rounding of matrix kernels. A run resumed on as many ranks keeps its
+packs, and so every bit; on fewer or more ranks it is placed anew.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,15 @@ from poc_lora.training.checkpoint import Placement, Progress
 def place(
     progress: Mapping[int, Progress], steps: int, *, ranks: int, per_device: int, before: Placement | None = None
 ) -> Placement:
-    """Place all adapters in training on `ranks` ranks, at most `per_device` in a pack; a run has `steps` steps.
+    """Place all adapters in training on ranks, in packs of adapters at the same step.
 
-    before: the placement that the run was interrupted in. Its packs are kept, with adapters that diverged in their
-    old slots, where there are as many ranks and room for them; those not begun only if `per_device` is the same too.
+    Args:
+        progress: Of all adapters.
+        steps: Optimizer steps of the run.
+        ranks: The number of ranks.
+        per_device: The most adapters of a pack.
+        before: The placement of the interrupted run. Its packs are kept, with diverged adapters in their slots, if
+            the number of ranks is the same and they fit; packs that have not begun, only if `per_device` is the same.
     """
     rounds: list[list[list[int]]] = []
     training = {adapter: state.step for adapter, state in progress.items() if state.status == "training"}

@@ -1,24 +1,21 @@
-"""The run folder: created once, resumed with the same settings, never overwritten.
+"""The run folder of a training run: created once, resumed with the same settings, never overwritten.
 
 config.yaml  run.json  metrics.jsonl  checkpoints/  adapters/  merged/  eval/
 """
 
 import contextlib
 import json
-import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
-from poc_lora import __version__
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
+from poc_lora.environment import environment
 from poc_lora.errors import CheckpointError, RunError
 from poc_lora.files import read_json, read_text, sync, write_atomic, write_json
 from poc_lora.training.checkpoint import Commit, Progress, newest_commit
@@ -27,14 +24,16 @@ from poc_lora.training.checkpoint import Commit, Progress, newest_commit
 RESUMABLE = ("adapters.count", "adapters.per_device", "checkpoint.", "output", "track", "train.validate_every")
 WRITTEN = ("config.yaml", "run.json", "metrics.jsonl")
 LOCK = ".lock"
-LIBRARIES = ("torch", "transformers", "safetensors", "huggingface_hub", "tokenizers")
 
 
 class Run:
-    """One run folder and what is written into it while training.
+    """A run folder and what training writes into it. Nothing is written before `begin`.
 
-    commit: the state to go on from, if any. problems: commits that were newer, but damaged. facts: what run.json
-    says of the run so far. Nothing is written before `begin`.
+    Attributes:
+        folder: The run folder.
+        commit: The commit to resume, if any.
+        problems: A line for each newer commit that is damaged.
+        facts: The content of run.json.
     """
 
     def __init__(self, folder: Path, commit: Commit | None, problems: list[str], facts: dict[str, Any]):
@@ -47,7 +46,7 @@ class Run:
         self._metrics = folder / "metrics.jsonl"
 
     def begin(self, config: RunConfig, **facts: Any) -> None:
-        """Write config.yaml and run.json, with versions and hardware, and clear what a kill left half written."""
+        """Write config.yaml and run.json, and remove what a killed process left half written."""
         write_atomic(self.folder / "config.yaml", dump_yaml(config))
         self.note(**environment(), **facts)
         for aside in (*self.checkpoints.glob(".*"), *self.adapters.glob(".*")):
@@ -62,7 +61,7 @@ class Run:
         write_json(self.folder / "run.json", self.facts)
 
     def log(self, lines: list[dict[str, Any]]) -> None:
-        """Append lines to metrics.jsonl. Raises CheckpointError where they cannot be written."""
+        """Append lines to metrics.jsonl. Raises CheckpointError if they cannot be written."""
         text = "".join(json.dumps(line) + "\n" for line in lines)
         try:
             with self._metrics.open("a") as out:
@@ -71,16 +70,16 @@ class Run:
             raise CheckpointError(
                 f"{len(text):,} bytes could not be added: {problem.strerror}",
                 where=self._metrics,
-                fix="make room or mend the folder; the run goes on from its last commit with --resume",
+                fix="make room or repair the folder; --resume continues from the last commit",
             ) from problem
 
-    def settle(self) -> None:
-        """Make metrics.jsonl survive a power cut up to here."""
+    def sync_metrics(self) -> None:
+        """Flush metrics.jsonl to the disk."""
         if self._metrics.exists():
             sync(self._metrics)
 
     def _forget_after(self, progress: Mapping[int, Progress]) -> None:
-        """Remove metric lines of steps that the resumed run will take again, and of validations it will repeat."""
+        """Remove metric lines of steps and validations that the resumed run will repeat."""
         if not self._metrics.exists():
             return
         kept = []
@@ -92,7 +91,7 @@ class Run:
         write_atomic(self._metrics, "".join(line + "\n" for line in kept))
 
     def write_adapter(self, number: int, adapter: Adapter) -> None:
-        """Write a finished adapter in PEFT format; one that a killed run had written already stands aside."""
+        """Write a trained adapter in PEFT format, in place of one that a killed process had written."""
         folder = self.adapters / f"{number:02d}"
         if folder.exists():
             shutil.rmtree(folder)
@@ -100,7 +99,7 @@ class Run:
 
 
 def _stands(entry: dict[str, Any], progress: Mapping[int, Progress]) -> bool:
-    """Whether a metric line is of something that a run which has come to `progress` will not do again."""
+    """Whether a metric line is of a step or validation that a run at `progress` will not repeat."""
     nothing = Progress(0)
     if "members" not in entry:
         return entry["step"] <= progress.get(entry["adapter"], nothing).step
@@ -110,10 +109,12 @@ def _stands(entry: dict[str, Any], progress: Mapping[int, Progress]) -> bool:
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Within the block no other process may train in this folder, which is made, and left as it was if no run begins.
+    """Create the folder and lock it against other training processes; removed again if no run begins.
 
-    The lock ends with the process, however that ends. Raises RunError where another one holds it, and RequestError
-    for a folder that cannot be made.
+    The lock ends with the process, however that ends.
+
+    Raises:
+        RunError: Another process holds the lock, or the folder cannot be created.
     """
     path = folder / LOCK
     try:
@@ -141,11 +142,18 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def find_run(config: RunConfig, *, resume: bool) -> Run:
-    """The run that `config` starts or, with `resume`, goes on with; nothing is written yet.
+    """Find the run that `config` starts or resumes; nothing is written yet.
 
-    With `resume` too a run that is not there yet is started, so that one command will do for both.
-    Raises RunError for a folder that is in use, or for a resumption whose settings differ in more than `RESUMABLE`,
-    and CheckpointError where a run has commits but none that is intact.
+    Args:
+        config: The run's configuration.
+        resume: Resume the run in `config.output`; if there is none, start it, so that one command does both.
+
+    Returns:
+        The run, with the commit to resume, if any.
+
+    Raises:
+        RunError: The folder is in use, or the settings of a resumed run differ in more than `RESUMABLE`.
+        CheckpointError: The run has commits, but none is intact.
     """
     folder = Path(config.output)
     saved = folder / "config.yaml"
@@ -175,7 +183,7 @@ def find_run(config: RunConfig, *, resume: bool) -> Run:
 
 
 def started_at(facts: Mapping[str, Any]) -> datetime | None:
-    """When the run of which run.json says `facts` was first started, in the local time of that place."""
+    """Return when a run was first started, in local time, from the content of its run.json."""
     try:
         return datetime.fromisoformat(facts["started_at"])
     except (KeyError, TypeError, ValueError):
@@ -183,9 +191,12 @@ def started_at(facts: Mapping[str, Any]) -> datetime | None:
 
 
 def require_same_rows(run: Run, files: Mapping[str, str], tokenised: str) -> None:
-    """Raises RunError where a run is resumed on other rows than it began with, and says what has changed.
+    """Raise RunError, saying what has changed, if a run is resumed on other rows than it began with.
 
-    files: checksums by path, and of the tokenised rows under the key `tokenised`.
+    Args:
+        run: The run to resume.
+        files: Checksums by path, and of the tokenised rows under the key `tokenised`.
+        tokenised: That key.
     """
     before = run.facts.get("data_sha256", files)
     if before == files:
@@ -208,47 +219,3 @@ def require_same_rows(run: Run, files: Mapping[str, str], tokenised: str) -> Non
         )
         fix = "put back the tokenizer and versions of the beginning (run.json has them), or start anew"
     raise RunError(what, where=run.folder, fix=fix)
-
-
-def describe_device(device: torch.device) -> str:
-    """What the rounding of one rank, and on a GPU its noise, depends on beside the libraries."""
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        return f"{gpu.name}, {gpu.multi_processor_count} multiprocessors"
-    return f"{device.type}, {_processor()}, {torch.get_num_threads()} threads"
-
-
-def changed_devices(before: Sequence[str], now: Sequence[str]) -> str | None:
-    """What is no longer bitwise where a run goes on on other devices, as described; None where nothing has changed."""
-    if not before or set(before) == set(now):
-        return None
-    on_cpus = all(name.startswith("cpu,") for name in (*before, *now))
-    changed = "its rounding is" if on_cpus else "its rounding, and its noise, which depends on the kind of GPU, are"
-    return (
-        f"the run began on {' and '.join(sorted(set(before)))}; on {' and '.join(sorted(set(now)))}"
-        f" {changed} no longer bitwise that of an uninterrupted run"
-    )
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware: what a bug report or a benchmark needs."""
-    versions = {"poc_lora": __version__, "python": platform.python_version()}
-    for library in (*LIBRARIES, "peft", "accelerate", "datasets", "bitsandbytes", "lm_eval"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[library] = version(library)
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    machine = {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-    }
-    return {"versions": versions, "machine": machine}
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

@@ -1,4 +1,4 @@
-"""A pack: adapters at the same step, trained together on one base model. Computes; reads and writes no file."""
+"""One optimizer step of a pack: adapters at the same step, trained together on one base model."""
 
 import contextlib
 import math
@@ -17,33 +17,38 @@ from poc_lora.lora.bank import AdapterBank
 from poc_lora.models.compilation import compiled_parts
 from poc_lora.models.forward import has_plain_head
 from poc_lora.models.recomputation import gradient_checkpointing
+from poc_lora.models.sharding import all_reduce_max
 from poc_lora.optim.noisy_adamw import NoisyAdamW
 from poc_lora.optim.schedules import learning_rate
 from poc_lora.training.data import TrainingData
 from poc_lora.training.loss import packed_loss
+from poc_lora.training.memory import Sizes
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one optimizer step did, per slot [M]."""
+class StepResult:
+    """What one optimizer step did; lists have an entry per slot [M]."""
 
     losses: list[float]
-    grad_norms: list[float]
+    grad_norms: list[float]  # before clipping
     noise_norms: list[float]
     lr: float
     diverged: list[int]  # slots dropped at this step
-    real_tokens: int
-    computed_tokens: int  # with padding
+    tokens: int
+    padded_tokens: int  # the same with padding
 
 
 class Pack:
-    """The bank and the optimizer of some adapters.
+    """A bank of adapters that are at the same step, and their optimizer.
 
-    model: the frozen base, in which the bank replaces the target modules until `close`.
-    adapters: their ids. tokens: the size of a micro-batch. pad_id: any token; padding is never attended to.
-    checkpointing: run layers a second time in the backward pass instead of keeping what they computed.
-    largest: the greatest of all ranks' values, each called with as many, for a base model that is sharded over the
-    ranks: then all must run it equally often.
+    Args:
+        config: The run's configuration.
+        model: The frozen base model. The bank replaces its target modules until `close`.
+        data: Tokenised rows and the order in which each adapter draws them.
+        adapters: Ids of the adapters to train together.
+        sizes: The micro-batch size, and whether layers are recomputed in the backward pass.
+        pad_id: Any token id; padding is never attended to.
+        sharded: Whether ranks share the base model. They must then run it equally often, and stop together.
     """
 
     def __init__(
@@ -53,19 +58,18 @@ class Pack:
         data: TrainingData,
         adapters: Sequence[int],
         *,
-        tokens: int,
-        pad_id: int,
-        checkpointing: bool = False,
-        largest: Callable[[list[int]], list[int]] | None = None,
+        sizes: Sizes,
+        pad_id: int = 0,
+        sharded: bool = False,
     ):
         self.config, self.model, self.data = config, model, data
-        self.largest = largest
-        self.tokens, self.pad_id, self.device = tokens, pad_id, model.device
-        self.plain_head = has_plain_head(model)
+        self.sharded = sharded
+        self._tokens, self._pad_id, self.device = sizes.tokens_per_microbatch, pad_id, model.device
+        self._plain_head = has_plain_head(model)
         self._undo = contextlib.ExitStack()
         if config.train.compile:
             self._undo.enter_context(compiled_parts(model))
-        if checkpointing:
+        if sizes.gradient_checkpointing:
             self._undo.enter_context(gradient_checkpointing(model))
         lora, optim, seed = config.lora, config.optim, config.adapters.seed
         self.bank = AdapterBank(
@@ -93,10 +97,15 @@ class Pack:
         """Slots of the adapters that have not diverged."""
         return [slot for slot in range(self.bank.size) if slot not in self.bank.dropped]
 
-    def step(self, step: int, stop: Callable[[], bool] = lambda: False) -> Step | None:
+    def step(self, step: int, stop: Callable[[], bool] = lambda: False) -> StepResult | None:
         """Take optimizer step `step` (from 0) with every live adapter.
 
-        None, and nothing has changed, where `stop` became true before all of its rows had been through.
+        Args:
+            step: The number of the step, which keys its rows, dropout and noise.
+            stop: Asked before every micro-batch.
+
+        Returns:
+            What the step did; None, with nothing changed, if `stop` returned True before all rows had been processed.
         """
         optim, bank = self.config.optim, self.bank
         lr = learning_rate(
@@ -112,40 +121,40 @@ class Pack:
         accumulated = self._accumulate(step, stop)
         if accumulated is None:
             return None
-        losses, real, computed = accumulated
+        losses, tokens, padded_tokens = accumulated
         norms = bank.clip_grad_norm(optim.max_grad_norm)
         diverged = self._drop_unless(torch.isfinite(losses) & torch.isfinite(norms))
         self.optimizer.step()
         diverged += self._drop_unless(torch.isfinite(bank.weights.sum(dim=1)))
         noise = torch.stack(self.optimizer.noise_norms)
-        return Step(losses.tolist(), norms.tolist(), noise.tolist(), lr, diverged, real, computed)
+        return StepResult(losses.tolist(), norms.tolist(), noise.tolist(), lr, diverged, tokens, padded_tokens)
 
     def _accumulate(self, step: int, stop: Callable[[], bool]) -> tuple[Tensor, int, int] | None:
-        """Add up the gradients of one step's rows, micro-batch by micro-batch; None when told to stop."""
+        """Add up the gradients of one step's rows, micro-batch by micro-batch; None if `stop` returned True."""
         examples = self.data.train
         rows = [self.data.order.rows(adapter, step) for adapter in self.bank.adapters]
         counts = [sum(self._supervised(i) for i in chosen) for chosen in rows]
         tokens_per_slot = torch.tensor(counts, dtype=torch.float32, device=self.device)
         losses = torch.zeros_like(tokens_per_slot)
-        real = computed = 0
+        tokens = padded_tokens = 0
         self.model.eval()  # a base with dropout of its own would draw it from torch's global stream
         for module in self.bank.modules.values():
             module.train()
         parts = 1
-        if self.largest:
-            parts, stopping = self.largest([len(cut_rows(examples, rows, tokens=self.tokens)), stop()])
+        if self.sharded:
+            parts, stopping = all_reduce_max([len(cut_rows(examples, rows, tokens=self._tokens)), stop()])
             stop = lambda: bool(stopping)  # noqa: E731  (all ranks stop at the same step)
         for batch in self._micro_batches(examples, rows, at_least=parts):
             if stop():
                 return None
             if self.config.lora.dropout:
                 self.bank.key_dropout(self._dropout_keys(batch, step))
-            loss, per_slot = packed_loss(self.model, batch, tokens_per_slot, plain_head=self.plain_head)
+            loss, per_slot = packed_loss(self.model, batch, tokens_per_slot, plain_head=self._plain_head)
             loss.backward()
             losses += per_slot
-            real += batch.real_tokens
-            computed += batch.input_ids.numel()
-        return losses, real, computed
+            tokens += batch.real_tokens
+            padded_tokens += batch.input_ids.numel()
+        return losses, tokens, padded_tokens
 
     def _supervised(self, example: int) -> int:
         return supervised_tokens(self.data.train[example], train_on_prompt=self.config.data.train_on_prompt)
@@ -156,10 +165,10 @@ class Pack:
         return micro_batches(
             examples,
             rows,
-            tokens=self.tokens,
+            tokens=self._tokens,
             at_least=at_least,
             train_on_prompt=self.config.data.train_on_prompt,
-            pad_id=self.pad_id,
+            pad_id=self._pad_id,
             device=self.device,
         )
 
@@ -181,9 +190,9 @@ class Pack:
 
     @torch.no_grad()
     def loss(self, examples: Sequence[Example], stop: Callable[[], bool] = lambda: False) -> float | None:
-        """Mean loss per supervised token of `examples` under the bank's present view: base, one adapter or merge.
+        """Return the mean loss per supervised token of `examples` under the bank's present view.
 
-        None where `stop` became true before all of them had been through.
+        None if `stop`, which is asked before every micro-batch, returned True before all of them had been processed.
         """
         self.model.eval()
         learn_prompt = self.config.data.train_on_prompt
@@ -191,14 +200,10 @@ class Pack:
         tokens = torch.tensor([float(count)], device=self.device)
         shares = []
         for batch in self._micro_batches(examples, [range(len(examples))]):
-            if self._all_stop(stop):
+            if all_reduce_max([stop()])[0] if self.sharded else stop():
                 return None
-            shares.append(float(packed_loss(self.model, batch, tokens, plain_head=self.plain_head)[1]))
+            shares.append(float(packed_loss(self.model, batch, tokens, plain_head=self._plain_head)[1]))
         return math.fsum(shares)
-
-    def _all_stop(self, stop: Callable[[], bool]) -> bool:
-        """Whether this rank stops; of ranks that share a base, whether any does, for then all must."""
-        return bool(self.largest([stop()])[0]) if self.largest else stop()
 
     def close(self) -> None:
         """Give the base model its own modules back."""

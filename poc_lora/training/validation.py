@@ -1,4 +1,4 @@
-"""How a pack stands on held-out rows, and how alike its adapters are."""
+"""Validation of a pack: losses on held-out rows, and the similarity of its adapters."""
 
 import contextlib
 import functools
@@ -10,6 +10,7 @@ import torch
 from poc_lora.adapters.factors import Factors
 from poc_lora.merging.gram import cosine, gram_of_stack, summary
 from poc_lora.merging.stacked import exact_device, stack
+from poc_lora.models.sharding import all_reduce_max
 from poc_lora.training.step import Pack
 
 
@@ -17,27 +18,33 @@ def validate(
     pack: Pack,
     *,
     stop: Callable[[], bool] = lambda: False,
-    tell: Callable[[str], None] = lambda note: None,
+    report: Callable[[str], None] = lambda note: None,
 ) -> dict[int | str, dict[str, Any]] | None:
-    """Measures by name: `base`, each live adapter by its id, and `merge`, from the bank's own views.
+    """Measure the base model, each live adapter, and their running merge.
 
-    Each has its `validation_loss`, where there are validation rows. `merge`, the average of the live adapters, has
-    their pairwise `cosines` and the figures of `similarity.summary`: S² and the error bar S²/M among them.
-    stop: asked before every micro-batch; None is returned where it became true. tell: given a word of how far it is.
+    Args:
+        pack: The pack, whose bank provides the views.
+        stop: Asked before every micro-batch.
+        report: Called with a note on progress before each model.
+
+    Returns:
+        Measures by name: `base`, each live adapter by its id, and `merge`. Each has its `validation_loss` if there are
+        validation rows; `merge` also has the adapters' pairwise `cosines` and the figures of `merging.gram.summary`,
+        among them S² and S²/M. None if `stop` returned True.
     """
     bank, examples = pack.bank, pack.data.validation
     measures: dict[int | str, dict[str, Any]] = {"merge": _similarity(pack) if pack.live else {}}
     if not examples:
         return measures
     # Ranks that share a base run it equally often: those with fewer adapters measure the base once more instead.
-    most = max(pack.largest([len(pack.live)])) if pack.largest else len(pack.live)
+    most = all_reduce_max([len(pack.live)])[0] if pack.sharded else len(pack.live)
     views: list[tuple[int | str, Callable[[], contextlib.AbstractContextManager[None]]]] = [
         *[("base", bank.disabled)] * (1 + most - len(pack.live)),
         *[(bank.adapters[slot], functools.partial(bank.only, slot)) for slot in pack.live],
         ("merge", bank.merged),
     ]
     for number, (name, view) in enumerate(views, start=1):
-        tell(f"validating, model {number} of {len(views)}")
+        report(f"validating, model {number} of {len(views)}")
         with view():
             loss = pack.loss(examples, stop)
         if loss is None:

@@ -20,14 +20,14 @@ from matplotlib.figure import Figure
 from poc_lora.config import RunConfig, load_config
 from poc_lora.data.commonsense import BENCHMARKS, read_questions
 from poc_lora.devices import by_device
+from poc_lora.environment import environment
 from poc_lora.evaluation.protocols.label import PreparedQuestions, prepare, score_labels
 from poc_lora.files import write_json
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 from poc_lora.models.load import load_base
 from poc_lora.reporting.figures import subsets_figure
 from poc_lora.training.data import prepare_data
-from poc_lora.training.memory import FAST_TOKENS
-from poc_lora.training.run import environment
+from poc_lora.training.memory import FAST_TOKENS, Sizes
 from poc_lora.training.step import Pack
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -45,8 +45,8 @@ def one_seed(config: RunConfig, model, tokenizer, prepared: dict[str, PreparedQu
     """Train one pack and score it whole and in part."""
     M = config.adapters.count
     data = prepare_data(config, tokenizer)
-    tokens = by_device(FAST_TOKENS, model.device.type)
-    pack = Pack(config, model, data, range(M), tokens=tokens, pad_id=tokenizer.pad_token_id)
+    sizes = Sizes(by_device(FAST_TOKENS, model.device.type), M, gradient_checkpointing=False)
+    pack = Pack(config, model, data, range(M), sizes=sizes, pad_id=tokenizer.pad_token_id)
     with torch.enable_grad():
         for step in range(data.total_steps):
             pack.step(step)

@@ -36,6 +36,7 @@ from poc_lora.config import load_config
 from poc_lora.data.commonsense import find_benchmarks, read_questions
 from poc_lora.data.prompts import render_prompt
 from poc_lora.distributed import Ranks
+from poc_lora.environment import environment
 from poc_lora.evaluation.answers import AnswerFile, Item
 from poc_lora.evaluation.passes import Asker, Protocol
 from poc_lora.evaluation.protocols.generate import first_label, generate_answers
@@ -43,7 +44,6 @@ from poc_lora.evaluation.protocols.label import ANSWER_PREFIX
 from poc_lora.files import write_json
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.models.load import load_base
-from poc_lora.training.run import environment
 
 BATCH, BEAMS, NEW_TOKENS = 16, 4, 32
 

@@ -175,7 +175,7 @@ def shape_1b() -> Facts:
 
 
 def machine() -> Facts:
-    from poc_lora.training.run import environment
+    from poc_lora.environment import environment
 
     return {"command": sys.argv, **environment()}
 

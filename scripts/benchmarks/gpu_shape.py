@@ -100,9 +100,7 @@ class Shape:
                 work.model,
                 work.data,
                 list(work.adapters),
-                tokens=tokens,
-                pad_id=0,
-                checkpointing=checkpointing,
+                sizes=Sizes(tokens, len(work.adapters), checkpointing),
             )
             try:
                 began = time.monotonic()
@@ -114,9 +112,7 @@ class Shape:
                 measured.stop()
             finally:
                 pack.close()
-        rates = self._rates(
-            measured, len(steps), sum(s.real_tokens for s in done), sum(s.computed_tokens for s in done)
-        )
+        rates = self._rates(measured, len(steps), sum(s.tokens for s in done), sum(s.padded_tokens for s in done))
         return rates | {
             "loss": round(statistics.mean(done[-1].losses), 3),
             "grad_norm": round(max(done[-1].grad_norms), 4),

@@ -55,7 +55,7 @@ def main() -> None:
         print(json.dumps(alone(a.alone[0], Path(a.alone[1]))))
         return
 
-    from poc_lora.training.run import environment  # here: it imports more than a merge does, whose memory is measured
+    from poc_lora.environment import environment  # here: it imports more than a merge does, whose memory is measured
 
     with tempfile.TemporaryDirectory(dir=a.folder) as folder:
         if a.part == "layer":

@@ -23,10 +23,9 @@ from typing import Any
 import torch
 
 from poc_lora import rng
+from poc_lora.environment import environment
 from poc_lora.files import write_json
-from poc_lora.mfnn.langevin import train
-from poc_lora.mfnn.model import SQUARED, Objective, Tanh
-from poc_lora.training.run import environment
+from poc_lora.mfnn import SQUARED, Objective, Tanh, train
 
 SHAPES = {
     "d2": {"networks": 8, "neurons": 256, "samples": 500, "dim": 2, "steps": 500},

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from poc_lora.config import dump_yaml, load_config
+from poc_lora.environment import environment
 from poc_lora.files import write_json
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
-from poc_lora.training.run import environment
 
 ROOT = Path(__file__).parents[2]
 

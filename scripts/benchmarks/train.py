@@ -58,6 +58,7 @@ from poc_lora.config import RunConfig, load_config
 from poc_lora.data.batches import PAD_MULTIPLE, BatchOrder, micro_batches
 from poc_lora.data.prompts import Example
 from poc_lora.devices import by_device
+from poc_lora.environment import environment
 from poc_lora.errors import PocLoraError
 from poc_lora.files import write_json
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
@@ -65,7 +66,6 @@ from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import context_length, default_device, load_base, resolve_dtype
 from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.memory import Sizes, free_bytes, resolve_sizes
-from poc_lora.training.run import environment
 from poc_lora.training.step import Pack
 
 # hidden, layers, intermediate, heads, key and value heads, vocabulary
@@ -137,15 +137,13 @@ def train_packed(work: Work) -> Timed:
             work.model,
             work.data,
             adapters,
-            tokens=work.sizes.tokens_per_microbatch,
-            pad_id=0,
-            checkpointing=work.sizes.gradient_checkpointing,
+            sizes=work.sizes,
         )
         if work.config.train.compile:
             for step in range(work.steps):
                 pack.step(step)
         with timing(done, work.model):
-            done.tokens += sum(pack.step(step).real_tokens for step in range(work.steps))
+            done.tokens += sum(pack.step(step).tokens for step in range(work.steps))
         pack.close()
     return done
 
@@ -430,7 +428,7 @@ def random_work(a: argparse.Namespace, config: RunConfig, device: torch.device) 
     )
     rows = [random_row(i, vocabulary) for i in range(a.rows)]
     order = batch_order(rows, config, group_by_length=config.data.group_by_length)
-    data = TrainingData(rows, [], order, total_steps=a.steps, shortened=0, lost=0, files={})
+    data = TrainingData(rows, [], order, total_steps=a.steps, truncated=0, dropped=0, files={})
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({PAD: 0})), pad_token=PAD)
     free = free_bytes(device)
     torch.manual_seed(0)

@@ -105,7 +105,7 @@ def test_serving_advice_names_a_rank_that_vllm_takes(rank, words):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"whole": True}, "modules trained whole: poc-lora fold"), ({"embeddings": True}, "llama.cpp takes no")],
+    [({"modules_to_save": True}, "modules_to_save: poc-lora fold"), ({"embeddings": True}, "llama.cpp does not")],
 )
 def test_serving_advice_says_what_to_do_with_what_cannot_be_served(options, words):
     assert words in " ".join(serving_advice(8, **options))

@@ -72,11 +72,11 @@ def test_a_module_is_read_when_it_is_asked_for_and_checked_then(members):
 def test_a_file_that_changes_while_it_is_read_is_refused(members, tmp_path):
     opened = open_adapter(members[0])
     (members[0] / WEIGHTS).write_bytes((members[1] / WEIGHTS).read_bytes())
-    with pytest.raises(AdapterError, match="changed while it was read"):
+    with pytest.raises(AdapterError, match="changed while it was being read"):
         opened.modules[next(iter(opened.modules))]
     (members[0] / WEIGHTS).unlink()
     with pytest.raises(AdapterError, match="No such file"):
-        opened.whole["lm_head.weight"]
+        opened.modules_to_save["lm_head.weight"]
 
 
 def test_what_was_read_is_written_back(members, tmp_path):
@@ -87,7 +87,7 @@ def test_what_was_read_is_written_back(members, tmp_path):
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_modules_saved_whole_and_the_same_in_all_are_kept(tiny_model_dir, members, tmp_path):
+def test_modules_to_save_and_the_same_in_all_are_kept(tiny_model_dir, members, tmp_path):
     report = merge_folders(members, tmp_path / "merged")
     assert set(report.modules_to_save) == WHOLE
     stored = load_file(tmp_path / "merged" / WEIGHTS)
@@ -107,16 +107,16 @@ def test_modules_saved_whole_and_the_same_in_all_are_kept(tiny_model_dir, member
 
 
 @pytest.mark.parametrize("modules_to_save", [("lm_head", "model.norm"), ("lm_head",), ()])
-def test_modules_saved_whole_that_differ_are_refused(tiny_model_dir, members, tmp_path, modules_to_save):
+def test_modules_to_save_that_differ_are_refused(tiny_model_dir, members, tmp_path, modules_to_save):
     other = member(tiny_model_dir, tmp_path / "other", 3, shared=2.0, modules_to_save=modules_to_save)
     for order in ([*members, other], [other, *members]):
-        with pytest.raises(AdapterError, match=r"was trained whole \(modules_to_save\) and is not the same"):
+        with pytest.raises(AdapterError, match=r"of modules_to_save, is not the same"):
             merge_folders(order, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_bank_refuses_modules_saved_whole(tiny_model_dir, members):
-    with pytest.raises(AdapterError, match=r"(?s)replaces lm_head.weight whole.*fold"):
+def test_a_bank_refuses_modules_to_save(tiny_model_dir, members):
+    with pytest.raises(AdapterError, match=r"(?s)replaces lm_head.weight .modules_to_save.*fold"):
         AdapterBank.from_adapters(load(tiny_model_dir), [read_adapter(members[0])])
 
 

@@ -44,7 +44,7 @@ def small_adapter(seed, rank=2, base="org/base", whole=None, task="CAUSAL_LM"):
         for i in range(2)
         for name in ("q_proj", "v_proj")
     }
-    return Adapter(modules, base_model=base, whole=whole or {}, task_type=task)
+    return Adapter(modules, base_model=base, modules_to_save=whole or {}, task_type=task)
 
 
 def scored(value):

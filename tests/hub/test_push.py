@@ -14,10 +14,10 @@ from huggingface_hub import HfApi
 
 from poc_lora.adapters.adapter import read_adapter, write_adapter
 from poc_lora.cli import app as cli
-from poc_lora.errors import AdapterError, RequestError
+from poc_lora.errors import AdapterError, HubError, RequestError
 from poc_lora.evaluation.variants import find_subjects
 from poc_lora.hub import push as pushing
-from poc_lora.hub.push import HubError, push, summary
+from poc_lora.hub.push import push, summary
 from poc_lora.merging.folders import merge_folders
 from tests.hub.conftest import make_run, small_adapter, snapshot
 from tests.hub.server import READ_TOKEN, TOKEN, Fault

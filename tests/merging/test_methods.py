@@ -11,9 +11,11 @@ from poc_lora import rng
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.errors import AdapterError
-from poc_lora.merging import methods
+from poc_lora.merging import methods, norms
+from poc_lora.merging.decomposition import canonical, decompose
 from poc_lora.merging.merge import merge, sweep_by_type
-from poc_lora.merging.stacked import Stacked
+from poc_lora.merging.methods import METHODS, ModuleToMerge
+from poc_lora.merging.stacked import StackedFactors
 
 D_OUT, D_IN = 9, 7
 
@@ -22,7 +24,12 @@ def stack_of(ranks, seed=0):
     stream = torch.Generator().manual_seed(seed)
     A = torch.randn(sum(ranks), D_IN, generator=stream, dtype=torch.float64)
     B = torch.randn(D_OUT, sum(ranks), generator=stream, dtype=torch.float64)
-    return Stacked(A, B, list(ranks))
+    return StackedFactors(A, B, list(ranks))
+
+
+def merged(method, stacked, weights, rank=None, key=0):
+    A, B, _ = METHODS[method].merge(ModuleToMerge(stacked, weights, rank, key))
+    return A, B
 
 
 def dense(A, B):
@@ -40,10 +47,10 @@ RANKS = st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any)
 @given(RANKS, st.integers(0, 2**20))
 def test_a_decomposition_is_that_of_the_dense_product(ranks, seed):
     stacked, weights = stack_of(ranks, seed), weights_of(len(ranks), seed)
-    exact = dense(*methods.average(stacked, weights))
-    expected = sum(w * dense(*stacked.of(j)) for j, w in enumerate(weights))
+    exact = dense(*merged("average", stacked, weights))
+    expected = sum(w * dense(*stacked.adapter(j)) for j, w in enumerate(weights))
     torch.testing.assert_close(exact, expected, rtol=1e-12, atol=1e-12)
-    triples = methods.decompose(*methods.average(stacked, weights))
+    triples = decompose(*merged("average", stacked, weights))
     U, S, Vh = torch.linalg.svd(expected, full_matrices=False)
     for rank in range(1, sum(ranks) + 1):
         best = (U[:, :rank] * S[:rank]) @ Vh[:rank]
@@ -54,13 +61,13 @@ def test_a_decomposition_is_that_of_the_dense_product(ranks, seed):
 @given(RANKS, st.integers(1, 12), st.integers(0, 2**20))
 def test_block_keeps_the_first_components_of_each_rescaled(ranks, rank, seed):
     stacked, weights = stack_of(ranks, seed), weights_of(len(ranks), seed)
-    A, B = methods.block(stacked, weights, rank)
+    A, B = merged("block", stacked, weights, rank)
     expected = torch.zeros(D_OUT, D_IN, dtype=torch.float64)
     kept = 0
     turns = [j for turn in range(max(ranks)) for j, r in enumerate(ranks) if turn < r][:rank]
     for j, r in enumerate(ranks):
         k = turns.count(j)
-        A_j, B_j = stacked.of(j)
+        A_j, B_j = stacked.adapter(j)
         for i in range(k):
             expected += weights[j] * r / k * torch.outer(B_j[:, i], A_j[i])
         kept += k
@@ -70,20 +77,22 @@ def test_block_keeps_the_first_components_of_each_rescaled(ranks, rank, seed):
 
 def test_block_of_everything_is_the_average():
     stacked, weights = stack_of([3, 3]), weights_of(2)
-    torch.testing.assert_close(dense(*methods.block(stacked, weights, 6)), dense(*methods.average(stacked, weights)))
+    torch.testing.assert_close(
+        dense(*merged("block", stacked, weights, 6)), dense(*merged("average", stacked, weights))
+    )
 
 
 @pytest.mark.parametrize("ranks", [[3, 3], [1, 4, 2], [2, 0, 3]])
 def test_random_draws_are_the_average_in_the_mean(ranks):
     stacked, weights = stack_of(ranks), weights_of(len(ranks))
-    expected = dense(*methods.average(stacked, weights))
+    expected = dense(*merged("average", stacked, weights))
     draws = 20_000
-    A, B = methods.random(stacked, weights, draws, key=rng.key(7, 0, "test"))
+    A, B = merged("random", stacked, weights, draws, key=rng.key(7, 0, "test"))
     found = dense(A, B)
     # Each draw is s_j r_j b aᵀ with probability w_j / r_j: the variance of a mean of draws, entry by entry.
     second = torch.zeros_like(expected)
     for j, r in enumerate(ranks):
-        A_j, B_j = stacked.of(j)
+        A_j, B_j = stacked.adapter(j)
         for i in range(r):
             second += weights[j] / r * (r * torch.outer(B_j[:, i], A_j[i])) ** 2
     deviation = ((second - expected**2) / draws).sqrt()
@@ -92,11 +101,11 @@ def test_random_draws_are_the_average_in_the_mean(ranks):
 
 def test_random_draws_are_those_of_their_key_alone_and_components_as_they_are():
     stacked, weights = stack_of([2, 3]), weights_of(2)
-    A, B = methods.random(stacked, weights, 5, key=rng.key(3, 0, "test"))
-    again = methods.random(stacked, weights, 5, key=rng.key(3, 0, "test"))
+    A, B = merged("random", stacked, weights, 5, key=rng.key(3, 0, "test"))
+    again = merged("random", stacked, weights, 5, key=rng.key(3, 0, "test"))
     assert torch.equal(A, again[0])
     assert torch.equal(B, again[1])
-    assert not torch.equal(A, methods.random(stacked, weights, 5, key=rng.key(4, 0, "test"))[0])
+    assert not torch.equal(A, merged("random", stacked, weights, 5, key=rng.key(4, 0, "test"))[0])
     for a, b in zip(A, B.T, strict=True):
         (i,) = [i for i in range(5) if torch.equal(stacked.A[i], a)]
         torch.testing.assert_close(b, stacked.B[:, i] * (2 if i < 2 else 3) / 5)
@@ -108,16 +117,16 @@ def test_soup_is_the_product_of_the_averages_cross_terms_included(ranks, seed):
     expected = torch.zeros(D_OUT, D_IN, dtype=torch.float64)
     for (i, w_i), (j, w_j) in itertools.product(enumerate(weights), repeat=2):
         r = min(ranks[i], ranks[j])
-        expected += w_i * w_j * stacked.of(i)[1][:, :r] @ stacked.of(j)[0][:r]
-    torch.testing.assert_close(dense(*methods.soup(stacked, weights)), expected, rtol=1e-10, atol=1e-10)
+        expected += w_i * w_j * stacked.adapter(i)[1][:, :r] @ stacked.adapter(j)[0][:r]
+    torch.testing.assert_close(dense(*merged("soup", stacked, weights)), expected, rtol=1e-10, atol=1e-10)
 
 
 @given(RANKS, st.integers(0, 2**20))
 def test_canonical_components_are_each_adapters_singular_triples(ranks, seed):
     stacked = stack_of(ranks, seed)
-    other = methods.canonical(stacked)
+    other = canonical(stacked)
     for j in range(len(ranks)):
-        (A, B), (A_j, B_j) = other.of(j), stacked.of(j)
+        (A, B), (A_j, B_j) = other.adapter(j), stacked.adapter(j)
         torch.testing.assert_close(dense(A, B), dense(A_j, B_j), rtol=1e-9, atol=1e-9)
         sizes = A.norm(dim=1) * B.norm(dim=0)
         expected = torch.linalg.svdvals(dense(A_j, B_j))[: len(sizes)]
@@ -127,35 +136,35 @@ def test_canonical_components_are_each_adapters_singular_triples(ranks, seed):
 def test_canonical_makes_block_independent_of_the_factorisation():
     stacked, weights = stack_of([3, 3]), weights_of(2)
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
-    other = Stacked(
+    other = StackedFactors(
         torch.cat([turn.T @ stacked.A[:3], stacked.A[3:]]),
         torch.cat([stacked.B[:, :3] @ turn, stacked.B[:, 3:]], 1),
         [3, 3],
     )
-    plain = [dense(*methods.block(s, weights, 2)) for s in (stacked, other)]
+    plain = [dense(*merged("block", s, weights, 2)) for s in (stacked, other)]
     assert not torch.allclose(*plain)
-    torch.testing.assert_close(*(dense(*methods.block(methods.canonical(s), weights, 2)) for s in (stacked, other)))
+    torch.testing.assert_close(*(dense(*merged("block", canonical(s), weights, 2)) for s in (stacked, other)))
 
 
 @given(RANKS, st.integers(0, 2**20))
 def test_norms_and_effective_rank_are_those_of_the_dense_product(ranks, seed):
     stacked, weights = stack_of(ranks, seed), weights_of(len(ranks))
-    A, B = methods.average(stacked, weights)
+    A, B = merged("average", stacked, weights)
     values = torch.linalg.svdvals(dense(A, B))
-    assert methods.product_norm(A, B) == pytest.approx(float(values.norm()), rel=1e-10)
+    assert norms.product_norm(A, B) == pytest.approx(float(values.norm()), rel=1e-10)
     expected = float((values**2).sum() ** 2 / (values**4).sum())
-    assert methods.effective_rank(stacked, weights) == pytest.approx(expected, rel=1e-10)
+    assert norms.effective_rank(stacked, weights) == pytest.approx(expected, rel=1e-10)
     cast = A.float(), B.float()
     expected = float((dense(A, B) - dense(cast[0].double(), cast[1].double())).norm())
-    assert methods.cast_distance(A, B, *cast) == pytest.approx(expected, rel=1e-5)
+    assert norms.cast_distance(A, B, *cast) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [1e-45, 1e-20, 3e38])
 def test_effective_rank_does_not_depend_on_the_size_of_the_factors(size):
     A, B = torch.eye(3, 5, dtype=torch.float64), torch.eye(4, 3, dtype=torch.float64)
     weights = weights_of(1)
-    assert methods.effective_rank(Stacked(size * A, size * B, [3]), weights) == pytest.approx(3, rel=1e-10)
-    assert methods.effective_rank(Stacked(0 * A, B, [3]), weights) == 0
+    assert norms.effective_rank(StackedFactors(size * A, size * B, [3]), weights) == pytest.approx(3, rel=1e-10)
+    assert norms.effective_rank(StackedFactors(0 * A, B, [3]), weights) == 0
 
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj")
@@ -179,16 +188,16 @@ def test_every_method_reports_its_distance_from_the_average():
     members = [adapter(seed) for seed in range(3)]
     exact = merge(members)
     for method, rank in (("block", 6), ("random", 5), ("soup", None)):
-        merged = merge(members, method=method, rank=rank)
+        result = merge(members, method=method, rank=rank)
         lost = whole = 0.0
         for name in NAMES:
             mean = matrix(exact.adapter.modules[name])
-            found = matrix(merged.adapter.modules[name])
-            module = merged.report.modules[name]
+            found = matrix(result.adapter.modules[name])
+            module = result.report.modules[name]
             assert module.error == pytest.approx(float((found - mean).norm() / mean.norm()), rel=1e-5)
             lost, whole = lost + (module.error * module.norm) ** 2, whole + module.norm**2
-        assert merged.report.error == pytest.approx((lost / whole) ** 0.5)
-        assert merged.report.spread == pytest.approx(exact.report.spread)
+        assert result.report.error == pytest.approx((lost / whole) ** 0.5)
+        assert result.report.spread == pytest.approx(exact.report.spread)
 
 
 def test_truncation_and_rounding_are_told_apart():
@@ -231,15 +240,31 @@ def test_one_more_adapter_moves_the_merge_about_as_far_as_foretold():
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"method": "linear"}, "no method 'linear'"),
-        ({"method": "block"}, "how many components"),
-        ({"method": "random"}, "how many components"),
-        ({"method": "soup", "rank": 4}, "rank of its adapters"),
+        ({"method": "linear"}, r"no method 'linear'(.|\n)*average, block, random, soup"),
+        ({"method": "block"}, "number of components"),
+        ({"method": "random"}, "number of components"),
+        ({"method": "soup", "rank": 4}, "no rank to choose"),
         ({"canonical": True}, "does not depend on components"),
-        ({"method": "random", "rank": 4, "weights": [1.5, -0.5]}, "no probability"),
+        ({"method": "random", "rank": 4, "weights": [1.5, -0.5]}, "not a probability"),
         ({"rank_sweep": [0]}, "ranks to keep are 0"),
     ],
 )
 def test_what_makes_no_sense_together_is_refused(asked, words):
     with pytest.raises(AdapterError, match=words):
         merge([adapter(0), adapter(1)], **asked)
+
+
+def test_a_new_method_is_one_entry(monkeypatch):
+    monkeypatch.setattr(methods, "METHODS", dict(METHODS))
+
+    @methods.merge_method("the first adapter alone", rank="unused")
+    def first(module):
+        return methods.MergedFactors(*module.factors.adapter(0))
+
+    members = [adapter(0), adapter(1)]
+    result = merge(members, method="first")
+    for name in NAMES:
+        torch.testing.assert_close(matrix(result.adapter.modules[name]), matrix(members[0].modules[name]))
+    assert result.report.error > 0.1
+    with pytest.raises(AdapterError, match=r"no method(.|\n)*soup, first"):
+        merge(members, method="last")

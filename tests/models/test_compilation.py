@@ -1,13 +1,17 @@
 """Checkpointed layers and compiled parts against the model as it is: same numbers, nothing left behind."""
 
 import contextlib
-import copy
+import importlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, models
+from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 
 from poc_lora import rng
@@ -15,8 +19,8 @@ from poc_lora.data.batches import micro_batches
 from poc_lora.data.prompts import Example
 from poc_lora.errors import ConfigError, ModelError
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.models import compilation as fused
-from poc_lora.models.compilation import compiled_parts, require_compiler
+from poc_lora.models import compilation
+from poc_lora.models.compilation import GATED_MLPS, compiled_parts, is_gated_mlp, require_compiler
 from poc_lora.models.recomputation import gradient_checkpointing
 from poc_lora.training.loss import packed_loss
 from tests.conftest import SMALL, build_llama
@@ -201,95 +205,61 @@ def test_compiled_parts_are_undone_after_an_error(compiled, monkeypatch, where):
         def broken(*_):
             raise RuntimeError(where)
 
-        monkeypatch.setattr(fused, "_patch_gated", broken)
+        monkeypatch.setattr(compilation, "_gated_forward", broken)
     with pytest.raises(RuntimeError, match=where), compiled_parts(model):
         raise RuntimeError(where)
     assert modeling_llama.apply_rotary_pos_emb is rotary
     assert_undone(model, modeling_llama)
 
 
-class Gated(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
-        self.act_fn = nn.SiLU()
+def known_mlps():
+    """The classes of transformers that `GATED_MLPS` names."""
+    folder = Path(models.__path__[0])
+    for path in sorted(folder.glob("*/modeling_*.py")):
+        for name in set(re.findall(r"^class (\w+)\(nn\.Module\)", path.read_text(), re.MULTILINE)) & GATED_MLPS:
+            yield getattr(importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}"), name)
+
+
+def build_mlp(kind, act="silu"):
+    names = dict.fromkeys(("hidden_act", "hidden_activation"), act)
+    config = SimpleNamespace(hidden_size=8, intermediate_size=12, mlp_bias=False, **names)
+    return kind(config)
+
+
+def test_every_mlp_that_is_compiled_computes_the_gated_product():
+    found = list(known_mlps())
+    assert {kind.__name__ for kind in found} == GATED_MLPS
+    x = 10 * torch.randn(3, 5, 8)
+    for kind in found:
+        mlp = build_mlp(kind)
+        forward = compilation._gated_forward(mlp, compilation._gated(mlp.act_fn))
+        assert is_gated_mlp(mlp)
+        for scale in (1, 1e4):  # a family that clamps would do so to large numbers
+            assert torch.equal(forward(scale * x), mlp(scale * x)), kind
+
+
+class LlamaMLP(modeling_llama.LlamaMLP):
+    """A user's class of a known name."""
 
     def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return 0.5 * super().forward(x)
 
 
-class Clamped(Gated):
-    """As in DeepSeek V4 and others: only large numbers show the difference."""
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10)) * self.up_proj(x).clamp(-10, 10))
-
-
-class ActivatedUp(Gated):
-    def forward(self, x):
-        return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
-
-
-class Scaled(Gated):
-    def forward(self, x):
-        return super().forward(x) * 0.5
-
-
-class TwoInputs(Gated):
-    def forward(self, x, residual):
-        return residual + super().forward(x)
-
-
-class Tuple(Gated):
-    def forward(self, x):
-        return (super().forward(x), None)
-
-
-class Parameters(Gated):
-    def __init__(self):
-        super().__init__()
-        del self.gate_proj
-        self.gate_proj = nn.Parameter(torch.randn(8, 12))
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(x @ self.gate_proj) * self.up_proj(x))
-
-
-class Steep(nn.Module):
-    def __init__(self, slope):
-        super().__init__()
-        self.slope = slope
-
-    def forward(self, x):
-        return torch.sigmoid(self.slope * x)
-
-
-def test_activations_of_one_class_but_other_settings_are_not_confused(compiled):
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        build_mlp(LlamaMLP),
+        build_mlp(modeling_llama.LlamaMLP, "xielu"),  # an activation that is trained in each layer
+        modeling_gpt_oss.GptOssMLP(models.gpt_oss.GptOssConfig(hidden_size=8, intermediate_size=12)),
+    ],
+    ids=["other module", "trained activation", "other family"],
+)
+def test_an_unknown_mlp_is_left_as_it_is(compiled, mlp):
     model = build("llama")
-    model.extra = nn.ModuleList([Gated(), Gated(), Gated()])
-    for module, act in zip(model.extra, (Steep(1.0), Steep(3.0), Steep(1.0)), strict=True):
-        module.act_fn = act
-    plain = copy.deepcopy(model.extra)
-    x = torch.randn(3, 5, 8)
+    model.extra = mlp
     with compiled_parts(model):
-        assert ["forward" in vars(module) for module in model.extra] == [True, False, True]
-        for module, expected in zip(model.extra, plain, strict=True):
-            assert torch.equal(module(x), expected(x))
-
-
-@pytest.mark.parametrize("kind", [Gated, Clamped, ActivatedUp, Scaled, TwoInputs, Tuple, Parameters])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_plain_gated_activation_is_compiled(compiled, kind, dtype):
-    torch.manual_seed(0)
-    model = build("llama")
-    model.extra = kind()
-    model.to(dtype)
-    plain = copy.deepcopy(model.extra)
-    inputs = (10 * torch.randn(3, 5, 8, dtype=dtype),) * (2 if kind is TwoInputs else 1)
-    with compiled_parts(model):
-        assert ("forward" in vars(model.extra)) == (kind is Gated)
-        found, expected = model.extra(*inputs), plain(*inputs)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert "forward" in vars(model.model.layers[0].mlp)
+        assert "forward" not in vars(mlp)
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

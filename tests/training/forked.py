@@ -18,6 +18,7 @@ from poc_lora.config import RunConfig
 from poc_lora.errors import PocLoraError
 from poc_lora.models.load import load_base
 from poc_lora.training.data import prepare_data
+from poc_lora.training.memory import Sizes
 from poc_lora.training.step import Pack
 from poc_lora.training.train import train
 from tests.training.crash import KILLED, Killer
@@ -146,7 +147,8 @@ def _train_pack(config: RunConfig, adapters: list[int], folder: Path) -> None:
     model, tokenizer = load_base(config.model.name, dtype="float32", device=CPU)
     data = prepare_data(config, tokenizer)
     pad_id = tokenizer.pad_token_id or 0
-    pack = Pack(config, model, data, adapters, tokens=config.train.tokens_per_microbatch, pad_id=pad_id)
+    sizes = Sizes(config.train.tokens_per_microbatch, len(adapters), gradient_checkpointing=False)
+    pack = Pack(config, model, data, adapters, sizes=sizes, pad_id=pad_id)
     for step in range(data.total_steps):
         pack.step(step)
     for slot, adapter in enumerate(adapters):

@@ -78,8 +78,8 @@ def test_the_tokens_it_counts_are_those_that_are_trained_on(settings):
     settings["train"] |= {"batch_size": 6, "max_steps": 9}  # 54 rows: one epoch
     done = train(config(settings))
     facts = check(config(settings, output=settings["output"] + "-other"), device=CPU)
-    assert facts["tokens per epoch and adapter"] * 3 == done.real_tokens
-    assert facts["tokens of the whole run, about"] == done.real_tokens
+    assert facts["tokens per epoch and adapter"] * 3 == done.tokens
+    assert facts["tokens of the whole run, about"] == done.tokens
     assert facts["supervised tokens per epoch and adapter"] == facts["tokens per epoch and adapter"] - 54
     masked = check(config(settings, output="other", data__train_on_prompt=False), device=CPU)
     assert masked["supervised tokens per epoch and adapter"] < facts["supervised tokens per epoch and adapter"]

@@ -17,19 +17,21 @@ from poc_lora import files
 from poc_lora.distributed import Ranks
 from poc_lora.errors import CheckpointError, RequestError, RunError
 from poc_lora.training import checkpoint
-from poc_lora.training import loop as worker
 from poc_lora.training.checkpoint import Commits, Placement, Progress, newest_commit
+from poc_lora.training.step import Pack
 from poc_lora.training.train import train
 from tests.training.conftest import config, stop_after, weights
 
 
 def failing(original, error, after):
+    """`original`, which fails once it has been called `after` times for a commit's files."""
     calls = []
 
     def call(*arguments, **keywords):
-        calls.append(1)
-        if len(calls) > after:
-            raise error
+        if any("checkpoints" in str(a) for a in arguments if isinstance(a, str | Path)):
+            calls.append(1)
+            if len(calls) > after:
+                raise error
         return original(*arguments, **keywords)
 
     return call
@@ -180,7 +182,7 @@ def test_a_rank_whose_commit_fails_leaves_what_the_others_write(tmp_path, monkey
 
 def test_a_commit_that_fails_in_the_background_ends_the_run_at_the_next_step(settings, monkeypatch):
     steps, failed = [], threading.Event()
-    original = worker.Pack.step
+    original = Pack.step
 
     def counted(pack, number, *rest):
         steps.append(number)
@@ -192,7 +194,7 @@ def test_a_commit_that_fails_in_the_background_ends_the_run_at_the_next_step(set
         failed.set()
         raise FULL
 
-    monkeypatch.setattr(worker.Pack, "step", counted)
+    monkeypatch.setattr(Pack, "step", counted)
     monkeypatch.setattr(checkpoint, "_write_state", fails)
     with pytest.raises(CheckpointError, match=r"commit 1 could not be written: .*No space left"):
         train(config(settings, train__max_steps=400, checkpoint__every_steps=2))
@@ -216,7 +218,7 @@ def test_a_file_that_reads_back_otherwise_is_no_commit(settings, monkeypatch):
 
 def test_training_goes_on_while_a_commit_is_written(settings, monkeypatch):
     stepped, write = threading.Event(), checkpoint._write_state
-    original = worker.Pack.step
+    original = Pack.step
 
     def step(pack, number, *rest):
         if number == 3:
@@ -227,7 +229,7 @@ def test_training_goes_on_while_a_commit_is_written(settings, monkeypatch):
         assert stepped.wait(30)  # the file of step 2 waits for a step after it
         return write(*arguments)
 
-    monkeypatch.setattr(worker.Pack, "step", step)
+    monkeypatch.setattr(Pack, "step", step)
     monkeypatch.setattr(checkpoint, "_write_state", slow)
     train(config(settings, checkpoint__every_steps=2))
 

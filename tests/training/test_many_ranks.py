@@ -15,7 +15,7 @@ from poc_lora.config import dump_yaml
 from poc_lora.training.train import train
 from tests.launch import finish, processes
 from tests.training.conftest import config, facts, metrics, weights
-from tests.training.test_trackers import curves
+from tests.training.test_metrics import curves
 
 pytestmark = pytest.mark.slow
 

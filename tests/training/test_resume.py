@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from poc_lora import environment
+from poc_lora.environment import changed_devices
 from poc_lora.errors import RunError
-from poc_lora.training import run
-from poc_lora.training import train as loop
-from poc_lora.training.run import changed_devices
+from poc_lora.training import train as train_module
 from poc_lora.training.train import train
 from tests.training.conftest import config, facts, stop_after, weights
 
@@ -51,7 +51,7 @@ class Clock(datetime):
 
 @pytest.fixture
 def clock(monkeypatch):
-    monkeypatch.setattr(loop, "datetime", Clock)
+    monkeypatch.setattr(train_module, "datetime", Clock)
     return lambda *time: monkeypatch.setattr(Clock, "time", datetime(*time))
 
 
@@ -89,7 +89,7 @@ def test_tokens_that_differ_are_told_apart_from_files_that_do(chats, monkeypatch
 
 
 def _version():
-    return run.environment()["versions"]["transformers"]
+    return environment.environment()["versions"]["transformers"]
 
 
 def test_a_run_that_goes_on_on_another_device_says_what_is_no_longer_bitwise(settings, monkeypatch, capsys):
@@ -99,7 +99,7 @@ def test_a_run_that_goes_on_on_another_device_says_what_is_no_longer_bitwise(set
     heal()
     path = Path(settings["output"]) / "run.json"
     before = json.loads(path.read_text())
-    assert before["devices"] == [run.describe_device(torch.device("cpu"))]
+    assert before["devices"] == [environment.describe_device(torch.device("cpu"))]
     path.write_text(json.dumps(before | {"devices": ["NVIDIA H100, 132 multiprocessors"]}))
     capsys.readouterr()
     train(config(settings), resume=True)

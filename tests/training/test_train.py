@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from poc_lora import progress
 from poc_lora.config import dump_yaml
 from poc_lora.errors import CheckpointError, ConfigError, Interrupted, ModelError, RequestError, RunError, TrainingError
-from poc_lora.models import compilation as fused
+from poc_lora.models import compilation, recomputation
 from poc_lora.training import step as pack
-from poc_lora.training import train as loop
+from poc_lora.training import train as train_module
 from poc_lora.training.step import Pack
 from poc_lora.training.train import train
 from tests.training.conftest import config, facts, metrics, stop_after, weights
@@ -209,7 +209,7 @@ def test_a_run_killed_before_its_first_commit_is_started_by_resuming_it(settings
         assert_same_bits(weights(straight.folder, adapter), weights(done.folder, adapter))
 
 
-def test_resuming_in_a_folder_of_other_things_is_refused(settings):
+def test_resuming_in_a_folder_of_other_things_is_recompilation(settings):
     run = Path(settings["output"])
     run.mkdir()
     (run / "notes.txt").write_text("mine")
@@ -270,7 +270,7 @@ def test_a_restarting_launcher_resumes_by_itself(settings, monkeypatch):
     heal()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     steps = []
-    original = loop.Pack.step
+    original = Pack.step
     monkeypatch.setattr(Pack, "step", lambda self, n, *rest: (steps.append(n), original(self, n, *rest))[1])
     train(config(settings))
     assert steps == [4, 5]
@@ -301,14 +301,14 @@ def test_what_auto_chose_is_written_down_and_kept_on_resume(settings, tmp_path, 
     assert chosen.items() <= facts(done.folder).items()
     # With no memory the smallest is chosen, and it stays when there is plenty again.
     heal = stop_after(monkeypatch, 3)
-    monkeypatch.setattr(loop, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(train_module, "free_bytes", lambda device: 0)
     with pytest.raises(KeyboardInterrupt):
         train(config(settings, **auto))
     heal()
     smallest = facts(settings["output"])
     assert (smallest["per_device"], smallest["gradient_checkpointing"]) == (1, True)
     assert smallest["tokens_per_microbatch"] < 512
-    monkeypatch.setattr(loop, "free_bytes", lambda device: 2**40)
+    monkeypatch.setattr(train_module, "free_bytes", lambda device: 2**40)
     done = train(config(settings, **auto), resume=True)
     assert {name: facts(done.folder)[name] for name in chosen} == {name: smallest[name] for name in chosen}
 
@@ -370,7 +370,7 @@ def test_checkpointed_layers_train_the_same_adapters(settings, tmp_path, monkeyp
     settings["lora"]["dropout"] = 0.2
     plain = train(config(settings, train__gradient_checkpointing=False))
     used = []
-    monkeypatch.setattr(fused, "checkpoint", lambda *a, **k: (used.append(1), checkpoint(*a, **k))[1])
+    monkeypatch.setattr(recomputation, "checkpoint", lambda *a, **k: (used.append(1), checkpoint(*a, **k))[1])
     again = train(config(settings, train__gradient_checkpointing=True, output=str(tmp_path / "again")))
     assert facts(again.folder)["gradient_checkpointing"] is True
     assert used
@@ -382,7 +382,7 @@ def test_checkpointed_layers_train_the_same_adapters(settings, tmp_path, monkeyp
 def test_compiled_parts_train_adapters_close_to_eager_ones(settings, tmp_path, monkeypatch):
     eager = train(config(settings))
     used = []
-    monkeypatch.setattr(pack, "compiled_parts", lambda model: (used.append(1), fused.compiled_parts(model))[1])
+    monkeypatch.setattr(pack, "compiled_parts", lambda model: (used.append(1), compilation.compiled_parts(model))[1])
     compiled = train(config(settings, train__compile=True, output=str(tmp_path / "compiled")))
     assert used
     for adapter in range(3):
@@ -415,7 +415,7 @@ def test_the_progress_line_tells_the_spread_of_the_losses_and_the_speed(settings
     mean, least, most = (float(text) for text in found.groups()[:3])
     expected = (sum(losses) / 3, min(losses), max(losses))
     assert (mean, least, most) == pytest.approx(expected, abs=5e-4)  # rounded to three digits
-    assert int(found[4].replace(",", "")) == pytest.approx(done.real_tokens / done.seconds, abs=0.51)
+    assert int(found[4].replace(",", "")) == pytest.approx(done.tokens / done.seconds, abs=0.51)
 
 
 def test_a_diverged_adapter_does_not_join_the_pack_of_an_extended_run(settings, tmp_path, monkeypatch):
@@ -457,7 +457,7 @@ def test_dropout_of_the_base_itself_stays_off(settings, tiny_model_dir, tmp_path
     assert_same_bits(weights(first.folder, 0), weights(again.folder, 0))
 
 
-def test_several_processes_without_a_launcher_are_refused(settings, monkeypatch):
+def test_several_processes_without_a_launcher_are_recompilation(settings, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(RequestError, match="accelerate launch"):
@@ -471,7 +471,7 @@ def test_the_output_head_is_no_target(settings):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_base_with_damaged_weights_is_refused(settings, tiny_model_dir, tmp_path, damage):
+def test_a_base_with_damaged_weights_is_recompilation(settings, tiny_model_dir, tmp_path, damage):
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)
     file = base / "model.safetensors"

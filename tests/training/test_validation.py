@@ -11,8 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from poc_lora import distributed as ranks
-from poc_lora import progress
+from poc_lora import distributed, progress
 from poc_lora.adapters.adapter import read_adapter
 from poc_lora.data.batches import supervised_tokens
 from poc_lora.errors import CheckpointError, Interrupted
@@ -242,7 +241,11 @@ def test_a_validation_that_is_interrupted_loses_nothing_and_is_made_up_for(
 ):
     straight = train(config(settings, train__validate_every=every, output=str(tmp_path / "straight")))
     with monkeypatch.context() as patch:
-        patch.setattr(ranks.Ranks, "beat", stopping_at(ranks.Ranks.beat, f"validating after step {step}", at))
+        patch.setattr(
+            distributed.Ranks,
+            "heartbeat",
+            stopping_at(distributed.Ranks.heartbeat, f"validating after step {step}", at),
+        )
         with pytest.raises(Interrupted, match=f"stopped after step {step} of 6") as stop:
             train(config(settings, train__validate_every=every))
     assert ("only the validation at the end is left" in str(stop.value)) == (step == 6)
@@ -260,7 +263,7 @@ def test_a_validation_that_is_interrupted_loses_nothing_and_is_made_up_for(
 
 
 def stopping_at(original, doing, times):
-    """`Ranks.beat` that asks to stop once it has been called so often with `doing`."""
+    """`Ranks.heartbeat` that asks to stop once it has been called so often with `doing`."""
     seen = []
 
     def beat(group, what):

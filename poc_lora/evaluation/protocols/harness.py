@@ -26,12 +26,12 @@ from poc_lora.adapters.adapter import Adapter
 from poc_lora.artifacts.run_folder import RESULTS
 from poc_lora.data.commonsense import Benchmark, find_benchmarks, read_questions
 from poc_lora.data.prompts import TEMPLATES, render_prompt
-from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, PocLoraError, RequestError
+from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, PocLoraError, RequestError, first_line
 from poc_lora.evaluation.protocols.label import ANSWER_PREFIX
 from poc_lora.evaluation.results import adapter_key
 from poc_lora.files import write_atomic
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.progress import track
+from poc_lora.progress import progress_bar
 
 TASKS_FOLDER = Path(__file__).with_name("tasks")  # for lm_eval --include_path
 BATCH_SIZE = 16  # lm-eval computes logits for every token of a batch
@@ -98,9 +98,8 @@ def _load_hub_task(manager: Any, name: str) -> Any:
     try:
         task = manager.load([name])["tasks"][name]
     except Exception as problem:  # the libraries raise many kinds, nearly all of which mean that the Hub is far
-        first = (str(problem).strip() or repr(problem)).split("\n")[0]
         raise DataError(
-            f"lm-eval cannot load its task '{name}': {first}",
+            f"lm-eval cannot load its task '{name}': {first_line(problem)}",
             where="its data, on the Hugging Face Hub",
             fix="check the network (once loaded, they are cached), or score local files with --data DIR",
         ) from problem
@@ -158,7 +157,7 @@ def score_harness(
     """
     found: dict[str, dict[str, TaskScores]] = {}
     things = 1 + len(adapters) + (merged is not None or len(adapters) > 1)
-    with track(things * _requests(tasks, limit), "evaluating") as progress:
+    with progress_bar(things * _requests(tasks, limit), "evaluating") as progress:
 
         def score(thing: str) -> None:
             def advance(requests: int) -> None:

@@ -1,4 +1,4 @@
-"""Experiments in pieces that stay done: each cell's result is one file, written when the cell is finished."""
+"""Experiments as cells: each cell's result is a file, written when the cell is done, so that a rerun resumes."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from poc_lora import __version__
+from poc_lora.config_files import flatten
 from poc_lora.errors import Interrupted, RunError
 from poc_lora.files import read_json, write_json
 from poc_lora.mfnn.experiments.settings import Settings
-from poc_lora.progress import track
+from poc_lora.progress import progress_bar
 
 Cell = Callable[[], dict[str, Any]]
 
 
 class Folder:
-    """Where one experiment keeps its settings, its cells and its results.
+    """The folder of one experiment: its settings, its cells and its results.
 
-    Raises RunError if the folder holds an experiment of other settings or of another version.
+    Raises:
+        RunError: If the folder holds an experiment of other settings or of another version.
     """
 
     def __init__(self, out: Path, name: str, settings: Settings, *, hidden: bool = False):
@@ -25,7 +27,9 @@ class Folder:
         stated = {"experiment": name, "version": __version__, **settings.model_dump(mode="json")}
         path = out / "settings.json"
         if path.is_file():
-            different = _differences(read_json(path, error=RunError), stated)
+            found = read_json(path, error=RunError)
+            before, after = flatten(found if isinstance(found, dict) else {}), flatten(stated)
+            different = [key for key in before | after if before.get(key) != after.get(key)]
             if different:
                 raise RunError(
                     f"the folder holds an experiment with other settings: {', '.join(different)}",
@@ -40,15 +44,15 @@ class Folder:
             write_json(path, stated)
 
     def compute(self, cells: Mapping[str, Cell]) -> dict[str, dict[str, Any]]:
-        """The results of all cells by name, computing those that have no file yet, in order.
+        """Returns the results of all cells by name, computing those that have no file yet, in order.
 
-        A result is a dictionary that JSON can hold, but for NaN, which is null in the file and NaN again when read.
-        Raises Interrupted on Ctrl-C; finished cells stay.
+        A result is a dictionary of JSON values; NaN is written as null and read back as NaN. Raises Interrupted on
+        Ctrl-C; finished cells stay.
         """
         paths = {name: self.out / "cells" / f"{name}.json" for name in cells}
         missing = [name for name in cells if not paths[name].is_file()]
         try:
-            with track(len(cells), self.name, done=len(cells) - len(missing), hidden=self.hidden) as bar:
+            with progress_bar(len(cells), self.name, done=len(cells) - len(missing), hidden=self.hidden) as bar:
                 for name in missing:
                     write_json(paths[name], _replaced(cells[name](), math.isnan, None))
                     bar.advance(note=name)
@@ -57,30 +61,16 @@ class Folder:
             raise Interrupted(
                 f"stopped with {done} of {len(cells)} cells done",
                 where=self.out,
-                fix="the same command goes on from here",
+                fix="the same command resumes from here",
             ) from None
         results = {name: read_json(path, error=RunError) for name, path in paths.items()}
         return {name: _replaced(found, lambda value: value is None, math.nan) for name, found in results.items()}
 
 
 def _replaced(value: Any, is_odd: Callable[[Any], bool], by: float | None) -> Any:
-    """The value with the numbers and nulls in it that are odd replaced."""
+    """The value with every number or null in it for which `is_odd` replaced."""
     if isinstance(value, dict):
         return {key: _replaced(inner, is_odd, by) for key, inner in value.items()}
     if isinstance(value, list):
         return [_replaced(inner, is_odd, by) for inner in value]
     return by if isinstance(value, float | None) and is_odd(value) else value
-
-
-def _differences(old: Any, new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ."""
-    if not isinstance(old, dict):
-        return [prefix or "settings.json"]
-    found = []
-    for key in dict.fromkeys([*old, *new]):
-        a, b = old.get(key), new.get(key)
-        if isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}")
-    return found

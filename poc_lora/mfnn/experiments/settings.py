@@ -1,21 +1,21 @@
 """The schema of the experiments' configurations, configs/mfnn/NAME.yaml: full sizes, under `quick` what is smaller."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from poc_lora.config import (
-    MAX_CONFIG_BYTES,
+from poc_lora.config_files import (
     NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
     Section,
-    parse_yaml,
+    apply_overrides,
+    read_config,
+    validate_as,
 )
-from poc_lora.errors import ConfigError
-from poc_lora.files import read_text
 from poc_lora.mfnn import problems
 from poc_lora.mfnn.model import Neuron, Objective, Tanh, TanhBias
 
@@ -187,46 +187,31 @@ class Poc(Settings):
 SCHEMAS: dict[str, type[Settings]] = {"figure1": Figure1, "figure2": Figure2, "table2": Table2, "poc": Poc}
 
 
-def load(
-    name: str, *, quick: bool = False, overrides: list[str] | tuple[str, ...] = (), path: Path | None = None
-) -> Settings:
-    """The settings of experiment `name`: its file, then `quick`'s smaller sizes, then overrides such as `seed=1`.
+def load(name: str, *, quick: bool = False, overrides: Sequence[str] = (), path: Path | None = None) -> Settings:
+    """Read the settings of an experiment: its file, then the smaller sizes of `quick`, then the overrides.
 
-    Raises ConfigError.
+    Args:
+        name: One of SCHEMAS.
+        quick: Apply the file's section `quick`.
+        overrides: Settings such as `seed=1`.
+        path: Another file than configs/mfnn/NAME.yaml.
+
+    Raises:
+        ConfigError: If the file cannot be read, or a key or value does not fit the schema.
     """
     path = path or next(folder for folder in _FOLDERS if folder.is_dir()) / f"{name}.yaml"
-    raw = parse_yaml(read_text(path, error=ConfigError, max_bytes=MAX_CONFIG_BYTES), where=str(path))
-    if not isinstance(raw, dict):
-        raise ConfigError(
-            "the file is not a mapping", where=path, fix="start from the one of that name in configs/mfnn"
-        )
+    raw = read_config(path)
     smaller = raw.pop("quick", None) or {}
     if quick:
-        raw = _merged(raw, smaller, path)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"'{override}' is not of the form key=value", where="overrides", fix="for example seed=1")
-        tree: Any = parse_yaml(text, where=f"override {override}")
-        for part in reversed(key.split(".")):
-            tree = {part: tree}
-        raw = _merged(raw, tree, f"override {override}")
-    try:
-        return SCHEMAS[name].model_validate(raw)
-    except ValidationError as problem:
-        lines = []
-        for e in problem.errors():
-            got = "" if isinstance(e["input"], dict) else f" (got {e['input']!r:.80})"  # a whole section tells nothing
-            lines.append(f"{'.'.join(map(str, e['loc'])) or name}: {e['msg']}{got}")
-        raise ConfigError(
-            "\n  ".join(["the configuration is not valid:", *lines]), where=path, fix="compare with configs/mfnn"
-        ) from problem
+        raw = _merged(raw, smaller)
+    apply_overrides(raw, overrides)
+    return validate_as(SCHEMAS[name], raw, where=path)
 
 
-def _merged(tree: dict[str, Any], over: Any, where: str | Path) -> dict[str, Any]:
-    if not isinstance(over, dict):
-        raise ConfigError("a section cannot be replaced by a value", where=where, fix="name one of its keys")
+def _merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the values of `over` set in it, section by section."""
     result = dict(tree)
     for key, value in over.items():
-        result[key] = _merged(result[key], value, where) if isinstance(result.get(key), dict) else value
+        both = isinstance(result.get(key), dict) and isinstance(value, dict)
+        result[key] = _merged(result[key], value) if both else value
     return result

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import accelerate.tracking
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from poc_lora.errors import ConfigError
-from poc_lora.training.trackers import Trackers
+from poc_lora.training.metrics import MetricsLogger
 from poc_lora.training.train import train
 from tests.training.conftest import config, metrics
 
@@ -73,9 +74,9 @@ class Recorder:
 
 def test_wandb_gets_steps_as_a_value_since_it_ignores_those_that_go_back():
     wandb, other = Recorder("wandb"), Recorder("mlflow")
-    trackers = Trackers([wandb, other], adapters=2)
+    logger = MetricsLogger(SimpleNamespace(log=lambda lines: None), [wandb, other], adapters=2)
     for adapter in (0, 1):  # two packs, one after the other
-        trackers.log([{"step": 7, "adapter": adapter, "loss": 1.5, "members": [adapter]}], pack=[adapter])
+        logger.write([adapter], [{"step": 7, "adapter": adapter, "loss": 1.5, "members": [adapter]}])
     assert wandb.calls == [({"loss/0": 1.5, "step": 7}, None), ({"loss/1": 1.5, "step": 7}, None)]
     assert other.calls == [({"loss/0": 1.5}, 7), ({"loss/1": 1.5}, 7)]
 

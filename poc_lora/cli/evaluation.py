@@ -1,0 +1,117 @@
+"""The verbs `eval` and `report`."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from poc_lora.cli.terminal import print_next, show, show_results
+from poc_lora.errors import RequestError
+
+Protocol = Literal["label", "generate", "harness"]
+Prompt = Literal["clean", "llm-adapters", "bare"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def evaluate(
+    targets: Annotated[
+        list[Path] | None, typer.Argument(help="One run folder, or adapter folders of one base model.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of BENCHMARK/test.json files.")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks and exit.")] = False,
+    base: Annotated[str | None, typer.Option(help="Base model; default: the one the run or adapters name.")] = None,
+    benchmarks: Annotated[str | None, typer.Option(help="Comma-separated names; default: all eight.")] = None,
+    protocol: Annotated[
+        Protocol,
+        typer.Option(
+            help="label: the most likely label. generate: the first label in the generated text. "
+            "harness: lm-eval, on its own tasks without --data."
+        ),
+    ] = "label",
+    beams: Annotated[int, typer.Option(help="generate: the number of beams; 1 is greedy, the paper's is 4.")] = 1,
+    prompt: Annotated[
+        Prompt | None, typer.Option(help="The prompt template; default: the run's own, clean outside a run.")
+    ] = None,
+    subsets: Annotated[bool, typer.Option("--subsets", help="Also score merges of 2, 4, ... of the adapters.")] = False,
+    control: Annotated[
+        Path | None, typer.Option(help="A run to compare with, evaluated alike, such as one of temperature 0.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="The base model's dtype; default: the run's own, auto outside a run.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; default: RUN/eval.")] = None,
+) -> None:
+    """Score base, adapters, merge and prediction ensemble on the eight commonsense benchmarks.
+
+    Example: poc-lora eval runs/demo --data ../commonsense --benchmarks openbookqa,boolq --limit 200
+    """
+    if show_list:
+        from poc_lora.reporting.tables import benchmark_table
+
+        show(benchmark_table())
+        print_next("the benchmarks as LLM-Adapters renders them", "python scripts/download_commonsense.py --out DIR")
+        return
+    if not targets or (data is None and protocol != "harness"):
+        missing = "TARGETS" if not targets else "--data"
+        raise RequestError(f"{missing} is missing", fix="for example: poc-lora eval runs/demo --data ../commonsense")
+
+    from poc_lora.distributed import is_first_rank
+    from poc_lora.evaluation.evaluate import evaluate
+    from poc_lora.reporting.tables import write_report
+
+    results = evaluate(
+        targets,
+        data=data,
+        base=base,
+        dtype=dtype,
+        benchmarks=None if benchmarks is None else [name.strip() for name in benchmarks.split(",")],
+        protocol=protocol,
+        beams=beams,
+        prompt=prompt,
+        limit=limit,
+        subsets=subsets,
+        control=control,
+        out=out,
+    )
+    if not is_first_rank():
+        return
+    written = write_report(out or targets[0], results)
+    show_results(results)
+    print_next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="A run, or a folder of results.", metavar="RUN")],
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Compare the first run with the others; also writes RUN/comparison.md."),
+    ] = False,
+) -> None:
+    """Write RUN/report.html, one self-contained page, and the tables of the run's evaluations as Markdown.
+
+    Example: poc-lora report runs/demo
+
+    Example: poc-lora report runs/demo --compare runs/demo-lambda0 runs/demo-lambda1e-4
+    """
+    run, *others = runs
+    if bool(others) != compare:
+        what = "--compare needs runs to compare with" if compare else "a report is of one run"
+        fix = f"for example: poc-lora report {shlex.quote(str(run))} --compare OTHER_RUN"
+        raise RequestError(what, where=", ".join(map(str, runs)), fix=fix)
+
+    from poc_lora.reporting.compare import write_comparison
+    from poc_lora.reporting.page import write_page
+    from poc_lora.reporting.run_files import read_run
+    from poc_lora.reporting.tables import write_report
+
+    evaluations = read_run(run).evaluations
+    page = write_page(run, compare=others)
+    for results in evaluations:
+        write_report(run, results)
+        if not compare:
+            show_results(results)
+    if compare:
+        show(write_comparison(runs))
+    print_next(f"the report: {page}", "open it in a browser")

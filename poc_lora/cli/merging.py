@@ -1,0 +1,96 @@
+"""The verbs `merge` and `fold`."""
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from poc_lora.cli.terminal import numbers, print_next, show_merge
+from poc_lora.merging.methods import METHODS
+
+Method = StrEnum("Method", list(METHODS))  # type: ignore[misc]
+AVERAGE = Method("average")
+SavedDtype = Literal["float32", "bfloat16", "float16"]
+
+
+def merge(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Adapter folders, runs (all their finished adapters), Hub ids org/name@revision."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to create for the merged adapter.")],
+    method: Annotated[
+        Method, typer.Option(help=". ".join(f"{name}: {entry.summary}" for name, entry in METHODS.items()) + ".")
+    ] = AVERAGE,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the result: for average the best approximation; default: exact.")
+    ] = None,
+    rank_sweep: Annotated[
+        str | None, typer.Option(help="Ranks, comma-separated, to show the error of truncating to each.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One weight per adapter, comma-separated; default 1/M each.")
+    ] = None,
+    canonical: Annotated[
+        bool, typer.Option("--canonical", help="block, random: take singular triples as the components.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="random: the seed of its draws.")] = 0,
+    dtype: Annotated[SavedDtype, typer.Option(help="The dtype to save in.")] = "float32",
+    allow_base_mismatch: Annotated[
+        bool, typer.Option("--allow-base-mismatch", help="Merge adapters that name different base models.")
+    ] = False,
+) -> None:
+    """Average the B·A products of adapters into one adapter, without a base model or a GPU.
+
+    Example: poc-lora merge runs/demo --out merged --rank 32
+    """
+    chosen = None if weights is None else numbers(weights, float, "--weights", "0.5,0.25,0.25")
+    ranks = [] if rank_sweep is None else numbers(rank_sweep, int, "--rank-sweep", "8,16,32,64")
+
+    import torch
+
+    from poc_lora.merging.folders import merge_folders
+
+    report = merge_folders(
+        sources,
+        out,
+        method=method,
+        rank=rank,
+        rank_sweep=ranks,
+        weights=chosen,
+        canonical=canonical,
+        seed=seed,
+        dtype=getattr(torch, dtype),
+        allow_base_mismatch=allow_base_mismatch,
+    )
+    show_merge(report)
+    if ranks:
+        from poc_lora.reporting.page import write_rank_sweep
+
+        write_rank_sweep(report, out)
+        typer.echo(f"the same as a figure: {out / 'rank_sweep.svg'}")
+    run = next((s for s in map(Path, sources) if (s / "config.yaml").is_file() and out == s / "merged"), None)
+    print_next(
+        f"the merged adapter: {out}",
+        f"poc-lora eval {shlex.quote(str(run or out))} --data DIR" + ("" if run else " --out DIR"),
+    )
+
+
+def fold(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder, such as RUN/merged.")],
+    base: Annotated[str, typer.Option(help="The base model: a folder or a Hub id. It is not changed.")],
+    out: Annotated[Path, typer.Option(help="The folder to create for the folded model.")],
+) -> None:
+    """Write a copy of the base model with an adapter merged into its weights: a plain model, without adapters.
+
+    Example: poc-lora fold runs/demo/merged --base poc_lora/microworld/model --out folded
+    """
+    from poc_lora.merging.fold import fold
+
+    done = fold(adapter, base, out)
+    typer.echo(f"{done.modules} modules folded into {done.files} files of weights")
+    print_next(
+        f"the folded model: {done.folder}", f"load it with AutoModelForCausalLM.from_pretrained({str(done.folder)!r})"
+    )

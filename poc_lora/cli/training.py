@@ -1,0 +1,84 @@
+"""The verbs `demo`, `check` and `train`."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from poc_lora.cli.terminal import print_next, show, show_training
+
+Config = Annotated[Path, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings that replace the file's, such as optim.lr=1e-4.", metavar="KEY=VALUE"),
+]
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="The run folder to create.")] = Path("runs/demo"),
+    overrides: Overrides = None,
+) -> None:
+    """Train, merge, evaluate and report on the embedded micro-world: no download, no GPU, minutes.
+
+    Example: poc-lora demo --out runs/demo adapters.seed=1
+    """
+    from poc_lora.microworld.demo import run_demo
+
+    run_demo(out, overrides or [], show=show)
+    print_next(
+        f"the report: {out / 'report.html'} (open it in a browser)",
+        f"copy {out / 'config.yaml'}, set model, data and output to your own, and poc-lora train YOUR.yaml",
+    )
+
+
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(min=1, help="The number of processes of accelerate launch.")] = 1,
+) -> None:
+    """Validate a run and say what it will do, without loading any weights.
+
+    Example: poc-lora check configs/demo.yaml train.max_steps=50
+    """
+    from poc_lora.config import load_config
+
+    loaded = load_config(config, overrides or [])
+
+    from poc_lora.training.check import check
+
+    facts = check(loaded, processes=processes)
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        typer.echo(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
+    launcher = (
+        "poc-lora" if processes == 1 else f"accelerate launch --multi_gpu --num_processes {processes} -m poc_lora"
+    )
+    print_next("the configuration is valid", f"{launcher} train " + shlex.join([str(config), *(overrides or [])]))
+
+
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the output folder, if any.")] = False,
+) -> None:
+    """Train the adapters of a run, packed together; over several devices under accelerate launch.
+
+    Example: poc-lora train configs/demo.yaml adapters.count=4 output=runs/four
+    Example: accelerate launch --multi_gpu --num_processes 4 -m poc_lora train configs/demo.yaml output=runs/four
+    """
+    from poc_lora.config import load_config
+
+    loaded = load_config(config, overrides or [])
+
+    from poc_lora.training.train import train
+
+    done = train(loaded, resume=resume)
+    if not done.is_main_process:
+        return
+    show_training(done)
+    merged = done.folder / "merged"
+    command = "poc-lora merge " + shlex.join([str(done.folder), "--out", str(merged)])
+    if merged.exists():  # of the adapters before the run was extended
+        command = f"rm -r {shlex.quote(str(merged))} && {command}"
+    print_next(f"adapters: {done.folder / 'adapters'}", command)

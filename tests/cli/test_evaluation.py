@@ -1,0 +1,63 @@
+"""`eval` and `report`: what they refuse, and what they write."""
+
+from typing import get_args
+
+import pytest
+
+from poc_lora.cli.evaluation import Dtype, Prompt, Protocol
+from poc_lora.config import DataSection, ModelSection
+from poc_lora.data.prompts import TEMPLATES
+from poc_lora.evaluation.evaluate import PROTOCOLS
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--benchmarks", "openbookqa,trivia"], "'trivia'"),
+        (["--benchmarks", "boolq"], "boolq/test.json"),
+        (["--limit", "0"], "limit"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_done_is_refused(refused, trained, options, expected):
+    assert expected in refused("eval", "run", "--data", ".", *options)
+
+
+def test_evaluating_or_reporting_what_is_not_there_is_refused(refused, config):
+    assert "where: none" in refused("eval", "none", "--data", ".")
+    assert "where: none" in refused("report", "none")
+
+
+def test_eval_list_shows_the_eight_benchmarks_and_needs_nothing_else(poc_lora, refused):
+    status, out, _ = poc_lora("eval", "--list")
+    assert status == 0
+    for name in ("social_i_qa", "winogrande", "Rowan/hellaswag", "validation", "10,042", "33.33"):
+        assert name in out
+    assert "TARGETS is missing" in refused("eval", "--data", ".")
+    assert "--data is missing" in refused("eval", "run")
+
+
+def test_a_report_of_a_run_that_was_only_trained(poc_lora, trained):
+    status, out, err = poc_lora("report", "run")
+    assert status == 0, err
+    assert "the report: run/report.html" in out
+    assert "Nothing has been evaluated" in (trained.parent / "run/report.html").read_text()
+    assert not list(trained.parent.rglob("results.md"))
+
+
+def test_runs_are_compared_only_when_asked(refused, trained):
+    assert "fix:   for example: poc-lora report run --compare OTHER_RUN" in refused("report", "run", "other")
+    assert "--compare needs runs" in refused("report", "run", "--compare")
+    assert "was not evaluated" in refused("report", "run", "--compare", "run")
+
+
+@pytest.mark.parametrize("options", [["--prompt", "poem"], ["--protocol", "oracle"], ["--dtype", "int8"]])
+def test_a_word_that_is_no_choice_is_refused(poc_lora, options):
+    status, _, err = poc_lora("eval", "run", "--data", ".", *options)
+    assert status == 2
+    assert f"Invalid value for '{options[0]}'" in err
+
+
+def test_the_choices_are_the_library_s():
+    assert get_args(Protocol) == tuple(PROTOCOLS)
+    assert set(get_args(Prompt)) == set(TEMPLATES) == set(get_args(DataSection.model_fields["prompt"].annotation))
+    assert set(get_args(Dtype)) == set(get_args(ModelSection.model_fields["dtype"].annotation))

@@ -1,0 +1,90 @@
+"""`check` and `train` with bad input: no traceback, exit status 2, and a message that says what, where and how."""
+
+import json
+import re
+
+import pytest
+
+from tests.conftest import instruction_rows
+
+
+def test_check_prints_what_a_run_will_do(poc_lora, config):
+    status, out, err = poc_lora("check", config, "train.max_steps=7")
+    assert status == 0, err
+    facts = dict(line.rsplit(maxsplit=1) for line in out.splitlines() if line.count("  "))
+    assert facts["steps"] == "7"
+    # q_proj 32 -> 32 and v_proj 32 -> 16, in two layers, at rank 2
+    assert facts["parameters per adapter"] == str(2 * 2 * ((32 + 32) + (32 + 16)))
+    assert (facts["training rows"], facts["validation rows"], facts["adapters"]) == ("20", "4", "2")
+    table = out.split("\n\n")[0].splitlines()
+    assert {re.search(r"\s{2,}(?=\S)", line).end() for line in table} == {
+        len("supervised tokens per epoch and adapter  ")
+    }
+    assert "base weights                             float32" in table
+    assert next(line for line in table if line.startswith("memory on")).endswith(" kB")
+    assert f"poc-lora train {config} train.max_steps=7" in out
+    assert not (config.parent / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["check", "train"])
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.temprature=1", "optim.temprature: no such key; did you mean 'optim.temperature'?"),
+        ("optim.lr", "fix:   for example optim.lr=1e-4"),
+        ("optim.lr=-1", "optim.lr: "),
+        ("model.quantization=int4", "model.quantization: Input should be 'nf4' or 'int8' (got 'int4')"),
+        ("train.gradient_checkpointing=1", "train.gradient_checkpointing: "),
+        ("track=[tensorbord]", "track.0: "),
+        ("trian.compile=true", "trian: no such key; did you mean 'train'?"),
+        ("data.train=[none.json]", "where: none.json"),
+        ("model.name=./none", "no base model at './none'"),
+        ("model.name=.", "where: model.name"),
+        ("lora.targets=[query]", "its linear layers are: down_proj, gate_proj, k_proj"),
+        ("data.max_length=5", "24 rows lost their whole answer to data.max_length=5"),
+        ("data.validation=24", "24 usable rows leave none to train on"),
+    ],
+)
+def test_a_bad_setting_is_refused_with_its_remedy(refused, config, verb, override, expected):
+    assert expected in refused(verb, config, override)
+
+
+def test_a_missing_or_broken_configuration_is_named(refused, config):
+    assert "where: none.yaml" in refused("train", "none.yaml")
+    assert "cannot be read" in refused("train", config.parent)
+    assert "not a mapping" in refused("train", "train.json")
+    config.write_text("model: [\n")
+    assert "not valid YAML" in refused("train", config)
+
+
+def test_a_row_that_cannot_be_used_is_named(refused, config):
+    (config.parent / "train.json").write_text(json.dumps([*instruction_rows(2), {"instruction": "a", "answer": "b"}]))
+    message = refused("check", config)
+    assert "'output' is missing" in message
+    assert "train.json, row 3" in message
+
+
+def test_a_run_folder_in_use_is_left_as_it_is(refused, config):
+    (config.parent / "run").mkdir()
+    (config.parent / "run" / "thesis.txt").write_text("years of work")
+    message = refused("train", config)
+    assert "where: run" in message
+    assert "--resume" in message
+    assert [p.name for p in (config.parent / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_an_output_that_cannot_be_written_is_refused(refused, config):
+    assert "cannot be written" in refused("train", config, "output=train.json/run")
+
+
+def test_resuming_a_run_that_is_not_there_starts_it(poc_lora, config):
+    status, _, err = poc_lora("train", config, "--resume")
+    assert status == 0, err
+    assert (config.parent / "run" / "adapters" / "01").is_dir()
+
+
+def test_resuming_with_a_changed_key_names_it(refused, trained):
+    message = refused("train", trained, "--resume", "optim.lr=1e-3", "train.max_steps=9", "checkpoint.keep=3")
+    assert "optim.lr was 0.0001, is 0.001" in message
+    assert "train.max_steps was 2, is 9" in message
+    assert "checkpoint" not in message
