@@ -458,7 +458,7 @@ def test_what_cannot_be_had_is_a_refusal_that_names_it(hub, adapters, tmp_path, 
     monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
     if kind is not None:
         hub.add(source, private=False, **kind)
-    with pytest.raises(AdapterError, match=r"cannot be fetched from the Hub|has not both") as problem:
+    with pytest.raises(AdapterError, match=r"cannot be fetched from the Hub|lacks adapter_config") as problem:
         merge_folders([source], tmp_path / "out")
     assert problem.value.where == source.partition("@")[0]
     assert problem.value.exit_status == 2
@@ -479,7 +479,7 @@ def test_an_evaluation_reads_adapters_from_the_hub(hub, adapters, tmp_path):
 def test_an_evaluation_of_what_cannot_be_had_is_refused(hub, tmp_path, monkeypatch, source, kind):
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
     hub.add(source, private=False, **kind)
-    with pytest.raises(AdapterError, match=r"cannot be fetched from the Hub|has not both"):
+    with pytest.raises(AdapterError, match=r"cannot be fetched from the Hub|lacks adapter_config"):
         find_subjects([Path(source)], out=tmp_path / "out")
 
 
