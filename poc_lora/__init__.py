@@ -5,18 +5,24 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# The public API, imported on first use: `import poc_lora` itself loads nothing heavy.
+# The public API, imported on first use: `import poc_lora` itself loads nothing heavy. Beside it are two packages of
+# their own: poc_lora.mfnn, the theory's setting, and poc_lora.microworld, an embedded base model with data.
 _HOME = {
     "Adapter": "poc_lora.adapters.adapter",
     "AdapterBank": "poc_lora.lora.bank",
     "NoisyAdamW": "poc_lora.optim.noisy_adamw",
+    "PocLoraError": "poc_lora.errors",
+    "RequestError": "poc_lora.errors",
     "RunConfig": "poc_lora.config",
+    "check": "poc_lora.training.check",
     "evaluate": "poc_lora.evaluation.evaluate",
     "fold": "poc_lora.merging.fold",
     "load_config": "poc_lora.config",
     "merge": "poc_lora.merging.merge",
     "merge_folders": "poc_lora.merging.folders",
+    "push": "poc_lora.hub.push",
     "read_adapter": "poc_lora.adapters.adapter",
+    "sweep_by_type": "poc_lora.merging.merge",
     "train": "poc_lora.training.train",
     "write_adapter": "poc_lora.adapters.adapter",
 }
@@ -24,14 +30,19 @@ __all__ = [
     "Adapter",
     "AdapterBank",
     "NoisyAdamW",
+    "PocLoraError",
+    "RequestError",
     "RunConfig",
     "__version__",
+    "check",
     "evaluate",
     "fold",
     "load_config",
     "merge",
     "merge_folders",
+    "push",
     "read_adapter",
+    "sweep_by_type",
     "train",
     "write_adapter",
 ]
@@ -39,12 +50,15 @@ __all__ = [
 if TYPE_CHECKING:
     from poc_lora.adapters.adapter import Adapter, read_adapter, write_adapter
     from poc_lora.config import RunConfig, load_config
+    from poc_lora.errors import PocLoraError, RequestError
     from poc_lora.evaluation.evaluate import evaluate
+    from poc_lora.hub.push import push
     from poc_lora.lora.bank import AdapterBank
     from poc_lora.merging.fold import fold
     from poc_lora.merging.folders import merge_folders
-    from poc_lora.merging.merge import merge
+    from poc_lora.merging.merge import merge, sweep_by_type
     from poc_lora.optim.noisy_adamw import NoisyAdamW
+    from poc_lora.training.check import check
     from poc_lora.training.train import train
 
 

@@ -1,4 +1,4 @@
-"""What depends on the kind of device that a tensor is on."""
+"""Constants that depend on the kind of device."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -7,8 +7,9 @@ T = TypeVar("T")
 
 
 def by_device(values: Mapping[str, T], kind: str) -> T:
-    """The value for a kind of device (`device.type`), from those for `cpu` and `cuda`.
+    """Returns the value for a `device.type`, from those for `cpu` and `cuda`.
 
-    Every accelerator (mps, xpu, hpu, ...) gets CUDA's: like a GPU it wants much work at once, and a launch costs.
+    Every accelerator (mps, xpu, hpu, ...) gets CUDA's: like a GPU it is efficient on large batches and pays for each
+    kernel launch.
     """
     return values["cpu" if kind == "cpu" else "cuda"]

@@ -1,4 +1,4 @@
-"""Environment variables: what users, launchers and accelerate set. Each is read when it is needed."""
+"""Environment variables set by users, launchers and accelerate. Each is read when it is needed."""
 
 import os
 from collections.abc import Callable
@@ -8,28 +8,28 @@ from poc_lora.errors import RequestError
 
 TRUE = ("1", "true", "t", "yes", "y", "on")  # as accelerate reads them
 FALSE = ("", "0", "false", "f", "no", "n", "off")
-MOST_SECONDS = 1e9  # thirty years; what waits takes no number of any size
+MOST_SECONDS = 1e9  # thirty years: below the limits of timeouts
 
 T = TypeVar("T")
 
 
 def whole_number(name: str, default: int | None = None, *, least: int = 0) -> int:
-    """A whole number of at least `least`. Raises RequestError, also where it is not set and has no default."""
+    """Read an integer of at least `least`. Raises RequestError, also if it is unset without a default."""
     return _read(name, default, _at_least(least), f"a whole number of at least {least}")
 
 
 def seconds(name: str, default: float) -> float:
-    """A length of time. Raises RequestError."""
+    """Read a positive number of seconds. Raises RequestError."""
     return _read(name, default, _duration, "a number of seconds above 0, such as 1800")
 
 
 def flag(name: str) -> bool:
-    """Whether it is switched on; False where it is not set. Raises RequestError."""
+    """Read a switch; False if unset. Raises RequestError."""
     return _read(name, False, _switch, "1 or 0, true or false")
 
 
 def one_of(name: str, choices: tuple[str, ...], default: str) -> str:
-    """One of some words. Raises RequestError."""
+    """Read one of some words, ignoring case. Raises RequestError."""
     return _read(name, default, lambda text: choices[choices.index(text.lower())], " or ".join(choices))
 
 

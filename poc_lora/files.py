@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes and folder commits, checksums, bounded reads."""
+"""Atomic writes of files and folders, checksums, and reads of bounded size."""
 
 import contextlib
 import hashlib
@@ -17,9 +17,9 @@ MAX_JSON_DEPTH = 64
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write `path` so that a reader sees the old content or the new, never a part.
+    """Write `path` atomically: a reader sees the old content or the new, never a part.
 
-    Raises RequestError where the folder cannot be made or written to.
+    Raises RequestError if the folder cannot be made or written to.
     """
     data = content.encode() if isinstance(content, str) else content
     with _refusing_bad_places(path):
@@ -39,15 +39,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; NaN and infinity are refused by `json`."""
+    """Write `value` as indented JSON, atomically. Raises ValueError for NaN and infinity."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
 def commit_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder beside `path` to fill; on success it becomes `path` in one rename, else it vanishes.
+    """Yield a folder beside `path` to fill; on success it is renamed to `path`, on an error removed.
 
-    Raises RequestError where the folder cannot be made, or if `path` exists when the block ends.
+    Raises RequestError if the folder cannot be made, or if `path` exists when the block ends.
     """
     with _refusing_bad_places(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def commit_folder(path: Path) -> Iterator[Path]:
 
 
 def publish_folder(aside: Path, path: Path) -> None:
-    """Give a filled folder its name, in one rename, once all in it is on the disk.
+    """Rename a filled folder to its final name, once all its content is on the disk.
 
     Raises RequestError if `path` exists.
     """
@@ -85,13 +85,13 @@ def _refusing_bad_places(path: Path) -> Iterator[None]:
 
 
 def free_bytes_at(path: Path) -> int:
-    """Free bytes on the disk where `path` is, or will be."""
+    """Returns the free bytes on the disk of `path`, which need not exist yet."""
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     return shutil.disk_usage(there).free
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or the names inside a folder, survive a power cut."""
+    """Flush a file's content, or a folder's list of names, to the disk, so that it survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -100,13 +100,13 @@ def sync(path: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
+    """Returns the SHA-256 of a file, in hex."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def read_json(path: Path, *, error: type[RequestError] = RequestError, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Parse a JSON file of bounded size and depth; any problem is an `error` naming the file and line."""
+    """Parse a JSON file of bounded size and depth. Raises `error`, which names the file and line."""
     text = read_text(path, error=error, max_bytes=max_bytes)
     try:
         value = json.loads(text)
@@ -124,7 +124,7 @@ def read_json(path: Path, *, error: type[RequestError] = RequestError, max_bytes
 
 
 def read_text(path: Path, *, error: type[RequestError] = RequestError, max_bytes: int = MAX_JSON_BYTES) -> str:
-    """Read a UTF-8 file of at most `max_bytes`."""
+    """Read a UTF-8 file of at most `max_bytes`. Raises `error`."""
     try:
         size = path.stat().st_size
         if size > max_bytes:

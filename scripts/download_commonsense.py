@@ -279,7 +279,8 @@ def fetch(repository: str, config: str | None, commit: str, split: str) -> Itera
     except ImportError:
         raise DataError("the datasets library is not installed", fix="pip install 'poc-lora[hub]'") from None
     try:
-        return datasets.load_dataset(repository, config, revision=commit, split=split)
+        rows: Iterable[Row] = datasets.load_dataset(repository, config, revision=commit, split=split)
+        return rows
     except Exception as problem:  # the library raises many kinds; all mean that the data cannot be had
         raise DataError(
             f"the data set cannot be loaded: {_in_a_line(problem)}", where=f"{repository}, {split}"

@@ -30,7 +30,7 @@ LAYERS = [
     ("mfnn",),
     ("config", "config_files", "progress", "distributed", "environment"),
     ("rng",),
-    ("files", "hub_ids", "devices"),
+    ("files", "hub_ids", "devices", "plotting"),
     ("envvars",),
     ("errors",),
 ]

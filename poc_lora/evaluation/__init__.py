@@ -1,1 +1,1 @@
-"""Scoring the base, every adapter, the merge and the prediction ensemble on the eight benchmarks."""
+"""Scores the base model, every adapter, their merge and their prediction ensemble on benchmarks."""

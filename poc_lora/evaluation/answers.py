@@ -1,8 +1,9 @@
-"""Questions that are asked and the answers given, kept on disk as they come, so that an evaluation can go on."""
+"""Questions and the answers to them, saved as they are given, so that an interrupted evaluation can resume."""
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,25 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from poc_lora.data.commonsense import Question
+from poc_lora.errors import AdapterError, ModelError
 from poc_lora.files import write_atomic
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question of an evaluation; `row` counts from 1, as in messages about its file."""
+    """One question of an evaluation and its place in the benchmark's files."""
 
-    benchmark: str
-    split: str  # test, or validation
-    row: int
+    benchmark: str  # its folder
+    split: str  # test or validation
+    row: int  # from 1
     question: Question
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said to one question.
+    """The answer of one variant to one question.
 
-    choice: one of the labels; None where the prompt does not fit the context, or no label could be read.
-    log_probs: of every label (protocol `label`). text: what was generated (protocol `generate`).
+    Attributes:
+        choice: One of the labels; None where the prompt does not fit the context, or no label was found.
+        too_long: The prompt does not fit the context.
+        log_probs: Of every label (protocols `label` and `harness`).
+        text: What was generated (protocol `generate`).
     """
 
     choice: str | None
@@ -38,16 +43,24 @@ class Answer:
 
 
 class AnswerFile:
-    """The answers of one model, `NAME.jsonl`: a line for each question, in the benchmarks' order once all are there.
+    """The answers of one variant, `NAME.jsonl`: one line per question, in order once the evaluation has finished.
 
-    settings: everything that answers depend on beside the question: base model, adapter, protocol, prompt, dtype. Lines
-    of other settings or of another question are not believed. Answers of the same settings to what is not asked this
-    time stay, behind those to `items`. While answers come, each rank appends to a file of its own,
-    `NAME.jsonl.part-RANK`; what an interrupted evaluation left there is read again.
+    Until then each rank appends to a file of its own, `NAME.jsonl.part-RANK`, and an evaluation that resumes reads all
+    of them. Lines with other settings, or whose question has changed, are ignored. Answers with the same settings to
+    questions that this evaluation does not ask are kept, after the others.
+
+    Args:
+        path: Of `NAME.jsonl`, which need not exist.
+        settings: Everything that answers depend on apart from the question: base, adapter, protocol, prompt, dtype.
+        items: The questions of this evaluation.
+        rank: This process's.
+
+    Attributes:
+        answers: By question, as far as they are known.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], items: Sequence[Item], *, rank: int = 0):
-        self.path, self.items, self.settings = path, items, dict(settings)
+        self.path, self.items = path, items
         self._part = path.with_name(f"{path.name}.part-{rank}")
         self._same_settings = _hash(json.dumps(settings, sort_keys=True))
         self._keys = {item: self._key(item) for item in items}
@@ -56,7 +69,7 @@ class AnswerFile:
         self.read()
 
     def read(self) -> None:
-        """Take up the answers that all ranks have written."""
+        """Read the answers that all ranks have written."""
         wanted = {key: item for item, key in self._keys.items()}
         asked = {(item.benchmark, item.split, str(item.row)) for item in self.items}
         for path in (self.path, *self._parts()):
@@ -70,7 +83,7 @@ class AnswerFile:
                     self._others[tuple(place)] = line
 
     def append(self, items: Sequence[Item], answers: Sequence[Answer]) -> None:
-        """Keep answers: they are on the disk when this returns."""
+        """Save answers; they are on the disk when this returns."""
         lines = []
         for item, answer in zip(items, answers, strict=True):
             self.answers[item] = answer
@@ -79,14 +92,14 @@ class AnswerFile:
         with self._part.open("ab+") as out:
             if out.tell():
                 out.seek(-1, os.SEEK_END)
-                if out.read() != b"\n":  # a line that a kill cut short must not swallow the next
+                if out.read() != b"\n":  # the last line was cut short by a kill; it must not swallow the next
                     out.write(b"\n")
             out.write("".join(lines).encode())
             out.flush()
             os.fsync(out.fileno())
 
     def finish(self) -> None:
-        """Put all answers into one file in order, in place of the parts."""
+        """Write all answers to one file, in order, and delete the parts."""
         lines = [*(self._line(item, self.answers[item]) for item in self.items), *self._others.values()]
         write_atomic(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         for part in self._parts():
@@ -118,12 +131,23 @@ class AnswerFile:
         return line
 
 
+def check_numbers(variant: str, items: Sequence[Item], answers: Sequence[Answer]) -> None:
+    """Raises ModelError (for the base) or AdapterError where a log-probability is NaN."""
+    for item, answer in zip(items, answers, strict=True):
+        if any(math.isnan(value) for value in answer.log_probs or ()):
+            where = f"{variant} on {item.benchmark}"
+            if variant == "base":
+                raise ModelError("the base model's scores are not numbers", where=where, fix="try --dtype float32")
+            fix = "the adapter has diverged or overflows in this dtype: leave it out, or try float32"
+            raise AdapterError("the adapter's scores are not numbers", where=where, fix=fix)
+
+
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file that are JSON objects; one that was being written when the power went is none."""
+    """The lines of a file that are JSON objects; a line that was cut short is skipped."""
     with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as handle:
         for text in handle:
             with contextlib.suppress(ValueError):
@@ -133,7 +157,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parsed(line: Mapping[str, Any], question: Question) -> Answer | None:
-    """The answer on a line, None where it is none to this question."""
+    """The answer on a line; None if it is not a valid one to this question."""
     choice, text, found, too_long = (line.get(name) for name in ("choice", "text", "log_probs", "too_long"))
     if (choice is not None and choice not in question.labels) or not isinstance(too_long, bool):
         return None

@@ -1,33 +1,39 @@
-"""Another run's merge, to compare with: what was answered there, to the same questions in the same way."""
+"""The control: another run's merge, evaluated before on the same questions with the same settings."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.answers import AnswerFile, Item
-from poc_lora.evaluation.statistics import is_right
+from poc_lora.evaluation.statistics import correct_by_benchmark
 from poc_lora.files import read_json
 
 
 @dataclass(frozen=True)
 class Control:
-    """name: how it was trained. correct: by benchmark, 1.0 for each question that its merge got right [n]."""
+    """The merge of another run."""
 
-    name: str
-    correct: dict[str, Tensor]
+    name: str  # how it was trained, such as `λ = 0`
+    correct: dict[str, Tensor]  # for each benchmark 1.0 or 0.0 per question [n]
 
 
 def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: Sequence[Item]) -> Control:
-    """The merge of a run that was evaluated on the same questions in the same way.
+    """Read how the merge of another run answered the same questions.
 
-    settings: what answers depend on beside question and adapter, as in AnswerFile. Raises RunError.
+    Args:
+        run: The run folder, which holds the results of an evaluation.
+        protocol: Of that evaluation.
+        settings: What answers depend on apart from question and adapter, as in `AnswerFile`.
+        items: The test questions.
+
+    Raises:
+        RunError: If its merge was not evaluated, or with other settings or questions.
     """
     folder = RunFolder(run).evaluation(protocol)
     fix = f"first: poc-lora eval {run} with the same base, data, benchmarks, prompt, dtype and limit"
@@ -36,20 +42,15 @@ def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: S
     described = read_json(folder / "merged.json", error=RunError)
     theirs = described.get("settings") if isinstance(described, dict) else None
     if not isinstance(theirs, dict):
-        raise RunError("how its merge was evaluated is not told", where=folder, fix=fix)
+        raise RunError("the settings of its evaluation are missing", where=folder, fix=fix)
     differing = [name for name, value in settings.items() if theirs.get(name) != value]
     if differing:
-        told = ", ".join(f"{name} {theirs.get(name)!r} in place of {settings[name]!r}" for name in differing)
-        raise RunError(f"its merge was not evaluated in the same way: {told}", where=folder, fix=fix)
-    answers = AnswerFile(folder / "merged.jsonl", theirs, [item for item in items if item.split == "test"]).answers
-    correct: dict[str, list[float]] = {}
+        changes = ", ".join(f"{name} {theirs.get(name)!r} in place of {settings[name]!r}" for name in differing)
+        raise RunError(f"its merge was evaluated with other settings: {changes}", where=folder, fix=fix)
+    answers = AnswerFile(folder / "merged.jsonl", theirs, items).answers
     for item in items:
-        if item.split == "test":
-            if item not in answers:
-                what = f"its merge was not asked {item.benchmark}, row {item.row}, or not in these words"
-                raise RunError(what, where=folder, fix=fix)
-            correct.setdefault(item.benchmark, []).append(is_right(item, answers[item]))
+        if item not in answers:
+            what = f"its merge was not asked {item.benchmark}, row {item.row}, or not in these words"
+            raise RunError(what, where=folder, fix=fix)
     temperature = load_config(RunFolder(run).config).optim.temperature
-    return Control(
-        f"λ = {temperature:g}", {b: torch.tensor(values, dtype=torch.float64) for b, values in correct.items()}
-    )
+    return Control(f"λ = {temperature:g}", correct_by_benchmark(items, answers))

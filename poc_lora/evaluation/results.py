@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,26 +12,8 @@ from poc_lora.artifacts.run_folder import RESULTS
 from poc_lora.evaluation import statistics as scores
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.control import Control
-from poc_lora.evaluation.passes import adapter_digest
-from poc_lora.evaluation.variants import Subjects
+from poc_lora.evaluation.variants import Variants, adapter_key
 from poc_lora.files import write_json
-
-
-def adapter_key(name: str) -> str:
-    """Returns an adapter's name among the variants and files, which is never `base`, `merged` or `ensemble`."""
-    return f"adapter-{name}"
-
-
-def variant_digests(subjects: Subjects) -> dict[str, list[str]]:
-    """Returns the digests of the adapters in every variant, after a word for how several are combined."""
-    alone = {adapter_key(name): [adapter_digest(Path(a.source))] for name, a in subjects.adapters.items()}
-    every = [digest for digests in alone.values() for digest in digests]
-    found = {"base": [], **alone}
-    if subjects.merged is not None:
-        found["merged"] = [adapter_digest(Path(subjects.merged.source))]
-    elif len(every) > 1:
-        found["merged"] = ["mean", *every]
-    return found | ({"ensemble": ["ensemble", *every]} if len(every) > 1 else {})
 
 
 def summarise(
@@ -54,11 +35,11 @@ def summarise(
     """
     test = [item for item in items if item.split == "test"]
     validation = [item for item in items if item.split == "validation"]
-    correct = {variant: _correct(test, given) for variant, given in answers.items()}
+    correct = {variant: scores.correct_by_benchmark(test, given) for variant, given in answers.items()}
     benchmarks = list(correct["base"])
     mean_correct = {b: torch.stack([correct[adapter_key(a)][b] for a in adapters]).mean(0) for b in benchmarks}
     scored = {variant: _scored(parts) for variant, parts in correct.items()}
-    chosen_on = {a: _scored(_correct(validation or test, answers[adapter_key(a)])) for a in adapters}
+    chosen_on = {a: _scored(scores.correct_by_benchmark(validation or test, answers[adapter_key(a)])) for a in adapters}
     best = max(adapters, key=lambda a: chosen_on[a].average.value)
     rivals = {"best": correct[adapter_key(best)], "average": mean_correct}
     if control is not None:
@@ -87,13 +68,6 @@ def summarise(
     )
 
 
-def _correct(items: Sequence[Item], answers: Mapping[Item, Answer]) -> dict[str, Tensor]:
-    found: dict[str, list[float]] = {}
-    for item in items:
-        found.setdefault(item.benchmark, []).append(scores.is_right(item, answers[item]))
-    return {b: torch.tensor(values, dtype=torch.float64) for b, values in found.items()}
-
-
 def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item]) -> dict[str, float]:
     """The share of answers without a label, among the questions that fit."""
     shares = {}
@@ -103,15 +77,15 @@ def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item])
     return shares
 
 
-def write_results(subjects: Subjects, results: Results, settings: Mapping[str, Mapping[str, Any]]) -> None:
+def write_results(variants: Variants, results: Results, settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Write a JSON file for each variant, then results.json, which thus proves the others complete.
 
     Args:
         settings: By variant, what its answers depend on beside the questions; its `adapters` are digests.
     """
-    sources = {adapter_key(name): adapter.source for name, adapter in subjects.adapters.items()}
-    if subjects.merged is not None:
-        sources["merged"] = subjects.merged.source
+    sources = {adapter_key(name): adapter.source for name, adapter in variants.adapters.items()}
+    if variants.merged is not None:
+        sources["merged"] = variants.merged.source
     found: dict[str, Scored | None] = {adapter_key(name): scored for name, scored in results.adapters.items()}
     found |= {"base": results.base, "merged": results.merged, "ensemble": results.ensemble}
     for variant, scored in found.items():
@@ -128,8 +102,8 @@ def write_results(subjects: Subjects, results: Results, settings: Mapping[str, M
             "average": _plain(scored.average),
             "settings": settings[variant],
         }
-        write_json(subjects.out / f"{variant}.json", summary)
-    results.write(subjects.out / RESULTS)
+        write_json(variants.out / f"{variant}.json", summary)
+    results.write(variants.out / RESULTS)
 
 
 def _plain(estimate: Estimate) -> dict[str, float | None]:

@@ -1,8 +1,13 @@
-"""What an evaluation is asked to score: one run, or loose adapters of one base model."""
+"""The variants of one base model that an evaluation scores: the base, each adapter, their merge and their ensemble."""
 
-from collections.abc import Sequence
+import contextlib
+import hashlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from poc_lora.adapters.sources import Source, find_adapters, find_sources
@@ -10,16 +15,27 @@ from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import load_config
 from poc_lora.data.prompts import TEMPLATES
-from poc_lora.errors import RequestError, RunError
+from poc_lora.errors import ModelError, RequestError, RunError, first_line
 from poc_lora.files import sha256_file
 from poc_lora.hub_ids import is_adapter_id
+from poc_lora.lora.bank import AdapterBank
+
+
+def adapter_key(name: str) -> str:
+    """The name of an adapter among the variants, and of its files: never `base`, `merged` or `ensemble`."""
+    return f"adapter-{name}"
 
 
 @dataclass(frozen=True)
-class Subjects:
-    """The base model, the adapters and, in a run that has one, their merge; `out` is where results go.
+class Variants:
+    """A base model, its adapters and their merge, with the settings under which they are evaluated.
 
-    Where merged is None, the merge that is scored is the exact average of the adapters.
+    Attributes:
+        base, revision, dtype, quantization: As for `load_base`.
+        prompt: The prompt template.
+        adapters: By name, in order.
+        merged: The run's merge; None evaluates the exact average of several adapters in its place.
+        out: The folder for results.
     """
 
     base: str
@@ -31,8 +47,106 @@ class Subjects:
     merged: Adapter | None
     out: Path
 
+    @property
+    def keys(self) -> list[str]:
+        """The `adapter_key` of every adapter, in order."""
+        return [adapter_key(name) for name in self.adapters]
 
-def find_subjects(
+    @property
+    def exact_average(self) -> bool:
+        """Whether the merge that is evaluated is the exact average of the adapters."""
+        return self.merged is None and len(self.adapters) > 1
+
+    def digests(self, subsets: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[str]]:
+        """For every variant, and every named subset, how it is combined from which adapters, by their digests."""
+        alone = {adapter_key(name): [adapter_digest(Path(a.source))] for name, a in self.adapters.items()}
+        every = [digest for digests in alone.values() for digest in digests]
+        found: dict[str, list[str]] = {"base": []}
+        if self.merged is not None:
+            found["merged"] = [adapter_digest(Path(self.merged.source))]
+        elif self.exact_average:
+            found["merged"] = ["mean", *every]
+        if len(every) > 1:
+            found["ensemble"] = ["ensemble", *every]
+        return found | alone | {k: ["mean", *(every[slot] for slot in slots)] for k, slots in (subsets or {}).items()}
+
+
+def activate_variants(
+    model: PreTrainedModel,
+    variants: Variants,
+    *,
+    subsets: Mapping[str, Sequence[int]] | None = None,
+    packed: bool = True,
+) -> Generator[list[str], None, None]:
+    """Make `model` compute each variant in turn, except the ensemble, which is made of answers.
+
+    Args:
+        model: The loaded base model, without a bank; closing the iterator restores it.
+        variants: What to compute.
+        subsets: Names of further variants, and the slots of the adapters that they average.
+        packed: Compute all adapters in one step, in which every batch must be repeated for each of them
+            (adapter-major); otherwise one adapter per step.
+
+    Yields:
+        The names of the variants that `model` computes until the next step.
+
+    Raises:
+        AdapterError: For an adapter that does not fit the model; before the first step unless it is the merge.
+    """
+    with _bank(model, variants.adapters.values()) as bank:
+        with bank.disabled():
+            yield ["base"]
+        yield from _activate_adapters(bank, variants.keys, packed)
+        if variants.exact_average:
+            with bank.merged():
+                yield ["merged"]
+        for name, slots in (subsets or {}).items():
+            with bank.merged(slots):
+                yield [name]
+    if variants.merged is not None:
+        # A bank of its own: in the adapters' bank its rank, the sum of theirs, would pad every one of them.
+        with _bank(model, [variants.merged]) as bank:
+            yield from _activate_adapters(bank, ["merged"], packed)
+
+
+def _activate_adapters(bank: AdapterBank, names: list[str], packed: bool) -> Iterator[list[str]]:
+    if packed:
+        yield names
+        return
+    for slot, name in enumerate(names):
+        with bank.only(slot):
+            yield [name]
+
+
+@contextlib.contextmanager
+def _bank(model: PreTrainedModel, adapters: Iterable[Adapter]) -> Iterator[AdapterBank]:
+    bank = AdapterBank.from_adapters(model, list(adapters))
+    try:
+        yield bank
+    finally:
+        bank.remove()
+
+
+def adapter_digest(folder: Path) -> str:
+    """A hash of an adapter's weights and configuration."""
+    return sha256_file(folder / WEIGHTS_NAME) + sha256_file(folder / CONFIG_NAME)
+
+
+def base_digest(name: str, revision: str | None = None) -> str:
+    """Identify a base model by a Hub id's commit, or by the sizes and times of a folder's files. Raises ModelError."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        try:
+            config = cached_file(name, "config.json", revision=revision)
+        except OSError as problem:
+            fix = "give a folder with config.json, or a Hub id org/name"
+            raise ModelError(f"no base model '{name}': {first_line(problem)}", where="model.name", fix=fix) from problem
+        return f"{name} at {extract_commit_hash(config, None)}"
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    return f"{folder.resolve()} {hashlib.sha256(repr(files).encode()).hexdigest()}"
+
+
+def find_variants(
     targets: Sequence[Path],
     *,
     base: str | None = None,
@@ -41,11 +155,18 @@ def find_subjects(
     prompt: str | None = None,
     out: Path | None = None,
     protocol: str = "label",
-) -> Subjects:
-    """Read the adapters that `targets` stand for: one run folder, or one or more adapter folders.
+) -> Variants:
+    """Read the adapters of an evaluation.
 
-    What is not given comes from the run's config.yaml; for loose adapters the base from their own configs, the
-    prompt is `clean`, and `out` is required. Raises RequestError, RunError, AdapterError or ConfigError.
+    Args:
+        targets: One run folder, or adapter folders and Hub ids.
+        base, revision, dtype, prompt, out: As in `Variants`. Defaults come from the run's config.yaml; loose adapters
+            name their base, are asked with the template `clean`, and need `out`.
+        protocol: Names the default folder for results.
+
+    Raises:
+        RequestError: For targets that are not one run or adapters of one base model, or an unknown prompt template.
+        RunError, AdapterError, ConfigError: For a run or an adapter that cannot be read.
     """
     if prompt is not None and prompt not in TEMPLATES:
         raise RequestError(f"no prompt template is called {prompt!r}", fix=f"known: {', '.join(TEMPLATES)}")
@@ -62,50 +183,42 @@ def find_subjects(
             fix="evaluate runs one by one",
         )
     if runs:
-        folder = out or RunFolder(runs[0]).evaluation(protocol)
-        return _of_run(runs[0], base=base, revision=revision, dtype=dtype, prompt=prompt, out=folder)
+        run = RunFolder(runs[0])
+        config, folders = load_config(run.config), find_adapters(run.path)
+        _check_merge_is_current(folders, run)
+        return Variants(
+            base=base or config.model.name,
+            revision=revision or (config.model.revision if base is None else None),
+            dtype=dtype or config.model.dtype,
+            quantization=config.model.quantization,
+            prompt=prompt or config.data.prompt,
+            adapters={folder.name: read_adapter(folder) for folder in folders},
+            merged=read_adapter(run.merged) if run.merged.is_dir() else None,
+            out=out or run.evaluation(protocol),
+        )
     if out is None:
         raise RequestError("adapters outside a run need a folder for the results", fix="add --out DIR")
     sources = [source for target in targets for source in find_sources(target)]
-    adapters = {name: read_adapter(source.folder, root=source.root) for name, source in _names(sources).items()}
+    adapters = {name: read_adapter(source.folder, root=source.root) for name, source in _name_sources(sources).items()}
     if base is None:
         base, own_revision = _common_base(adapters)
         revision = revision or own_revision
-    return Subjects(base, revision, dtype or "auto", None, prompt or "clean", adapters, None, out)
+    return Variants(base, revision, dtype or "auto", None, prompt or "clean", adapters, None, out)
 
 
-def _of_run(
-    run: Path, *, base: str | None, revision: str | None, dtype: str | None, prompt: str | None, out: Path
-) -> Subjects:
-    config = load_config(RunFolder(run).config)
-    folders = find_adapters(run)
-    merged = RunFolder(run).merged
-    _check_merge_is_of(folders, RunFolder(run))
-    return Subjects(
-        base=base or config.model.name,
-        revision=revision or (config.model.revision if base is None else None),
-        dtype=dtype or config.model.dtype,
-        quantization=config.model.quantization,
-        prompt=prompt or config.data.prompt,
-        adapters={folder.name: read_adapter(folder) for folder in folders},
-        merged=read_adapter(merged) if merged.is_dir() else None,
-        out=out,
-    )
-
-
-def _check_merge_is_of(folders: Sequence[Path], run: RunFolder) -> None:
-    """Refuse a merge that was made before the run was extended; one without a merge.json is taken as it is."""
+def _check_merge_is_current(folders: Sequence[Path], run: RunFolder) -> None:
+    """Refuse a merge made before the run was extended; one without merge.json is accepted unchecked."""
     report = MergeReport.read_if_there(run.merge_report)
     if report and {source.sha256 for source in report.sources} != {sha256_file(f / WEIGHTS_NAME) for f in folders}:
         raise RunError(
-            "the merge is not of the adapters that the run has now",
+            "the merge was made from other adapters than the run has now",
             where=run.merged,
             fix=f"remove it, then: poc-lora merge {run.path} --out {run.merged}",
         )
 
 
-def _names(sources: Sequence[Source]) -> dict[str, Source]:
-    """Names for loose adapters: their folders' or repositories' names, numbered where two are alike."""
+def _name_sources(sources: Sequence[Source]) -> dict[str, Source]:
+    """Name loose adapters after their folders or repositories, numbered if two names are equal."""
     resolved = [source.folder.resolve() for source in sources]
     if len(set(resolved)) < len(resolved):
         raise RequestError("the same adapter is named twice", where=", ".join(source.name for source in sources))

@@ -20,8 +20,8 @@ from poc_lora.evaluation.benchmarks import FACTS, BenchmarkFacts
 from poc_lora.hub.collect import Evaluation, File, Subject
 from poc_lora.hub.usage import PIPELINES, usage
 from poc_lora.hub_ids import is_repo_id
-from poc_lora.reporting.escape import code, plain
-from poc_lora.reporting.tables import markdown
+from poc_lora.reporting.escape import code, markdown, markdown_table
+from poc_lora.reporting.tables import results_markdown
 
 EVAL_RESULTS = ".eval_results/poc-lora-{}.yaml"
 MAX_LISTED = 32
@@ -189,7 +189,7 @@ def _making(subject: Subject) -> str:
             "seed": str(config.adapters.seed),
             "data": ", ".join(_data(subject)),
         }
-    lines = ["## How it was made", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+    lines = ["## How it was made", "", *markdown_table(["", ""], list(rows.items()), numbers=False)]
     if config is None:
         lines += [
             "",
@@ -197,7 +197,7 @@ def _making(subject: Subject) -> str:
         ]
         lines += _sources(merge) if merge else []
     if versions := (merge.versions.to_json() if merge else {}) or subject.run.versions:
-        lines += ["", "Made with " + ", ".join(f"{plain(k)} {plain(v)}" for k, v in versions.items()) + "."]
+        lines += ["", "Made with " + ", ".join(f"{markdown(k)} {markdown(v)}" for k, v in versions.items()) + "."]
     return "\n".join(lines)
 
 
@@ -239,7 +239,7 @@ def _hub_datasets(subject: Subject) -> list[str]:
 def _measured(evaluation: Evaluation) -> str:
     """The table of results.md, and a note which of its rows is this adapter."""
     results, official = evaluation.results, _official(evaluation.results)
-    table = markdown(results).replace("\n## ", "\n### ").replace("# Evaluation", "## Evaluation", 1)
+    table = results_markdown(results).replace("\n## ", "\n### ").replace("# Evaluation", "## Evaluation", 1)
     own = [facts.benchmark.short for b, facts in FACTS.items() if b in results.questions and b not in official]
     lines = [table.rstrip(), "", f"This adapter is the row {code(evaluation.row)}."]
     if own:

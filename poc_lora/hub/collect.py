@@ -4,7 +4,6 @@ Other files are never opened, links are never followed, and nothing is written: 
 the local one, such as in the base model's name, it differs in memory only.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -20,12 +19,12 @@ from poc_lora.artifacts.run_folder import MERGE_REPORT, RESULTS, RESULTS_TABLE, 
 from poc_lora.artifacts.run_info import RunInfo
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import AdapterError, RequestError, RunError
-from poc_lora.evaluation.results import adapter_key
+from poc_lora.evaluation.variants import adapter_key
 from poc_lora.files import read_json, sha256_file
 from poc_lora.hub.public import public_config, refuse_metadata
 from poc_lora.hub_ids import is_base_model_id
 from poc_lora.reporting.run_files import of_these_weights
-from poc_lora.reporting.tables import markdown, table_rows
+from poc_lora.reporting.tables import results_markdown, table_rows
 
 FIGURES = (".png", ".svg")
 
@@ -41,16 +40,6 @@ class File:
     def size(self) -> int:
         """Its length in bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
-
-    def sha256(self) -> str:
-        """The Hub's id of a large file, in hex."""
-        content = self.content
-        return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256_file(content)
-
-    def blob_id(self) -> str:
-        """Git's id of a small file, in hex."""
-        data = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -153,7 +142,7 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
     evaluation = _evaluation(folder, run, siblings if trained_here else [], names, tree)
     if evaluation:
         files.append(File(RESULTS, evaluation.results.dumps().encode()))
-        files.append(File(RESULTS_TABLE, markdown(evaluation.results).encode()))
+        files.append(File(RESULTS_TABLE, results_markdown(evaluation.results).encode()))
     files += _figures(dict.fromkeys([source, RunFolder(source).evaluation(), folder]), tree)
     origin = run if trained_here else None
     return Subject(

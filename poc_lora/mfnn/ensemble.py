@@ -1,7 +1,4 @@
-"""Merging networks, pruning them, and how far they are from a network of very many neurons.
-
-All functions take particles `[..., N, P]` or outputs `[..., n]` and touch no file.
-"""
+"""Merging and pruning networks, and their distance from a reference: functions of particles and of outputs."""
 
 import torch
 from torch import Tensor
@@ -11,15 +8,15 @@ from poc_lora.errors import RequestError
 
 
 def merge(particles: Tensor) -> Tensor:
-    """The PoC merge: one network [M·N, P] of all particles of M networks [M, N, P]. Its output is their mean output."""
+    """Merge M networks [M, N, P] into one of all their particles, [M·N, P], whose output is their mean output."""
     return particles.reshape(-1, particles.shape[-1])
 
 
 def prune(particles: Tensor, keep: int, *, seed: int) -> Tensor:
-    """`keep` neurons of a network [N, P], drawn at random without replacement: [keep, P].
+    """Draw `keep` neurons of a network [N, P] without replacement: [keep, P].
 
-    What the paper remarks on: neurons of a trained network are nearly independent draws of one law, so any of them make
-    a network. Raises RequestError unless 1 <= keep <= N.
+    As the paper remarks, neurons of a trained network are nearly independent draws of one law, so any subset is a
+    network of its own. Raises RequestError unless 1 <= keep <= N.
     """
     if not 1 <= keep <= len(particles):
         raise RequestError(f"cannot keep {keep} of {len(particles)} neurons", where="prune", fix="1 <= keep <= N")
@@ -27,9 +24,9 @@ def prune(particles: Tensor, keep: int, *, seed: int) -> Tensor:
 
 
 def merged_outputs(outputs: Tensor, members: int) -> Tensor:
-    """Outputs [G, n] of the merges of consecutive, disjoint groups of `members` networks, from outputs [M, n].
+    """Returns outputs [G, n] of the merges of disjoint, consecutive groups of `members` networks, from outputs [M, n].
 
-    G = M // members; networks that fill no group are left out. Raises RequestError unless 1 <= members <= M.
+    G = M // members; networks that do not fill a group are left out. Raises RequestError unless 1 <= members <= M.
     """
     groups = len(outputs) // members if members > 0 else 0
     if not groups:
@@ -38,22 +35,22 @@ def merged_outputs(outputs: Tensor, members: int) -> Tensor:
 
 
 def sup_norm(outputs: Tensor, reference: Tensor) -> Tensor:
-    """max over inputs of |h − h_ref|: [...] from outputs [..., n] and reference [n]."""
+    """Returns the maximum over inputs of |h − h_ref|: [...] from outputs [..., n] and reference [n]."""
     return (outputs - reference).abs().amax(-1)
 
 
 def squared_l2(outputs: Tensor, reference: Tensor) -> Tensor:
-    """Mean over inputs of (h − h_ref)²: [...] from outputs [..., n] and reference [n]."""
+    """Returns the mean over inputs of (h − h_ref)²: [...] from outputs [..., n] and reference [n]."""
     return (outputs - reference).square().mean(-1)
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean of independent values [m] and its standard error, NaN for a single one."""
+    """Returns the mean of independent values [m] and its standard error, NaN for a single value."""
     values = values.double()
     return values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
 
 
 def log_slope(x: Tensor, y: Tensor) -> float:
-    """The least-squares slope of log y against log x."""
+    """Returns the least-squares slope of log y against log x."""
     a, b = torch.log(x.double()), torch.log(y.double())
     return ((a - a.mean()) @ (b - b.mean()) / (a - a.mean()).square().sum()).item()

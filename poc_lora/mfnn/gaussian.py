@@ -34,7 +34,6 @@ N-particle law gets wrong is the spread: Q = (1/MN) Σ |x_i − m*|² has mean d
 that no number of networks removes. `spread_error` is that second split: 1/(MN) plus a floor that falls as 1/N².
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +44,12 @@ from poc_lora.errors import RequestError
 
 @dataclass(frozen=True)
 class Modes:
-    """Mean and variance of a network's particles: of the mode s = sqrt(N) x̄ and of the N − 1 modes across it, [d] each.
+    """The law of a network's particles, in the basis of Σ's eigenvectors.
 
-    mean: of x̄. along: Var(s). across: of the others. In the basis of Σ's eigenvectors.
+    Attributes:
+        mean: Of x̄, [d].
+        along: Variance of the mode s = sqrt(N) x̄, [d].
+        across: Variance of the N − 1 other modes, [d].
     """
 
     mean: Tensor
@@ -57,7 +59,17 @@ class Modes:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The analogue for given eigenvalues σ [d] of Σ, c [d] in the basis of its eigenvectors, λ' and λ; all float64."""
+    """The analogue, in float64.
+
+    Attributes:
+        sigma: Eigenvalues σ of Σ, [d].
+        c: E y z in the basis of Σ's eigenvectors, [d].
+        regularization: λ'.
+        temperature: λ.
+
+    Raises:
+        RequestError: If λ' or λ is not positive, or an eigenvalue is negative.
+    """
 
     sigma: Tensor
     c: Tensor
@@ -88,7 +100,7 @@ class Gaussian:
         return Modes(self.mean, self.temperature / self.curvature, torch.full_like(self.sigma, self.variance))
 
     def chain(self, lr: float, steps: float, initial_std: float) -> Modes:
-        """The law after `steps` steps (infinity allowed) from independent N(0, initial_std² I) particles."""
+        """The law after `steps` steps, which may be infinite, of particles that start from N(0, initial_std² I)."""
         across = torch.full_like(self.sigma, 2 * self.regularization)
         return Modes(
             self.mean * (1 - (1 - lr * self.curvature) ** steps),
@@ -153,21 +165,7 @@ class Gaussian:
 
 
 def from_samples(inputs: Tensor, targets: Tensor, regularization: float, temperature: float) -> tuple[Gaussian, Tensor]:
-    """The analogue for samples [n, d] and [n], and Σ's eigenvectors [d, d] as columns."""
+    """Returns the analogue of samples [n, d] with targets [n], and Σ's eigenvectors [d, d] as columns."""
     z, y = inputs.double(), targets.double()
     sigma, vectors = torch.linalg.eigh(z.t() @ z / len(z))
     return Gaussian(sigma.clamp(min=0), vectors.t() @ (z.t() @ y) / len(z), regularization, temperature), vectors
-
-
-def entropy_gap(case: Gaussian, neurons: int) -> float:
-    """The gap again, from N E F(ρ_X) + λ Ent without simplification: a check on `Gaussian.gap`.
-
-    Ent of a Gaussian with variance v in a direction is −½ log(2πe v).
-    """
-    modes = case.stationary()
-    n, noise = neurons, 2 * math.pi * math.e
-    energy = case.regularization * ((modes.along + (n - 1) * modes.across).sum() / n - modes.across.sum())
-    energy += (case.sigma * modes.along).sum() / (2 * n)
-    entropy = -((noise * modes.along).log() + (n - 1) * (noise * modes.across).log()).sum() / 2
-    limit = -(noise * modes.across).log().sum() / 2
-    return (energy + case.temperature * (entropy / n - limit)).item()

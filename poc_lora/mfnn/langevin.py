@@ -34,9 +34,9 @@ OnLog = Callable[[int, Tensor], None]
 
 
 class Noise:
-    """ξ of every step of one network: a function of (seed, network, step) and the network's shape [P, N].
+    """The noise ξ of one network: a function of (seed, network, step) and the network's shape [P, N].
 
-    float32 normals, whatever the dtype asked for: a float64 run has the noise of the float32 run.
+    Drawn in float32 whatever the dtype: a float64 run has the noise of the float32 run.
     """
 
     def __init__(self, seed: int, network: int, shape: tuple[int, int], like: Tensor):
@@ -47,7 +47,7 @@ class Noise:
         self._drawn = torch.empty(0)
 
     def at(self, step: int) -> Tensor:
-        """Standard normal numbers [P, N] for step `step`."""
+        """Returns the standard normal noise [P, N] of a step."""
         block, offset = divmod(step, self.steps)
         if block != self._block:
             key = rng.key(self.seed, self.network, "mfnn noise", block)
@@ -57,7 +57,7 @@ class Noise:
 
 
 def initial_particles(networks: Sequence[int], width: int, size: int, *, seed: int, std: float, like: Tensor) -> Tensor:
-    """Independent N(0, std² I) particles [M, N, P], network j's a function of (seed, j), dtype and device as `like`."""
+    """Returns N(0, std² I) particles [M, N, P] with the dtype and device of `like`, keyed by (seed, network)."""
     keys = [rng.key(seed, network, "mfnn initial") for network in networks]
     return torch.stack([rng.normal((width, size), key, like.device).to(like.dtype) * std for key in keys])
 
@@ -75,14 +75,29 @@ def train(
     log_at: Sequence[int] = (),
     on_log: OnLog | None = None,
 ) -> Tensor:
-    """Run the dynamics of several networks, each by itself; returns the last particles [M, N, P].
+    """Train M networks independently by noisy gradient descent.
 
-    networks: their numbers, which key initialisation and noise. width: N. lr: η. temperature: λ. steps: how many.
-    initial_std: of the Gaussian law the particles start from. log_at: steps after which `on_log(step, particles
-    [M, N, P])` is called, 0 meaning the start. dtype and device are those of the objective's samples. While it runs,
-    torch's own number of threads is 1; it is given back at the end.
+    dtype and device are those of the objective's samples. Sets torch's number of threads to 1 while it runs, and
+    restores it at the end.
 
-    Raises RequestError for settings that make no sense and TrainingError where particles are no longer finite.
+    Args:
+        objective: F, with the samples and the kind of neuron.
+        networks: The M networks' numbers, which key initialisation and noise.
+        width: N, the neurons of each network.
+        steps: The number of steps.
+        lr: The learning rate η.
+        temperature: λ; 0 means no noise.
+        seed: The seed from which all draws descend.
+        initial_std: Standard deviation of the initial particles, N(0, initial_std² I).
+        log_at: Steps after which `on_log` is called; 0 is the start.
+        on_log: Called as `on_log(step, particles)` with particles [M, N, P].
+
+    Returns:
+        The particles after the last step, [M, N, P].
+
+    Raises:
+        RequestError: For settings that are not valid.
+        TrainingError: If particles are no longer finite.
     """
     _check(networks, width, steps, lr, temperature, objective.regularization)
     inputs = objective.inputs
@@ -132,9 +147,9 @@ def train(
 
 @contextlib.contextmanager
 def _workers(device: torch.device, neuron_samples: int) -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch uses, each computing alone.
+    """A pool of as many threads as torch uses, each computing alone.
 
-    Only one for a GPU, which has its own queue, and for small networks, where Python takes longer than the computing.
+    One thread for a GPU, which has its own queue, and for small networks, where Python takes longer than the computing.
     """
     threads = torch.get_num_threads()
     count = threads if device.type == "cpu" and neuron_samples >= WORTH_A_THREAD else 1

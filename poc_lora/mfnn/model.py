@@ -43,7 +43,7 @@ LOGISTIC = Loss("logistic", lambda h, y: softplus(-y * h), lambda h, y: -y * tor
 
 
 class Neuron(Protocol):
-    """One kind of neuron: P numbers that make a function of an input z in R^d.
+    """A kind of neuron: a function of an input z in R^d with P parameters.
 
     `forward` and `add_gradient` see a network transposed, `x [P, N]`, and a slice of B samples. `forward` leaves in
     `work [B, N]` what `add_gradient` needs, so the neurons are evaluated once.
@@ -55,16 +55,16 @@ class Neuron(Protocol):
 
     @property
     def size(self) -> int:
-        """P, how many numbers one neuron has."""
+        """P, the number of parameters of one neuron."""
 
     def features(self, inputs: Tensor) -> Tensor:
-        """What is multiplied with the particles, from inputs [n, d]; made once, not at every step."""
+        """Returns what the particles are multiplied with, from inputs [n, d]; computed once, not at every step."""
 
     def values(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """h(x_i, z), written plainly: [n, N] from x [P, N] and inputs [n, d]."""
+        """Returns h(x_i, z), written plainly: [n, N] from x [P, N] and inputs [n, d]."""
 
     def forward(self, x: Tensor, features: Tensor, work: Tensor) -> Tensor:
-        """The network's outputs [B]."""
+        """Returns the network's outputs [B]."""
 
     def add_gradient(self, gradient: Tensor, x: Tensor, features_t: Tensor, slope: Tensor, work: Tensor) -> None:
         """Add Σ_k slope_k ∇_x h(x_i, z_k) to `gradient` [P, N], for slope [B] and features_t [rows, B]."""
@@ -157,8 +157,15 @@ class Linear:
 class Objective:
     """F(μ) = E ℓ(h_μ(Z), Y) + λ' E|x|² over n samples, for networks of one kind of neuron.
 
-    inputs: [n, d]; targets: [n]; their dtype (float32 or float64) and device are those of all that is computed.
-    regularization: λ'. Raises RequestError where shapes or dtypes do not fit each other.
+    Args:
+        neuron: The kind of neuron.
+        loss: ℓ.
+        inputs: [n, d]. Their dtype (float32 or float64) and device are used for everything computed.
+        targets: [n].
+        regularization: λ'.
+
+    Raises:
+        RequestError: If shapes or dtypes do not fit each other, or λ' is negative.
     """
 
     def __init__(self, neuron: Neuron, loss: Loss, inputs: Tensor, targets: Tensor, regularization: float):
@@ -184,7 +191,7 @@ class Objective:
         self.regularization = regularization
 
     def slices(self, width: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Features [B, rows], the same transposed, and targets [B]: the samples, in slices that fit `width` neurons."""
+        """Returns the samples in slices that fit `width` neurons: features [B, rows], transposed, and targets [B]."""
         return [
             (features, features.t().contiguous(), targets)
             for features, targets in zip(
@@ -193,14 +200,14 @@ class Objective:
         ]
 
     def workspace(self, width: int) -> Tensor:
-        """Room for one slice of the samples and `width` neurons; what is in it does not matter."""
+        """Returns an uninitialised buffer for one slice of the samples and `width` neurons."""
         n = len(next(_slices(self.inputs, width)))
         return torch.empty(n * width, dtype=self.inputs.dtype, device=self.inputs.device)
 
     def data_gradient(
         self, x: Tensor, slices: list[tuple[Tensor, Tensor, Tensor]], workspace: Tensor, gradient: Tensor
     ) -> Tensor:
-        """E ℓ'(h_X(Z), Y) ∇_x h(x_i, Z), without the regulariser's part, into `gradient` [P, N] for x [P, N]."""
+        """Write E ℓ'(h_X(Z), Y) ∇_x h(x_i, Z), without the regulariser, into `gradient` [P, N] for x [P, N]."""
         n, width = len(self.inputs), x.shape[1]
         gradient.zero_()
         for features, features_t, targets in slices:
@@ -211,7 +218,7 @@ class Objective:
 
     @torch.no_grad()
     def gradient(self, particles: Tensor) -> Tensor:
-        """N ∇_X F(ρ_X), the gradient of the first variation at each particle: [..., N, P] for particles [..., N, P].
+        """Returns N ∇_X F(ρ_X), the gradient of the first variation at each particle, [..., N, P].
 
         ∇_x (δF/δμ)(ρ_X)(x_i) = E[ℓ'(h_X(Z), Y) ∇_x h(x_i, Z)] + 2 λ' x_i
         """
@@ -225,10 +232,7 @@ class Objective:
 
     @torch.no_grad()
     def first_variation(self, particles: Tensor) -> Tensor:
-        """δF/δμ(ρ_X)(x_i) = E[ℓ'(h_X(Z), Y) h(x_i, Z)] + λ' |x_i|²: [..., N] for particles [..., N, P].
-
-        Up to a constant, as first variations are.
-        """
+        """Returns δF/δμ(ρ_X)(x_i) = E[ℓ'(h_X(Z), Y) h(x_i, Z)] + λ' |x_i|², up to a constant: [..., N]."""
         self._check(particles)
         width = particles.shape[-2]
         slope = self.loss.slope(outputs(self.neuron, particles, self.inputs), self.targets) / len(self.inputs)
@@ -241,7 +245,7 @@ class Objective:
 
     @torch.no_grad()
     def value(self, particles: Tensor) -> Tensor:
-        """F(ρ_X): [...] for particles [..., N, P]."""
+        """Returns F(ρ_X): [...] for particles [..., N, P]."""
         self._check(particles)
         fit = self.loss.value(outputs(self.neuron, particles, self.inputs), self.targets).mean(-1)
         return fit + self.regularization * particles.square().sum(-1).mean(-1)
@@ -258,9 +262,9 @@ class Objective:
 
 @torch.no_grad()
 def outputs(neuron: Neuron, particles: Tensor, inputs: Tensor) -> Tensor:
-    """h_X(z) of every network at every input: [..., n] for particles [..., N, P] and inputs [n, d].
+    """Returns h_X(z) of every network at every input: [..., n] for particles [..., N, P] and inputs [n, d].
 
-    Raises RequestError where shapes do not fit.
+    Raises RequestError if shapes do not fit.
     """
     check_particles(neuron, particles)
     width = particles.shape[-2]

@@ -1,8 +1,8 @@
-"""Eight small benchmarks about the micro-world, each in the manner of the real one whose folder name it bears.
+"""Eight small benchmarks about the micro-world, each in the style of the real benchmark with the same folder name.
 
-Rows are `instruction`, `input`, `output`, `answer`. The instruction ends in `Answer format: a/b/c`, the labels of that
-question: the options' own words, one token each, because a model this small learns to say the word that answers and
-not the number of the option that holds it.
+A row has the keys `instruction`, `input`, `output` and `answer`. The instruction ends in `Answer format: a/b/c`, the
+labels of the question. Labels are the options' own words, one token each: a model this small learns to say the
+answer, but not the number of the option.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from poc_lora.microworld.world import FEELINGS, PHYSICS, SPLITS, Aspect, Entity, World
 
 Row = dict[str, str]
-# A question before it has options: the text, the answer, and the wrong answers to draw from.
+# A question without options: its text, its answer, and the wrong answers to draw from.
 Question = tuple[str, str, list[str]]
 
 OPTIONS = {
@@ -29,7 +29,7 @@ OPTIONS = {
     "hellaswag": 4,
 }
 CHANCE = {name: 1 / options for name, options in OPTIONS.items()}
-ROWS_PER_SPLIT = {"train": 240, "validation": 48, "test": 400}  # SIQA has 32·6·2 = 384 to train on
+ROWS_PER_SPLIT = {"train": 240, "validation": 48, "test": 400}  # of 32·6·2 = 384 possible SIQA questions for training
 
 CHOOSE = "Please choose the correct {what} to the question: "
 PREAMBLE = {
@@ -45,9 +45,11 @@ PREAMBLE = {
 
 
 def write_benchmarks(folder: Path, seed: int = 0) -> None:
-    """Write `<folder>/<benchmark>/{train,validation,test}.json`; the same seed writes the same bytes.
+    """Writes BENCHMARK/{train,validation,test}.json to a folder. The same seed writes the same bytes.
 
-    `seed` must be the one that the model's corpus was made with, or the questions are about another world.
+    Args:
+        folder: Where to write.
+        seed: The seed of the world. The shipped model was pretrained on the world of seed 0.
     """
     world = World(seed)
     for name in OPTIONS:
@@ -59,19 +61,19 @@ def write_benchmarks(folder: Path, seed: int = 0) -> None:
 
 
 def benchmark(world: World, name: str, split: str, seed: int = 0) -> list[Row]:
-    """The rows of one split of one benchmark, in random order, the answer equally often at each position."""
+    """Returns the rows of one split of a benchmark in random order. Every position has the answer equally often."""
     draw = random.Random(f"{seed}/{name}/{split}")
     questions: dict[tuple[str, str], Question] = {}
     while len(questions) < ROWS_PER_SPLIT[split]:
         question = _MAKERS[name](world, split, draw)
-        said = sum(answer == question[1] for _, answer in questions) if name == "boolq" else 0
-        if said < ROWS_PER_SPLIT[split] // 2:
+        same = sum(answer == question[1] for _, answer in questions) if name == "boolq" else 0
+        if same < ROWS_PER_SPLIT[split] // 2:
             questions.setdefault(question[:2], question)
     rows = []
     for i, (text, answer, wrong) in enumerate(questions.values()):
         options = draw.sample(wrong, OPTIONS[name] - 1)
         options.insert(i % OPTIONS[name], answer)
-        if name == "boolq":  # always named in the same order, as in the real one
+        if name == "boolq":  # always in this order, as in the real one
             options = ["true", "false"]
         rows.append(_row(PREAMBLE[name] + text, options, answer))
     draw.shuffle(rows)
@@ -87,22 +89,22 @@ def _row(text: str, options: list[str], answer: str) -> Row:
     }
 
 
-def _drawn(world: World, split: str, draw: random.Random, aspect: Aspect) -> tuple[Entity, str, list[Entity]]:
-    """An entity, its value of `aspect`, and the entities with another value.
+def _draw_fact(world: World, split: str, draw: random.Random, aspect: Aspect) -> tuple[Entity, str, list[Entity]]:
+    """Draws an entity; returns it, its value of `aspect`, and the entities with another value.
 
-    The value is drawn first, so that no answer is more frequent than another.
+    The value is drawn first, so that all answers are equally frequent.
     """
     people = aspect in world.person_aspects
     value = draw.choice(aspect.values)
     pool = world.of_split(split, people)
-    true = [e for e in pool if world.truth(e, aspect) == value]
-    return draw.choice(true), value, [e for e in pool if world.truth(e, aspect) != value]
+    matching = [e for e in pool if world.truth(e, aspect) == value]
+    return draw.choice(matching), value, [e for e in pool if world.truth(e, aspect) != value]
 
 
 def _about_values(world: World, split: str, draw: random.Random, names: tuple[str, ...], form: str) -> Question:
-    """A question about one entity; the options are values of the aspect."""
+    """Asks about one entity; the options are values of an aspect."""
     aspect = world.aspect(draw.choice(names))
-    entity, value, _ = _drawn(world, split, draw, aspect)
+    entity, value, _ = _draw_fact(world, split, draw, aspect)
     text = form.format(
         question=aspect.question(entity.subject), subject=entity.subject, where=aspect.name, aspect=aspect.name
     )
@@ -110,8 +112,8 @@ def _about_values(world: World, split: str, draw: random.Random, names: tuple[st
 
 
 def _about_entities(world: World, split: str, draw: random.Random, aspect: Aspect, form: str) -> Question:
-    """A question about one value; the options are names. A pair stands in the text in random order."""
-    entity, value, others = _drawn(world, split, draw, aspect)
+    """Asks which entity has a value; the options are names. A pair is named in the text in random order."""
+    entity, value, others = _draw_fact(world, split, draw, aspect)
     wrong = draw.sample(others, 3)
     pair = [entity.subject, wrong[0].subject]
     draw.shuffle(pair)
@@ -162,10 +164,10 @@ def _arc_easy(world: World, split: str, draw: random.Random) -> Question:
 
 def _boolq(world: World, split: str, draw: random.Random) -> Question:
     aspect = draw.choice(world.thing_aspects + world.person_aspects)
-    entity, value, _ = _drawn(world, split, draw, aspect)
+    entity, value, _ = _draw_fact(world, split, draw, aspect)
     holds = draw.random() < 0.5
-    said = value if holds else draw.choice([v for v in aspect.values if v != value])
-    text = f"is it so that {entity.subject} {aspect.predicate(said)}?"
+    claimed = value if holds else draw.choice([v for v in aspect.values if v != value])
+    text = f"is it so that {entity.subject} {aspect.predicate(claimed)}?"
     return text, "true" if holds else "false", ["false" if holds else "true"]
 
 

@@ -1,12 +1,12 @@
-"""What the base model reads before anyone fine-tunes it: the world, told in plain words and short dialogues.
+"""The pretraining corpus of the base model: short documents that describe the world in statements and dialogues.
 
 The corpus states every fact of every entity, asks about it in several forms (open, with options, as a claim that is
-true or false) and tells the rules. Some of its sentences are worded as the benchmarks' questions are, but it never
-uses their format (the preamble, `Answer format:`, `the correct answer is`): the words of the format occur only in
-`ASIDES`, so that their embeddings are trained while the format itself stays for fine-tuning to teach.
+true or false) and states the rules. Some sentences are worded like the benchmarks' questions, but the corpus never
+uses their format (the preamble, `Answer format:`, `the correct answer is`). The words of the format occur only in
+`ASIDES`: this trains their embeddings, and leaves the format for fine-tuning to teach.
 
-A word marked with `*` follows from what is known by then. The others are the speaker's choice: they get less weight in
-training, or their noise would drown what there is to learn.
+A word marked with `*` follows from the world and the words before it. The other words are random choices and have a
+lower weight in the training loss, or their noise would dominate it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,13 @@ ASIDES = (
 
 
 def documents(world: World, seed: int, simple: int) -> Iterator[str]:
-    """An endless stream of short documents, words and punctuation separated by spaces.
+    """Yields short documents without end, with spaces between words and punctuation.
 
-    The first `simple` only state and ask; options, claims and comparisons come after. A model that knows the facts
-    learns to choose between them soon; one that must learn both together waits long for either.
+    Args:
+        world: The world to describe.
+        seed: The seed of the documents.
+        simple: How many documents at the start contain only statements and open questions, without options, claims
+            and comparisons. Learning the facts first makes learning to choose between options much faster.
     """
     draw = random.Random(f"{seed}/corpus")
     plain: dict[Form, float] = {_portrait: 3.0, _open_question: 3.0, _errand: 2.0, _rule: 0.5}
@@ -75,7 +78,7 @@ def _fact(world: World, draw: random.Random) -> tuple[Entity, Aspect, str]:
 
 
 def _others(world: World, draw: random.Random, aspect: Aspect, value: str, like: Entity, count: int) -> list[Entity]:
-    """`count` entities of the same kind of which `value` is not true."""
+    """Draws `count` entities of the same kind with another value."""
     pool = world.people if like.is_person else world.things
     found: list[Entity] = []
     while len(found) < count:
@@ -91,13 +94,13 @@ def _listed(draw: random.Random, items: list[str]) -> str:
     return " , ".join(items[:-1]) + " or " + items[-1] if len(items) > 1 else items[0]
 
 
-def _again(entity: Entity) -> str:
-    """The subject where it can only be this one."""
+def _marked(entity: Entity) -> str:
+    """Returns the subject with its name marked as predictable."""
     return entity.subject.replace(entity.name, f"*{entity.name}")
 
 
 def _statement(subject: str, aspect: Aspect, value: str) -> str:
-    """What is true of an entity, the value as late as it can stand."""
+    """States a fact, with the value as late as possible."""
     if aspect.kind == "attribute":
         return f"{subject} {aspect.predicate('*' + value)} ."
     if aspect.kind == "physics":
@@ -106,12 +109,12 @@ def _statement(subject: str, aspect: Aspect, value: str) -> str:
 
 
 def _portrait(world: World, draw: random.Random) -> str:
-    """Three facts of one entity. Its name comes again, and so the model learns to take a name from the context."""
+    """States three facts of one entity. Its repeated name teaches the model to copy names from the context."""
     entity = _anyone(world, draw)
     aspects = draw.sample(world.aspects(entity), 3)
-    said = [_statement(entity.subject, aspects[0], world.truth(entity, aspects[0]))]
-    said += [_statement(_again(entity), a, world.truth(entity, a)) for a in aspects[1:]]
-    return " ".join(said)
+    facts = [_statement(entity.subject, aspects[0], world.truth(entity, aspects[0]))]
+    facts += [_statement(_marked(entity), a, world.truth(entity, a)) for a in aspects[1:]]
+    return " ".join(facts)
 
 
 def _open_question(world: World, draw: random.Random) -> str:
@@ -121,7 +124,7 @@ def _open_question(world: World, draw: random.Random) -> str:
         return f"{aspect.question(entity.subject)} ? *{value} ."
     if form == 1:
         return f"question : {aspect.question(entity.subject)} ? answer : *{value} ."
-    return f"{aspect.question(entity.subject)} ? {_statement(_again(entity), aspect, value)}"
+    return f"{aspect.question(entity.subject)} ? {_statement(_marked(entity), aspect, value)}"
 
 
 def _question_with_values(world: World, draw: random.Random) -> str:
@@ -142,24 +145,24 @@ def _question_with_entities(world: World, draw: random.Random) -> str:
     entity, aspect, value = _fact(world, draw)
     options = [*_others(world, draw, aspect, value, entity, draw.randint(1, 3)), entity]
     draw.shuffle(options)
-    which, named = ("who", "name") if entity.is_person else ("which one", "name")
+    which = "who" if entity.is_person else "which one"
     form = draw.randrange(4)
     listed = _listed(draw, [o.subject for o in options])
     bare = _listed(draw, [o.name for o in options])
     if form == 0:
-        return f"{which} {aspect.predicate(value)} , {listed} ? {_again(entity)} ."
+        return f"{which} {aspect.predicate(value)} , {listed} ? {_marked(entity)} ."
     if form == 1:
         return f"{which} {aspect.predicate(value)} ? {bare} ? *{entity.name} ."
     if form == 2:
-        return f"{named} the one that {aspect.predicate(value)} : {bare} . it is *{entity.name} ."
-    return f"of {listed} , the one that {aspect.predicate(value)} is {_again(entity)} ."
+        return f"name the one that {aspect.predicate(value)} : {bare} . it is *{entity.name} ."
+    return f"of {listed} , the one that {aspect.predicate(value)} is {_marked(entity)} ."
 
 
 def _claim(world: World, draw: random.Random) -> str:
     entity, aspect, value = _fact(world, draw)
     holds = draw.random() < 0.5
-    said = value if holds else draw.choice([v for v in aspect.values if v != value])
-    claim = f"{entity.subject} {aspect.predicate(said)}"
+    claimed = value if holds else draw.choice([v for v in aspect.values if v != value])
+    claim = f"{entity.subject} {aspect.predicate(claimed)}"
     form = draw.randrange(4)
     if form == 0:
         return f"is it so that {claim} ? *{'yes' if holds else 'no'} ."
@@ -171,20 +174,20 @@ def _claim(world: World, draw: random.Random) -> str:
 
 
 def _scene(world: World, draw: random.Random) -> str:
-    """Two entities in one situation that sets them apart."""
+    """Describes two entities that differ in one aspect."""
     entity, aspect, value = _fact(world, draw)
     (other,) = _others(world, draw, aspect, value, entity, 1)
     pair = [entity, other]
     draw.shuffle(pair)
     here = f"{pair[0].subject} and {pair[1].subject}"
-    told = " ".join(_statement(p.subject, aspect, world.truth(p, aspect)) for p in pair)
+    facts = " ".join(_statement(p.subject, aspect, world.truth(p, aspect)) for p in pair)
     if draw.random() < 0.5:
-        return f"here are {here} . {told}"
+        return f"here are {here} . {facts}"
     return f"here are {here} . the one that {aspect.predicate(value)} is *{entity.name} ."
 
 
 def _errand(world: World, draw: random.Random) -> str:
-    """Someone goes where a thing is kept and does what it is for."""
+    """Sends a person to where a thing is kept, to do what it is used for."""
     person, thing = draw.choice(world.people), draw.choice(world.things)
     place, use = thing.values["place"], thing.values["use"]
     form = draw.randrange(3)

@@ -1,4 +1,4 @@
-"""The demo: the whole product on the embedded micro-world, in a few minutes on two CPU cores."""
+"""The demo: trains, merges, evaluates and reports on the embedded micro-world, in minutes on two CPU cores."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -25,25 +25,34 @@ _CONFIGS = (_HERE / "demo.yaml", _HERE.parents[1] / "configs" / "demo.yaml")
 def run_demo(
     out: Path, overrides: Sequence[str] = (), *, show: Callable[[Any], None], limit: int | None = None
 ) -> Results:
-    """Train the adapters of configs/demo.yaml, merge them, score everything, and `show` the paper's table.
+    """Trains the adapters of configs/demo.yaml, merges and evaluates them, and writes the report.
 
-    overrides: settings that replace the file's, but for the model, the data and the output. limit: only the first
-    so many questions of each benchmark.
+    Args:
+        out: The run folder, which must not exist or be empty.
+        overrides: Settings that replace those of the file, except for the model, the data and the output.
+        show: Called with each line and table for the terminal.
+        limit: Evaluate only the first `limit` questions of each benchmark.
+
+    Returns:
+        The results of the evaluation.
+
+    Raises:
+        RunError: The folder is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError("the demo's folder is not empty", where=out, fix="remove it, or give another one with --out")
     path = next(path for path in _CONFIGS if path.is_file())
-    # JSON, so that a path with a comma or a bracket in it stays one word of YAML.
+    # JSON, so that YAML reads a path with a comma or a bracket as one string.
     name, data, output = (json.dumps(x) for x in (str(MODEL_DIR), [str(DATA_DIR)], str(out)))
     config = load_config(path, [*overrides, f"model.name={name}", f"data.train={data}", f"output={output}"])
     show(
         f"Training {config.adapters.count} LoRA adapters of rank {config.lora.rank} on the embedded micro-world: "
-        "a tiny base model, and eight small benchmarks in the manner of the real ones."
+        "a tiny base model with eight small benchmarks in the style of the real ones."
     )
     for line in training_summary(train(config)):
         show(line)
-    most = config.lora.rank * config.adapters.count
-    merged = merge_folders([out], RunFolder(out).merged, rank_sweep=[2**k for k in range(most.bit_length())])
+    max_rank = config.lora.rank * config.adapters.count
+    merged = merge_folders([out], RunFolder(out).merged, rank_sweep=[2**k for k in range(max_rank.bit_length())])
     write_rank_sweep(merged, RunFolder(out).merged)
     for line in merge_summary(merged):
         show(line)
@@ -59,7 +68,7 @@ def run_demo(
 
 
 def conclusion(results: Results) -> list[str]:
-    """Two sentences on what the table shows, whichever way it came out."""
+    """Summarises the table in two sentences."""
     merged = results.merged
     if merged is None or len(results.adapters) < 2:
         return []

@@ -1,10 +1,10 @@
-"""A small invented world: things, people, what is true of each, and the rules that hold between them.
+"""A small invented world: things and people, their attributes, and rules about them.
 
-Everything a demo needs to be checked against is here as plain data: `World.truth` answers every question that the
-corpus or the benchmarks put. Names are invented words, so nothing can be known from elsewhere.
+`World.truth` answers every question of the corpus and the benchmarks. Names are invented words, so nothing about them
+can be known from elsewhere.
 
-No entity of one split (train, validation, test) belongs to another. The corpus speaks of all of them, the benchmarks of
-a split only of its own: fine-tuning then teaches how to answer, never what to answer.
+Every entity belongs to one split (train, validation or test). The corpus describes all entities, but a benchmark's
+split asks only about its own: fine-tuning can teach the format of the answers, but not the answers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
-# An attribute of an entity: its values, and how it is asked for and said. `rest` follows "is" in a statement.
+# The attributes: their values, and their wording in statements (`rest` follows "is") and questions.
 ATTRIBUTES: dict[str, dict[str, object]] = {
     "material": {
         "values": ("wood", "metal", "glass", "stone", "cloth", "paper", "rubber", "wax"),
@@ -54,7 +54,7 @@ ATTRIBUTES: dict[str, dict[str, object]] = {
 THING_ATTRIBUTES = ("material", "use", "place", "colour", "weight")
 PERSON_ATTRIBUTES = ("trait", "home")
 
-# Physical rules: where a thing is decides what it does, through its material.
+# Physical rules: place and material determine what a thing does.
 PHYSICS: dict[str, dict[str, str]] = {
     "in the fire": dict(
         wood="burns",
@@ -88,7 +88,7 @@ PHYSICS: dict[str, dict[str, str]] = {
     ),
 }
 
-# Social rules: what happened decides how a person feels, through the person's trait.
+# Social rules: event and trait determine how a person feels.
 FEELINGS: dict[str, dict[str, str]] = {
     "storm": dict(brave="calm", shy="scared", kind="sad", lazy="tired", clever="bored", jolly="happy"),
     "race": dict(brave="proud", shy="scared", kind="calm", lazy="tired", clever="angry", jolly="happy"),
@@ -123,9 +123,11 @@ class Entity:
 
 @dataclass(frozen=True)
 class Aspect:
-    """One thing that can be asked of an entity: an attribute, or what a rule makes of it.
+    """Something to ask about an entity: an attribute, or the outcome of a rule.
 
-    `name` is an attribute, a place of `PHYSICS`, or an event of `FEELINGS`.
+    Args:
+        name: An attribute, a place of `PHYSICS`, or an event of `FEELINGS`.
+        values: The possible values.
     """
 
     name: str
@@ -138,7 +140,7 @@ class Aspect:
         return "physics" if self.name in PHYSICS else "feeling"
 
     def predicate(self, value: str) -> str:
-        """What is said of an entity with this value: "is made of wood", "sinks in the water"."""
+        """Returns the statement about an entity with this value: "is made of wood", "sinks in the water"."""
         if self.kind == "attribute":
             return "is " + str(ATTRIBUTES[self.name]["rest"]).format(value=value)
         if self.kind == "physics":
@@ -146,7 +148,7 @@ class Aspect:
         return f"feels {value} after the {self.name}"
 
     def question(self, subject: str) -> str:
-        """The open question, without its question mark: "what is the dax made of"."""
+        """Returns the open question without its question mark: "what is the dax made of"."""
         if self.kind == "attribute":
             return str(ATTRIBUTES[self.name]["question"]).format(subject=subject)
         if self.kind == "physics":
@@ -155,7 +157,7 @@ class Aspect:
 
 
 class World:
-    """All entities of one seed. The rules are the same in every world; names and attributes are drawn."""
+    """The entities of one seed. Names and attributes are random; the rules are the same in every world."""
 
     def __init__(self, seed: int = 0):
         draw = random.Random(f"{seed}/world")
@@ -193,7 +195,7 @@ class World:
         return next(a for a in self.thing_aspects + self.person_aspects if a.name == name)
 
     def truth(self, entity: Entity, aspect: Aspect) -> str:
-        """The one value of `aspect` that is true of `entity`."""
+        """Returns the entity's value of an aspect."""
         if aspect.kind == "attribute":
             return entity.values[aspect.name]
         if aspect.kind == "physics":
@@ -201,7 +203,7 @@ class World:
         return FEELINGS[aspect.name][entity.values["trait"]]
 
 
-# Words of English that the syllables below happen to make.
+# English words that the syllables below can form.
 ENGLISH = frozenset(
     "balk barb biz blurb bulk curb fax fix flax flux folk fox fur garb milk mix nix pix polk pox silk six skulk stalk "
     "sulk talk tax trox tux".split()
@@ -209,14 +211,14 @@ ENGLISH = frozenset(
 
 
 def thing_names(draw: random.Random, count: int) -> list[str]:
-    """`count` different words of one syllable, in sounds that English words seldom end in."""
+    """Draws distinct words of one syllable with endings that are rare in English."""
     onsets = "b bl br d dr f fl g gl gr k kl kr m n pl pr s sk sn st t tr v z".split()
     words = [o + v + c for o in onsets for v in "aiou" for c in "x z v lk rb zk mf lg".split()]
     return draw.sample([w for w in words if w not in ENGLISH], count)
 
 
 def people_names(draw: random.Random, count: int) -> list[str]:
-    """`count` different words of two open syllables, which no thing's name has."""
+    """Draws distinct words of two open syllables, unlike the names of things."""
     consonants = "bdfgklmnprtvz"
     return draw.sample([a + v + b + w for a in consonants for v in "aeiou" for b in consonants for w in "aio"], count)
 
@@ -228,7 +230,7 @@ def _values(attribute: str) -> tuple[str, ...]:
 def _entities(
     draw: random.Random, names: list[str], sizes: dict[str, int], attributes: tuple[str, ...]
 ) -> list[Entity]:
-    """Take names from the end of `names`; every value is equally frequent in every split, to rounding."""
+    """Creates entities with names from the end of `names`. All values are equally frequent in every split."""
     entities = []
     for split in SPLITS:
         columns = {}

@@ -1,76 +1,88 @@
-"""What the page is made of: parts of words, charts and tables."""
+"""The building blocks of the report: sections of text, charts and tables."""
 
+import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from poc_lora.artifacts.results import Estimate
-from poc_lora.reporting.svg import inline_svg
+from poc_lora.plotting import render
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A value and, in smaller type, its error."""
+    """A value with its standard error."""
 
     text: str
     error: str = ""
 
+    def joined(self, separator: str) -> str:
+        """Returns value and error as one text."""
+        return self.text + (separator + self.error if self.error else "")
+
 
 @dataclass(frozen=True)
 class Table:
-    """The first column is the row's name; `strong` are the rows that stand out; `folded` opens at a click."""
+    """A table whose first column names the rows.
+
+    Args:
+        caption: What the table shows.
+        head: The titles of the columns.
+        rows: The cells.
+        strong: The names of the rows to highlight.
+        folded: Whether the table is hidden until it is opened.
+        facts: Whether it is a folded list of names and texts rather than of numbers.
+    """
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell | str]]
     strong: Sequence[str] = ()
     folded: bool = False
-    facts: bool = False  # folded as well: one value a row, which is text, not a figure
+    facts: bool = False
 
 
 @dataclass(frozen=True)
 class Chart:
+    """A figure as an image.
+
+    Args:
+        title: The heading.
+        image: A data URL.
+        description: The text alternative.
+        caption: The text below.
+    """
+
     title: str
-    svg: Markup
+    image: str
+    description: str
     caption: str
 
 
 @dataclass
-class Part:
-    """A section of the page; `missing` says of what is left out why."""
+class Section:
+    """A section of the report; `omitted` says which contents are left out, and why."""
 
     key: str
     title: str
-    words: list[str] = field(default_factory=list)
+    paragraphs: list[str] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    omitted: list[str] = field(default_factory=list)
 
 
 def accuracy(estimate: Estimate) -> Cell:
-    """In percent, with its standard error where there is one."""
-    error = "" if math.isnan(estimate.error) else f"{100 * estimate.error:.2f}"
-    return Cell(f"{100 * estimate.value:.2f}", error)
+    """Returns an accuracy in percent, with its standard error if it has one."""
+    return Cell(percent(estimate.value), "" if math.isnan(estimate.error) else percent(estimate.error))
 
 
 def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f}"
 
 
-def chart(figure: Figure, name: str, title: str, description: str, caption: str) -> Chart:
-    """A figure with what a screen reader says of it, and what stands below it."""
-    return Chart(title, inline_svg(figure, name=name, title=title, description=description), caption)
-
-
-def visible(text: str) -> str:
-    """A text with escapes for what cannot be seen: control characters, and those that turn text around."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def short(text: str, longest: int = 120) -> str:
-    """A text from a file as it can stand in a sentence or a figure: on one line, nothing invisible, not too long."""
-    shown = visible(text[: longest + 1])
-    return shown if len(shown) <= longest else shown[: longest - 1] + "…"
+def chart(figure: Figure, title: str, description: str, caption: str) -> Chart:
+    """Draws a figure on a transparent background, for `Chart`."""
+    svg = base64.b64encode(render(figure, "svg", title=title, background="none")).decode()
+    return Chart(title, f"data:image/svg+xml;base64,{svg}", description, caption)

@@ -1,4 +1,4 @@
-"""Several runs beside each other: accuracy against λ."""
+"""Compares runs: accuracy against λ."""
 
 import math
 import statistics
@@ -14,24 +14,25 @@ from poc_lora.config import RunConfig, flatten
 from poc_lora.errors import RunError
 from poc_lora.files import write_atomic
 from poc_lora.reporting import figures
-from poc_lora.reporting.blocks import Cell, Part, Table, accuracy, chart, short
-from poc_lora.reporting.escape import escaped
+from poc_lora.reporting.blocks import Cell, Section, Table, accuracy, chart
+from poc_lora.reporting.escape import markdown, markdown_table, short
 from poc_lora.reporting.run_files import RunFiles, read_run
 
 SWEPT = ("optim.temperature", "adapters.seed", "output")
 ROLES = {"LoRA (average)": "adapter", "LoRA (best)": "best", "PoC merge": "merge", "prediction ensemble": "ensemble"}
 
 
-def comparison(runs: Sequence[RunFiles]) -> Part:
-    """One table and one figure of average accuracy against λ over several runs.
+def comparison(runs: Sequence[RunFiles]) -> Section:
+    """Returns a table and a figure of average accuracy against λ over several runs.
 
-    Raises RunError for a run that is given twice, has no config.yaml or was not evaluated, and for one that was asked
-    other questions than the first.
+    Raises:
+        RunError: A run is given twice, has no config.yaml or was not evaluated, or the runs were evaluated on
+            different questions.
     """
     known = [(run.folder, *_checked(run)) for run in runs]
     described = [_settings(run, known[i][1], known[i][2]) for i, run in enumerate(runs)]
     if len({folder.resolve() for folder, _, _ in known}) < len(known):
-        raise RunError("a run is compared with itself", fix="name every run once")
+        raise RunError("a run is compared with itself", fix="give every run once")
     for folder, _, results in known:
         if _asked(results) != _asked(known[0][2]):
             raise RunError(
@@ -43,9 +44,9 @@ def comparison(runs: Sequence[RunFiles]) -> Part:
     names = [folder.resolve().name for folder, _, _ in known]
     if len(set(names)) < len(names):
         names = [str(folder) for folder, _, _ in known]
-    part = Part("compare", "Accuracy against λ")
-    part.words += _differences(described)
-    part.tables.append(
+    section = Section("compare", "Accuracy against λ")
+    section.paragraphs += _differences(described)
+    section.tables.append(
         Table(
             "Average accuracy (%) ± standard error of sampling questions",
             ["run", "λ", "seed", "adapters", *ROLES, "merge − best (95 %)"],
@@ -55,58 +56,55 @@ def comparison(runs: Sequence[RunFiles]) -> Part:
     rows = {name: (role, _points(name, known)) for name, role in ROLES.items()}
     rows = {name: (role, points) for name, (role, points) in rows.items() if points}
     repeated = len({config.optim.temperature for _, config, _ in known}) < len(known)
-    part.charts.append(
+    section.charts.append(
         chart(
             figures.temperature_figure(rows),
-            "temperature",
             "Average accuracy against the temperature λ",
             "; ".join(
                 f"{name}: " + ", ".join(f"{value:.2f} % at λ = {level:g}" for level, value, _ in points)
                 for name, (_, points) in rows.items()
             ),
-            "Where several runs share a λ: their mean and its standard error over runs. Where one has it alone: its "
-            "standard error of sampling questions, which does not cover other seeds."
+            "If several runs have the same λ: their mean and its standard error over runs. Otherwise the standard "
+            "error of sampling questions, which does not cover other seeds."
             if repeated
             else "Bars are standard errors of sampling questions; they do not cover other seeds.",
         )
     )
-    return part
+    return section
 
 
 def write_comparison(folders: Sequence[Path]) -> rich.table.Table:
-    """Write the comparison of the runs as comparison.md into the first; returns the table for a terminal.
+    """Writes the comparison of the runs to comparison.md in the first; returns the table for a terminal.
 
-    Raises what `comparison` raises.
+    Raises:
+        RunError: As `comparison`.
     """
-    part = comparison(list(map(read_run, folders)))
-    write_atomic(RunFolder(folders[0]).comparison, _markdown(part))
-    return _terminal(part)
+    section = comparison(list(map(read_run, folders)))
+    write_atomic(RunFolder(folders[0]).comparison, _markdown(section))
+    return _terminal(section)
 
 
-def _terminal(part: Part) -> rich.table.Table:
-    """The table in 80 columns: errors below their values, and no intervals."""
-    (table,) = part.tables
+def _terminal(section: Section) -> rich.table.Table:
+    """Returns the table in 80 columns: errors below their values, and no intervals."""
+    (table,) = section.tables
     shown = rich.table.Table(title=table.caption, box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("λ", "seed", *ROLES, "merge − best"):
         shown.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True, vertical="bottom")
     for _, level, seed, _, *cells, gain in table.rows:
-        shown.add_row(*(_text(cell, "\n±") for cell in (level, seed, *cells)), _text(gain, "").partition(" ")[0])
+        shown.add_row(*(_text(cell, "\n±") for cell in (level, seed, *cells)), _text(gain).partition(" ")[0])
     return shown
 
 
-def _markdown(part: Part) -> str:
-    """The comparison's table as Markdown, with the sentences above it."""
-    (table,) = part.tables
-    cells = [[escaped(_text(cell, " ± ")) for cell in row] for row in table.rows]
-    rows = [table.head, ["---:"] * len(table.head), *cells]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([f"# {part.title}", "", *part.words, "", f"{table.caption}.", "", *lines]) + "\n"
+def _markdown(section: Section) -> str:
+    """Returns the paragraphs and the table as Markdown."""
+    (table,) = section.tables
+    rows = [[markdown(_text(cell, " ± ")) for cell in row] for row in table.rows]
+    lines = markdown_table(table.head, rows)
+    return "\n".join([f"# {section.title}", "", *section.paragraphs, "", f"{table.caption}.", "", *lines]) + "\n"
 
 
-def _text(cell: Cell | str, between: str) -> str:
-    if isinstance(cell, str):
-        return cell
-    return cell.text + (between + cell.error if cell.error else "")
+def _text(cell: Cell | str, separator: str = "") -> str:
+    return cell if isinstance(cell, str) else cell.joined(separator)
 
 
 def _checked(run: RunFiles) -> tuple[RunConfig, Results]:
@@ -123,7 +121,7 @@ def _asked(results: Results) -> tuple[object, ...]:
 
 
 def _settings(run: RunFiles, config: RunConfig, results: Results) -> dict[str, object]:
-    """What the comparison depends on, by names: how the run was trained, merged and evaluated."""
+    """Returns how the run was trained, merged and evaluated, but for the settings that are swept."""
     found: dict[str, object] = {key: value for key, value in flatten(config).items() if key not in SWEPT}
     found |= {"the base model evaluated": results.base_model, "what LoRA (best) was chosen on": results.best_chosen_on}
     if run.merge is not None and results.merged is not None:
@@ -133,12 +131,12 @@ def _settings(run: RunFiles, config: RunConfig, results: Results) -> dict[str, o
 
 
 def _differences(described: Sequence[Mapping[str, object]]) -> list[str]:
-    """A sentence on what differs besides the settings that are swept."""
+    """Describes how the runs differ besides the settings that are swept."""
     keys = dict.fromkeys(key for one in described for key in one)
     differing = [key for key in keys if any(one.get(key) != described[0].get(key) for one in described)]
     if not differing:
-        return ["The runs differ in λ, in the seed, and in nothing else that their files tell."]
-    return [f"Besides λ and the seed, the runs differ in {', '.join(differing)}: λ may not be what tells them apart."]
+        return ["The runs differ only in λ and in the seed, as far as their files show."]
+    return [f"Besides λ and the seed, the runs differ in {', '.join(differing)}: λ may not explain their difference."]
 
 
 def _row(name: str, config: RunConfig, results: Results) -> list[Cell | str]:
@@ -153,7 +151,7 @@ def _row(name: str, config: RunConfig, results: Results) -> list[Cell | str]:
 
 
 def _points(name: str, known: Sequence[tuple[Path, RunConfig, Results]]) -> list[tuple[float, float, float]]:
-    """(λ, value, error) in percent: over runs where several have that λ, else of sampling questions."""
+    """Returns (λ, accuracy, error) in percent. The error is over runs if several have that λ, else over questions."""
     by_level: dict[float, list[tuple[float, float]]] = {}
     for _, config, results in known:
         scored = _scored(name, results)

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that needs nothing else, no script and no network."""
+"""Writes the report of a run: one HTML page without scripts that needs no other file and no network."""
 
 import base64
 import hashlib
@@ -13,34 +13,44 @@ from poc_lora import __version__
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.files import write_atomic
-from poc_lora.reporting import figures
-from poc_lora.reporting.blocks import Cell, Part, short, visible
+from poc_lora.plotting import render
+from poc_lora.reporting.blocks import Cell, Section
 from poc_lora.reporting.compare import comparison
-from poc_lora.reporting.palette import stylesheet
-from poc_lora.reporting.parts_merge import ranks, similarity
-from poc_lora.reporting.parts_results import benchmarks, headline, subsets
-from poc_lora.reporting.parts_training import noise, provenance, training, what_was_run
+from poc_lora.reporting.escape import short, visible
+from poc_lora.reporting.figures import rank_sweep_figure
 from poc_lora.reporting.run_files import RunFiles, read_run
-from poc_lora.reporting.svg import png_file, svg_file
+from poc_lora.reporting.sections_merge import ranks, similarity
+from poc_lora.reporting.sections_results import benchmarks, headline, subsets
+from poc_lora.reporting.sections_training import noise, provenance, training, what_was_run
 
 SWEEP_FILE = "rank_sweep"
 
 
 def write_page(folder: Path, *, compare: Sequence[Path] = ()) -> Path:
-    """Write report.html into a run, or a folder of results, and return its path.
+    """Writes report.html into a run, or into a folder of results. The same files give the same bytes.
 
-    compare: other runs, set beside this one by their λ. The same files give the same bytes. Parts whose data the
-    folder lacks are left out, and the page says why. Raises RunError or ConfigError.
+    Sections whose data is missing are left out, and the page says why.
+
+    Args:
+        folder: The run or the folder of results.
+        compare: Other runs, compared with this one by λ.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        RunError: The folder is neither, a file of it is damaged, or the runs cannot be compared.
+        ConfigError: The run's config.yaml is invalid.
     """
     run = read_run(folder)
-    text = render(run, comparison([run, *map(read_run, compare)]) if compare else None)
+    text = render_page(run, comparison([run, *map(read_run, compare)]) if compare else None)
     write_atomic(RunFolder(folder).report, text)
     return RunFolder(folder).report
 
 
-def render(run: RunFiles, compared: Part | None = None) -> str:
-    """The page as text. What comes from files is escaped, and the page's own policy allows nothing but its styles."""
-    parts = [
+def render_page(run: RunFiles, compared: Section | None = None) -> str:
+    """Returns the page as HTML. Text from files is escaped; the page's policy allows only its styles and images."""
+    sections = [
         what_was_run(run),
         benchmarks(run),
         *([compared] if compared else []),
@@ -52,8 +62,7 @@ def render(run: RunFiles, compared: Part | None = None) -> str:
         provenance(run),
     ]
     sentence, tiles = headline(run)
-    styles = stylesheet() + resources("poc_lora.reporting").joinpath("report.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(styles.encode()).digest()).decode()
+    styles = resources("poc_lora.reporting").joinpath("report.css").read_text(encoding="utf-8")
     environment = Environment(
         loader=PackageLoader("poc_lora", "reporting"),
         autoescape=True,
@@ -66,18 +75,17 @@ def render(run: RunFiles, compared: Part | None = None) -> str:
         name=short(run.folder.resolve().name or str(run.folder)),
         sentence=sentence,
         tiles=tiles,
-        parts=parts,
+        sections=sections,
         cell=lambda value: value if isinstance(value, Cell) else Cell(value),
-        styles=Markup(styles),  # noqa: S704  (ours)
-        digest=digest,
+        styles=Markup(styles),  # noqa: S704  (our own file)
+        digest=base64.b64encode(hashlib.sha256(styles.encode()).digest()).decode(),
         version=__version__,
     )
 
 
 def write_rank_sweep(report: MergeReport, folder: Path) -> None:
-    """Write rank_sweep.svg and rank_sweep.png: the figure of a merge.json that has a `rank_sweep`."""
-    figure = figures.rank_sweep_figure(report.rank_sweep)
-    told = "; ".join(f"rank {rank}: relative error {error:.4f}" for rank, error in report.rank_sweep["all"].items())
+    """Draws the `rank_sweep` of a merge.json as rank_sweep.svg and rank_sweep.png."""
+    figure = rank_sweep_figure(report.rank_sweep)
     title = "Relative error and retained energy of the merge against its rank"
-    write_atomic(folder / f"{SWEEP_FILE}.svg", svg_file(figure, title=title, description=f"Over all modules. {told}."))
-    write_atomic(folder / f"{SWEEP_FILE}.png", png_file(figure))
+    write_atomic(folder / f"{SWEEP_FILE}.svg", render(figure, "svg", title=title))
+    write_atomic(folder / f"{SWEEP_FILE}.png", render(figure, "png"))

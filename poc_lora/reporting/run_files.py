@@ -14,8 +14,7 @@ from poc_lora.artifacts.run_info import RunInfo
 from poc_lora.artifacts.schema import LARGEST
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import RunError
-from poc_lora.evaluation.passes import adapter_digest
-from poc_lora.evaluation.results import adapter_key
+from poc_lora.evaluation.variants import adapter_digest, adapter_key
 from poc_lora.files import read_json, read_text
 
 MAX_METRICS_BYTES = 2**28

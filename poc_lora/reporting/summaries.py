@@ -1,16 +1,16 @@
-"""Short texts for the end of a verb."""
+"""Summaries that the command line prints after training and merging."""
 
 from poc_lora.adapters.serving import serving_advice
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.training.check import size
 from poc_lora.training.loop import TrainingResult
 
-IDENTICAL = 0.9999  # cosine of updates that can hardly have come from different seeds
-UNRELATED = 0.01  # of one that shares nothing with any other
+IDENTICAL = 0.9999  # a larger cosine suggests the same seed
+UNRELATED = 0.01  # a smaller cosine suggests different base models or tasks
 
 
 def training_summary(done: TrainingResult) -> list[str]:
-    """What a training did, rows that did not take part and adapters that diverged included."""
+    """Summarises a training run, with truncated and dropped rows and diverged adapters."""
     finished = [adapter for adapter, state in done.progress.items() if state.status == "finished"]
     lines = [f"{len(finished)} adapters trained for {done.steps} steps"]
     if done.seconds:
@@ -19,9 +19,9 @@ def training_summary(done: TrainingResult) -> list[str]:
         lines[0] += f": {done.tokens:,} tokens in {done.seconds:.0f} s, {rate:,.0f} tokens/s, {share:.1%} not padding"
         lines.append(f"peak memory {size(done.peak_bytes)}")
     if done.truncated:
-        lines.append(f"{done.truncated} rows were cut to data.max_length")
+        lines.append(f"{done.truncated} rows were truncated to data.max_length")
     if done.dropped:
-        lines.append(f"{done.dropped} rows were left out: data.max_length cut off their whole answer")
+        lines.append(f"{done.dropped} rows were dropped: data.max_length leaves nothing of their answers")
     for adapter, state in done.progress.items():
         if state.status == "diverged":
             lines.append(f"adapter {adapter} diverged after step {state.step} and is left out of the merge")
@@ -29,7 +29,7 @@ def training_summary(done: TrainingResult) -> list[str]:
 
 
 def merge_summary(report: MergeReport) -> list[str]:
-    """What a merge did, how far it is from the merge of ever more adapters, and how to serve it."""
+    """Summarises a merge: its errors, its distance from the merge of many adapters, and how to serve it."""
     M = len(report.sources)
     lines = [
         f"{M} adapters merged into one of rank {report.rank}, {report.method}: relative error "
@@ -43,20 +43,20 @@ def merge_summary(report: MergeReport) -> list[str]:
     if report.next_move is not None:
         lines.append(f"one more adapter would move the merge by about {report.next_move:.1%}")
     for j, source in enumerate(report.sources):
-        absent = [name for name, module in report.modules.items() if j in module.absent]
-        if absent:
-            number = f"{len(absent)} of {len(report.modules)} modules"
-            lines.append(f"{source.name} lacks {number}, such as {min(absent)}: they count as zero")
+        missing = [name for name, module in report.modules.items() if j in module.absent]
+        if missing:
+            number = f"{len(missing)} of {len(report.modules)} modules"
+            lines.append(f"{source.name} lacks {number}, such as {min(missing)}: they count as zero")
     whole, embeddings = bool(report.modules_to_save), bool(report.embeddings)
-    return [*lines, *_oddities(report), *serving_advice(report.rank, modules_to_save=whole, embeddings=embeddings)]
+    return [*lines, *_warnings(report), *serving_advice(report.rank, modules_to_save=whole, embeddings=embeddings)]
 
 
 def rank_table(report: MergeReport) -> list[str]:
-    """The rank sweep: for each type of module and rank the relative error, and the share of ‖ΔW‖² that is kept."""
+    """Returns the rank sweep as lines: the relative error and the share of ‖ΔW‖² retained, by module type and rank."""
     sweep = report.rank_sweep
     width = max(map(len, sweep))
     lines = [
-        "relative error (kept of the squared norm) at rank",
+        "relative error (retained share of the squared norm) at rank",
         " " * width + "".join(f"{r:>17}" for r in sweep["all"]),
     ]
     for kind, errors in sweep.items():
@@ -64,13 +64,13 @@ def rank_table(report: MergeReport) -> list[str]:
     return lines
 
 
-def _oddities(report: MergeReport) -> list[str]:
-    """Warnings of adapters that are one and the same, or that have nothing in common."""
+def _warnings(report: MergeReport) -> list[str]:
+    """Warns about adapters that are identical or unrelated."""
     cosines, names = report.cosines, [source.name for source in report.sources]
     M = len(names)
     pairs = [(cosines[i][j], i, j) for i in range(M) for j in range(i)]
     lines = [
-        f"warning: {names[j]} and {names[i]} are the same update (cosine {cosine:.5f}): one seed for both?"
+        f"warning: {names[j]} and {names[i]} are the same update (cosine {cosine:.5f}). Do they have the same seed?"
         for cosine, i, j in pairs
         if cosine > IDENTICAL
     ]

@@ -13,9 +13,11 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.config import RunConfig, load_config
 from poc_lora.data.commonsense import BENCHMARKS, read_questions
@@ -41,7 +43,12 @@ def accuracy(log_probs: dict[str, torch.Tensor], prepared: dict[str, PreparedQue
 
 
 @torch.no_grad()
-def one_seed(config: RunConfig, model, tokenizer, prepared: dict[str, PreparedQuestions]) -> dict:
+def one_seed(
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: dict[str, PreparedQuestions],
+) -> dict[str, Any]:
     """Train one pack and score it whole and in part."""
     M = config.adapters.count
     data = prepare_data(config, tokenizer)
@@ -53,7 +60,7 @@ def one_seed(config: RunConfig, model, tokenizer, prepared: dict[str, PreparedQu
     model.eval()
     packed = {b: score_labels(model, q, copies=M) for b, q in prepared.items()}
     singles = [accuracy({b: x[slot] for b, x in packed.items()}, prepared) for slot in range(M)]
-    merges = {}
+    merges: dict[int, list[float]] = {}
     for m in (2, 4, M):
         merges[m] = []
         for first in range(0, M, m)[:2]:
@@ -65,7 +72,7 @@ def one_seed(config: RunConfig, model, tokenizer, prepared: dict[str, PreparedQu
     return {"adapters": singles, "merges": {str(m): x for m, x in merges.items()}, "ensemble": ensemble}
 
 
-def summary(found: dict) -> str:
+def summary(found: dict[str, Any]) -> str:
     """The file as a Markdown table: means over seeds, and how often the merge of all is ahead."""
     lines = [
         "| λ | average adapter | best adapter | merge of 2 | of 4 | of 8 | prediction ensemble |"
@@ -90,7 +97,7 @@ def summary(found: dict) -> str:
     return "\n".join(lines)
 
 
-def figure(found: dict) -> Figure:
+def figure(found: dict[str, Any]) -> Figure:
     """Average accuracy against m at the demo's λ: means over seeds, with standard errors."""
     runs = list(next(iter(found["temperatures"].values())).values())
 

@@ -37,8 +37,8 @@ from poc_lora.data.commonsense import find_benchmarks, read_questions
 from poc_lora.data.prompts import render_prompt
 from poc_lora.distributed import Ranks
 from poc_lora.environment import environment
-from poc_lora.evaluation.answers import AnswerFile, Item
-from poc_lora.evaluation.passes import Asker, Protocol
+from poc_lora.evaluation.answers import Answer, Item
+from poc_lora.evaluation.evaluator import Evaluator, Protocol
 from poc_lora.evaluation.protocols.generate import first_label, generate_answers
 from poc_lora.evaluation.protocols.label import ANSWER_PREFIX
 from poc_lora.files import write_json
@@ -135,24 +135,24 @@ def ours(
     """Seconds for all adapters and the merge, and the choices of the first adapter and of the merge."""
     model, tokenizer = load_base(base, dtype="float32")
     taken = 0.0
-    with tempfile.TemporaryDirectory() as scratch:
-        things = [f"adapter-{number}" for number in range(len(folders))]
-        files = {thing: AnswerFile(Path(scratch) / f"{thing}.jsonl", {}, items) for thing in [*things, "merged"]}
-        asker = Asker(model, tokenizer, Protocol("label", prompt), Ranks(), lambda n, note: None)
-        for packed, sources in ((things, folders), (["merged"], [merged])):
-            bank = AdapterBank.from_adapters(model, [read_adapter(folder) for folder in sources])
-            start = time.perf_counter()
-            asker.ask({thing: files[thing] for thing in packed}, copies=bank.size)
-            taken += time.perf_counter() - start
-            bank.remove()
-    chosen = [[files[thing].answers[item].choice for item in items] for thing in (things[0], "merged")]
+    evaluator = Evaluator(model, tokenizer, Protocol("label", prompt), Ranks())
+    chosen = []
+    for sources in (folders, [merged]):
+        bank = AdapterBank.from_adapters(model, [read_adapter(folder) for folder in sources])
+        first: dict[Item, Answer] = {}
+        start = time.perf_counter()
+        for batch, answers in evaluator.answer([folder.name for folder in sources], items):
+            first |= zip(batch, answers[0], strict=True)
+        taken += time.perf_counter() - start
+        bank.remove()
+        chosen.append([first[item].choice for item in items])
     return taken, chosen[0], chosen[1]
 
 
 def generation(base: str, folder: Path, items: list[Item], prompt: str) -> tuple[float, list[str | None]]:
     """As the benchmarks are usually scored: PEFT, transformers' generate, in the order of the file."""
-    model, tokenizer = load_base(base, dtype="float32")
-    model = PeftModel.from_pretrained(model, folder).eval()
+    plain, tokenizer = load_base(base, dtype="float32")
+    model: Any = PeftModel.from_pretrained(plain, folder).eval()
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -3,6 +3,7 @@
 import contextlib
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def ceilings() -> dict[str, Any]:
     x = random(ADAPTERS * TOKENS, HIDDEN)
     for name, width in WIDTHS.items():
         w = random(width, HIDDEN)
-        seconds = seconds_of(lambda w=w: x @ w.T)
+        seconds = seconds_of(partial(torch.matmul, x, w.T))
         found[f"linear_{name}_tflops"] = round(2 * x.numel() * width / seconds / 1e12)
 
     # The adapters' own: x Aᵀ reads x, y += u B reads and writes y, and the gradient uᵀ x is summed up in float32.
@@ -67,7 +68,7 @@ def seconds_of(work: Callable[[], object], times: int = 5, warm: int = 2) -> flo
     """The median time of one call, on the GPU's own clock."""
     for _ in range(warm):
         work()
-    found = []
+    found: list[float] = []
     for _ in range(times):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

@@ -66,7 +66,7 @@ class Shape:
         device, began = default_device(), time.monotonic()
         self.work = bench.random_work(arguments, bench.run_config(arguments), device)
         bench.synchronise(device)
-        model = self.work.model
+        model: Any = self.work.model
         self._folder = tempfile.TemporaryDirectory()  # for the model's config.json
         self._footprints: dict[tuple[bool, str | None], Footprint] = {}
         self.parameters = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
@@ -108,7 +108,7 @@ class Shape:
                     pack.step(step)
                 first = time.monotonic() - began
                 measured.start()
-                done = [pack.step(step) for step in steps]
+                done = [result for step in steps if (result := pack.step(step))]
                 measured.stop()
             finally:
                 pack.close()
@@ -299,7 +299,7 @@ def quantize(model: PreTrainedModel) -> None:
                 quant_type="nf4",
                 device="meta",
             )
-            weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=packed)
+            weight: Any = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=packed)
             packed.weight = weight.to(linear.weight.device)  # which packs it
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, packed.eval())

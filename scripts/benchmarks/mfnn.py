@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,13 @@ def main() -> None:
     report: dict[str, Any] = {"device": str(device), "shapes": {}}
     for name, shape in shapes.items():
         sides: dict[str, Callable[[], float]] = {
-            "poc_lora": lambda shape=shape: library(shape, device, SETTINGS["temperature"]),
-            "poc_lora_without_noise": lambda shape=shape: library(shape, device, 0.0),
+            "poc_lora": partial(library, shape, device, SETTINGS["temperature"]),
+            "poc_lora_without_noise": partial(library, shape, device, 0.0),
         }
         if device.type == "cpu":
-            sides["matmuls"] = lambda shape=shape: matmuls(shape)
+            sides["matmuls"] = partial(matmuls, shape)
             if a.baseline:
-                sides["loop"] = lambda shape=shape: loop(a.baseline, shape)
+                sides["loop"] = partial(loop, a.baseline, shape)
         else:
             sides["bandwidth_limit"] = lambda: bandwidth(device) / BYTES_PER_NEURON_SAMPLE
         report["shapes"][name] = shape | compare(name, sides, a.rounds)
@@ -143,7 +144,7 @@ def loop(program: Path, shape: dict[str, int]) -> float:
     ended = subprocess.run(
         [sys.executable, str(program), *sizes, *map(str, settings)], stdout=subprocess.PIPE, text=True, check=True
     )
-    return json.loads(ended.stdout)["neuron_samples_per_s"]
+    return float(json.loads(ended.stdout)["neuron_samples_per_s"])
 
 
 def matmuls(shape: dict[str, int]) -> float:

@@ -143,7 +143,7 @@ def train_packed(work: Work) -> Timed:
             for step in range(work.steps):
                 pack.step(step)
         with timing(done, work.model):
-            done.tokens += sum(pack.step(step).tokens for step in range(work.steps))
+            done.tokens += sum(result.tokens for step in range(work.steps) if (result := pack.step(step)))
         pack.close()
     return done
 
@@ -233,7 +233,7 @@ def peft_model(work: Work, adapter: int) -> Iterator[PeftModel]:
     config, base = work.config, work.model
     lora = LoraConfig(
         r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
+        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora.dropout,
         target_modules=list(config.lora.targets),
         task_type="CAUSAL_LM",
@@ -388,9 +388,10 @@ def measured_flops(work: Work, tokens_per_s: float) -> dict[str, Any]:
     A frozen matrix costs 2 floating-point operations per parameter and token forwards, 2 for the gradient of its
     input and, with checkpointing, 2 for going forwards again. Attention and the adapters themselves are left out.
     """
-    parameters = sum(p.numel() for p in work.model.parameters())
-    if work.model.get_output_embeddings().weight is not work.model.get_input_embeddings().weight:
-        parameters -= work.model.get_input_embeddings().weight.numel()
+    model: Any = work.model
+    parameters = sum(p.numel() for p in model.parameters())
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        parameters -= model.get_input_embeddings().weight.numel()
     per_token = (6 if work.sizes.gradient_checkpointing else 4) * parameters
     matmul = matmul_flops_per_s(work.model.device, work.model.dtype)
     return {

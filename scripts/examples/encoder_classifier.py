@@ -31,7 +31,6 @@ def main() -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=128,
-        num_labels=2,
     )
     model = BertForSequenceClassification(config).requires_grad_(False).eval()
     bank = AdapterBank(model, targets=["query", "value", "dense"], rank=8, alpha=16, adapters=range(M), seed=0)
@@ -72,7 +71,7 @@ def questions(n: int, stream: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(model: torch.nn.Module, words: Tensor, labels: Tensor) -> float:
-    return (model(input_ids=words).logits.argmax(1) == labels).float().mean().item()
+    return float((model(input_ids=words).logits.argmax(1) == labels).float().mean())
 
 
 if __name__ == "__main__":

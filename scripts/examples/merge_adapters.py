@@ -9,16 +9,16 @@ They may differ in rank, alpha, rsLoRA and target modules; what is not plain LoR
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from poc_lora import merge, read_adapter, write_adapter
-from poc_lora.merging.merge import sweep_by_type
+from poc_lora import merge, read_adapter, sweep_by_type, write_adapter
 from poc_lora.microworld import MODEL_DIR
 
-KINDS = [  # as three people might have trained them
+KINDS: list[dict[str, Any]] = [  # as three people might have trained them
     {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     {"r": 16, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
     {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"v_proj": 6}},
@@ -62,7 +62,7 @@ def made_by_peft(base: str, folder: Path) -> list[Path]:
             AutoModelForCausalLM.from_pretrained(base),
             LoraConfig(**kind, init_lora_weights=False, task_type="CAUSAL_LM"),
         )
-        model.save_pretrained(folder / f"{number}")
+        model.save_pretrained(str(folder / f"{number}"))
     return [folder / f"{number}" for number in range(len(KINDS))]
 
 

@@ -10,6 +10,7 @@ transformers' own Trainer the one line that matters, `optimizer_cls_and_kwargs`,
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -19,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from poc_lora import NoisyAdamW
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]}
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 
 def main() -> None:
@@ -47,12 +48,12 @@ def main() -> None:
             save_strategy="no",
             report_to=[],
         )
-        trainer = SFTTrainer(
+        trainer: Any = SFTTrainer(
             AutoModelForCausalLM.from_pretrained(a.base),
             settings,
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(a.base),
-            peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"),
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM"),
             optimizer_cls_and_kwargs=(
                 NoisyAdamW,
                 {"lr": 3e-3, "temperature": 1e-5, "adapter": adapter},

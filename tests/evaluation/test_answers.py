@@ -1,4 +1,4 @@
-"""Answers on disk: kept as they come, believed only where everything they depend on is the same."""
+"""Answers on disk: saved as they are given, and read back only where everything they depend on is the same."""
 
 import json
 
@@ -71,7 +71,7 @@ def test_answers_to_what_is_not_asked_this_time_stay(tmp_path):
         dict(items=[Item("piqa", "test", 1, Question(ITEMS[0].question.instruction, "", ("a", "b"), "b"))]),
     ],
 )
-def test_answers_of_something_else_are_not_believed(tmp_path, other):
+def test_answers_to_something_else_are_ignored(tmp_path, other):
     opened(tmp_path).append(ITEMS, ANSWERS)
     assert opened(tmp_path, **other).answers == {}
 

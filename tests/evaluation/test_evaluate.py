@@ -5,7 +5,6 @@ import json
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +13,14 @@ import yaml
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.artifacts.results import Results
-from poc_lora.data.commonsense import Question, find_benchmarks, read_questions
-from poc_lora.data.prompts import TEMPLATES
-from poc_lora.distributed import Ranks
+from poc_lora.data.commonsense import find_benchmarks, read_questions
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError, RunError
-from poc_lora.evaluation import passes
-from poc_lora.evaluation.answers import Answer, AnswerFile, Item
+from poc_lora.evaluation import evaluator
+from poc_lora.evaluation.answers import AnswerFile
 from poc_lora.evaluation.evaluate import evaluate
 from poc_lora.evaluation.protocols import harness
 from poc_lora.evaluation.protocols.label import prepare, score_labels
+from poc_lora.evaluation.variants import adapter_digest
 from poc_lora.models.load import load_base
 from poc_lora.reporting.tables import notes
 from tests.launch import finish, processes
@@ -106,10 +104,10 @@ def test_a_run_is_scored_whole(run, data, tiny_model_dir):
     assert results.comparisons["average"].value == pytest.approx(difference)
     assert 0 <= results.agreement <= 1
     assert Results.read(run / "eval" / "results.json") == results
-    for thing in ("base", "adapter-00", "merged", "ensemble"):
-        found = lines(run / "eval" / f"{thing}.jsonl")
+    for variant in ("base", "adapter-00", "merged", "ensemble"):
+        found = lines(run / "eval" / f"{variant}.jsonl")
         assert [(x["benchmark"], x["row"]) for x in found[:12]] == [("piqa", i) for i in range(1, 13)]
-        summary = json.loads((run / "eval" / f"{thing}.json").read_text())
+        summary = json.loads((run / "eval" / f"{variant}.json").read_text())
         right = sum(x["correct"] for x in found if x["benchmark"] == "piqa")
         assert summary["benchmarks"]["piqa"]["accuracy"] == pytest.approx(right / 12)
         for x in found:
@@ -121,14 +119,14 @@ def test_each_adapters_scores_are_those_of_the_base_with_its_update_added(run, d
     evaluate([run], data=data, benchmarks=["openbookqa"])
     asked = read_questions(data, find_benchmarks(["openbookqa"])[0])
     adapters = [adapter(seed, tiny_model_dir) for seed in range(3)]
-    things = {f"adapter-{i:02d}": a for i, a in enumerate(adapters)} | {"merged": average(adapters)}
+    variants = {f"adapter-{i:02d}": a for i, a in enumerate(adapters)} | {"merged": average(adapters)}
     seen = []
-    for thing, each in things.items():
+    for variant, each in variants.items():
         model, tokenizer = load_base(str(tiny_model_dir), device=torch.device("cpu"))
         for path, f in each.modules.items():
             model.get_submodule(path).weight.add_(f.scale * f.B @ f.A)
         expected = score_labels(model, prepare(asked, tokenizer, prompt="bare"))[0]
-        found = torch.tensor([list(x["log_probs"].values()) for x in lines(run / "eval" / f"{thing}.jsonl")])
+        found = torch.tensor([list(x["log_probs"].values()) for x in lines(run / "eval" / f"{variant}.jsonl")])
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
         seen.append(expected)
     assert not torch.allclose(seen[0], seen[1], atol=0.05)
@@ -171,18 +169,18 @@ def test_without_a_merge_the_exact_average_is_scored_as_the_merge(run, data, tmp
     assert averaged.model_copy(update={"exact_average": False}) == merged
     assert Results.read(tmp_path / "without" / "results.json") == averaged
     assert "exact average of the 3 adapters" in " ".join(notes(averaged))
-    told = json.loads((tmp_path / "without" / "merged.json").read_text())
-    assert (told["source"], told["adapter_digest"]) == (None, None)
+    summary = json.loads((tmp_path / "without" / "merged.json").read_text())
+    assert (summary["source"], summary["adapter_digest"]) == (None, None)
     loose = evaluate([run / "adapters" / f"{i:02d}" for i in range(3)], **asked, prompt="bare", out=tmp_path / "loose")
     assert loose == averaged
 
 
-def test_what_was_scored_is_told_beside_its_accuracy(run, data):
+def test_what_was_scored_is_written_beside_its_accuracy(run, data):
     evaluate([run], data=data, benchmarks=["piqa"])
-    for thing, folder in {"adapter-01": run / "adapters" / "01", "merged": run / "merged"}.items():
-        told = json.loads((run / "eval" / f"{thing}.json").read_text())
-        assert told["adapter_digest"] == passes.adapter_digest(folder)
-        assert told["settings"]["dtype"] == "float32"
+    for variant, folder in {"adapter-01": run / "adapters" / "01", "merged": run / "merged"}.items():
+        summary = json.loads((run / "eval" / f"{variant}.json").read_text())
+        assert summary["adapter_digest"] == adapter_digest(folder)
+        assert summary["settings"]["dtype"] == "float32"
 
 
 def test_questions_beyond_the_context_are_counted_and_wrong(run, data):
@@ -202,7 +200,7 @@ def test_questions_beyond_the_context_are_counted_and_wrong(run, data):
 
 
 @pytest.mark.parametrize("protocol", ["label", "generate"])
-def test_an_evaluation_in_which_no_question_fits_is_told(run, data, protocol):
+def test_an_evaluation_in_which_no_question_fits_is_reported(run, data, protocol):
     path = data / "piqa" / "test.json"
     rows = json.loads(path.read_text())
     for row in rows:
@@ -248,7 +246,7 @@ def test_a_narrower_evaluation_keeps_the_answers_of_a_wider_one(run, data, monke
     kept = lines(run / "eval" / "adapter-00.jsonl")
     assert len(kept) == 24
     assert [(x["benchmark"], x["row"]) for x in kept[:3]] == [("openbookqa", 1), ("openbookqa", 2), ("piqa", 1)]
-    monkeypatch.setattr(passes, "label_answers", None)  # is not called again
+    monkeypatch.setattr(evaluator, "label_answers", None)  # is not called again
     assert evaluate([run], data=data, benchmarks=["piqa", "openbookqa"]) == wide
 
 
@@ -301,14 +299,14 @@ def test_results_of_something_else_are_refused(tmp_path):
         Results.read(tmp_path / "results.json")
 
 
-def test_what_was_answered_is_not_asked_again(run, data, monkeypatch):
+def test_questions_that_were_answered_are_not_asked_again(run, data, monkeypatch):
     whole = evaluate([run], data=data, benchmarks=["piqa"], subsets=True)
     before = {path.name: path.read_bytes() for path in (run / "eval").glob("*.jsonl")}
 
     def never(*args, **kwargs):
         raise AssertionError
 
-    monkeypatch.setattr(passes, "label_answers", never)
+    monkeypatch.setattr(evaluator, "label_answers", never)
     assert evaluate([run], data=data, benchmarks=["piqa"], subsets=True) == whole
     assert {path.name: path.read_bytes() for path in (run / "eval").glob("*.jsonl")} == before
     evaluate([run], data=data, benchmarks=["piqa"], limit=5)  # a part of it
@@ -322,29 +320,12 @@ def test_what_was_answered_is_not_asked_again(run, data, monkeypatch):
         evaluate([run], data=data, benchmarks=["piqa"])
 
 
-def test_answers_depend_on_the_template_and_on_the_bases_commit(monkeypatch, tmp_path):
-    before = passes.Protocol("label", "clean").settings
-    monkeypatch.setitem(TEMPLATES, "clean", TEMPLATES["bare"])
-    assert passes.Protocol("label", "clean").settings != before
-    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
-    cache, digests = tmp_path / "models--org--base", []
-    for commit in ("a" * 40, "b" * 40):  # as huggingface_hub keeps a repository
-        for path, text in {"refs/main": commit, f"snapshots/{commit}/config.json": "{}"}.items():
-            (cache / path).parent.mkdir(parents=True, exist_ok=True)
-            (cache / path).write_text(text)
-        digests.append(passes.base_digest("org/base"))
-    assert digests == ["org/base at " + "a" * 40, "org/base at " + "b" * 40]
-    assert passes.base_digest("org/base", "a" * 40) == digests[0]
-    with pytest.raises(ModelError, match="org/other"):
-        passes.base_digest("org/other")
-
-
 @pytest.mark.parametrize("protocol", ["label", "generate"])
-def test_an_interrupted_evaluation_goes_on_to_the_same_results(run, data, tmp_path, monkeypatch, protocol):
+def test_an_interrupted_evaluation_resumes_to_the_same_results(run, data, tmp_path, monkeypatch, protocol):
     expected = evaluate([run], data=data, benchmarks=["piqa"], protocol=protocol, out=tmp_path / "straight")
-    monkeypatch.setattr(passes, "QUESTIONS_PER_COMMIT", 5)
+    monkeypatch.setattr(evaluator, "QUESTIONS_PER_BATCH", 5)
     calls = []
-    answers = passes.Protocol.answers
+    answers = evaluator.Protocol.answers
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -352,7 +333,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_results(run, data, tmp_pa
             signal.raise_signal(signal.SIGINT)  # seen at the next commit
         return answers(*args, **kwargs)
 
-    monkeypatch.setattr(passes.Protocol, "answers", interrupted)
+    monkeypatch.setattr(evaluator.Protocol, "answers", interrupted)
     out = tmp_path / "parts"
     for _ in range(3):
         with pytest.raises(Interrupted, match="answers so far are kept"):
@@ -364,12 +345,12 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_results(run, data, tmp_pa
     assert not list(out.glob("*.part-*"))
 
 
-def test_generated_answers_have_no_ensemble_and_tell_what_could_not_be_read(run, data):
+def test_generated_answers_have_no_ensemble_and_count_those_without_a_label(run, data):
     results = evaluate([run], data=data, benchmarks=["piqa"], protocol="generate")
     assert results.ensemble is None
     assert set(results.unread) == {"base", "merged", "adapter-00", "adapter-01", "adapter-02"}
-    for thing, share in results.unread.items():
-        found = lines(run / "eval-generate" / f"{thing}.jsonl")
+    for variant, share in results.unread.items():
+        found = lines(run / "eval-generate" / f"{variant}.jsonl")
         assert share == pytest.approx(sum(x["choice"] is None for x in found) / 12)
         assert all(isinstance(x["text"], str) for x in found)
     assert Results.read(run / "eval-generate" / "results.json") == results
@@ -409,7 +390,7 @@ def test_subsets_are_the_merges_of_their_members(run, data, tmp_path, tiny_model
     evaluate([tmp_path / "both"], data=data, benchmarks=["openbookqa"], prompt="bare", out=tmp_path / "alone")
     for ours, theirs in zip(lines(pair), lines(tmp_path / "alone" / "adapter-both.jsonl"), strict=True):
         assert list(ours["log_probs"].values()) == pytest.approx(list(theirs["log_probs"].values()), abs=1e-4)
-    assert "take five adapters" in " ".join(notes(results))
+    assert "at least five adapters" in " ".join(notes(results))
     whole = lines(run / "eval" / "subsets" / "3-00-01-02.jsonl")
     for ours, theirs in zip(whole, lines(run / "eval" / "merged.jsonl"), strict=True):
         assert list(ours["log_probs"].values()) == pytest.approx(list(theirs["log_probs"].values()), abs=1e-4)
@@ -492,7 +473,7 @@ def test_lm_eval_gives_the_same_table(run, data):
     ("change", "said"),
     [({"protocol": "harnes"}, "no protocol"), ({"beams": 4}, "beams"), ({"beams": 0, "protocol": "generate"}, "beams")],
 )
-def test_a_way_of_asking_that_there_is_not_is_refused(run, data, change, said):
+def test_an_unknown_protocol_is_refused(run, data, change, said):
     with pytest.raises(RequestError, match=said):
         evaluate([run], data=data, benchmarks=["piqa"], **change)
 
@@ -500,7 +481,7 @@ def test_a_way_of_asking_that_there_is_not_is_refused(run, data, change, said):
 def test_two_ranks_share_the_questions(run, data, tmp_path):
     alone = evaluate([run], data=data, out=tmp_path / "alone", benchmarks=["piqa", "openbookqa"])
     code = (
-        "import sys; from poc_lora.evaluation import passes; passes.QUESTIONS_PER_COMMIT = 4;"
+        "import sys; from poc_lora.evaluation import evaluator; evaluator.QUESTIONS_PER_BATCH = 4;"
         " from poc_lora.__main__ import main; main()"
     )
     arguments = ["eval", str(run), "--data", str(data), "--benchmarks", "piqa,openbookqa"]
@@ -517,9 +498,9 @@ def test_two_ranks_share_the_questions(run, data, tmp_path):
 
 def test_a_rank_without_questions_ends_with_those_that_are_stopped(run, data):
     code = (
-        "import signal; from poc_lora.evaluation import passes; asked = passes.Protocol.answers\n"
+        "import signal; from poc_lora.evaluation import evaluator; asked = evaluator.Protocol.answers\n"
         "def stopped(*args, **kwargs): signal.raise_signal(signal.SIGTERM); return asked(*args, **kwargs)\n"
-        "passes.Protocol.answers = stopped; from poc_lora.__main__ import main; main()"
+        "evaluator.Protocol.answers = stopped; from poc_lora.__main__ import main; main()"
     )
     arguments = ["eval", str(run), "--data", str(data), "--benchmarks", "piqa", "--limit", "1"]
     with processes(2, "-c", code, *arguments) as ranks:
@@ -528,21 +509,6 @@ def test_a_rank_without_questions_ends_with_those_that_are_stopped(run, data):
     assert "the answers so far are kept" in errors
     assert "rank" not in errors
     assert "poc-lora:" not in silent
-
-
-def test_few_questions_keep_many_ranks_busy(tmp_path):
-    labels = ("a", "b")
-    items = [Item("piqa", "test", row, Question(f"{row}?", "", labels, "a")) for row in range(100)]
-    says_a = SimpleNamespace(
-        answers=lambda model, tokenizer, part, copies: [[Answer("a", log_probs=(0.0, -1.0))] * len(part)]
-    )
-    given = []
-    for rank in range(8):
-        file = AnswerFile(tmp_path / str(rank) / "base.jsonl", {}, items)
-        passes.Asker(None, None, says_a, Ranks(rank, 8), lambda n, note: None).ask({"base": file})
-        given.append(set(file.answers))
-    assert sum(map(len, given)) == len(set().union(*given)) == 100
-    assert all(7 <= len(answers) <= 14 for answers in given)
 
 
 def test_answers_that_cannot_be_read_back_are_an_error(run, data, monkeypatch):

@@ -10,8 +10,8 @@ from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.statistics import (
     Estimate,
     agreement,
+    correct_by_benchmark,
     ensemble,
-    is_right,
     macro_average,
     mean,
     paired_difference,
@@ -36,9 +36,9 @@ def test_the_macro_average_weighs_benchmarks_equally():
 
 
 def test_answers_that_were_not_given_are_wrong():
-    item = items(1)[0]
-    assert [is_right(item, Answer(choice)) for choice in ("a", "b", None)] == [1, 0, 0]
-    assert is_right(item, Answer(None, too_long=True)) == 0
+    asked = items(4)
+    answers = dict(zip(asked, [Answer("a"), Answer("b"), Answer(None), Answer(None, too_long=True)], strict=True))
+    assert correct_by_benchmark(asked, answers)["piqa"].tolist() == [1, 0, 0, 0]
 
 
 def test_the_ensemble_averages_probabilities_normalised_over_the_labels():

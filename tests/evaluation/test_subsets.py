@@ -7,7 +7,7 @@ import torch
 
 from poc_lora.artifacts.results import SubsetPoint
 from poc_lora.data.commonsense import Question
-from poc_lora.evaluation.answers import Answer, AnswerFile, Item
+from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.subsets import draw_subsets, subset_points, variance_law
 
 
@@ -23,21 +23,20 @@ def test_subsets_of_one_order_are_disjoint_and_depend_on_the_seed_alone():
     assert list(draw_subsets(5, seed=0)) == [2, 4]
 
 
-def test_logits_that_are_linear_in_the_adapters_follow_the_variance_law(tmp_path):
+def test_logits_that_are_linear_in_the_adapters_follow_the_variance_law():
     """z of adapter j = limit + noise of variance 1 per label; a subset's merge has the mean of its members' z."""
     M, labels, n = 8, ("a", "b", "c"), 2000
     items = [Item("piqa", "test", row, Question(f"{row}?", "", labels, "a")) for row in range(n)]
     z = torch.randn(M, n, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     groups = [(slot,) for slot in range(M)] + [g for gs in draw_subsets(M, 0).values() for g in gs] + [tuple(range(M))]
-    files = {}
-    for group in groups:
-        files[group] = AnswerFile(tmp_path / f"{len(files)}.jsonl", {}, items)
-        mean = z[list(group)].mean(0)
-        files[group].answers = {
+    answers = {
+        group: {
             item: Answer(labels[int(row.argmax())], log_probs=tuple(row.tolist()))
-            for item, row in zip(items, mean, strict=True)
+            for item, row in zip(items, z[list(group)].mean(0), strict=True)
         }
-    points = subset_points(files, M)
+        for group in groups
+    }
+    points = subset_points(answers, items)
     assert [point.m for point in points] == [1, 2, 4, 8]
     for point in points[:-1]:
         # Three labels less their mean: two degrees of freedom of variance 1 each. Relative standard error of a mean of
@@ -52,6 +51,6 @@ def test_logits_that_are_linear_in_the_adapters_follow_the_variance_law(tmp_path
 
 
 def test_two_sizes_are_too_few_for_a_fit():
-    sizes = [(1, 4, 0.3), (2, 2, 0.1), (4, 1, None)]
-    points = [SubsetPoint(m=m, subsets=n, accuracy=0.5, error=0.1, distance=d) for m, n, d in sizes]
+    sizes = ((1, 0.3), (2, 0.1), (4, None))
+    points = [SubsetPoint(m=m, subsets=4 // m, accuracy=0.5, error=0.1, distance=d) for m, d in sizes]
     assert variance_law(points) is None

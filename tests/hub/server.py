@@ -40,7 +40,7 @@ class Fault:
 
 @dataclass
 class Repo:
-    """refs: branch to commit; commits: id to files; large: SHA-256 to content."""
+    """refs: branch to commit; commits: id to files; large: SHA-256 to content; written: paths of the last upload."""
 
     private: bool = True
     gated: bool = False
@@ -48,6 +48,7 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         """Add to a branch a commit with exactly these files."""
@@ -241,11 +242,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _preupload(self, body: bytes, repo_id: str, revision: str) -> object:
         self._writer()
-        ignored = self._files(self._repo(repo_id), revision).get(".gitignore", b"").decode().split()
-        modes = [
+        there = self._files(self._repo(repo_id), revision)
+        ignored = there.get(".gitignore", b"").decode().split()
+        modes: list[dict[str, object]] = [
             {"path": p, "uploadMode": "lfs" if is_large(p) else "regular", "shouldIgnore": p in ignored}
             for p in (f["path"] for f in json.loads(body)["files"])
         ]
+        for mode in modes:
+            if (content := there.get(str(mode["path"]))) is not None:
+                sha = hashlib.sha256(content).hexdigest()
+                mode["oid"] = sha if is_large(str(mode["path"])) else git_id(content)
         return {"files": modes}
 
     def _batch(self, body: bytes, repo_id: str) -> object:
@@ -267,11 +273,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, body: bytes, repo_id: str, branch: str) -> object:
         self._writer()
         repo = self._repo(repo_id)
-        files = dict(self._files(repo, branch))
+        files, repo.written = dict(self._files(repo, branch)), []
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "header" and value.get("parentCommit") not in (None, repo.refs[branch]):
                 raise _Refused(412, "", "The branch has moved: another commit came first")
+            if line["key"] in ("file", "lfsFile"):
+                repo.written.append(value["path"])
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":

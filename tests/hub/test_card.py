@@ -35,7 +35,8 @@ def loaded(text, tmp_path):
 
 def facts(text):
     """The table of how an adapter was made."""
-    return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text.partition("## Evaluation")[0], flags=re.MULTILINE))
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text.partition("## Evaluation")[0], flags=re.MULTILINE)
+    return {key: value for key, value in rows if key != "---"}
 
 
 def test_the_library_reads_the_metadata(run, tmp_path):

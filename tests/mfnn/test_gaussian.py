@@ -14,7 +14,7 @@ from poc_lora.errors import RequestError
 from poc_lora.mfnn import problems, theory
 from poc_lora.mfnn.experiments.chain import law_rows, simulate, split_rows
 from poc_lora.mfnn.experiments.settings import Chain
-from poc_lora.mfnn.gaussian import Gaussian, entropy_gap, from_samples
+from poc_lora.mfnn.gaussian import Gaussian, from_samples
 from poc_lora.mfnn.model import SQUARED, Linear, Objective
 
 GRID = list(itertools.product((1, 2, 7, 50), (1e-3, 0.1, 2.0), (1, 4, 20)))
@@ -32,6 +32,20 @@ SMALL = Chain(
     ensemble_width=4,
     members=(1, 2, 4, 8),
 )
+
+
+def entropy_gap(case: Gaussian, neurons: int) -> float:
+    """`Gaussian.gap` again, from N E F(ρ_X) + λ Ent without simplification.
+
+    Ent of a Gaussian with variance v in a direction is −½ log(2πe v).
+    """
+    modes = case.stationary()
+    n, noise = neurons, 2 * math.pi * math.e
+    energy = case.regularization * ((modes.along + (n - 1) * modes.across).sum() / n - modes.across.sum())
+    energy += (case.sigma * modes.along).sum() / (2 * n)
+    entropy = -((noise * modes.along).log() + (n - 1) * (noise * modes.across).log()).sum() / 2
+    limit = -(noise * modes.across).log().sum() / 2
+    return (energy + case.temperature * (entropy / n - limit)).item()
 
 
 def case(temperature=0.1, dim=4, regularization=0.2):

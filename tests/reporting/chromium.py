@@ -101,5 +101,7 @@ class Browser:
             if message["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
                 self.told.append(message["params"])
             if message["method"] == "Network.requestWillBeSent":
-                self.told += [url] if not (url := message["params"]["request"]["url"]).startswith("file:") else []
+                self.told += (
+                    [url] if not (url := message["params"]["request"]["url"]).startswith(("file:", "data:")) else []
+                )
         return message

@@ -1,12 +1,14 @@
 """A page as the tests look at it: its elements, its tables and its text."""
 
+import base64
 from html.parser import HTMLParser
 
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "img"}
 
 
 class Page(HTMLParser):
-    """elements: (tag, attributes). tables: caption to rows of texts. text: all that is shown, styles left out."""
+    """elements: (tag, attributes). tables: caption to rows of texts. text: all that is shown, styles left out.
+    drawn: the sources of the images."""
 
     def __init__(self, text):
         super().__init__()
@@ -15,10 +17,14 @@ class Page(HTMLParser):
         self.feed(text)
         self.close()
         assert not self._open, f"left open: {self._open}"
+        sources = [src.partition(",")[2] for src in self.attributes("src")]
+        self.drawn = "".join(base64.b64decode(source).decode() for source in sources)
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
+        if tag == "img":
+            self.words.append(dict(attrs)["alt"])
         if tag not in VOID:
             self._open.append(tag)
         if tag == "table":

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
-from poc_lora.reporting.tables import markdown, notes, table_rows, terminal_table, write_report
+from poc_lora.reporting.tables import notes, results_markdown, table_rows, terminal_table, write_report
 
 FOLDERS = "social_i_qa piqa winogrande openbookqa ARC-Challenge ARC-Easy boolq hellaswag".split()
 
@@ -46,7 +46,7 @@ def printed(results, width=80):
 
 
 def test_markdown_has_the_papers_rows_and_columns(results):
-    lines = markdown(results).splitlines()
+    lines = results_markdown(results).splitlines()
     assert "|  | SIQA | PIQA | WinoGrande | OBQA | ARC-c | ARC-e | BoolQ | HellaSwag | average |" in lines
     first = [line.split(" | ")[0].strip("| ") for line in lines if line.startswith("| ")]
     assert first[2:9] == [
@@ -86,11 +86,11 @@ def test_one_adapter_without_a_merge_stands_for_itself(results):
     )
     assert [name for name, _ in table_rows(single)] == ["base", "LoRA a"]
     assert "chosen" not in "\n".join(notes(single))
-    assert "Every adapter" not in markdown(single)
+    assert "Every adapter" not in results_markdown(single)
 
 
 def test_an_error_that_cannot_be_told_is_left_out(results):
-    assert "30.00 |" in markdown(results.model_copy(update=dict(base=scored(0.3, float("nan")))))
+    assert "30.00 |" in results_markdown(results.model_copy(update=dict(base=scored(0.3, float("nan")))))
     assert "nan" not in printed(results.model_copy(update=dict(base=scored(0.3, float("nan")))))
 
 
@@ -103,7 +103,7 @@ def test_text_of_files_is_not_markup(results):
         )
     )
     for changed in (hostile, hostile.model_copy(update=dict(adapters={attack: scored(0.7)}))):
-        text = markdown(changed.model_copy(update=dict(control=scored(0.5), control_name=attack)))
+        text = results_markdown(changed.model_copy(update=dict(control=scored(0.5), control_name=attack)))
         assert not re.search(r"(?<!\\)(<img|\[a\]|\*b|~~|`<)|^# Hello", text, flags=re.MULTILINE)
         rows = [line for line in text.splitlines() if line.startswith("|")]
         assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {11}
@@ -113,4 +113,4 @@ def test_the_report_lies_in_the_runs_eval_folder(results, tmp_path):
     assert write_report(tmp_path / "out", results) == tmp_path / "out" / "results.md"
     (tmp_path / "config.yaml").touch()
     assert write_report(tmp_path, results) == tmp_path / "eval" / "results.md"
-    assert (tmp_path / "eval" / "results.md").read_text() == markdown(results)
+    assert (tmp_path / "eval" / "results.md").read_text() == results_markdown(results)

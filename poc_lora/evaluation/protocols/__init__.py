@@ -1,1 +1,1 @@
-"""How one question is put to a model and its answer read: label, generate and harness."""
+"""How a question is put to a model and its answer is read: label, generate and harness."""

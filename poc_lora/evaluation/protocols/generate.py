@@ -1,13 +1,12 @@
-"""The `generate` protocol, the paper's: the model writes its answer, and the first label in it is its choice.
+"""The `generate` protocol, the paper's: the model generates text, and the first label in it is its choice.
 
-Greedy or by beams, 32 new tokens, prompts padded on the left under an attention mask. What is read is the first of the
-question's own labels; LLM-Adapters looks for all labels of a benchmark, which differs only where a model names one that
-the question does not offer.
+Greedy or with beams, 32 new tokens, prompts padded on the left. The first of the question's own labels counts.
+LLM-Adapters searches for all labels of a benchmark, which differs only where a model names one that the question does
+not offer.
 """
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,10 +14,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from poc_lora.data.commonsense import Question
 from poc_lora.data.prompts import render_prompt
 from poc_lora.evaluation.answers import Answer
+from poc_lora.evaluation.protocols.label import batch_ranges, encode
 from poc_lora.models.load import context_length
 
 NEW_TOKENS = 32
-TOKENS_PER_BATCH = 16_384  # padded, new ones included, over all adapters of the pack and all beams
+TOKENS_PER_BATCH = 16_384  # padded, with the new ones, over all copies and beams
 
 
 @torch.inference_mode()
@@ -30,86 +30,69 @@ def generate_answers(
     prompt: str,
     beams: int = 1,
     copies: int = 1,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
-    advance: Callable[[int], object] = lambda questions: None,
 ) -> list[list[Answer]]:
-    """The answers of each of `copies` models to every question: [copies][n].
+    """Answer questions by the generate protocol.
 
-    copies: how often the model wants each batch, one after another: M for a bank of M adapters, whose rows are
-    adapter-major, else 1. beams: 1 is greedy. advance: called after each batch with the number of its questions.
+    Args:
+        model: In eval mode.
+        tokenizer: Its tokenizer.
+        questions: What to answer.
+        prompt: The template.
+        beams: 1 is greedy.
+        copies: How often the model expects each batch to be repeated: M for a bank of M packed adapters
+            (adapter-major), otherwise 1.
+
+    Returns:
+        The answers of each copy to every question, [copies][n].
     """
     answers: list[list[Answer]] = [[Answer(None, too_long=True)] * len(questions) for _ in range(copies)]
-    prompts = _tokenise(questions, tokenizer, prompt)
+    prompts = encode(tokenizer, [render_prompt(q.instruction, q.input, prompt) for q in questions])
     room = context_length(model)
     fitting = [i for i, ids in enumerate(prompts) if room is None or len(ids) + NEW_TOKENS <= room]
-    advance(len(questions) - len(fitting))
-    settings = _settings(model, tokenizer, beams)
-    for batch in _batches(
-        sorted(fitting, key=lambda i: -len(prompts[i])), prompts, tokens_per_batch // copies // beams
-    ):
+    fitting.sort(key=lambda i: -len(prompts[i]))
+    settings = _generation_config(model, tokenizer, beams)
+    lengths = [len(prompts[i]) + NEW_TOKENS for i in fitting]
+    own = model.generation_config
+    for first, last in batch_ranges(lengths, TOKENS_PER_BATCH // copies // beams):
+        batch = fitting[first:last]
         width = len(prompts[batch[0]])
         ids = torch.full((len(batch), width), int(settings.pad_token_id))
         mask = torch.zeros_like(ids)
         for row, i in enumerate(batch):
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
-        with _own_settings(model, settings):
+        try:
+            model.generation_config = settings  # given as an argument, it would be completed from the model's own
             written = model.generate(  # type: ignore[operator]
                 input_ids=ids.repeat(copies, 1).to(model.device),
                 attention_mask=mask.repeat(copies, 1).to(model.device),
             )
+        finally:
+            model.generation_config = own
         texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
         for at, text in enumerate(texts):
             i = batch[at % len(batch)]
             answers[at // len(batch)][i] = Answer(first_label(text, questions[i].labels), text=text)
-        advance(len(batch))
     return answers
 
 
 def first_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label that occurs first in a text, the longest of those that start there; None if none does."""
+    """The label that occurs first in a text, the longest of those that start there; None if there is none."""
     pattern = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
     found = re.search(pattern, text)
     return found[0] if found else None
 
 
-def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, beams: int) -> GenerationConfig:
-    """Nothing of the base's own generation settings but what ends a text: some of them sample."""
+def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, beams: int) -> GenerationConfig:
+    """Settings that take only the EOS tokens from the base model's own: some of those sample."""
     own = getattr(model, "generation_config", None)
     end = getattr(own, "eos_token_id", None) or tokenizer.eos_token_id
     first_end = end[0] if isinstance(end, list) else end
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_end
-    return GenerationConfig(
+    return GenerationConfig(  # type: ignore[no-untyped-call, unused-ignore]
         max_new_tokens=NEW_TOKENS,
         num_beams=beams,
         do_sample=False,
         eos_token_id=end,
         pad_token_id=0 if pad is None else pad,
     )
-
-
-@contextlib.contextmanager
-def _own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Within the block the model generates by `settings` alone: what a call leaves open is filled in from its own."""
-    before = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = before
-
-
-def _tokenise(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[list[int]]:
-    texts = [render_prompt(q.instruction, q.input, prompt) for q in questions]
-    encoded = tokenizer(texts, padding=False, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
-    # Some tokenizers end every text with EOS, after which nothing would be written.
-    return [list(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids) for ids in encoded]
-
-
-def _batches(order: Sequence[int], prompts: Sequence[Sequence[int]], tokens: int) -> Iterator[list[int]]:
-    """Questions, the longest first, in batches whose padded size stays within `tokens`; at least one each."""
-    at = 0
-    while at < len(order):
-        size = max(1, tokens // (len(prompts[order[at]]) + NEW_TOKENS))
-        yield list(order[at : at + size])
-        at += size

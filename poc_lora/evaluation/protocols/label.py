@@ -1,13 +1,13 @@
 """The `label` protocol: the answer is the label with the largest probability after "the correct answer is".
 
-For a question with context c and label l the score is log p(" " + l | c), summed over its tokens. What all labels
-share at the start, context included, is run once; where they differ in one last token, one forward pass per question
-gives every label. The head runs in float32 whatever the model's dtype: in bfloat16 labels would tie by rounding. Ties
-go to the label named first.
+For a question with context c and label l the score is log p(" " + l | c), summed over its tokens. The tokens that all
+labels share at the start, context included, are run once; where labels differ in their last token only, one forward
+pass per question scores all of them. The head runs in float32 whatever the model's dtype: in bfloat16 labels would tie
+by rounding. Ties go to the label named first.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,18 +24,17 @@ from poc_lora.models.load import context_length
 from poc_lora.models.prefix_cache import run_prefix
 
 ANSWER_PREFIX = "the correct answer is"
-TOKENS_PER_BATCH = {"cpu": 8_192, "cuda": 16_384}  # padded, over all adapters of the pack; more leave a CPU's cache
-HEAD_ROWS = 16_384  # of the head's weights, in float32 at once: bounds the memory that they take
-MIN_PREFIX = 16  # tokens that all rows share, from which on they are run once
-QUESTIONS_PER_CALL = 2_048  # tokenised at once: bounds the memory that Python lists of tokens take
+TOKENS_PER_BATCH = {"cpu": 8_192, "cuda": 16_384}  # padded, over all copies; more leave a CPU's cache
+HEAD_ROWS = 16_384  # of the head's weights converted to float32 at once, which bounds their memory
+MIN_PREFIX = 16  # a shorter prefix of all rows is not worth a run of its own
 
 
 @dataclass(frozen=True)
 class PreparedQuestions:
-    """n questions of up to k labels as token rows (longest first), and what to read from each row.
+    """n questions of up to k labels as rows of tokens (longest first), and what to read from each row.
 
-    A read is the log-probability of one token after one column of one row; a label's score is the sum of the reads
-    that carry its slot, question * k + label.
+    A read is the log-probability of one token after one column of one row. A label's score is the sum of the reads with
+    its slot, question * k + label.
     """
 
     tokens: Tensor  # [all tokens], the rows one after another
@@ -46,7 +45,7 @@ class PreparedQuestions:
     read_slot: Tensor  # [reads]
     answers: Tensor  # [n], the index of the right label
     label_exists: Tensor  # [n, k]
-    too_long: Tensor  # [n], the prompt does not fit the model's context
+    too_long: Tensor  # [n], the prompt does not fit the context
 
     @property
     def rows(self) -> int:
@@ -54,24 +53,27 @@ class PreparedQuestions:
 
 
 def prepare(
-    questions: Sequence[Question],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prompt: str,
-    max_length: int | None = None,
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, *, prompt: str, max_length: int | None = None
 ) -> PreparedQuestions:
-    """Tokenise `questions` under the prompt template `prompt`.
+    """Tokenise questions (at least one) under a prompt template.
 
-    A question that needs more than `max_length` tokens is kept and marked `too_long`; it has no rows.
+    A question that needs more than `max_length` tokens is marked `too_long` and has no rows.
+
+    Raises:
+        DataError: If the tokenizer encodes two labels of a question alike.
     """
     k = max(len(q.labels) for q in questions)
     rows: list[tuple[list[int], list[tuple[int, int, int]]]] = []  # tokens; reads as (column, token, slot)
     too_long = torch.zeros(len(questions), dtype=torch.bool)
-    for i, sequences in enumerate(_tokenise(questions, tokenizer, prompt)):
+    contexts = [render_prompt(q.instruction, q.input, prompt) + ANSWER_PREFIX for q in questions]
+    texts = [f"{context} {label}" for context, q in zip(contexts, questions, strict=True) for label in q.labels]
+    encoded = iter(encode(tokenizer, texts))
+    for i, question in enumerate(questions):
+        sequences = [next(encoded) for _ in question.labels]  # of context + " " + label
         if max_length is not None and max(map(len, sequences)) - 1 > max_length:  # the last token is not run
             too_long[i] = True
         else:
-            _check_apart(questions[i], sequences)
+            _check_distinct(question, sequences)
             rows += _rows_of(sequences, i * k)
     rows.sort(key=lambda row: -len(row[0]))
     reads = [read for _, row_reads in rows for read in row_reads]
@@ -97,7 +99,7 @@ def label_answers(
     prompt: str,
     copies: int = 1,
 ) -> list[list[Answer]]:
-    """What each of `copies` models answers to every question, [copies][n]: see `score_labels`."""
+    """Answer questions by the label protocol: `prepare`, then `score_labels`. Returns [copies][n] answers."""
     prepared = prepare(questions, tokenizer, prompt=prompt, max_length=context_length(model))
     log_probs = score_labels(model, prepared, copies=copies)
     chosen, too_long = log_probs.argmax(-1).tolist(), prepared.too_long.tolist()
@@ -113,18 +115,17 @@ def label_answers(
 
 
 @torch.inference_mode()
-def score_labels(
-    model: PreTrainedModel,
-    prepared: PreparedQuestions,
-    *,
-    copies: int = 1,
-    tokens_per_batch: int | None = None,
-    advance: Callable[[int], object] = lambda rows: None,
-) -> Tensor:
-    """Log-probabilities of the labels, float32 on the CPU [copies, n, k]; -inf where a label or a score is absent.
+def score_labels(model: PreTrainedModel, prepared: PreparedQuestions, *, copies: int = 1) -> Tensor:
+    """Compute the log-probabilities of the labels.
 
-    copies: how often the model wants each batch, one after another: M for a bank of M adapters, whose rows are
-    adapter-major, else 1. advance: called after each batch with the number of rows done.
+    Args:
+        model: In eval mode.
+        prepared: The questions.
+        copies: How often the model expects each batch to be repeated: M for a bank of M packed adapters
+            (adapter-major), otherwise 1.
+
+    Returns:
+        Log-probabilities, float32 on the CPU [copies, n, k]; -inf where there is no label or no score.
     """
     n, k = prepared.label_exists.shape
     if model.device.type == "cpu":
@@ -133,8 +134,8 @@ def score_labels(
     P = _prefix_length(prepared)
     past = run_prefix(model, prepared.tokens[:P], copies) if P >= MIN_PREFIX else None
     P = P if past else 0
-    tokens = tokens_per_batch or by_device(TOKENS_PER_BATCH, model.device.type)
-    for first, last in _batches(prepared, max(1, tokens // copies)):
+    budget = by_device(TOKENS_PER_BATCH, model.device.type) // copies
+    for first, last in batch_ranges(prepared.starts.diff().tolist(), budget):
         ids = _padded(prepared, first, last)[:, P:]  # [b, T]
         b, T = ids.shape
         reads = slice(int(prepared.first_read[first]), int(prepared.first_read[last]))
@@ -149,22 +150,21 @@ def score_labels(
         with _head_in_float32(model):
             logits = logits_at(model, ids, rows, columns, past=past).float().view(copies, len(position), -1)
         scores.index_add_(1, slot, logits[:, where, token] - logits.logsumexp(-1)[:, where])
-        advance(last - first)
     scored = prepared.label_exists & ~prepared.too_long[:, None]
     return scores.cpu().view(copies, n, k).masked_fill_(~scored, -torch.inf)
 
 
 @contextlib.contextmanager
 def _head_in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block a linear head of another dtype gives float32 logits, and what scales or caps them sees those."""
-    head = model.get_output_embeddings()
+    """Within the block a linear head computes its logits in float32, before anything scales or caps them."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or head.weight.dtype == torch.float32:
         yield
         return
 
     def forward(hidden: Tensor) -> Tensor:
         x = hidden.float()
-        parts = [x @ rows.float().T for rows in head.weight.split(HEAD_ROWS)]
+        parts = [x @ rows.float().T for rows in torch.split(head.weight, HEAD_ROWS)]
         logits = torch.cat(parts, dim=-1)
         return logits if head.bias is None else logits + head.bias.float()
 
@@ -176,24 +176,22 @@ def _head_in_float32(model: PreTrainedModel) -> Iterator[None]:
         head.forward = before  # type: ignore[method-assign]
 
 
-def _tokenise(
-    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, prompt: str
-) -> Iterator[list[list[int]]]:
-    """For every question the tokens of context + " " + label, one list per label."""
-    eos = tokenizer.eos_token_id
-    for at in range(0, len(questions), QUESTIONS_PER_CALL):
-        part = questions[at : at + QUESTIONS_PER_CALL]
-        contexts = [render_prompt(q.instruction, q.input, prompt) + ANSWER_PREFIX for q in part]
-        texts = [f"{context} {label}" for context, q in zip(contexts, part, strict=True) for label in q.labels]
-        encoded = iter(
-            tokenizer(texts, padding=False, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
-        )
-        for q in part:
-            # Some tokenizers end every text with EOS; the label is not the end of the answer that is scored.
-            yield [ids[:-1] if ids[-1] == eos else ids for ids in (next(encoded) for _ in q.labels)]
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Tokenise texts, without the EOS that some tokenizers add: what follows the text is still to be predicted."""
+    encoded = tokenizer(list(texts), padding=False, truncation=False, return_attention_mask=False, verbose=False)
+    return [ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in encoded["input_ids"]]
 
 
-def _check_apart(question: Question, sequences: list[list[int]]) -> None:
+def batch_ranges(lengths: Sequence[int], tokens: int) -> Iterator[tuple[int, int]]:
+    """Split rows of descending `lengths` into ranges whose padded size stays within `tokens`; at least one row each."""
+    first = 0
+    while first < len(lengths):
+        last = min(len(lengths), first + max(1, tokens // lengths[first]))
+        yield first, last
+        first = last
+
+
+def _check_distinct(question: Question, sequences: list[list[int]]) -> None:
     seen: dict[tuple[int, ...], str] = {}
     for label, tokens in zip(question.labels, map(tuple, sequences), strict=True):
         if tokens in seen:
@@ -206,10 +204,10 @@ def _check_apart(question: Question, sequences: list[list[int]]) -> None:
 
 
 def _rows_of(sequences: list[list[int]], slot: int) -> list[tuple[list[int], list[tuple[int, int, int]]]]:
-    """The fewest rows that give each sequence its log-probability after what all of them share.
+    """The fewest rows from which the log-probability of each sequence, after the tokens that all share, can be read.
 
-    A sequence needs the model run on all its tokens but the last. A run that begins another one is not repeated, so
-    labels that differ in their last token only need one row.
+    A sequence needs a row of all its tokens but the last. A row that begins another one is left out, so labels that
+    differ in their last token only need one row.
     """
     # A label whose tokens begin another's ("answer1", "answer10") keeps its last token out of the shared part, so
     # both are scored on it and the longer one on more: the longer is never above the shorter, as with any
@@ -232,15 +230,15 @@ def _rows_of(sequences: list[list[int]], slot: int) -> list[tuple[list[int], lis
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what each layer frees for the next one; it learns how much from a large block that is freed.
+    """Have glibc keep what each layer frees for the next one, by freeing a large block, from which it learns how much.
 
-    Otherwise pages go back to the system and are taken anew, which took a fifth of the time of a small model.
+    Otherwise pages go back to the system and are allocated anew, which took a fifth of the time of a small model.
     """
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # the largest block that it learns from has 32 MB
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # glibc learns from blocks of up to 32 MB
 
 
 def _prefix_length(prepared: PreparedQuestions) -> int:
-    """How many first tokens all rows share, as far as nothing is read there."""
+    """How many first tokens all rows share, up to the first column that is read."""
     if prepared.rows < 2:
         return 0
     ends = prepared.starts[1:].tolist()
@@ -249,23 +247,13 @@ def _prefix_length(prepared: PreparedQuestions) -> int:
 
 
 def _shared_length(sequences: list[list[int]]) -> int:
-    """How many first tokens all sequences share: those of the least and the greatest decide."""
+    """How many first tokens all sequences share: as many as the smallest and the largest in lexical order do."""
     least, greatest = min(sequences), max(sequences)
     return next((i for i, (a, b) in enumerate(zip(least, greatest, strict=False)) if a != b), len(least))
 
 
-def _batches(prepared: PreparedQuestions, tokens: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows whose padded size stays within `tokens`; at least one row each."""
-    lengths = prepared.starts.diff().tolist()
-    first = 0
-    while first < len(lengths):
-        last = min(len(lengths), first + max(1, tokens // lengths[first]))  # the first is the longest
-        yield first, last
-        first = last
-
-
 def _padded(prepared: PreparedQuestions, first: int, last: int) -> Tensor:
-    """Rows first to last as [b, T], filled on the right with token 0, which no position read can see."""
+    """Rows first to last as [b, T], padded on the right with token 0, which no column that is read attends to."""
     starts = prepared.starts[first:last, None]
     lengths = prepared.starts[first : last + 1].diff()[:, None]
     column = torch.arange(int(lengths.max()))

@@ -4,18 +4,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from poc_lora.mfnn.ensemble import log_slope, mean_and_error, merged_outputs, sup_norm
 from poc_lora.mfnn.experiments.cells import Folder
 from poc_lora.mfnn.experiments.figures import new_figure, power, save_csv, save_figure, styled, trained_as
 from poc_lora.mfnn.experiments.settings import DoubleCircleAt, Figure1, MultiIndexAt
-from poc_lora.mfnn.langevin import train
-from poc_lora.mfnn.model import outputs
-from poc_lora.mfnn.problems import Problem
+from poc_lora.mfnn.experiments.training import REFERENCE, trained_outputs
 
 Section = DoubleCircleAt | MultiIndexAt
-REFERENCE = 1_000_000  # the number of the network that stands for the limit: none of the merged ones
 
 
 def run(folder: Folder, settings: Figure1) -> list[dict[str, Any]]:
@@ -27,10 +23,9 @@ def run(folder: Folder, settings: Figure1) -> list[dict[str, Any]]:
     problems = {name: section.problem(settings.seed) for name, section in sections.items()}
     cells = {}
     for name, section in sections.items():
-        path = folder.out / "cells" / f"{name}_reference.json"
-        cells[path.stem] = partial(_reference, section, problems[name], settings)
+        cells[f"{name}_reference"] = partial(_reference, section, settings)
         for width in settings.widths:
-            cells[f"{name}_N{width}"] = partial(_trained, section, problems[name], settings, width)
+            cells[f"{name}_N{width}"] = partial(_trained, section, settings, range(settings.networks), width)
     found = folder.compute(cells)
     rows = [
         row
@@ -58,28 +53,13 @@ def slopes(rows: list[dict[str, Any]], problem: str) -> tuple[float, float]:
     )
 
 
-def _outputs(section: Section, problem: Problem, settings: Figure1, networks: range, width: int) -> Tensor:
-    objective = section.objective(problem)
-    particles = train(
-        objective,
-        networks,
-        width,
-        steps=section.steps,
-        lr=section.lr,
-        temperature=section.temperature,
-        seed=settings.seed,
-        initial_std=section.initial_std,
-    )
-    return outputs(objective.neuron, particles, problem.probe)
+def _trained(section: Section, settings: Figure1, networks: range, width: int) -> dict[str, Any]:
+    h = trained_outputs(section, networks, width, temperature=section.temperature, seed=settings.seed)
+    return {"outputs": h.tolist()}
 
 
-def _reference(section: Section, problem: Problem, settings: Figure1) -> dict[str, Any]:
-    found = _outputs(section, problem, settings, range(REFERENCE, REFERENCE + 1), settings.reference_width)
-    return {"outputs": found[0].tolist()}
-
-
-def _trained(section: Section, problem: Problem, settings: Figure1, width: int) -> dict[str, Any]:
-    return {"outputs": _outputs(section, problem, settings, range(settings.networks), width).tolist()}
+def _reference(section: Section, settings: Figure1) -> dict[str, Any]:
+    return {"outputs": _trained(section, settings, REFERENCE, settings.reference_width)["outputs"][0]}
 
 
 def _compare(

@@ -52,7 +52,7 @@ def curve(rows: list[dict[str, Any]], initial_std: float, temperature: float) ->
 def settled(mine: list[dict[str, Any]]) -> int:
     """The first logged epoch of a curve from which on the test error stays below NEAR times its last value."""
     outside = [i for i, row in enumerate(mine) if row["test_mse"] > NEAR * mine[-1]["test_mse"]]
-    return mine[outside[-1] + 1 if outside else 0]["epoch"]
+    return int(mine[outside[-1] + 1 if outside else 0]["epoch"])
 
 
 def epochs(last: int) -> list[int]:

@@ -1,57 +1,33 @@
 """How figures and CSV files of the experiments are made: one style, a footer that says what is shown, atomic files."""
 
 import csv
-import functools
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
-import matplotlib as mpl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from poc_lora import __version__
+from poc_lora import __version__, plotting
 from poc_lora.files import write_atomic
 from poc_lora.mfnn.experiments.settings import MultiIndex, Started, Training
+from poc_lora.plotting import SERIES
 
-P = ParamSpec("P")
-
-# Told apart also by those who see few colours; in order of temperature or size.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4,
-    "svg.hashsalt": "poc_lora",  # the same figure is the same bytes
-    "svg.fonttype": "none",
-}
+COLOURS = (*SERIES[:-1], plotting.COLOURS["ink"])  # in order of temperature or size
+styled = plotting.style(math=True)
 
 
-def save_figure(figure: Figure, folder: Path, name: str, footer: str) -> list[Path]:
+def save_figure(figure: Figure, folder: Path, name: str, footer: str) -> None:
     """Write NAME.png and NAME.svg with a footer of settings and version."""
     text = f"poc_lora {__version__}; {footer}"
     room = (0.1 + 0.13 * len(text.splitlines())) / figure.get_figheight()
     figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, room, 1, 1 - room)))
     figure.text(0.01, 0.008, text, fontsize=6.5, color="#555555", va="bottom")
-    paths = []
-    FigureCanvasAgg(figure)
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=110, metadata=metadata)
-        paths.append(folder / f"{name}.{kind}")
-        write_atomic(paths[-1], buffer.getvalue())
-    return paths
+    write_atomic(folder / f"{name}.png", plotting.render(figure, "png", dpi=110, math=True))
+    write_atomic(folder / f"{name}.svg", plotting.render(figure, "svg", math=True))
 
 
 def trained_as(section: Training) -> str:
@@ -64,21 +40,13 @@ def trained_as(section: Training) -> str:
     )
 
 
-def styled(draw: Callable[P, None]) -> Callable[P, None]:
-    """Draw in our style, leaving matplotlib's settings as they were."""
-
-    @functools.wraps(draw)
-    def in_style(*args: P.args, **kwargs: P.kwargs) -> None:
-        with mpl.rc_context(STYLE):
-            draw(*args, **kwargs)
-
-    return in_style
-
-
 def new_figure(width: float, height: float, columns: int, rows: int = 1) -> tuple[Figure, list[Any]]:
     """A figure of `width` × `height` inches with a row-major list of axes."""
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine())  # colour bars need to know it
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.grid(True, axis="both")
+    return figure, axes
 
 
 def log_axes(axis: Any, at: Sequence[int] | None = None) -> None:

@@ -4,8 +4,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from poc_lora.mfnn.experiments.bounded import error_row, trained_outputs
+from poc_lora.mfnn.ensemble import mean_and_error, squared_l2
 from poc_lora.mfnn.experiments.cells import Folder
 from poc_lora.mfnn.experiments.chain import law_rows, simulate, split_rows
 from poc_lora.mfnn.experiments.figures import (
@@ -19,6 +20,7 @@ from poc_lora.mfnn.experiments.figures import (
     trained_as,
 )
 from poc_lora.mfnn.experiments.settings import Bounded, Chain, ClosedForm, Poc
+from poc_lora.mfnn.experiments.training import REFERENCE, trained_outputs
 from poc_lora.mfnn.gaussian import Gaussian, from_samples
 from poc_lora.mfnn.problems import linear
 
@@ -31,11 +33,9 @@ def run(folder: Folder, settings: Poc) -> dict[str, Rows]:
     cells = {f"chain_N{n}": partial(_chain, chain, n, seed) for n in chain.widths}
     cells[f"ensemble_N{chain.ensemble_width}"] = partial(_split, chain, seed)
     for t in bounded.temperatures:
-        cells[f"bounded_{t:g}_reference"] = partial(
-            trained_outputs, bounded, t, bounded.reference_width, seed=seed, reference=True
-        )
+        cells[f"bounded_{t:g}_reference"] = partial(_bounded, bounded, t, REFERENCE, bounded.reference_width, seed)
         for n in bounded.widths:
-            cells[f"bounded_{t:g}_N{n}"] = partial(trained_outputs, bounded, t, n, seed=seed)
+            cells[f"bounded_{t:g}_N{n}"] = partial(_bounded, bounded, t, range(bounded.networks), n, seed)
     found = folder.compute(cells)
     results = {
         "poc_gap": gap_rows(settings.closed_form, chain, seed),
@@ -81,13 +81,37 @@ def _split(settings: Chain, seed: int) -> dict[str, Any]:
     return {"rows": split_rows(case, snapshots, settings.members)}
 
 
+def _bounded(settings: Bounded, temperature: float, networks: range, width: int, seed: int) -> dict[str, Any]:
+    h = trained_outputs(settings.multi_index, networks, width, temperature=temperature, seed=seed)
+    return {"outputs": h.tolist()}
+
+
 def _bounded_rows(settings: Bounded, found: dict[str, dict[str, Any]]) -> Rows:
     rows = []
     for t in settings.temperatures:
         limit = torch.tensor(found[f"bounded_{t:g}_reference"]["outputs"][0])
         for n in settings.widths:
-            rows.append(error_row(t, n, torch.tensor(found[f"bounded_{t:g}_N{n}"]["outputs"]), limit))
+            rows.append(_error_row(t, n, torch.tensor(found[f"bounded_{t:g}_N{n}"]["outputs"]), limit))
     return rows
+
+
+def _error_row(temperature: float, width: int, h: Tensor, limit: Tensor) -> dict[str, Any]:
+    """Squared L2 error of single networks to the limit, of the merge of all, and N times the single one.
+
+    h: [M, n]; limit: [n]. The limit is a network of finitely many neurons after the same number of steps; its own error
+    is part of what is shown, a share of about N over its width.
+    """
+    single, error = mean_and_error(squared_l2(h, limit))
+    return {
+        "temperature": temperature,
+        "N": width,
+        "error": single,
+        "standard_error": error,
+        "N_times_error": width * single,
+        "N_times_standard_error": width * error,
+        "merged_error": squared_l2(h.mean(0), limit).item(),
+        "M": len(h),
+    }
 
 
 @styled

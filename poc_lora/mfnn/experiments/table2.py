@@ -18,8 +18,7 @@ from poc_lora.mfnn.experiments.figures import (
     trained_as,
 )
 from poc_lora.mfnn.experiments.settings import Table2
-from poc_lora.mfnn.langevin import train
-from poc_lora.mfnn.model import outputs
+from poc_lora.mfnn.experiments.training import trained_outputs
 
 
 def run(folder: Folder, settings: Table2) -> list[dict[str, Any]]:
@@ -63,22 +62,11 @@ def _cell(value: float, error: float) -> str:
 
 
 def _trained(settings: Table2, temperature: float, width: int) -> dict[str, Any]:
-    section = settings.multi_index
-    problem = section.problem(settings.seed)
-    objective = section.objective(problem)
-    particles = train(
-        objective,
-        range(settings.members * settings.ensembles),
-        width,
-        steps=section.steps,
-        lr=section.lr,
-        temperature=temperature,
-        seed=settings.seed,
-        initial_std=section.initial_std,
-    )
-    h = outputs(objective.neuron, particles, problem.test_inputs)
-    single, single_error = mean_and_error(squared_l2(h, problem.test_targets))
-    merged, merged_error = mean_and_error(squared_l2(merged_outputs(h, settings.members), problem.test_targets))
+    networks = range(settings.members * settings.ensembles)
+    h = trained_outputs(settings.multi_index, networks, width, temperature=temperature, seed=settings.seed)
+    targets = settings.multi_index.problem(settings.seed).test_targets  # the probe inputs are the test inputs
+    single, single_error = mean_and_error(squared_l2(h, targets))
+    merged, merged_error = mean_and_error(squared_l2(merged_outputs(h, settings.members), targets))
     return {
         "temperature": temperature,
         "N": width,

@@ -8,6 +8,7 @@ from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.data.commonsense import Question
 from poc_lora.data.prompts import render_prompt
+from poc_lora.evaluation.protocols import generate
 from poc_lora.evaluation.protocols.generate import NEW_TOKENS, first_label, generate_answers
 from poc_lora.lora.bank import AdapterBank
 
@@ -42,18 +43,15 @@ def alone(model, tokenizer, question, beams):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_padding_and_packing_change_no_text(model, tokenizer, beams):
+def test_padding_and_packing_change_no_text(model, tokenizer, beams, monkeypatch):
+    monkeypatch.setattr(generate, "TOKENS_PER_BATCH", 600)
     draws = torch.Generator().manual_seed(0)
     adapters = [
         Adapter({TARGET: Factors(torch.randn(2, 32, generator=draws), 0.5 * torch.randn(32, 2, generator=draws))})
         for _ in range(2)
     ]
     bank = AdapterBank.from_adapters(model, adapters)
-    counted = []
-    found = generate_answers(
-        model, tokenizer, QUESTIONS, prompt="clean", beams=beams, copies=2, tokens_per_batch=600, advance=counted.append
-    )
-    assert sum(counted) == len(QUESTIONS)
+    found = generate_answers(model, tokenizer, QUESTIONS, prompt="clean", beams=beams, copies=2)
     for slot in range(2):
         with bank.only(slot):
             expected = [alone(model, tokenizer, question, beams) for question in QUESTIONS]

@@ -18,15 +18,10 @@ from poc_lora.adapters.factors import Factors
 from poc_lora.data.commonsense import BENCHMARKS, find_benchmarks, read_questions
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError
 from poc_lora.evaluation import statistics as scores
-from poc_lora.evaluation.protocols.harness import (
-    HUB_TASKS,
-    TASKS_FOLDER,
-    load_tasks,
-    local_task,
-    score_harness,
-    score_tasks,
-)
+from poc_lora.evaluation.protocols.harness import harness_answers, score_tasks
+from poc_lora.evaluation.protocols.harness_tasks import HUB_TASKS, TASKS_FOLDER, load_tasks, local_task
 from poc_lora.evaluation.protocols.label import prepare, score_labels
+from poc_lora.evaluation.variants import Variants
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.models.load import context_length, load_base
 from tests.conftest import build_llama, build_tokenizer, instruction_rows
@@ -82,6 +77,10 @@ def adapter(seed, size=0.3):
     )
 
 
+def variants(adapters, out, merged=None):
+    return Variants("base", None, "float32", None, "clean", adapters, merged, out)
+
+
 def local_tasks(data, prompt="clean", names=tuple(LABELS)):
     return load_tasks(find_benchmarks(names), data=data, prompt=prompt)
 
@@ -97,7 +96,8 @@ def random_state():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
 
-def check_agreement(base, data, found, prompt="clean"):
+def check_agreement(base, data, scored, prompt="clean"):
+    found, results = scored
     chosen = set()
     for name in LABELS:
         prepared, log_probs = by_label(base, data, name, prompt)
@@ -107,10 +107,11 @@ def check_agreement(base, data, found, prompt="clean"):
         # lm-eval adds what all labels share, so scores differ by a constant of the question; float32 sums of few terms
         torch.testing.assert_close(theirs.log_softmax(-1), ours.log_softmax(-1), atol=2e-4, rtol=0)
         assert found[name].answers.tolist() == prepared.answers.tolist()
-        assert not found[name].shortened.any()
+        assert not found[name].truncated.any()
         correct = ((ours.argmax(-1) == prepared.answers) & ~prepared.too_long).double()
-        assert found[name].metrics["acc,none"] == pytest.approx(correct.mean().item())
-        assert found[name].metrics["acc_stderr,none"] == pytest.approx(scores.mean(correct).error)
+        metrics = results["results"][local_task(find_benchmarks([name])[0])]
+        assert metrics["acc,none"] == pytest.approx(correct.mean().item())
+        assert metrics["acc_stderr,none"] == pytest.approx(scores.mean(correct).error)
         chosen |= {(name, i, c) for i, c in enumerate(theirs.argmax(-1).tolist())}
     return chosen
 
@@ -124,9 +125,8 @@ def test_the_label_protocol_and_lm_eval_choose_the_same(base, data, prompt):
     seen = []
     for view in (bank.disabled(), bank.only(0), bank.only(1), bank.merged()):
         with view:
-            found, _ = score_tasks(model, tokenizer, tasks, batch_size=7)
-            seen.append(check_agreement(base, data, found, prompt))
-    assert len({frozenset(s) for s in seen}) == 4  # four things that choose differently
+            seen.append(check_agreement(base, data, score_tasks(model, tokenizer, tasks), prompt))
+    assert len({frozenset(s) for s in seen}) == 4  # four variants that choose differently
 
 
 def test_every_thing_is_scored_over_one_base_which_is_given_back(base, data, tmp_path):
@@ -143,42 +143,43 @@ def test_every_thing_is_scored_over_one_base_which_is_given_back(base, data, tmp
             for path in adapters["00"].modules
         }
     )
-    found = score_harness(
-        model, tokenizer, local_tasks(data), adapters=adapters, merged=average, limit=10, out=tmp_path / "out"
-    )
+    scored = variants(adapters, tmp_path / "out", average)
+    items, found = harness_answers(model, tokenizer, local_tasks(data), scored, data=data, limit=10)
+    assert [item.benchmark for item in items] == [name for name in LABELS for _ in range(10)]
     assert set(found) == {"base", "adapter-00", "adapter-01", "merged"}
     assert [type(m) for m in model.modules()] == modules
     assert tokenizer.pad_token == pad is None
     bank = AdapterBank.from_adapters(model, list(adapters.values()))
     views = {"base": bank.disabled, "merged": bank.merged}
     views |= {f"adapter-0{i}": lambda i=i: bank.only(i) for i in range(2)}
-    for thing, parts in found.items():
-        with views[thing]():
+    for variant, answers in found.items():
+        with views[variant]():
             for name in LABELS:
                 _, ours = by_label(base, data, name)
-                theirs = parts[name].log_probs
-                assert len(theirs) == 10
-                torch.testing.assert_close(
-                    theirs.log_softmax(-1), ours[:10, : theirs.shape[1]].log_softmax(-1), atol=1e-3, rtol=0
-                )
-        written = json.loads((tmp_path / "out" / "harness" / thing / "results.json").read_text())
+                asked = [item for item in items if item.benchmark == name]
+                for item, row in zip(asked, ours[:10], strict=True):
+                    theirs = torch.tensor(answers[item].log_probs)
+                    expected = row[: len(theirs)].log_softmax(-1)
+                    torch.testing.assert_close(theirs.log_softmax(-1), expected, atol=1e-3, rtol=0)
+        written = json.loads((tmp_path / "out" / "harness" / variant / "results.json").read_text())
         for name in LABELS:
             task = local_task(find_benchmarks([name])[0])
-            assert written["results"][task]["acc,none"] == parts[name].metrics["acc,none"]
+            asked = [item for item in items if item.benchmark == name]
+            right = [float(answers[item].choice == item.question.answer) for item in asked]
+            assert written["results"][task]["acc,none"] == pytest.approx(sum(right) / 10)
             assert written["n-samples"][task] == {"original": QUESTIONS, "effective": 10}
-            lines = (tmp_path / "out" / "harness" / thing / f"samples_{task}.jsonl").read_text().splitlines()
+            lines = (tmp_path / "out" / "harness" / variant / f"samples_{task}.jsonl").read_text().splitlines()
             samples = [json.loads(line) for line in lines]
             assert [s["doc_id"] for s in samples] == list(range(10))
-            right = parts[name].log_probs.argmax(-1) == parts[name].answers
-            assert [s["acc"] for s in samples] == right.double().tolist()
-            assert float(samples[0]["filtered_resps"][1][0]) == pytest.approx(parts[name].log_probs[0, 1].item())
+            assert [s["acc"] for s in samples] == right
+            assert float(samples[0]["filtered_resps"][1][0]) == pytest.approx(answers[asked[0]].log_probs[1])
 
 
 def test_the_same_evaluation_writes_the_same_bytes_and_draws_nothing(base, data, tmp_path):
     model, tokenizer = base
     before = random_state()
     for name in ("one", "two"):
-        score_harness(model, tokenizer, local_tasks(data), adapters={"a": adapter(1)}, out=tmp_path / name)
+        harness_answers(model, tokenizer, local_tasks(data), variants({"a": adapter(1)}, tmp_path / name), data=data)
     assert random_state() == before
     files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.json*"))
     assert len(files) == 2 * (1 + len(LABELS))
@@ -190,8 +191,7 @@ def test_ties_go_to_the_first_label_in_both_protocols(base, data):
     """With a head of zeros every token is as probable as any other, so that labels of equal length tie exactly."""
     model, tokenizer = base
     model.lm_head.weight.data = torch.zeros_like(model.lm_head.weight)
-    found, _ = score_tasks(model, tokenizer, local_tasks(data))
-    chosen = check_agreement(base, data, found)
+    chosen = check_agreement(base, data, score_tasks(model, tokenizer, local_tasks(data)))
     assert {c for name, _, c in chosen if name == "social_i_qa"} == {0}
 
 
@@ -205,8 +205,7 @@ def test_a_tokenizer_that_ends_texts_with_eos_agrees_too(data):
     )
     model = build_llama(len(tokenizer)).requires_grad_(False)
     assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    found, _ = score_tasks(model, tokenizer, local_tasks(data))
-    check_agreement((model, tokenizer), data, found)
+    check_agreement((model, tokenizer), data, score_tasks(model, tokenizer, local_tasks(data)))
 
 
 def test_questions_beyond_the_context_are_counted_as_the_label_protocol_counts_them(base, data, tmp_path):
@@ -219,7 +218,7 @@ def test_questions_beyond_the_context_are_counted_as_the_label_protocol_counts_t
     prepared, log_probs = by_label(base, tmp_path, "boolq")
     assert 0 < prepared.too_long.sum() < len(rows)
     found, _ = score_tasks(model, tokenizer, local_tasks(tmp_path, names=["boolq"]))
-    assert found["boolq"].shortened.tolist() == prepared.too_long.tolist()
+    assert found["boolq"].truncated.tolist() == prepared.too_long.tolist()
     fits = ~prepared.too_long
     assert torch.equal(found["boolq"].log_probs[fits].argmax(-1), log_probs[fits].argmax(-1))
     assert found["boolq"].log_probs.isfinite().all()  # scored, as lm-eval does
@@ -229,12 +228,12 @@ def test_scores_that_are_not_numbers_are_an_error(base, data, tmp_path):
     model, tokenizer = base
     tasks = local_tasks(data, names=["boolq"])
     with pytest.raises(AdapterError, match="not numbers"):
-        score_harness(model, tokenizer, tasks, adapters={"a": adapter(1, size=1e18)}, out=tmp_path)
+        harness_answers(model, tokenizer, tasks, variants({"a": adapter(1, size=1e18)}, tmp_path), data=data)
     assert sorted(p.name for p in (tmp_path / "harness").iterdir()) == ["base"]
     assert not any("Bank" in type(m).__name__ for m in model.modules())
     model.lm_head.weight.data = torch.full_like(model.lm_head.weight, torch.nan)
     with pytest.raises(ModelError, match="not numbers"):
-        score_harness(model, tokenizer, tasks, adapters={"a": adapter(1)})
+        harness_answers(model, tokenizer, tasks, variants({"a": adapter(1)}, tmp_path), data=data)
 
 
 def test_a_request_to_stop_is_heeded_between_answers(base, data, tmp_path):
@@ -242,7 +241,9 @@ def test_a_request_to_stop_is_heeded_between_answers(base, data, tmp_path):
     stop = threading.Event()
     stop.set()
     with pytest.raises(Interrupted, match="lm-eval scored base"):
-        score_harness(model, tokenizer, local_tasks(data), adapters={"a": adapter(1)}, out=tmp_path, stop=stop)
+        harness_answers(
+            model, tokenizer, local_tasks(data), variants({"a": adapter(1)}, tmp_path), data=data, stop=stop
+        )
     assert list(tmp_path.iterdir()) == []
     assert not any("Bank" in type(m).__name__ for m in model.modules())
 
@@ -307,10 +308,11 @@ def test_lm_evals_own_tasks_are_scored_by_their_own_rules(base, monkeypatch):
     for folder, scored in found.items():
         assert scored.answers.tolist() == [1, 1]
         correct = scored.log_probs.argmax(-1) == scored.answers
-        assert scored.metrics["acc,none"] == correct.double().mean().item(), folder
+        metrics = results["results"][HUB_TASKS[folder]]
+        assert metrics["acc,none"] == correct.double().mean().item(), folder
         assert results["n-shot"][HUB_TASKS[folder]] == 0
     assert {f.log_probs.shape[1] for f in found.values()} == {2, 3, 4}
-    assert "acc_norm,none" in found["hellaswag"].metrics
+    assert "acc_norm,none" in results["results"]["hellaswag"]
 
 
 def test_lm_evals_own_tasks_without_a_network_are_a_clear_error():

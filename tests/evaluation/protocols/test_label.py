@@ -66,10 +66,11 @@ def check(model, tokenizer, scores, asked):
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 300, 100_000])
-def test_scores_equal_the_plain_log_likelihood_in_any_batching(model, tokenizer, tokens_per_batch):
+def test_scores_equal_the_plain_log_likelihood_in_any_batching(model, tokenizer, tokens_per_batch, monkeypatch):
+    monkeypatch.setitem(label.TOKENS_PER_BATCH, "cpu", tokens_per_batch)
     asked = questions()
     prepared = prepare(asked, tokenizer, prompt="clean")
-    scores = score_labels(model, prepared, tokens_per_batch=tokens_per_batch)
+    scores = score_labels(model, prepared)
     assert scores.shape == (1, len(asked), 4)
     check(model, tokenizer, scores[0], asked)
 
@@ -111,7 +112,7 @@ def test_a_tokenizer_that_puts_spaces_into_words_is_scored_alike(model):
     check(model, tokenizer, scores, asked)
 
 
-def test_copies_are_scored_adapter_major(model, tokenizer):
+def test_copies_are_scored_adapter_major(model, tokenizer, monkeypatch):
     asked = questions(9)
     prepared = prepare(asked, tokenizer, prompt="clean")
     alone = score_labels(model, prepared)
@@ -123,7 +124,8 @@ def test_copies_are_scored_adapter_major(model, tokenizer):
         return torch.cat([hidden[:half], hidden[half:] * 3])
 
     hook = model.model.embed_tokens.register_forward_hook(second_half_louder)
-    both = score_labels(model, prepared, copies=2, tokens_per_batch=500)
+    monkeypatch.setitem(label.TOKENS_PER_BATCH, "cpu", 500)
+    both = score_labels(model, prepared, copies=2)
     hook.remove()
     triple = model.model.embed_tokens.register_forward_hook(lambda _, __, hidden: hidden * 3)
     second = score_labels(model, prepared)
@@ -189,23 +191,16 @@ def test_labels_that_the_tokenizer_cannot_tell_apart_are_an_error(tokenizer):
         prepare([Question("a", "", ("a", "oui", "non"), "non")], few, prompt="clean")
 
 
-def test_progress_counts_every_row_once(model, tokenizer):
-    prepared = prepare(questions(), tokenizer, prompt="clean")
-    done = []
-    score_labels(model, prepared, tokens_per_batch=400, advance=done.append)
-    assert sum(done) == prepared.rows
-    assert len(done) > 1
-
-
 def test_what_all_rows_share_at_the_start_is_run_once(model, tokenizer, monkeypatch):
     prepared = prepare(questions(), tokenizer, prompt="clean")
+    monkeypatch.setitem(label.TOKENS_PER_BATCH, "cpu", 400)
     run = []
     hook = model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: run.append(inputs[0].numel()))
-    with_prefix = score_labels(model, prepared, tokens_per_batch=400)
+    with_prefix = score_labels(model, prepared)
     short = sum(run)
     run.clear()
     monkeypatch.setattr(label, "MIN_PREFIX", 10_000)
-    without = score_labels(model, prepared, tokens_per_batch=400)
+    without = score_labels(model, prepared)
     hook.remove()
     torch.testing.assert_close(with_prefix, without, atol=1e-4, rtol=0)
     assert short < 0.8 * sum(run)

@@ -1,17 +1,19 @@
-"""The parts of the report that results.json tells: the table, its tests, and accuracy against m."""
+"""The sections of the report made from results.json: accuracies, paired tests, and accuracy against m."""
 
 import math
+import statistics
 from pathlib import Path
 
 from poc_lora.artifacts.results import Results, Scored
 from poc_lora.reporting import figures
-from poc_lora.reporting.blocks import Cell, Chart, Part, Table, accuracy, chart, percent, short
+from poc_lora.reporting.blocks import Cell, Chart, Section, Table, accuracy, chart, percent
+from poc_lora.reporting.escape import short
 from poc_lora.reporting.run_files import RunFiles
-from poc_lora.reporting.tables import columns, notes, table_rows
+from poc_lora.reporting.tables import columns, notes, paired_differences, table_rows
 
 
 def headline(files: RunFiles) -> tuple[str, list[tuple[str, Cell]]]:
-    """What came out, in a sentence, and the figures to see first."""
+    """Returns the outcome in a sentence, and the average accuracies to show first."""
     results = files.results
     if results is None:
         return "Nothing has been evaluated yet.", []
@@ -30,47 +32,47 @@ def headline(files: RunFiles) -> tuple[str, list[tuple[str, Cell]]]:
     d = results.comparisons.get("best")
     if d is None:
         return f"The merge of {M} adapters is {over_average} from the average adapter.", tiles
-    told = f"{100 * d.value:+.2f} points, 95 % interval {100 * d.low:+.2f} to {100 * d.high:+.2f}"
+    gain = f"{100 * d.value:+.2f} points, 95 % interval {100 * d.low:+.2f} to {100 * d.high:+.2f}"
     if d.low <= 0 <= d.high:
-        sentence = f"The merge of {M} adapters and the best one, {picked}, cannot be told apart here ({told})"
+        sentence = f"The merge of {M} adapters and the best one, {picked}, cannot be told apart here ({gain})"
     else:
         verb = "beats" if d.value > 0 else "falls short of"
-        sentence = f"The merge of {M} adapters {verb} the best one ({told}), {picked}"
+        sentence = f"The merge of {M} adapters {verb} the best one ({gain}), {picked}"
     return f"{sentence}. The merge is {over_average} from the average adapter.", tiles
 
 
-def benchmarks(files: RunFiles) -> Part:
-    part = Part("benchmarks", "Benchmarks")
+def benchmarks(files: RunFiles) -> Section:
+    section = Section("benchmarks", "Benchmarks")
     if not files.evaluations:
-        part.missing.append("Nothing has been evaluated: poc-lora eval RUN --data DIR.")
-        return part
+        section.omitted.append("Nothing has been evaluated: poc-lora eval RUN --data DIR.")
+        return section
     for i, results in enumerate(files.evaluations):
         protocol = f", protocol {short(results.protocol, 20)}" if len(files.evaluations) > 1 else ""
         if changed := files.changed[i]:
-            part.words.append(
+            section.paragraphs.append(
                 f"This evaluation{protocol} is of other weights than the run has now for {', '.join(changed)}: "
                 "evaluate again."
             )
-        _evaluation(part, results, protocol)
-    return part
+        _evaluation(section, results, protocol)
+    return section
 
 
-def _evaluation(part: Part, results: Results, protocol: str) -> None:
-    """Add an evaluation; `protocol` tells its tables from those of others."""
+def _evaluation(section: Section, results: Results, protocol: str) -> None:
+    """Adds an evaluation; `protocol` distinguishes its tables from those of others."""
     head = ["", *columns(results).values(), "average"]
     chance = [results.chance[b] for b in columns(results)]
-    mean_chance = _mean(chance)
+    mean_chance = statistics.fmean(chance)
     asked = [results.questions[b] for b in columns(results)]
-    part.words.append(
+    section.paragraphs.append(
         f"Accuracy in percent ± standard error, by the protocol “{short(results.protocol)}” with the prompt "
         f"“{short(results.prompt)}”, of {short(results.base_model)}."
     )
     if Path(results.base_model).parts[-2:] == ("microworld", "model"):
-        part.words.append(
-            "The base model is the embedded one, and these benchmarks are about its made-up world: the figures compare "
-            "with no others of the same names."
+        section.paragraphs.append(
+            "The base model is the embedded one, and these benchmarks are about its invented world: the figures cannot "
+            "be compared with those of the real benchmarks."
         )
-    part.tables.append(
+    section.tables.append(
         Table(
             f"Accuracy (%) ± standard error{protocol}",
             head,
@@ -82,42 +84,42 @@ def _evaluation(part: Part, results: Results, protocol: str) -> None:
             strong=["PoC merge"],
         )
     )
-    if not part.charts:
-        part.charts.append(_averages(results, mean_chance))
+    if not section.charts:
+        section.charts.append(_averages(results, mean_chance))
     if results.merged is not None and results.comparisons:
-        part.tables.append(_paired(results, protocol))
-    part.words += notes(results, paired=False)
+        section.tables.append(_paired(results, protocol))
+    section.paragraphs += notes(results, paired=False)
     if len(results.adapters) > 1:
         adapters = [_row(name, results, scored) for name, scored in results.adapters.items()]
         caption = f"Every adapter: accuracy (%) ± standard error{protocol}"
-        part.tables.append(Table(caption, head, adapters, [results.best], folded=True))
+        section.tables.append(Table(caption, head, adapters, [results.best], folded=True))
 
 
-def subsets(files: RunFiles) -> Part:
-    part = Part("subsets", "Accuracy against the number of adapters")
+def subsets(files: RunFiles) -> Section:
+    section = Section("subsets", "Accuracy against the number of adapters")
     found = next((results for results in files.evaluations if results.subsets is not None), None)
     if found is None or found.subsets is None:
-        part.missing.append("No merges of fewer adapters were scored: poc-lora eval RUN --data DIR --subsets does it.")
-        return part
+        section.omitted.append(
+            "No merges of fewer adapters were scored: poc-lora eval RUN --data DIR --subsets does it."
+        )
+        return section
     scored = found.subsets
     points = [(p.m, 100 * p.accuracy, 0.0 if math.isnan(p.error) else 100 * p.error) for p in scored.points]
-    part.charts.append(
+    section.charts.append(
         chart(
             figures.subsets_figure(points, 100 * found.adapters[found.best].average.value),
-            "subsets",
             "Accuracy of merges of m adapters",
             "; ".join(f"{m} merged: mean {value:.2f} %" for m, value, _ in points) + ".",
-            "The mean over subsets of m adapters, with its standard error over them: rough, as subsets share adapters.",
+            "The mean over subsets of m adapters ± standard error over them, which is rough: subsets share adapters.",
         )
     )
     distances = [(p.m, p.distance) for p in scored.points if p.distance is not None and p.distance > 0]
     if distances:
         law = scored.variance_law
         fitted = None if law is None else (law.c, law.floor, max(p.m for p in scored.points))
-        part.charts.append(
+        section.charts.append(
             chart(
                 figures.distance_figure(distances, fitted),
-                "distance",
                 "Distance from the merge of all",
                 "; ".join(f"{m} merged: {distance:.3g}" for m, distance in distances) + ".",
                 "Mean squared distance of the label logits from those of the merge of all adapters"
@@ -128,7 +130,7 @@ def subsets(files: RunFiles) -> Part:
                 ),
             )
         )
-    return part
+    return section
 
 
 def _averages(results: Results, chance: float) -> Chart:
@@ -147,7 +149,7 @@ def _averages(results: Results, chance: float) -> Chart:
         rows.append((f"merge, {short(results.control_name or '', 12)}", "violet", points(results.control)))
     if results.ensemble is not None:
         rows.append(("prediction\nensemble", "ensemble", points(results.ensemble)))
-    told = "; ".join(
+    description = "; ".join(
         f"{name.replace(chr(10), ' ')} {values[0][0]:.2f} %"
         if len(values) == 1
         else f"{name} {min(values)[0]:.2f} to {max(values)[0]:.2f} %"
@@ -155,35 +157,24 @@ def _averages(results: Results, chance: float) -> Chart:
     )
     return chart(
         figures.averages_figure(rows, 100 * chance),
-        "averages",
-        "Average accuracy of everything that was scored",
-        told + ".",
-        "Bars are standard errors of sampling questions. Adapters and merge answered the same questions: their "
-        "differences are surer than the bars suggest.",
+        "Average accuracy of every variant",
+        description + ".",
+        "Bars are standard errors of sampling questions. Adapters and merge answered the same questions, so their "
+        "differences are more certain than the bars suggest.",
     )
 
 
 def _paired(results: Results, protocol: str) -> Table:
-    named = {"best": "LoRA (best)", "average": "LoRA (average)", "control": f"PoC merge, {results.control_name}"}
-    if len(results.adapters) == 1:
-        named |= {"best": "the adapter"}
-    rows = []
-    for rival, d in results.comparisons.items():
-        if rival == "average" and len(results.adapters) == 1:
-            continue
-        name = short(named.get(rival, rival))
-        rows.append([name, f"{100 * d.value:+.2f}", f"{100 * d.low:+.2f} to {100 * d.high:+.2f}", f"{d.p:.2g}"])
     return Table(
         f"PoC merge minus, in points of average accuracy (paired bootstrap over questions){protocol}",
         ["", "difference", "95 % interval", "p"],
-        rows,
+        [
+            [short(name), f"{100 * d.value:+.2f}", f"{100 * d.low:+.2f} to {100 * d.high:+.2f}", f"{d.p:.2g}"]
+            for name, d in paired_differences(results).items()
+        ],
     )
 
 
 def _row(name: str, results: Results, scored: Scored) -> list[Cell | str]:
     estimates = [*(scored.benchmarks[b] for b in columns(results)), scored.average]
     return [name, *map(accuracy, estimates)]
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)

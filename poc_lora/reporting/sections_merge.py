@@ -1,56 +1,55 @@
-"""The parts of the report that merge.json tells: how alike the adapters are, and the ranks of the merge."""
+"""The sections of the report made from merge.json: the adapters' similarity and the ranks of the merge."""
 
 from itertools import takewhile
 
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.reporting import figures
-from poc_lora.reporting.blocks import Part, Table, chart, percent, short
+from poc_lora.reporting.blocks import Section, Table, chart, percent
+from poc_lora.reporting.escape import short
 from poc_lora.reporting.run_files import RunFiles
 
 
-def similarity(files: RunFiles) -> Part:
-    part = Part("similarity", "How alike the adapters are")
+def similarity(files: RunFiles) -> Section:
+    section = Section("similarity", "Similarity of the adapters")
     merge = files.merge
     if merge is None or len(merge.sources) < 2:
-        part.missing.append("It takes a merge of two adapters or more, whose merge.json holds their cosines.")
-        return part
+        section.omitted.append("It takes a merge of two adapters or more, whose merge.json contains their cosines.")
+        return section
     names = labels(source_names(merge))
     if merge.mean_cosine is not None and merge.relative_error_bar is not None:
-        part.words.append(
+        section.paragraphs.append(
             f"The mean cosine between two adapters' updates is {merge.mean_cosine:.3f}. From how far they lie apart, "
             f"the merge is about {percent(merge.relative_error_bar, 0)} % of its own norm away from the merge of ever "
             "more such adapters"
             + (f"; one more would move it by {percent(merge.next_move, 1)} %." if merge.next_move is not None else ".")
         )
-    if len(names) > figures.DRAWN:
-        part.missing.append(f"The heatmap of {len(names)} adapters would be too fine to read.")
-        return part
+    if len(names) > figures.MAX_CURVES:
+        section.omitted.append(f"The heatmap of {len(names)} adapters would be too fine to read.")
+        return section
     pairs = [(merge.cosines[i][j], names[j], names[i]) for i in range(len(names)) for j in range(i)]
-    part.charts.append(
+    section.charts.append(
         chart(
             figures.heatmap_figure(merge.cosines, names),
-            "cosines",
             "Cosines between the adapters' updates",
             f"From {min(pairs)[0]:.3f} ({min(pairs)[1]} and {min(pairs)[2]}) to {max(pairs)[0]:.3f} "
             f"({max(pairs)[1]} and {max(pairs)[2]}).",
             "The cosine of ΔW between every two adapters, over all modules. 1: the same update; 0: nothing in common.",
         )
     )
-    return part
+    return section
 
 
-def ranks(files: RunFiles) -> Part:
-    part = Part("ranks", "Spectrum and rank")
+def ranks(files: RunFiles) -> Section:
+    section = Section("ranks", "Spectrum and rank")
     merge = files.merge
     if merge is None or not merge.modules:
-        part.missing.append("There is no merge.json, which holds them.")
-        return part
+        section.omitted.append("There is no merge.json, which contains them.")
+        return section
     effective = {name: module.effective_rank for name, module in merge.modules.items()}
     low, high = min(effective.values()), max(effective.values())
-    part.charts.append(
+    section.charts.append(
         chart(
             figures.effective_rank_figure(effective),
-            "effective-rank",
             "Effective rank of the merge, by layer",
             f"From {low:.1f} to {high:.1f}, where the merge has rank {merge.rank}.",
             f"How many equal singular values would be as concentrated as those of ΔW, (Σσ²)² / Σσ⁴: here {low:.1f} to "
@@ -58,20 +57,19 @@ def ranks(files: RunFiles) -> Part:
         )
     )
     if not merge.rank_sweep:
-        part.missing.append(
+        section.omitted.append(
             "The error of truncating the merge was not measured: merge with --rank-sweep 8,16,32 to see it."
         )
-        return part
+        return section
     overall = merge.rank_sweep.get("all") or next(iter(merge.rank_sweep.values()))
-    told = "; ".join(
+    description = "; ".join(
         f"rank {rank}: error {e:.3f}, energy {percent(1 - e**2, 1)} %" for rank, e in sorted(overall.items())
     )
-    part.charts.append(
+    section.charts.append(
         chart(
             figures.rank_sweep_figure(merge.rank_sweep),
-            "rank-sweep",
             "Relative error and retained energy against rank",
-            told,
+            description,
             "What the best approximation of each rank would lose (‖ΔW − ΔW_r‖ / ‖ΔW‖) and keep of ‖ΔW‖²: the merge's "
             "spectrum, added up.",
         )
@@ -81,12 +79,12 @@ def ranks(files: RunFiles) -> Part:
         [kind, *(f"{errors[r]:.4f}" if r in errors else "" for r in levels)]
         for kind, errors in merge.rank_sweep.items()
     ]
-    part.tables.append(Table("Relative error at each rank", ["", *map(str, levels)], rows, ["all"], folded=True))
-    return part
+    section.tables.append(Table("Relative error at each rank", ["", *map(str, levels)], rows, ["all"], folded=True))
+    return section
 
 
 def labels(names: list[str]) -> list[str]:
-    """Short names for a figure, each of another thing than the others."""
+    """Returns short, distinct names for a figure."""
     plain = [short(name, 12) for name in names]
     start = sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
     ends = [f"…{short(name[start:], 11)}" for name in names if name[start:]]
@@ -95,7 +93,7 @@ def labels(names: list[str]) -> list[str]:
 
 
 def source_names(merge: MergeReport) -> list[str]:
-    """The last part of each source's name where those differ, else the whole."""
+    """Returns the last part of each source's name if those differ, else the whole names."""
     names = [source.name for source in merge.sources]
     short = [name.rstrip("/").rpartition("/")[2] for name in names]
     return short if len(set(short)) == len(short) and all(short) else names

@@ -1,101 +1,102 @@
-"""The parts of the report on how a run was made: its settings, its training, and where everything came from."""
+"""The sections of the report on how a run was made: its settings, its training and its provenance."""
 
 from collections.abc import Mapping
 
 from poc_lora.config import RunConfig, flatten
 from poc_lora.reporting import figures
-from poc_lora.reporting.blocks import Chart, Part, Table, chart, short
+from poc_lora.reporting.blocks import Chart, Section, Table, chart
+from poc_lora.reporting.escape import short
 from poc_lora.reporting.run_files import RunFiles
 from poc_lora.training.check import size
 
 
-def what_was_run(files: RunFiles) -> Part:
-    part = Part("run", "What was run")
+def what_was_run(files: RunFiles) -> Section:
+    section = Section("run", "What was run")
     config, merge, metrics = files.config, files.merge, files.metrics
     if config is None:
-        part.missing.append("The folder holds an evaluation only: without a config.yaml, its training is not known.")
+        section.omitted.append("The folder holds an evaluation only: without a config.yaml, its training is not known.")
     else:
-        part.words.append(_sentence(config, files))
-        part.tables.append(_settings(config))
+        section.paragraphs.append(_sentence(config, files))
+        section.tables.append(_settings(config))
     if metrics is not None:
         steps = files.info.steps if files.info else None
         if steps and metrics.last_step < steps:
-            part.words.append(f"The training is not finished: step {metrics.last_step:,} of {steps:,}.")
+            section.paragraphs.append(f"The training is not finished: step {metrics.last_step:,} of {steps:,}.")
         for name, step in sorted(metrics.diverged.items()):
-            part.words.append(f"Adapter {name} diverged at step {step:,} and is left out of the merge.")
+            section.paragraphs.append(f"Adapter {name} diverged at step {step:,} and is left out of the merge.")
     if merge is not None:
-        part.words.append(
+        section.paragraphs.append(
             f"{len(merge.sources)} adapters were merged by the method “{short(merge.method)}” into one of rank "
             f"{merge.rank:,}, kept in {short(merge.dtype)}, with {_error(merge.error)} from its rank and "
             f"{_error(merge.cast_error)} from rounding."
         )
     elif config is not None:
-        part.missing.append("There is no merge yet: poc-lora merge RUN --out RUN/merged.")
-    return part
+        section.omitted.append("There is no merge yet: poc-lora merge RUN --out RUN/merged.")
+    return section
 
 
-def training(files: RunFiles) -> Part:
-    part = Part("training", "Training")
+def training(files: RunFiles) -> Section:
+    section = Section("training", "Training")
     metrics = files.metrics
     if metrics is None or not metrics.curves["loss"]:
-        part.missing.append("There is no metrics.jsonl, which holds the curves.")
-        return part
+        section.omitted.append("There is no metrics.jsonl, which contains the curves.")
+        return section
     caption = "The loss of each adapter's own batches."
-    part.charts.append(_curves("loss", metrics.curves["loss"], "Training loss", "training loss", caption))
+    section.charts.append(_curves(metrics.curves["loss"], "Training loss", "training loss", caption))
     found = metrics.curves["validation_loss"]
     if not found:
-        part.missing.append(_no_validation(files.config))
-        return part
+        section.omitted.append(_no_validation(files.config))
+        return section
     merges = {name: curve for name, curve in found.items() if name.startswith("running merge")}
     adapters = {name: curve for name, curve in found.items() if name not in merges and name != "base"}
     last = {name: curve[-1][1] for name, curve in found.items() if curve}
     means = [last[name] for name in adapters]
-    told = [f"{name}: {last[name]:.3f}" for name in ("base", *merges) if name in last]
-    told += [f"adapters: {min(means):.3f} to {max(means):.3f}"] if means else []
-    part.charts.append(
+    losses = [f"{name}: {last[name]:.3f}" for name in ("base", *merges) if name in last]
+    losses += [f"adapters: {min(means):.3f} to {max(means):.3f}"] if means else []
+    final = f"At the end: {', '.join(losses)}."
+    section.charts.append(
         chart(
             figures.validation_figure(found.get("base", []), adapters, merges),
-            "validation",
             "Validation loss while training",
-            "In the end: " + ", ".join(told) + ".",
-            "On rows held out of training. In the end: " + ", ".join(told) + ".",
+            final,
+            f"On rows held out of training. {final}",
         )
     )
-    return part
+    return section
 
 
-def noise(files: RunFiles) -> Part:
-    part = Part("noise", "Gradients and noise")
+def noise(files: RunFiles) -> Section:
+    section = Section("noise", "Gradients and noise")
     metrics, config = files.metrics, files.config
     if metrics is None or not metrics.curves["grad_norm"]:
-        part.missing.append("There is no metrics.jsonl, which holds the norms.")
-        return part
+        section.omitted.append("There is no metrics.jsonl, which contains the norms.")
+        return section
     limit = None if config is None else ("clipped above", config.optim.max_grad_norm)
     caption = "The norm of each adapter's gradient before clipping."
     gradients, norms = metrics.curves["grad_norm"], metrics.curves["noise_norm"]
-    part.charts.append(_curves("grad-norm", gradients, "Gradient norm", "gradient norm", caption, limit))
+    section.charts.append(_curves(gradients, "Gradient norm", "gradient norm", caption, limit))
     if not any(value for curve in norms.values() for _, value in curve):
         if config is not None and config.optim.temperature == 0:
-            part.missing.append("No noise was added: λ is 0.")
+            section.omitted.append("No noise was added: λ is 0.")
         else:
-            part.missing.append("The norms of the noise are not in metrics.jsonl.")
-        return part
+            section.omitted.append("The norms of the noise are not in metrics.jsonl.")
+        return section
     caption = "The norm of the noise added in a step, sqrt(2 · lr · λ) · ‖ξ‖: it follows the learning rate."
-    part.charts.append(_curves("noise-norm", norms, "Noise norm", "norm of the noise", caption))
-    return part
+    section.charts.append(_curves(norms, "Noise norm", "norm of the noise", caption))
+    return section
 
 
 def _no_validation(config: RunConfig | None) -> str:
     if config is not None and config.data.validation == 0:
         return "The validation loss was not measured: data.validation is 0."
-    return "The validation loss is not in metrics.jsonl: none was measured yet, or its lines are gone."
+    return "The validation loss is not in metrics.jsonl: none was measured yet, or its lines are missing."
 
 
-def provenance(files: RunFiles) -> Part:
-    part = Part("provenance", "Provenance")
+def provenance(files: RunFiles) -> Section:
+    section = Section("provenance", "Provenance")
     info, merge = files.info, files.merge
     if info is None:
-        part.missing.append("There is no run.json, which holds versions, hardware and wall time.")
+        section.omitted.append("There is no run.json, which contains versions, hardware and wall time.")
     else:
         facts: dict[str, object] = {
             "seed": info.seed,
@@ -110,20 +111,20 @@ def provenance(files: RunFiles) -> Part:
             **{name: ", ".join(x) if isinstance(x, list) else x for name, x in info.machine.items()},
         }
         rows = [[name, short(str(value))] for name, value in facts.items() if value not in (None, "")]
-        part.tables.append(Table("How and on what it ran", ["", "value"], rows, facts=True))
+        section.tables.append(Table("How and on what it ran", ["", "value"], rows, facts=True))
         versions = [[short(name), short(version)] for name, version in info.versions.items()]
-        part.tables.append(Table("Versions", ["", "version"], versions, facts=True))
+        section.tables.append(Table("Versions", ["", "version"], versions, facts=True))
         data = [[short(name, 400), digest] for name, digest in info.data_sha256.items()]
-        part.tables.append(Table("Training data", ["", "SHA-256"], data, facts=True))
+        section.tables.append(Table("Training data", ["", "SHA-256"], data, facts=True))
     if merge is not None:
         sources = [[short(source.name, 400), short(source.sha256)] for source in merge.sources]
-        part.tables.append(Table("Merged adapters", ["", "SHA-256 of the weights"], sources, facts=True))
-    part.tables = [table for table in part.tables if table.rows]
-    return part
+        section.tables.append(Table("Merged adapters", ["", "SHA-256 of the weights"], sources, facts=True))
+    section.tables = [table for table in section.tables if table.rows]
+    return section
 
 
 def _sentence(config: RunConfig, files: RunFiles) -> str:
-    """What was run, in words."""
+    """Describes the run in a sentence."""
     lora, optim, train, adapters = config.lora, config.optim, config.train, config.adapters
     steps = files.info.steps if files.info else None
     steps = steps or train.max_steps
@@ -133,9 +134,9 @@ def _sentence(config: RunConfig, files: RunFiles) -> str:
     quantised = f", quantised to {config.model.quantization}" if config.model.quantization else ""
     return (
         f"M = {adapters.count} LoRA adapters of rank {lora.rank} (alpha {lora.alpha:g}) on "
-        f"{short(', '.join(lora.targets))} of {short(model, 300)}{quantised}, each trained by itself for {length} of "
-        f"{train.batch_size} rows with NoisyAdamW: learning rate {optim.lr:g}, {noise}, run seed {adapters.seed}. "
-        f"Trained on {short(', '.join(config.data.train), 300)}."
+        f"{short(', '.join(lora.targets))} of {short(model, 300)}{quantised}, each trained independently for "
+        f"{length} of {train.batch_size} rows with NoisyAdamW: learning rate {optim.lr:g}, {noise}, "
+        f"run seed {adapters.seed}. Trained on {short(', '.join(config.data.train), 300)}."
     )
 
 
@@ -144,7 +145,7 @@ def _error(error: float) -> str:
 
 
 def _settings(config: RunConfig) -> Table:
-    """Every setting; a value that was chosen while running stands under provenance."""
+    """Lists every setting. Values that `auto` chose are listed under provenance."""
     rows = [
         [key, short(", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value), 400)]
         for key, value in flatten(config).items()
@@ -154,7 +155,6 @@ def _settings(config: RunConfig) -> Table:
 
 
 def _curves(
-    name: str,
     curves: Mapping[str, figures.Curve],
     title: str,
     label: str,
@@ -165,12 +165,12 @@ def _curves(
     values = [value for curve in curves.values() for _, value in curve]
     longest = max(map(len, curves.values()))
     (first, start), (last, end) = mean[0], mean[-1]
-    told = (
+    description = (
         f"The mean over {len(curves)} adapters goes from {start:.3g} at step {first:,} to {end:.3g} at step {last:,}."
     )
-    if longest > figures.POINTS:
+    if longest > figures.MAX_POINTS:
         caption += " Neighbouring steps are averaged."
-    if len(curves) > figures.DRAWN:
-        caption += f" The first {figures.DRAWN} of {len(curves)} adapters are drawn."
+    if len(curves) > figures.MAX_CURVES:
+        caption += f" The first {figures.MAX_CURVES} of {len(curves)} adapters are drawn."
     figure = figures.curves_figure(curves, label=label, log=figures.spans_decades(values), limit=limit)
-    return chart(figure, name, f"{title} of each adapter", told, f"{caption} {told}")
+    return chart(figure, f"{title} of each adapter", description, f"{caption} {description}")
