@@ -35,8 +35,8 @@ def test_every_example_is_tried_here():
 def test_adapters_of_an_sft_trainer_are_merged(tmp_path):
     run("sft_trainer.py", tmp_path, "--adapters", 2, "--steps", 4)
     report = merge_folders([tmp_path / "out" / "0", tmp_path / "out" / "1"], tmp_path / "merged")
-    assert report["rank"] == 32
-    assert 0 < report["mean_cosine"] < 0.99
+    assert report.rank == 32
+    assert 0 < report.mean_cosine < 0.99
 
 
 @pytest.mark.slow

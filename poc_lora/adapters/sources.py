@@ -10,6 +10,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.adapters.weights_file import MAX_WEIGHTS_BYTES
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.errors import AdapterError, first_line
 from poc_lora.hub_ids import is_adapter_id, split_revision
 
@@ -47,7 +48,7 @@ def find_adapters(source: Path) -> list[Path]:
     """Returns `source` if it is an adapter folder, or a run's finished adapters by number. Raises AdapterError."""
     if (source / CONFIG_NAME).exists() or (source / WEIGHTS_NAME).exists():
         return [source]
-    inside = source / "adapters"
+    inside = RunFolder(source).adapters
     if not inside.is_dir():
         raise AdapterError(
             "neither an adapter folder nor a run folder" if source.exists() else "no such folder",

@@ -10,7 +10,8 @@ import typer
 from poc_lora.errors import PocLoraError, RequestError, printable
 
 if TYPE_CHECKING:
-    from poc_lora.evaluation.results import Results
+    from poc_lora.artifacts.merge_report import MergeReport
+    from poc_lora.artifacts.results import Results
     from poc_lora.training.loop import TrainingResult
 
 N = TypeVar("N", int, float)
@@ -69,13 +70,13 @@ def show_results(results: "Results") -> None:
         show(note)
 
 
-def show_merge(report: dict[str, Any]) -> None:
+def show_merge(report: "MergeReport") -> None:
     """Print the summary of a merge and its rank sweep, if any."""
     from poc_lora.reporting.summaries import merge_summary, rank_table
 
     for line in merge_summary(report):
         typer.echo(line)
-    if "rank_sweep" in report:
+    if report.rank_sweep:
         show("\n".join(rank_table(report)))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.answers import AnswerFile, Item
@@ -34,7 +35,7 @@ def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: S
     Raises:
         RunError: If its merge was not evaluated, or with other settings or questions.
     """
-    folder = run / folder_name(protocol)
+    folder = RunFolder(run).evaluation(protocol)
     fix = f"first: poc-lora eval {run} with the same base, data, benchmarks, prompt, dtype and limit"
     if not (folder / "merged.json").is_file():
         raise RunError("no merge of it was evaluated", where=run, fix=fix)
@@ -51,10 +52,5 @@ def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: S
         if item not in answers:
             what = f"its merge was not asked {item.benchmark}, row {item.row}, or not in these words"
             raise RunError(what, where=folder, fix=fix)
-    temperature = load_config(run / "config.yaml").optim.temperature
+    temperature = load_config(RunFolder(run).config).optim.temperature
     return Control(f"λ = {temperature:g}", correct_by_benchmark(items, answers))
-
-
-def folder_name(protocol: str) -> str:
-    """The folder in a run that holds the results of a protocol."""
-    return "eval" if protocol == "label" else f"eval-{protocol}"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from poc_lora.artifacts.results import Results, Subsets
+from poc_lora.artifacts.run_folder import PROTOCOLS, RESULTS
 from poc_lora.data.commonsense import Benchmark, chance_level, find_benchmarks, read_questions
 from poc_lora.distributed import open_ranks
 from poc_lora.errors import Interrupted, RequestError, RunError
@@ -14,15 +16,13 @@ from poc_lora.evaluation.control import read_control
 from poc_lora.evaluation.evaluator import Evaluator, Protocol
 from poc_lora.evaluation.protocols.harness import harness_answers
 from poc_lora.evaluation.protocols.harness_tasks import load_tasks
-from poc_lora.evaluation.results import RESULTS_FILE, Results, summarise, write_results
+from poc_lora.evaluation.results import summarise, write_results
 from poc_lora.evaluation.statistics import ensemble
-from poc_lora.evaluation.subsets import name_subsets, subset_points, to_json
+from poc_lora.evaluation.subsets import name_subsets, subset_points, variance_law
 from poc_lora.evaluation.variants import Variants, activate_variants, base_digest, find_variants
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_base, resolve_dtype
 from poc_lora.progress import progress_bar
-
-PROTOCOLS = ("label", "generate", "harness")
 
 
 def evaluate(
@@ -155,11 +155,11 @@ def evaluate(
             prompt=settings["prompt"],
             limit=limit,
             chance={b.folder: chance_level([i.question for i in test if i.benchmark == b.folder]) for b in chosen},
-            subsets=None if points is None else to_json(points),
+            subsets=points and Subsets(points=points, variance_law=variance_law(points)),
             exact_average=variants.exact_average,
         )
         if ranks.rank == 0:
-            (variants.out / RESULTS_FILE).unlink(missing_ok=True)
+            (variants.out / RESULTS).unlink(missing_ok=True)
             for file in files.values():
                 file.finish()
             write_results(variants, results, settings_of)
@@ -208,7 +208,7 @@ def _answer(
             for batch, answers in evaluator.answer(names, missing):
                 if answers:
                     # Where results.json is present, all other files are of the same evaluation.
-                    (variants.out / RESULTS_FILE).unlink(missing_ok=True)
+                    (variants.out / RESULTS).unlink(missing_ok=True)
                     for file, given in zip(own, answers, strict=True):
                         file.append(batch, given)
                 progress.advance(len(batch) * len(own), note)

@@ -6,34 +6,16 @@ seeds.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from poc_lora import rng
+from poc_lora.artifacts.results import Difference, Estimate
 from poc_lora.evaluation.answers import Answer, Item
 
 RESAMPLES = 10_000
-
-
-class Estimate(NamedTuple):
-    """A value and its standard error, which is NaN for a single observation."""
-
-    value: float
-    error: float
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A paired difference of macro averages with its 95 % bootstrap interval and two-sided p-value."""
-
-    value: float
-    low: float
-    high: float
-    p: float
 
 
 def correct_by_benchmark(items: Sequence[Item], answers: Mapping[Item, Answer]) -> dict[str, Tensor]:
@@ -113,7 +95,7 @@ def paired_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], 
     low, high = np.quantile(resampled, (0.025, 0.975))
     tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
     p = min(1.0, 2 * (int(tail) + 1) / (RESAMPLES + 1))
-    return Difference(float(observed / len(ours)), float(low), float(high), p)
+    return Difference(value=float(observed / len(ours)), low=float(low), high=float(high), p=p)
 
 
 def agreement(ours: Mapping[Item, Answer], theirs: Mapping[Item, Answer]) -> float:

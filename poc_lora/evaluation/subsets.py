@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from poc_lora import rng
+from poc_lora.artifacts.results import SubsetPoint, VarianceLaw
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.statistics import correct_by_benchmark, macro_average, mean
 
@@ -38,27 +37,6 @@ def name_subsets(M: int, seed: int, *, whole: bool) -> dict[str, tuple[int, ...]
     return {f"subsets/{len(group)}-{'-'.join(f'{slot:02d}' for slot in group)}": group for group in groups}
 
 
-@dataclass(frozen=True)
-class SubsetPoint:
-    """All subsets of one size.
-
-    Attributes:
-        m: The size.
-        subsets: The number of subsets.
-        accuracy: The mean over subsets of the macro average.
-        error: The standard deviation of that over subsets, divided by the square root of their number; NaN for one.
-            For m > 1 it is rough, since subsets share adapters.
-        distance: The mean over subsets and questions of ‖z_m − z_M‖², where z are the label logits, centred, of the
-            subset's merge and of the merge of all. None for m = M, and where no question fits the context.
-    """
-
-    m: int
-    subsets: int
-    accuracy: float
-    error: float
-    distance: float | None
-
-
 def subset_points(answers: Mapping[tuple[int, ...], Mapping[Item, Answer]], items: Sequence[Item]) -> list[SubsetPoint]:
     """Summarise the subsets of each size, in ascending order.
 
@@ -75,11 +53,12 @@ def subset_points(answers: Mapping[tuple[int, ...], Mapping[Item, Answer]], item
         error = float(accuracies.std()) / math.sqrt(len(chosen)) if len(chosen) > 1 else math.nan
         distances = [_distance(items, given, whole) for given in chosen]
         distance = None if m == M or math.isnan(distances[0]) else sum(distances) / len(distances)
-        points.append(SubsetPoint(m, len(chosen), float(accuracies.mean()), error, distance))
+        accuracy = float(accuracies.mean())
+        points.append(SubsetPoint(m=m, subsets=len(chosen), accuracy=accuracy, error=error, distance=distance))
     return points
 
 
-def variance_law(points: Sequence[SubsetPoint]) -> dict[str, float] | None:
+def variance_law(points: Sequence[SubsetPoint]) -> VarianceLaw | None:
     """Fit distance = c (1/m − 1/M) + floor by least squares.
 
     If logits were linear in ΔW, merges of m out of M independent adapters would be at distance c (1/m − 1/M) from the
@@ -97,15 +76,7 @@ def variance_law(points: Sequence[SubsetPoint]) -> dict[str, float] | None:
     x, y = torch.tensor(seen, dtype=torch.float64).T
     slope, floor = torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], dim=1), y[:, None]).solution[:, 0].tolist()
     residual, total = (y - slope * x - floor).square().sum(), (y - y.mean()).square().sum()
-    return {"c": slope, "floor": floor, "explained": float(1 - residual / total) if total > 0 else math.nan}
-
-
-def to_json(points: Sequence[SubsetPoint]) -> dict[str, Any]:
-    """The `subsets` part of results.json."""
-    return {
-        "points": [asdict(p) | {"error": None if math.isnan(p.error) else p.error} for p in points],
-        "variance_law": variance_law(points),
-    }
+    return VarianceLaw(c=slope, floor=floor, explained=float(1 - residual / total) if total > 0 else math.nan)
 
 
 def _accuracy(items: Sequence[Item], answers: Mapping[Item, Answer]) -> float:

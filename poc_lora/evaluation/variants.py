@@ -11,14 +11,14 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from poc_lora.adapters.sources import Source, find_adapters, find_sources
+from poc_lora.artifacts.merge_report import MergeReport
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import load_config
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.errors import ModelError, RequestError, RunError, first_line
-from poc_lora.evaluation.control import folder_name
-from poc_lora.files import read_json, sha256_file
+from poc_lora.files import sha256_file
 from poc_lora.hub_ids import is_adapter_id
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.merging.folders import REPORT_NAME
 
 
 def adapter_key(name: str) -> str:
@@ -170,7 +170,7 @@ def find_variants(
     """
     if prompt is not None and prompt not in TEMPLATES:
         raise RequestError(f"no prompt template is called {prompt!r}", fix=f"known: {', '.join(TEMPLATES)}")
-    runs = [target for target in targets if (target / "config.yaml").is_file()]
+    runs = [target for target in targets if RunFolder(target).is_run]
     for target in targets:
         if target not in runs and not (target / CONFIG_NAME).is_file() and not is_adapter_id(target):
             what = "no such folder" if not target.is_dir() else "neither a run nor an adapter"
@@ -183,9 +183,9 @@ def find_variants(
             fix="evaluate runs one by one",
         )
     if runs:
-        config = load_config(runs[0] / "config.yaml")
-        folders, merged = find_adapters(runs[0]), runs[0] / "merged"
-        _check_merge_is_current(folders, merged)
+        run = RunFolder(runs[0])
+        config, folders = load_config(run.config), find_adapters(run.path)
+        _check_merge_is_current(folders, run)
         return Variants(
             base=base or config.model.name,
             revision=revision or (config.model.revision if base is None else None),
@@ -193,8 +193,8 @@ def find_variants(
             quantization=config.model.quantization,
             prompt=prompt or config.data.prompt,
             adapters={folder.name: read_adapter(folder) for folder in folders},
-            merged=read_adapter(merged) if merged.is_dir() else None,
-            out=out or runs[0] / folder_name(protocol),
+            merged=read_adapter(run.merged) if run.merged.is_dir() else None,
+            out=out or run.evaluation(protocol),
         )
     if out is None:
         raise RequestError("adapters outside a run need a folder for the results", fix="add --out DIR")
@@ -206,18 +206,14 @@ def find_variants(
     return Variants(base, revision, dtype or "auto", None, prompt or "clean", adapters, None, out)
 
 
-def _check_merge_is_current(folders: Sequence[Path], merged: Path) -> None:
+def _check_merge_is_current(folders: Sequence[Path], run: RunFolder) -> None:
     """Refuse a merge made before the run was extended; one without merge.json is accepted unchecked."""
-    if not (merged / REPORT_NAME).is_file():
-        return
-    report = read_json(merged / REPORT_NAME, error=RunError)
-    sources = report.get("sources", []) if isinstance(report, dict) else []
-    made_of = {source.get("sha256") for source in sources if isinstance(source, dict)}
-    if made_of != {sha256_file(folder / WEIGHTS_NAME) for folder in folders}:
+    report = MergeReport.read_if_there(run.merge_report)
+    if report and {source.sha256 for source in report.sources} != {sha256_file(f / WEIGHTS_NAME) for f in folders}:
         raise RunError(
             "the merge was made from other adapters than the run has now",
-            where=merged,
-            fix=f"remove it, then: poc-lora merge {merged.parent} --out {merged}",
+            where=run.merged,
+            fix=f"remove it, then: poc-lora merge {run.path} --out {run.merged}",
         )
 
 

@@ -1,21 +1,22 @@
-"""The model card: what an adapter is, how it was made, how well it does and how to use it. Only what is known is said.
+"""The model card: a description of an adapter that states known facts only.
 
-The metadata is what the Hub reads: https://huggingface.co/docs/hub/model-cards. Accuracies are given there under a
-data set's name only where exactly its test questions were asked; the micro-world's benchmarks, say, have their
-folders' names but not their questions.
+The metadata follows https://huggingface.co/docs/hub/model-cards. An accuracy carries a data set's name only where
+exactly its test questions were asked; the micro-world's benchmarks, for example, share folder names with real ones,
+but not questions.
 """
 
 import math
 import re
 from pathlib import Path
-from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.utils import yaml_dump
 
+from poc_lora.artifacts.merge_report import MergeReport
+from poc_lora.artifacts.results import Results
+from poc_lora.artifacts.run_info import TOKENIZED_ROWS
 from poc_lora.errors import RequestError
 from poc_lora.evaluation.benchmarks import FACTS, BenchmarkFacts
-from poc_lora.evaluation.results import Results
 from poc_lora.hub.collect import Evaluation, File, Subject
 from poc_lora.hub.usage import PIPELINES, usage
 from poc_lora.hub_ids import is_repo_id
@@ -43,14 +44,15 @@ CITATION = """\
 
 
 def model_card(subject: Subject, repo_id: str, *, revision: str | None = None, licence: str | None = None) -> str:
-    """The text of README.md. The same arguments give the same text. licence: an identifier such as apache-2.0.
+    """Returns the text of README.md, which depends on the arguments alone.
 
-    Raises RequestError for a licence that is no identifier.
+    Args:
+        licence: An identifier such as apache-2.0. Raises RequestError for other texts.
     """
     if licence is not None and not LICENCE.fullmatch(licence):
         raise RequestError(f"{licence!r} is not a licence's identifier", where="--license", fix="such as apache-2.0")
     name = repo_id.rpartition("/")[2]
-    evaluated = _eval_results(subject.evaluation)
+    evaluated = _eval_results(subject.evaluation) if subject.evaluation else []
     data = ModelCardData(
         base_model=subject.base_model,
         base_model_relation="adapter",
@@ -75,66 +77,56 @@ def model_card(subject: Subject, repo_id: str, *, revision: str | None = None, l
 
 
 def eval_results_files(evaluation: Evaluation | None) -> list[File]:
-    """One file in .eval_results/ for each benchmark of which exactly the test questions were asked.
+    """Returns one file in .eval_results/ for each benchmark of which exactly the test questions were asked.
 
-    The format: https://huggingface.co/docs/hub/eval-results. Values are accuracies in percent.
+    Values are accuracies in percent. The format: https://huggingface.co/docs/hub/eval-results
     """
-    if evaluation is None:
-        return []
-    results, official = evaluation.results, _official(evaluation.results)
     files = []
-    for facts, value in _values(evaluation):
-        if facts.benchmark.folder in official:
-            dataset = {"id": facts.source, "task_id": _config(facts) or "default"}
+    for facts, value, official in _values(evaluation) if evaluation else ():
+        if official and evaluation:
             entry = {
-                "dataset": dataset,
+                "dataset": {"id": facts.source, "task_id": _config(facts) or "default"},
                 "value": value,
-                "notes": f"{results.protocol} protocol, {results.prompt} prompt",
+                "notes": f"{evaluation.results.protocol} protocol, {evaluation.results.prompt} prompt",
             }
-            path = EVAL_RESULTS.format(facts.benchmark.folder.lower())
-            files.append(File(path, yaml_dump([entry]).encode()))
+            files.append(
+                File(
+                    EVAL_RESULTS.format(facts.benchmark.folder.lower()), yaml.dump([entry], allow_unicode=True).encode()
+                )
+            )
     return files
 
 
-def _eval_results(evaluation: Evaluation | None) -> list[EvalResult]:
+def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
     """The accuracies for `model-index`, in percent."""
-    if evaluation is None:
-        return []
-    official = _official(evaluation.results)
-    return [
-        EvalResult(
-            task_type="multiple-choice",
-            dataset_type=facts.source if facts.benchmark.folder in official else "custom",
-            dataset_name=facts.benchmark.name
-            if facts.benchmark.folder in official
-            else _own(facts, evaluation.results),
-            dataset_split=facts.split if facts.benchmark.folder in official else None,
-            # Results that differ in nothing of their data set's but its name would become one in model-index.
-            dataset_config=_config(facts) if facts.benchmark.folder in official else facts.benchmark.folder,
-            metric_type="accuracy",
-            metric_name="accuracy (%)",
-            metric_value=value,
+    entries = []
+    for facts, value, official in _values(evaluation):
+        folder = facts.benchmark.folder
+        own = f"{evaluation.results.questions[folder]} questions in the format of {facts.benchmark.short}"
+        entries.append(
+            EvalResult(
+                task_type="multiple-choice",
+                dataset_type=facts.source if official else "custom",
+                dataset_name=facts.benchmark.name if official else own,
+                dataset_split=facts.split if official else None,
+                # Results whose data sets differ in their names alone would become one in model-index.
+                dataset_config=_config(facts) if official else folder,
+                metric_type="accuracy",
+                metric_name="accuracy (%)",
+                metric_value=value,
+            )
         )
-        for facts, value in _values(evaluation)
-    ]
+    return entries
 
 
-def _own(facts: BenchmarkFacts, results: Results) -> str:
-    return f"{results.questions[facts.benchmark.folder]} questions in the format of {facts.benchmark.short}"
-
-
-def _values(evaluation: Evaluation) -> list[tuple[BenchmarkFacts, float]]:
-    """The adapter's accuracy on each benchmark, in percent, as the tables round it."""
-    scored = evaluation.scored.benchmarks
-    return [
-        (facts, round(100 * scored[folder].value, 2))
-        for folder, facts in FACTS.items()
-        if folder in scored and not math.isnan(scored[folder].value)
-    ]
+def _values(evaluation: Evaluation) -> list[tuple[BenchmarkFacts, float, bool]]:
+    """For each benchmark the adapter's accuracy in percent, rounded as in the tables, and whether it is official."""
+    scored, official = evaluation.scored.benchmarks, _official(evaluation.results)
+    return [(FACTS[b], round(100 * scored[b].value, 2), b in official) for b in FACTS if b in scored]
 
 
 def _official(results: Results) -> set[str]:
-    """The benchmarks of which, by their number and the level of chance, the test questions themselves were asked."""
+    """The benchmarks whose own test questions were asked, judged by their number and the level of chance."""
     return {
         folder
         for folder, facts in FACTS.items()
@@ -152,7 +144,7 @@ def _opening(subject: Subject, licence: str | None) -> str:
     base = f"[`{subject.base_model}`](https://huggingface.co/{subject.base_model})"
     lines = [f"A LoRA adapter of {base}, in PEFT's format."]
     if subject.merge:
-        what = METHODS.get(str(subject.merge.get("method")), "a merge of {M} adapters").format(M=_count(subject))
+        what = METHODS.get(subject.merge.method, "a merge of {M} adapters").format(M=len(subject.merge.sources))
         what += f", with the weights {weights}" if (weights := _weights(subject.merge)) else ""
         lines[0] = f"A LoRA adapter of {base}, in PEFT's format: {what}, which runs as one."
     if subject.config:
@@ -167,30 +159,22 @@ def _opening(subject: Subject, licence: str | None) -> str:
     return "\n".join(lines)
 
 
-def _weights(merge: dict[str, Any]) -> str:
-    """The weights of what was merged, where they are not all the same."""
-    weights = merge.get("weights", [])
-    more = ", ..." if len(weights) > MAX_LISTED else ""
-    return ", ".join(f"{w:.4g}" for w in weights[:MAX_LISTED]) + more if len(set(weights)) > 1 else ""
-
-
-def _count(subject: Subject) -> int:
-    sources = (subject.merge or {}).get("sources")
-    return len(sources) if isinstance(sources, list) else 0
+def _weights(merge: MergeReport) -> str:
+    """The weights of the merge, unless they are all the same."""
+    more = ", ..." if len(merge.weights) > MAX_LISTED else ""
+    equal = len(set(merge.weights)) == 1
+    return "" if equal else ", ".join(f"{w:.4g}" for w in merge.weights[:MAX_LISTED]) + more
 
 
 def _making(subject: Subject) -> str:
-    """A table of what merge.json, config.yaml and run.json tell."""
+    """The table of what merge.json, config.yaml and run.json say."""
     rows: dict[str, str] = {"rank": " to ".join(map(str, sorted({subject.ranks[0], subject.ranks[-1]})))}
-    merge, config = subject.merge or {}, subject.config
+    merge, config = subject.merge, subject.config
     if merge:
-        rows["adapters merged (M)"] = str(_count(subject))
-        rows["method"] = code(merge.get("method"))
+        rows |= {"adapters merged (M)": str(len(merge.sources)), "method": code(merge.method)}
         rows |= {"weights": weights} if (weights := _weights(merge)) else {}
-        if isinstance(asked := merge.get("requested_rank"), int):
-            rows["rank asked for"] = str(asked)
-        if isinstance(error := merge.get("error"), float | int):
-            rows["relative error of the merge"] = f"{error:.1e}"
+        rows |= {"rank asked for": str(merge.requested_rank)} if merge.requested_rank is not None else {}
+        rows["relative error of the merge"] = f"{merge.error:.1e}"
     if config is not None:
         optim, train = config.optim, config.train
         rows |= {
@@ -211,42 +195,38 @@ def _making(subject: Subject) -> str:
             "",
             "How its adapters were trained is not recorded." if merge else "Its training is not recorded.",
         ]
-        lines += _sources(merge)
-    versions = merge.get("versions") or subject.run.get("versions")
-    if isinstance(versions, dict):
+        lines += _sources(merge) if merge else []
+    if versions := (merge.versions.to_json() if merge else {}) or subject.run.versions:
         lines += ["", "Made with " + ", ".join(f"{markdown(k)} {markdown(v)}" for k, v in versions.items()) + "."]
     return "\n".join(lines)
 
 
-def _sources(merge: dict[str, Any]) -> list[str]:
-    """What was merged, by name and checksum, where no run tells more."""
-    sources = [s for s in merge.get("sources", []) if isinstance(s, dict)]
-    if not sources:
-        return []
-    lines = [f"- {code(s.get('name'))}, SHA-256 {code(str(s.get('sha256'))[:16])}" for s in sources[:MAX_LISTED]]
-    more = [f"- and {len(sources) - MAX_LISTED} more, in merge.json"] if len(sources) > MAX_LISTED else []
+def _sources(merge: MergeReport) -> list[str]:
+    """The merged adapters by name and checksum."""
+    lines = [f"- {code(source.name)}, SHA-256 {code(source.sha256[:16])}" for source in merge.sources[:MAX_LISTED]]
+    number = len(merge.sources) - MAX_LISTED
+    more = [f"- and {number} more, in merge.json"] if number > 0 else []
     return ["", "Merged were:", "", *lines, *more]
 
 
 def _data(subject: Subject) -> list[str]:
-    """The training rows: Hub data sets by id, files by name and checksum, as run.json has them."""
-    told = [f"[{name}](https://huggingface.co/datasets/{name})" for name in _hub_datasets(subject)]
+    """The training rows: Hub data sets by id, files by name and checksum from run.json."""
+    shown = [f"[{name}](https://huggingface.co/datasets/{name})" for name in _hub_datasets(subject)]
     sources = [Path(source) for source in (subject.config.data.train if subject.config else ())]
     for path, digest in _files_of_data(subject).items():
-        # No more of the path than tells the files of a folder apart.
+        # The part of the path below the source: it distinguishes the files of a folder, and shows nothing else.
         inside = next((source for source in sources if source in Path(path).parents), Path(path).parent)
-        told.append(f"{code(Path(path).relative_to(inside))} (SHA-256 {code(str(digest)[:16])})")
-    return told or [code(source.name) for source in sources]
+        shown.append(f"{code(Path(path).relative_to(inside))} (SHA-256 {code(digest[:16])})")
+    return shown or [code(source.name) for source in sources]
 
 
-def _files_of_data(subject: Subject) -> dict[str, Any]:
-    hashes = subject.run.get("data_sha256")
-    return {k: v for k, v in hashes.items() if k != "tokenised rows"} if isinstance(hashes, dict) else {}
+def _files_of_data(subject: Subject) -> dict[str, str]:
+    return {path: digest for path, digest in subject.run.data_sha256.items() if path != TOKENIZED_ROWS}
 
 
 def _hub_datasets(subject: Subject) -> list[str]:
-    """The sources of rows that were no files when the run read them."""
-    if subject.config is None or "data_sha256" not in subject.run:
+    """The sources of rows that are data sets on the Hub: those without a file in run.json."""
+    if subject.config is None or not subject.run.data_sha256:
         return []
     files = [Path(path) for path in _files_of_data(subject)]
     return [
@@ -257,12 +237,10 @@ def _hub_datasets(subject: Subject) -> list[str]:
 
 
 def _measured(evaluation: Evaluation) -> str:
-    """The table of the evaluation, as in results.md, and which of its rows this adapter is."""
-    table = results_markdown(evaluation.results).replace("\n## ", "\n### ").replace("# Evaluation", "## Evaluation", 1)
-    official = _official(evaluation.results)
-    own = [
-        FACTS[folder].benchmark.short for folder in FACTS if folder in evaluation.results.questions.keys() - official
-    ]
+    """The table of results.md, and a note which of its rows is this adapter."""
+    results, official = evaluation.results, _official(evaluation.results)
+    table = results_markdown(results).replace("\n## ", "\n### ").replace("# Evaluation", "## Evaluation", 1)
+    own = [facts.benchmark.short for b, facts in FACTS.items() if b in results.questions and b not in official]
     lines = [table.rstrip(), "", f"This adapter is the row {code(evaluation.row)}."]
     if own:
         lines.append(

@@ -1,4 +1,4 @@
-"""The model card's section on how to use an adapter: code that readers copy, so nothing stands in it unquoted."""
+"""The usage section of the model card. Readers copy its code, so every text in it is quoted."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import shlex
 from poc_lora.adapters.serving import VLLM_RANKS, vllm_rank
 from poc_lora.hub.collect import Subject
 
-# By PEFT's task_type: transformers' class of the base model, and what the Hub calls the task.
+# By PEFT's task_type: transformers' class of the base model, and the Hub's name of the task.
 CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -26,71 +26,62 @@ PIPELINES = {
 
 
 def usage(subject: Subject, repo_id: str, revision: str | None) -> str:
-    """The section as Markdown. revision: the branch that the adapter is on, None for the main one."""
+    """Returns the section as Markdown. revision: the adapter's branch; None for the main one."""
     at = f", revision={_quoted(revision)}" if revision else ""
     # transformers' load_adapter knows no `revision` itself.
     kwargs_at = f', adapter_kwargs={{"revision": {_quoted(revision)}}}' if revision else ""
     base_at = f", revision={_quoted(subject.base_revision)}" if subject.base_revision else ""
     kind = CLASSES.get(subject.task or "", "AutoModel")
     base, repo = _quoted(subject.base_model), _quoted(repo_id)
-    lines = [
-        "## How to use it",
-        "",
-        "With PEFT:",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        f"from transformers import {kind}, AutoTokenizer",
-        "",
-        f"base = {kind}.from_pretrained({base}{base_at}{_labels(subject)})",
-        f"tokenizer = AutoTokenizer.from_pretrained({base}{base_at})",
-        f"model = PeftModel.from_pretrained(base, {repo}{at})",
-        "```",
-        "",
-    ]
+    text = f"""\
+## How to use it
+
+With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import {kind}, AutoTokenizer
+
+base = {kind}.from_pretrained({base}{base_at}{_labels(subject)})
+tokenizer = AutoTokenizer.from_pretrained({base}{base_at})
+model = PeftModel.from_pretrained(base, {repo}{at})
+```
+
+"""
     if subject.task not in CLASSES:
-        lines += [
-            "The adapter does not say its task: in place of `AutoModel`, take the class that it was trained with.",
-            "",
-        ]
-    lines.append(f"With transformers alone: `base.load_adapter({repo}{kwargs_at})`.")
+        text += "The adapter does not name its task: replace `AutoModel` by the class that it was trained with.\n\n"
+    text += f"With transformers alone: `base.load_adapter({repo}{kwargs_at})`."
     if subject.members:
         where = f"subfolder={_quoted(f'adapters/{subject.members[0]}')}"
-        lines[-1] += f" A single adapter: `PeftModel.from_pretrained(base, {repo}, {where}{at})`."
-    return "\n".join([*lines, *(_serving(subject, repo_id) if subject.task == "CAUSAL_LM" else [])])
+        text += f" A single adapter: `PeftModel.from_pretrained(base, {repo}, {where}{at})`."
+    return text + (f"\n\n{_serving(subject, repo_id)}" if subject.task == "CAUSAL_LM" else "")
 
 
-def _serving(subject: Subject, repo_id: str) -> list[str]:
-    """How vLLM serves it, or why it does not."""
+def _serving(subject: Subject, repo_id: str) -> str:
+    """The command for vLLM, or the reason why vLLM cannot serve the adapter."""
     rank = subject.ranks[-1]
     largest = vllm_rank(rank)
-    if len(subject.ranks) > 1 or subject.whole:
-        return ["", "vLLM takes adapters of one rank without modules trained whole, so not this one."]
+    if len(subject.ranks) > 1 or subject.modules_to_save:
+        return "vLLM takes adapters of one rank without modules_to_save, so not this one."
     if largest is None:
-        return ["", f"vLLM takes ranks up to {VLLM_RANKS[-1]}, so not this adapter of rank {rank}."]
-    served = shlex.quote(f"{repo_id.rpartition('/')[2]}={repo_id}")
-    return [
-        "",
-        "With vLLM:",
-        "",
-        "```sh",
-        f"vllm serve {shlex.quote(subject.base_model)} --enable-lora --max-lora-rank {largest} --lora-modules {served}",
-        "```",
-    ]
+        return f"vLLM takes ranks up to {VLLM_RANKS[-1]}, so not this adapter of rank {rank}."
+    base, served = shlex.quote(subject.base_model), shlex.quote(f"{repo_id.rpartition('/')[2]}={repo_id}")
+    command = f"vllm serve {base} --enable-lora --max-lora-rank {largest} --lora-modules {served}"
+    return f"With vLLM:\n\n```sh\n{command}\n```"
 
 
 def _labels(subject: Subject) -> str:
-    """The number of classes, which the base model does not know, from the shape of the classifier in the adapter."""
+    """The number of classes, from the shape of the classifier in the adapter; the base model does not have it."""
     if subject.task not in ("SEQ_CLS", "TOKEN_CLS"):
         return ""
     heads = [
         shape[0]
-        for name, shape in subject.whole.items()
+        for name, shape in subject.modules_to_save.items()
         if re.search(r"(^|\.)(score|classifier(\.out_proj)?)\.weight$", name)
     ]
     return f", num_labels={heads[0]}" if len(heads) == 1 else ""
 
 
 def _quoted(text: str) -> str:
-    """A text as a literal that Python reads back as it was, on one line and in ASCII."""
+    """The text as a Python literal on one line in ASCII."""
     return json.dumps(text)

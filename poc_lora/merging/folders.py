@@ -3,10 +3,8 @@
 import contextlib
 import ctypes
 import itertools
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,14 @@ import torch
 import poc_lora
 from poc_lora.adapters.adapter import WEIGHTS_NAME, open_adapter, write_adapter
 from poc_lora.adapters.sources import find_sources, refuse_duplicates
+from poc_lora.artifacts.merge_report import MergeReport, MergeSource, Versions
+from poc_lora.artifacts.run_folder import MERGE_REPORT
 from poc_lora.errors import AdapterError
 from poc_lora.files import sha256_file
 from poc_lora.merging.merge import merge, sweep_by_type
 from poc_lora.merging.methods import METHODS
 from poc_lora.progress import progress_bar
 
-REPORT_NAME = "merge.json"
 MODULES_PER_TRIM = 8
 
 
@@ -38,7 +37,7 @@ def merge_folders(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     allow_base_mismatch: bool = False,
-) -> dict[str, Any]:
+) -> MergeReport:
     """Merge adapters into the new folder `out`; the same inputs give the same bytes.
 
     Args:
@@ -85,46 +84,41 @@ def merge_folders(
             allow_base_mismatch=allow_base_mismatch,
             on_module=on_module,
         )
-    report: dict[str, Any] = {
-        "method": method,
-        "requested_rank": rank,
-        "canonical": canonical,
-        "seed": seed if METHODS[method].random else None,
-        "dtype": str(dtype).removeprefix("torch."),
-        "base_mismatch_allowed": allow_base_mismatch,
-        "sources": [
-            {
-                "name": source.name,
-                "hub_commit": source.revision,
-                "sha256": digest,
-                "base_model": adapter.base_model,
-                "base_revision": adapter.revision,
-            }
+    statistics: dict[str, Any] = dict(merged.report)
+    if rank_sweep:
+        statistics["rank_sweep"] = sweep_by_type(merged.report)
+    report = MergeReport(
+        method=method,
+        requested_rank=rank,
+        canonical=canonical,
+        seed=seed if METHODS[method].random else None,
+        dtype=str(dtype).removeprefix("torch."),
+        base_mismatch_allowed=allow_base_mismatch,
+        sources=[
+            MergeSource(
+                name=source.name,
+                hub_commit=source.revision,
+                sha256=digest,
+                base_model=adapter.base_model,
+                base_revision=adapter.revision,
+            )
             for source, digest, adapter in zip(found, digests, adapters, strict=True)
         ],
-        "versions": {
-            "poc_lora": poc_lora.__version__,
-            "torch": version("torch"),
-            "safetensors": version("safetensors"),
-        },
-        "modules_to_save": sorted(merged.adapter.modules_to_save),
-        "embeddings": sorted(merged.adapter.embeddings),
-        **asdict(merged.report),
-    }
-    if rank_sweep:
-        report["rank_sweep"] = sweep_by_type(merged.report)
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        versions=Versions(poc_lora=poc_lora.__version__, torch=version("torch"), safetensors=version("safetensors")),
+        modules_to_save=sorted(merged.adapter.modules_to_save),
+        embeddings=sorted(merged.adapter.embeddings),
+        **statistics,
+    )
     was_there = out.exists()  # and empty
     try:
         if was_there:
             out.rmdir()
-        write_adapter(merged.adapter, out, dtype=dtype, extra_files={REPORT_NAME: text})
+        write_adapter(merged.adapter, out, dtype=dtype, extra_files={MERGE_REPORT: report.dumps()})
     except BaseException:
         if was_there:
             out.mkdir(exist_ok=True)
         raise
-    written: dict[str, Any] = json.loads(text)
-    return written
+    return report
 
 
 def _trim_heap() -> None:

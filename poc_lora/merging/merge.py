@@ -11,6 +11,7 @@ from torch import Tensor
 from poc_lora import rng
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.factors import DTYPES, MAX_RANK, Factors, is_finite
+from poc_lora.artifacts.merge_report import MergeStatistics, ModuleReport
 from poc_lora.errors import AdapterError
 from poc_lora.hub_ids import is_base_model_id
 from poc_lora.merging import gram, norms
@@ -21,47 +22,9 @@ from poc_lora.merging.stacked import stack
 
 
 @dataclass(frozen=True)
-class ModuleReport:
-    """One module of a merge: which adapters have it, what was kept, and what that cost."""
-
-    absent: list[int]  # the adapters that do not have it, by their places among the sources
-    rank: int
-    norm: float  # ‖ΔW‖ of the exact average
-    error: float  # ‖ΔW − kept‖ / ‖ΔW‖, before the cast
-    cast_error: float  # what the cast to the dtype added, over ‖ΔW‖
-    effective_rank: float  # (Σσ²)² / Σσ⁴ of ΔW's singular values: as many equal ones would be as concentrated
-    mean_cosine: float | None
-    pair_cosines: list[float]  # of the adapters i < j: (0, 1), (0, 2), ..., (1, 2), ...
-    norms: list[float]  # of each adapter's update
-    spread: float | None
-    error_bar: float | None
-    sweep: dict[int, float]  # rank: the error that truncation to it would have
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did. Norms are Frobenius norms over all modules; None: not defined for one adapter."""
-
-    weights: tuple[float, ...]
-    rank: int  # the largest kept in any module
-    norm: float
-    error: float
-    cast_error: float
-    effective_rank: float  # of all modules' updates as one block-diagonal matrix
-    mean_cosine: float | None
-    spread: float | None  # S²
-    error_bar: float | None  # S² Σ w_j², S²/M for equal weights
-    relative_error_bar: float | None  # its square root over the norm
-    next_move: float | None  # how far one more adapter would move the average of equal weights, over its norm
-    cosines: list[list[float]]  # [M, M], of the whole updates
-    norms: list[float]  # of each adapter's update
-    modules: dict[str, ModuleReport]
-
-
-@dataclass(frozen=True)
 class Merged:
     adapter: Adapter
-    report: MergeReport
+    report: MergeStatistics
 
 
 def merge(
@@ -186,13 +149,13 @@ def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[
     return factors, report, inner
 
 
-def _total_report(modules: dict[str, ModuleReport], inner: Tensor, weights: tuple[float, ...]) -> MergeReport:
+def _total_report(modules: dict[str, ModuleReport], inner: Tensor, weights: tuple[float, ...]) -> MergeStatistics:
     norm = math.hypot(*(report.norm for report in modules.values()))
     lost, cast = (
         math.hypot(*(report.norm * getattr(report, kind) for report in modules.values()))
         for kind in ("error", "cast_error")
     )
-    return MergeReport(
+    return MergeStatistics(
         weights=weights,
         rank=max(report.rank for report in modules.values()),
         norm=norm,
@@ -213,7 +176,7 @@ def _effective_rank(modules: Iterable[ModuleReport], norm: float) -> float:
     return 1 / fourth if fourth else 0.0
 
 
-def sweep_by_type(report: MergeReport) -> dict[str, dict[int, float]]:
+def sweep_by_type(report: MergeStatistics) -> dict[str, dict[int, float]]:
     """The relative error of each rank of a sweep, over all modules of a type (`q_proj`, ...) and over `all`."""
     types: dict[str, list[ModuleReport]] = {"all": list(report.modules.values())}
     for name, module in report.modules.items():

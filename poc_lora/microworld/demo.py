@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from poc_lora.artifacts.results import Results
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.evaluate import evaluate
-from poc_lora.evaluation.results import Results
 from poc_lora.merging.folders import merge_folders
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 from poc_lora.reporting.page import write_page, write_rank_sweep
@@ -51,8 +52,8 @@ def run_demo(
     for line in training_summary(train(config)):
         show(line)
     max_rank = config.lora.rank * config.adapters.count
-    merged = merge_folders([out], out / "merged", rank_sweep=[2**k for k in range(max_rank.bit_length())])
-    write_rank_sweep(merged, out / "merged")
+    merged = merge_folders([out], RunFolder(out).merged, rank_sweep=[2**k for k in range(max_rank.bit_length())])
+    write_rank_sweep(merged, RunFolder(out).merged)
     for line in merge_summary(merged):
         show(line)
     results = evaluate([out], data=DATA_DIR, limit=limit)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
-from poc_lora.evaluation.statistics import Estimate
+from poc_lora.artifacts.results import Estimate
 from poc_lora.plotting import render
 
 

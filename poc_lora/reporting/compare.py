@@ -8,9 +8,10 @@ from pathlib import Path
 import rich.box
 import rich.table
 
+from poc_lora.artifacts.results import Results, Scored
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import RunConfig, flatten
 from poc_lora.errors import RunError
-from poc_lora.evaluation.results import Results, Scored
 from poc_lora.files import write_atomic
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Cell, Section, Table, accuracy, chart
@@ -19,8 +20,6 @@ from poc_lora.reporting.run_files import RunFiles, read_run
 
 SWEPT = ("optim.temperature", "adapters.seed", "output")
 ROLES = {"LoRA (average)": "adapter", "LoRA (best)": "best", "PoC merge": "merge", "prediction ensemble": "ensemble"}
-
-COMPARISON_FILE = "comparison.md"
 
 
 def comparison(runs: Sequence[RunFiles]) -> Section:
@@ -81,7 +80,7 @@ def write_comparison(folders: Sequence[Path]) -> rich.table.Table:
         RunError: As `comparison`.
     """
     section = comparison(list(map(read_run, folders)))
-    write_atomic(folders[0] / COMPARISON_FILE, _markdown(section))
+    write_atomic(RunFolder(folders[0]).comparison, _markdown(section))
     return _terminal(section)
 
 

@@ -163,7 +163,7 @@ def rank_sweep_figure(sweep: Mapping[str, Mapping[int, float]]) -> Figure:
         sweep: The `rank_sweep` of merge.json: for "all" and for every type of module the relative error e by rank.
             The retained energy is 1 − e², the share of ‖ΔW‖².
     """
-    curves = {kind: sorted((int(rank), e) for rank, e in errors.items()) for kind, errors in sweep.items()}
+    curves = {kind: sorted(errors.items()) for kind, errors in sweep.items()}
     ranks = sorted({rank for points in curves.values() for rank, _ in points})
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     errors, energies = figure.subplots(2, 1, sharex=True)

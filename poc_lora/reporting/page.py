@@ -5,12 +5,13 @@ import hashlib
 from collections.abc import Sequence
 from importlib.resources import files as resources
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from poc_lora import __version__
+from poc_lora.artifacts.merge_report import MergeReport
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.files import write_atomic
 from poc_lora.plotting import render
 from poc_lora.reporting.blocks import Cell, Section
@@ -22,7 +23,6 @@ from poc_lora.reporting.sections_merge import ranks, similarity
 from poc_lora.reporting.sections_results import benchmarks, headline, subsets
 from poc_lora.reporting.sections_training import noise, provenance, training, what_was_run
 
-PAGE_FILE = "report.html"
 SWEEP_FILE = "rank_sweep"
 
 
@@ -44,8 +44,8 @@ def write_page(folder: Path, *, compare: Sequence[Path] = ()) -> Path:
     """
     run = read_run(folder)
     text = render_page(run, comparison([run, *map(read_run, compare)]) if compare else None)
-    write_atomic(folder / PAGE_FILE, text)
-    return folder / PAGE_FILE
+    write_atomic(RunFolder(folder).report, text)
+    return RunFolder(folder).report
 
 
 def render_page(run: RunFiles, compared: Section | None = None) -> str:
@@ -83,9 +83,9 @@ def render_page(run: RunFiles, compared: Section | None = None) -> str:
     )
 
 
-def write_rank_sweep(report: dict[str, Any], folder: Path) -> None:
+def write_rank_sweep(report: MergeReport, folder: Path) -> None:
     """Draws the `rank_sweep` of a merge.json as rank_sweep.svg and rank_sweep.png."""
-    figure = rank_sweep_figure(report["rank_sweep"])
+    figure = rank_sweep_figure(report.rank_sweep)
     title = "Relative error and retained energy of the merge against its rank"
     write_atomic(folder / f"{SWEEP_FILE}.svg", render(figure, "svg", title=title))
     write_atomic(folder / f"{SWEEP_FILE}.png", render(figure, "png"))

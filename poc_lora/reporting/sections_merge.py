@@ -2,10 +2,11 @@
 
 from itertools import takewhile
 
+from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Section, Table, chart, percent
 from poc_lora.reporting.escape import short
-from poc_lora.reporting.run_files import Merge, RunFiles
+from poc_lora.reporting.run_files import RunFiles
 
 
 def similarity(files: RunFiles) -> Section:
@@ -91,7 +92,7 @@ def labels(names: list[str]) -> list[str]:
     return next((found for found in (plain, ends) if len(set(found)) == len(names)), numbered)
 
 
-def source_names(merge: Merge) -> list[str]:
+def source_names(merge: MergeReport) -> list[str]:
     """Returns the last part of each source's name if those differ, else the whole names."""
     names = [source.name for source in merge.sources]
     short = [name.rstrip("/").rpartition("/")[2] for name in names]

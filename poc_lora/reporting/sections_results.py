@@ -1,13 +1,14 @@
 """The sections of the report made from results.json: accuracies, paired tests, and accuracy against m."""
 
+import math
 import statistics
 from pathlib import Path
 
-from poc_lora.evaluation.results import Results, Scored
+from poc_lora.artifacts.results import Results, Scored
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Cell, Chart, Section, Table, accuracy, chart, percent
 from poc_lora.reporting.escape import short
-from poc_lora.reporting.run_files import RunFiles, Subsets
+from poc_lora.reporting.run_files import RunFiles
 from poc_lora.reporting.tables import columns, notes, paired_differences, table_rows
 
 
@@ -102,8 +103,8 @@ def subsets(files: RunFiles) -> Section:
             "No merges of fewer adapters were scored: poc-lora eval RUN --data DIR --subsets does it."
         )
         return section
-    scored = Subsets.model_validate(found.subsets)
-    points = [(p.m, 100 * p.accuracy, 100 * (p.error or 0.0)) for p in scored.points]
+    scored = found.subsets
+    points = [(p.m, 100 * p.accuracy, 0.0 if math.isnan(p.error) else 100 * p.error) for p in scored.points]
     section.charts.append(
         chart(
             figures.subsets_figure(points, 100 * found.adapters[found.best].average.value),

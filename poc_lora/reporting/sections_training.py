@@ -19,7 +19,7 @@ def what_was_run(files: RunFiles) -> Section:
         section.paragraphs.append(_sentence(config, files))
         section.tables.append(_settings(config))
     if metrics is not None:
-        steps = files.journey.steps if files.journey else None
+        steps = files.info.steps if files.info else None
         if steps and metrics.last_step < steps:
             section.paragraphs.append(f"The training is not finished: step {metrics.last_step:,} of {steps:,}.")
         for name, step in sorted(metrics.diverged.items()):
@@ -94,27 +94,27 @@ def _no_validation(config: RunConfig | None) -> str:
 
 def provenance(files: RunFiles) -> Section:
     section = Section("provenance", "Provenance")
-    journey, merge = files.journey, files.merge
-    if journey is None:
+    info, merge = files.info, files.merge
+    if info is None:
         section.omitted.append("There is no run.json, which contains versions, hardware and wall time.")
     else:
         facts: dict[str, object] = {
-            "seed": journey.seed,
-            "optimizer steps": journey.steps,
-            "time in optimizer steps": None if journey.train_seconds is None else f"{journey.train_seconds:,.1f} s",
-            "peak memory of a device": None if journey.peak_bytes is None else size(journey.peak_bytes),
-            "processes": journey.processes,
-            "adapters at once": journey.per_device,
-            "tokens in a micro-batch": journey.tokens_per_microbatch,
-            "gradient checkpointing": journey.gradient_checkpointing,
-            "dtype of the base": journey.dtype,
-            **{name: ", ".join(x) if isinstance(x, list) else x for name, x in journey.machine.items()},
+            "seed": info.seed,
+            "optimizer steps": info.steps,
+            "time in optimizer steps": None if info.train_seconds is None else f"{info.train_seconds:,.1f} s",
+            "peak memory of a device": None if info.peak_bytes is None else size(info.peak_bytes),
+            "processes": info.processes,
+            "adapters at once": info.per_device,
+            "tokens in a micro-batch": info.tokens_per_microbatch,
+            "gradient checkpointing": info.gradient_checkpointing,
+            "dtype of the base": info.dtype,
+            **{name: ", ".join(x) if isinstance(x, list) else x for name, x in info.machine.items()},
         }
         rows = [[name, short(str(value))] for name, value in facts.items() if value not in (None, "")]
         section.tables.append(Table("How and on what it ran", ["", "value"], rows, facts=True))
-        versions = [[short(name), short(version)] for name, version in journey.versions.items()]
+        versions = [[short(name), short(version)] for name, version in info.versions.items()]
         section.tables.append(Table("Versions", ["", "version"], versions, facts=True))
-        data = [[short(name, 400), digest] for name, digest in journey.data_sha256.items()]
+        data = [[short(name, 400), digest] for name, digest in info.data_sha256.items()]
         section.tables.append(Table("Training data", ["", "SHA-256"], data, facts=True))
     if merge is not None:
         sources = [[short(source.name, 400), short(source.sha256)] for source in merge.sources]
@@ -126,7 +126,7 @@ def provenance(files: RunFiles) -> Section:
 def _sentence(config: RunConfig, files: RunFiles) -> str:
     """Describes the run in a sentence."""
     lora, optim, train, adapters = config.lora, config.optim, config.train, config.adapters
-    steps = files.journey.steps if files.journey else None
+    steps = files.info.steps if files.info else None
     steps = steps or train.max_steps
     length = f"{steps:,} steps" if steps else f"{train.epochs:g} epochs"
     noise = f"temperature λ = {optim.temperature:g}" if optim.temperature else "no noise (λ = 0)"

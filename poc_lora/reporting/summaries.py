@@ -1,8 +1,7 @@
 """Summaries that the command line prints after training and merging."""
 
-from typing import Any
-
 from poc_lora.adapters.serving import serving_advice
+from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.training.check import size
 from poc_lora.training.loop import TrainingResult
 
@@ -29,32 +28,32 @@ def training_summary(done: TrainingResult) -> list[str]:
     return lines
 
 
-def merge_summary(report: dict[str, Any]) -> list[str]:
+def merge_summary(report: MergeReport) -> list[str]:
     """Summarises a merge: its errors, its distance from the merge of many adapters, and how to serve it."""
-    M = len(report["sources"])
+    M = len(report.sources)
     lines = [
-        f"{M} adapters merged into one of rank {report['rank']}, {report['method']}: relative error "
-        f"{report['error']:.1e}, and {report['cast_error']:.1e} from rounding to {report['dtype']}"
+        f"{M} adapters merged into one of rank {report.rank}, {report.method}: relative error "
+        f"{report.error:.1e}, and {report.cast_error:.1e} from rounding to {report.dtype}"
     ]
-    if report["relative_error_bar"] is not None:
+    if report.relative_error_bar is not None:
         lines.append(
-            f"mean cosine of the updates {report['mean_cosine']:.3f}; "
-            f"the merge is about {report['relative_error_bar']:.0%} of its norm from the limit of many adapters"
+            f"mean cosine of the updates {report.mean_cosine:.3f}; "
+            f"the merge is about {report.relative_error_bar:.0%} of its norm from the limit of many adapters"
         )
-    if report["next_move"] is not None:
-        lines.append(f"one more adapter would move the merge by about {report['next_move']:.1%}")
-    for j, source in enumerate(report["sources"]):
-        missing = [name for name, module in report["modules"].items() if j in module["absent"]]
+    if report.next_move is not None:
+        lines.append(f"one more adapter would move the merge by about {report.next_move:.1%}")
+    for j, source in enumerate(report.sources):
+        missing = [name for name, module in report.modules.items() if j in module.absent]
         if missing:
-            number = f"{len(missing)} of {len(report['modules'])} modules"
-            lines.append(f"{source['name']} lacks {number}, such as {min(missing)}: they count as zero")
-    whole, embeddings = bool(report["modules_to_save"]), bool(report["embeddings"])
-    return [*lines, *_warnings(report), *serving_advice(report["rank"], modules_to_save=whole, embeddings=embeddings)]
+            number = f"{len(missing)} of {len(report.modules)} modules"
+            lines.append(f"{source.name} lacks {number}, such as {min(missing)}: they count as zero")
+    whole, embeddings = bool(report.modules_to_save), bool(report.embeddings)
+    return [*lines, *_warnings(report), *serving_advice(report.rank, modules_to_save=whole, embeddings=embeddings)]
 
 
-def rank_table(report: dict[str, Any]) -> list[str]:
+def rank_table(report: MergeReport) -> list[str]:
     """Returns the rank sweep as lines: the relative error and the share of ‖ΔW‖² retained, by module type and rank."""
-    sweep = report["rank_sweep"]
+    sweep = report.rank_sweep
     width = max(map(len, sweep))
     lines = [
         "relative error (retained share of the squared norm) at rank",
@@ -65,9 +64,9 @@ def rank_table(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _warnings(report: dict[str, Any]) -> list[str]:
+def _warnings(report: MergeReport) -> list[str]:
     """Warns about adapters that are identical or unrelated."""
-    cosines, names = report["cosines"], [source["name"] for source in report["sources"]]
+    cosines, names = report.cosines, [source.name for source in report.sources]
     M = len(names)
     pairs = [(cosines[i][j], i, j) for i in range(M) for j in range(i)]
     lines = [

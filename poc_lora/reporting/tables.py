@@ -3,21 +3,18 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from poc_lora.artifacts.results import Difference, Results, Scored, Subsets
+from poc_lora.artifacts.run_folder import RESULTS_TABLE, RunFolder
 from poc_lora.data.commonsense import BENCHMARKS
 from poc_lora.evaluation.benchmarks import FACTS
-from poc_lora.evaluation.control import folder_name
-from poc_lora.evaluation.results import Results, Scored
-from poc_lora.evaluation.statistics import Difference
 from poc_lora.files import write_atomic
 from poc_lora.reporting.blocks import percent
 from poc_lora.reporting.escape import code, markdown, markdown_table
 
-REPORT_FILE = "results.md"
 NARROW = {"WinoGrande": "Wino\nGrande", "HellaSwag": "Hella\nSwag", "average": "aver-\nage"}
 
 
@@ -146,26 +143,26 @@ def benchmark_table() -> Table:
 
 def write_report(folder: Path, results: Results) -> Path:
     """Writes results.md to `folder`, or to the evaluation's folder in it if it is a run; returns its path."""
-    place = folder / folder_name(results.protocol) if (folder / "config.yaml").is_file() else folder
-    write_atomic(place / REPORT_FILE, results_markdown(results))
-    return place / REPORT_FILE
+    run = RunFolder(folder)
+    place = run.evaluation(results.protocol) if run.is_run else folder
+    write_atomic(place / RESULTS_TABLE, results_markdown(results))
+    return place / RESULTS_TABLE
 
 
-def _subset_notes(subsets: dict[str, Any]) -> Iterator[str]:
+def _subset_notes(subsets: Subsets) -> Iterator[str]:
     points = ", ".join(
-        f"m = {p['m']}: {percent(p['accuracy'])}" + ("" if p["error"] is None else f" ± {percent(p['error'])}")
-        for p in subsets["points"]
+        f"m = {p.m}: {percent(p.accuracy)}" + ("" if math.isnan(p.error) else f" ± {percent(p.error)}")
+        for p in subsets.points
     )
     yield f"Accuracy of merges of m adapters (± over subsets): {points}."
-    law = subsets["variance_law"]
+    law = subsets.variance_law
     if law is None:
         yield "The law of their distance from the merge of all is not fitted: it needs at least five adapters."
     else:
-        below = [p for p in subsets["points"] if p["distance"] is not None]
-        distances = ", ".join(f"m = {p['m']}: {p['distance']:.3g}" for p in below)
+        distances = ", ".join(f"m = {p.m}: {p.distance:.3g}" for p in subsets.points if p.distance is not None)
         yield (
             f"Squared distance of their label logits from the merge of all: {distances}; "
-            f"fitted as c (1/m − 1/M) + floor with c = {law['c']:.3g}, floor = {law['floor']:.3g}."
+            f"fitted as c (1/m − 1/M) + floor with c = {law.c:.3g}, floor = {law.floor:.3g}."
         )
 
 

@@ -87,7 +87,7 @@ class Checks:
         return self._apart("on_gpu", "on_cpu")
 
     def merge(self) -> Any:
-        return merge_folders([self.folder / "first"], self.folder / "first" / "merged")["rank"]
+        return merge_folders([self.folder / "first"], self.folder / "first" / "merged").rank
 
     def label(self) -> Any:
         return averages(evaluate([self.folder / "first"], data=DATA_DIR, limit=50))

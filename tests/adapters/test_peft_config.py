@@ -84,8 +84,8 @@ def test_adapters_saved_in_subfolders(tmp_path):
     trained(model).save_pretrained(tmp_path / "both")
     check_updates(tmp_path / "both", model)
     check_updates(tmp_path / "both" / "other", model, "other")
-    assert len(merge_folders([tmp_path / "both", tmp_path / "both/other"], tmp_path / "merged")["sources"]) == 2
-    assert len(merge_folders([tmp_path / "both"], tmp_path / "alone")["sources"]) == 1
+    assert len(merge_folders([tmp_path / "both", tmp_path / "both/other"], tmp_path / "merged").sources) == 2
+    assert len(merge_folders([tmp_path / "both"], tmp_path / "alone").sources) == 1
 
 
 def test_a_head_is_read_without_its_base_weights_and_refused_with_them(tmp_path):

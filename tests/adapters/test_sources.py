@@ -45,8 +45,8 @@ def test_a_hub_id_is_fetched_and_its_commit_is_written_down(hub, tmp_path):
         ("org/name", "adapter_model.safetensors", COMMIT),
         ("org/name", "adapter_model.safetensors", COMMIT),
     ]
-    (source,) = report["sources"]
-    assert (source["name"], source["hub_commit"]) == (f"org/name@{COMMIT}", COMMIT)
+    (source,) = report.sources
+    assert (source.name, source.hub_commit) == (f"org/name@{COMMIT}", COMMIT)
 
 
 def test_weights_beyond_the_limit_are_not_fetched(hub, tmp_path):
@@ -79,7 +79,7 @@ def test_links_may_not_lead_out_of_the_repository_s_cache(hub, tmp_path):
 def test_a_folder_here_comes_before_a_name_on_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_adapter(Adapter({"layer.q_proj": Factors(torch.ones(1, 4), torch.ones(5, 1))}), tmp_path / "org/name")
-    assert merge_folders(["org/name"], tmp_path / "merged")["rank"] == 1
+    assert merge_folders(["org/name"], tmp_path / "merged").rank == 1
     assert hub[1] == []
 
 

@@ -89,7 +89,7 @@ def test_what_was_read_is_written_back(members, tmp_path):
 
 def test_modules_to_save_and_the_same_in_all_are_kept(tiny_model_dir, members, tmp_path):
     report = merge_folders(members, tmp_path / "merged")
-    assert set(report["modules_to_save"]) == WHOLE
+    assert set(report.modules_to_save) == WHOLE
     stored = load_file(tmp_path / "merged" / WEIGHTS)
     for name in WHOLE:
         key = f"base_model.model.{name}"

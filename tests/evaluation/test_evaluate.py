@@ -12,6 +12,7 @@ import yaml
 
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.adapters.factors import Factors
+from poc_lora.artifacts.results import Results
 from poc_lora.data.commonsense import find_benchmarks, read_questions
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError, RunError
 from poc_lora.evaluation import evaluator
@@ -19,7 +20,6 @@ from poc_lora.evaluation.answers import AnswerFile
 from poc_lora.evaluation.evaluate import evaluate
 from poc_lora.evaluation.protocols import harness
 from poc_lora.evaluation.protocols.label import prepare, score_labels
-from poc_lora.evaluation.results import read_results
 from poc_lora.evaluation.variants import adapter_digest
 from poc_lora.models.load import load_base
 from poc_lora.reporting.tables import notes
@@ -103,7 +103,7 @@ def test_a_run_is_scored_whole(run, data, tiny_model_dir):
     difference = results.merged.average.value - results.average.average.value
     assert results.comparisons["average"].value == pytest.approx(difference)
     assert 0 <= results.agreement <= 1
-    assert read_results(run / "eval") == results
+    assert Results.read(run / "eval" / "results.json") == results
     for variant in ("base", "adapter-00", "merged", "ensemble"):
         found = lines(run / "eval" / f"{variant}.jsonl")
         assert [(x["benchmark"], x["row"]) for x in found[:12]] == [("piqa", i) for i in range(1, 13)]
@@ -166,8 +166,8 @@ def test_without_a_merge_the_exact_average_is_scored_as_the_merge(run, data, tmp
     averaged = evaluate([run], **asked, out=tmp_path / "without")
     assert averaged.exact_average
     assert not merged.exact_average
-    assert dataclasses.replace(averaged, exact_average=False) == merged
-    assert read_results(tmp_path / "without") == averaged
+    assert averaged.model_copy(update={"exact_average": False}) == merged
+    assert Results.read(tmp_path / "without" / "results.json") == averaged
     assert "exact average of the 3 adapters" in " ".join(notes(averaged))
     summary = json.loads((tmp_path / "without" / "merged.json").read_text())
     assert (summary["source"], summary["adapter_digest"]) == (None, None)
@@ -207,7 +207,7 @@ def test_an_evaluation_in_which_no_question_fits_is_reported(run, data, protocol
         row["instruction"] = "wood " * 300 + row["instruction"]
     path.write_text(json.dumps(rows))
     evaluate([run], data=data, benchmarks=["piqa"], protocol=protocol, subsets=protocol == "label", out=run / "none")
-    found = read_results(run / "none")
+    found = Results.read(run / "none" / "results.json")
     assert found.base.average.value == 0
     said = " ".join(notes(found))
     assert "12 of 12 questions do not fit" in said
@@ -242,7 +242,7 @@ def test_a_narrower_evaluation_keeps_the_answers_of_a_wider_one(run, data, monke
     wide = evaluate([run], data=data, benchmarks=["piqa", "openbookqa"])
     narrow = evaluate([run], data=data, benchmarks=["openbookqa"], limit=2)
     assert narrow.questions == {"openbookqa": 2}
-    assert narrow == read_results(run / "eval")
+    assert narrow == Results.read(run / "eval" / "results.json")
     kept = lines(run / "eval" / "adapter-00.jsonl")
     assert len(kept) == 24
     assert [(x["benchmark"], x["row"]) for x in kept[:3]] == [("openbookqa", 1), ("openbookqa", 2), ("piqa", 1)]
@@ -296,7 +296,7 @@ def test_targets_must_be_one_run_or_adapters(run, data, tmp_path, tiny_model_dir
 def test_results_of_something_else_are_refused(tmp_path):
     (tmp_path / "results.json").write_text('{"base": 3}')
     with pytest.raises(RunError, match="not the results"):
-        read_results(tmp_path)
+        Results.read(tmp_path / "results.json")
 
 
 def test_questions_that_were_answered_are_not_asked_again(run, data, monkeypatch):
@@ -353,7 +353,7 @@ def test_generated_answers_have_no_ensemble_and_count_those_without_a_label(run,
         found = lines(run / "eval-generate" / f"{variant}.jsonl")
         assert share == pytest.approx(sum(x["choice"] is None for x in found) / 12)
         assert all(isinstance(x["text"], str) for x in found)
-    assert read_results(run / "eval-generate") == results
+    assert Results.read(run / "eval-generate" / "results.json") == results
     assert "no label was found" in " ".join(notes(results))
 
 
@@ -382,7 +382,7 @@ def test_the_best_adapter_is_chosen_on_validation_questions_where_there_are_some
 
 def test_subsets_are_the_merges_of_their_members(run, data, tmp_path, tiny_model_dir):
     results = evaluate([run], data=data, benchmarks=["openbookqa"], subsets=True)
-    assert [point["m"] for point in results.subsets["points"]] == [1, 2, 3]
+    assert [point.m for point in results.subsets.points] == [1, 2, 3]
     (pair,) = [path for path in (run / "eval" / "subsets").iterdir() if path.name.startswith("2-")][:1]
     members = [int(name) for name in pair.stem.split("-")[1:]]
     both = average([adapter(seed, tiny_model_dir) for seed in members])
@@ -398,7 +398,7 @@ def test_subsets_are_the_merges_of_their_members(run, data, tmp_path, tiny_model
     for i, folder in enumerate(long):
         shutil.copytree(run / "adapters" / f"{i:02d}", folder)
     loose = evaluate(long, data=data, benchmarks=["openbookqa"], subsets=True, prompt="bare", out=tmp_path / "long")
-    assert loose.subsets["points"] == results.subsets["points"]
+    assert loose.subsets.points == results.subsets.points
     with pytest.raises(RequestError, match="several adapters"):
         evaluate([run], data=data, benchmarks=["piqa"], subsets=True, protocol="generate")
 
@@ -418,7 +418,7 @@ def test_another_runs_merge_is_a_control(run, data, tmp_path, tiny_model_dir):
     assert results.control == theirs.merged == results.merged  # the same adapters
     assert results.control_name == "λ = 0"
     assert results.comparisons["control"].value == 0
-    assert read_results(run / "eval") == results
+    assert Results.read(run / "eval" / "results.json") == results
     for change, said in (
         ({"prompt": "clean"}, "prompt 'bare' in place of 'clean'"),
         ({"dtype": "bfloat16"}, "dtype 'float32' in place of 'bfloat16'"),
@@ -461,7 +461,7 @@ def test_lm_eval_gives_the_same_table(run, data):
     assert theirs.adapters == ours.adapters
     assert (theirs.base, theirs.merged, theirs.ensemble) == (ours.base, ours.merged, ours.ensemble)
     assert theirs.comparisons == ours.comparisons
-    assert read_results(run / "eval-harness") == theirs
+    assert Results.read(run / "eval-harness" / "results.json") == theirs
     found = json.loads((run / "eval-harness" / "harness" / "merged" / "results.json").read_text())
     assert found["results"]["poc_lora_piqa"]["acc,none"] == pytest.approx(theirs.merged.benchmarks["piqa"].value)
     for change in ({"control": run}, {"subsets": True}, {"data": None, "protocol": "label"}):
@@ -490,7 +490,7 @@ def test_two_ranks_share_the_questions(run, data, tmp_path):
     assert (first, second) == (0, 0), errors
     assert "PoC merge" in shown
     assert silent == ""
-    together = read_results(run / "eval")
+    together = Results.read(run / "eval" / "results.json")
     assert together.adapters == alone.adapters
     assert together.merged == alone.merged
     assert together.ensemble == alone.ensemble

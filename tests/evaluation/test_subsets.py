@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from poc_lora.artifacts.results import SubsetPoint
 from poc_lora.data.commonsense import Question
 from poc_lora.evaluation.answers import Answer, Item
-from poc_lora.evaluation.subsets import SubsetPoint, draw_subsets, subset_points, variance_law
+from poc_lora.evaluation.subsets import draw_subsets, subset_points, variance_law
 
 
 def test_subsets_of_one_order_are_disjoint_and_depend_on_the_seed_alone():
@@ -42,13 +43,14 @@ def test_logits_that_are_linear_in_the_adapters_follow_the_variance_law():
         # 2000 χ² with two degrees: 1/sqrt(2000) = 2.2 %, averaged over subsets; 4 of these.
         assert point.distance == pytest.approx(2 * (1 / point.m - 1 / M), rel=0.09)
     law = variance_law(points)
-    assert law["c"] == pytest.approx(2, rel=0.09)
-    assert abs(law["floor"]) < 0.05
-    assert law["explained"] > 0.99
+    assert law.c == pytest.approx(2, rel=0.09)
+    assert abs(law.floor) < 0.05
+    assert law.explained > 0.99
     assert points[0].accuracy == pytest.approx(1 / 3, abs=0.02)  # chance; 4 x sqrt(2/9 / 16,000)
     assert math.isnan(points[-1].error)
 
 
 def test_two_sizes_are_too_few_for_a_fit():
-    points = [SubsetPoint(m, 4 // m, 0.5, 0.1, distance) for m, distance in ((1, 0.3), (2, 0.1), (4, None))]
+    sizes = ((1, 0.3), (2, 0.1), (4, None))
+    points = [SubsetPoint(m=m, subsets=4 // m, accuracy=0.5, error=0.1, distance=d) for m, d in sizes]
     assert variance_law(points) is None

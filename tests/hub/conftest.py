@@ -9,10 +9,9 @@ import torch
 
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.adapters.factors import Factors
+from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
 from poc_lora.config import dump_yaml, validate
 from poc_lora.evaluation.benchmarks import FACTS
-from poc_lora.evaluation.results import Results, Scored
-from poc_lora.evaluation.statistics import Difference, Estimate
 from poc_lora.files import sha256_file
 from poc_lora.hub import push as pushing
 from poc_lora.merging.folders import merge_folders
@@ -49,11 +48,12 @@ def small_adapter(seed, rank=2, base="org/base", whole=None, task="CAUSAL_LM"):
 
 
 def scored(value):
-    return Scored({folder: Estimate(value, 0.01) for folder in FACTS}, Estimate(value, 0.004))
+    return Scored(benchmarks={folder: Estimate(value, 0.01) for folder in FACTS}, average=Estimate(value, 0.004))
 
 
 def some_results(adapters, *, real=True, base="org/base", merged=True):
     """Results on the benchmarks' own test sets, or on 400 questions each."""
+    difference = Difference(value=0.1, low=0.05, high=0.13, p=0.0002)
     return Results(
         base_model=base,
         prompt="clean",
@@ -67,14 +67,14 @@ def some_results(adapters, *, real=True, base="org/base", merged=True):
         average=scored(0.705),
         merged=scored(0.8117) if merged else None,
         ensemble=None,
-        comparisons={"best": Difference(0.1, 0.05, 0.13, 0.0002), "average": Difference(0.1, 0.05, 0.13, 0.0002)},
+        comparisons={"best": difference, "average": difference},
         agreement=math.nan,
     )
 
 
 def write_results(folder, results):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results.to_json(), indent=2) + "\n")
+    results.write(folder / "results.json")
     (folder / "results.md").write_text("as it was\n")
 
 

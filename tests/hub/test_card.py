@@ -242,8 +242,9 @@ def test_text_of_results_and_versions_is_not_markup(tmp_path):
     run = make_run(tmp_path / "run")
     attack = "x`<img src=x>\n\n# Hello [a](b)"
     scored = some_results(["00", "01"])
-    found = dataclasses.replace(scored, base_model=attack, prompt=attack, protocol=attack, unread={attack: 0.5})
-    write_results(run / "eval", dataclasses.replace(found, control=scored.base, control_name=attack))
+    changes = dict(base_model=attack, prompt=attack, protocol=attack, unread={attack: 0.5})
+    changes |= dict(control=scored.base, control_name=attack)
+    write_results(run / "eval", scored.model_copy(update=changes))
     change(run / "merged" / "merge.json", versions={"torch": attack})
     change(run / "run.json", versions={attack: attack})
     text = card(run) + card(run / "adapters" / "00")
@@ -271,7 +272,7 @@ def test_the_class_is_that_of_the_task(tmp_path, task, kind):
     assert f"base = {kind}.from_pretrained(" in text
     assert hasattr(transformers, kind)
     assert ("vLLM" in text) == (task == "CAUSAL_LM")
-    assert ("does not say its task" in text) == (task is None)
+    assert ("does not name its task" in text) == (task is None)
     pipeline = loaded(text, tmp_path).data.pipeline_tag
     assert (pipeline == "text-generation") == (task == "CAUSAL_LM")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
-from poc_lora.errors import AdapterError
+from poc_lora.errors import AdapterError, RunError
 from poc_lora.hub.collect import collect
 from tests.hub.conftest import change
 
@@ -64,19 +64,27 @@ def test_what_peft_takes_for_names_of_modules_stays(run, value):
 def test_of_merge_json_and_results_json_only_known_fields_are_uploaded(run):
     path = run / "merged" / "merge.json"
     before = content(collect(run), "merge.json")
-    merge = json.loads(path.read_text()) | {"token": "hf_secret", "seed": {"token": "secret"}, "spread": float("inf")}
-    merge["rank_sweep"] = {"all": {"2": 0.5}}
+    merge = json.loads(path.read_text()) | {"token": "hf_secret", "rank_sweep": {"all": {"2": 0.5}}}
     merge["sources"][0]["folder"] = merge["versions"]["host"] = "secret"
-    first, second, *_ = merge["modules"].values()
-    first["note"] = second["sweep"]["x"] = "secret"
+    first, *_ = merge["modules"].values()
+    first["note"] = "secret"
     path.write_text(json.dumps(merge))
     change(run / "eval" / "results.json", note="secret")
     subject = collect(run)
     assert not [file.path for file in subject.files if isinstance(file.content, bytes) and b"secret" in file.content]
-    after = content(subject, "merge.json")
-    assert after.keys() == before.keys() - {"seed", "spread"} | {"rank_sweep"}
-    assert after["sources"] == before["sources"]
-    assert after["versions"] == before["versions"]
+    assert content(subject, "merge.json") == before | {"rank_sweep": {"all": {"2": 0.5}}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("seed", {"token": "hf_secret"}), ("spread", float("inf")), ("rank_sweep", {"all": {"secret": 0.5}})],
+)
+def test_a_field_of_another_type_is_refused_by_its_name(run, field, value):
+    change(run / "merged" / "merge.json", **{field: value})
+    with pytest.raises(RunError, match=f"\\({field}") as problem:
+        collect(run)
+    assert "merge.json" in str(problem.value)
+    assert "hf_secret" not in str(problem.value)
 
 
 @pytest.mark.parametrize("where", ["merged", "adapters/01"])

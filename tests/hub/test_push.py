@@ -429,8 +429,8 @@ def test_adapters_are_merged_from_the_hub_by_name_branch_and_commit(hub, adapter
     b = hub.repos["org/b"].refs["v2"]
     for i, name in enumerate(["org/b@v2", f"org/b@{b}"]):
         report = merge_folders(["org/a", name], tmp_path / f"out{i}")
-        assert [s["sha256"] for s in report["sources"]] == [s["sha256"] for s in expected["sources"]]
-        assert [s["hub_commit"] for s in report["sources"]] == [hub.repos["org/a"].refs["main"], b]
+        assert [s.sha256 for s in report.sources] == [s.sha256 for s in expected.sources]
+        assert [s.hub_commit for s in report.sources] == [hub.repos["org/a"].refs["main"], b]
         files = [(tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("expected", f"out{i}")]
         assert files[0] == files[1]
 

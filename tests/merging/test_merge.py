@@ -1,4 +1,3 @@
-import json
 import warnings
 import weakref
 from pathlib import Path
@@ -12,6 +11,7 @@ from poc_lora.adapters import adapter as adapter_module
 from poc_lora.adapters.adapter import Adapter, read_adapter, write_adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.adapters.weights_file import LazyFactors
+from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.errors import AdapterError, RequestError
 from poc_lora.merging.folders import merge_folders
 from poc_lora.merging.merge import merge
@@ -201,11 +201,11 @@ def test_merged_folder_holds_the_average_and_its_provenance(tmp_path, mixed):
     expected = merge([read_adapter(source) for source in sources], rank=4).adapter
     for name in SHAPES:
         torch.testing.assert_close(dense(merged.modules[name]), dense(expected.modules[name]), rtol=1e-6, atol=1e-6)
-    assert report == json.loads((tmp_path / "out/merge.json").read_text())
-    assert [source["name"] for source in report["sources"]] == ["00", "01", "02"]
-    assert len({source["sha256"] for source in report["sources"]}) == 3
-    assert report["rank"] == report["requested_rank"] == 4
-    assert 0 < report["modules"][Q]["error"] < 1
+    assert report == MergeReport.read(tmp_path / "out/merge.json")
+    assert [source.name for source in report.sources] == ["00", "01", "02"]
+    assert len({source.sha256 for source in report.sources}) == 3
+    assert report.rank == report.requested_rank == 4
+    assert 0 < report.modules[Q].error < 1
     assert str(tmp_path) not in (tmp_path / "out/merge.json").read_text()
 
 
@@ -225,8 +225,8 @@ def test_run_folder_stands_for_its_finished_adapters_in_order(tmp_path):
     (tmp_path / "run/adapters/.05.abcd").mkdir()
     report = merge_folders([tmp_path / "run"], tmp_path / "out")
     names = [f"run/adapters/{index:02d}" for index in (0, 1, 2, 4, 5, 6, 7, 8, 9, 100)]
-    assert [source["name"] for source in report["sources"]] == names
-    assert report["rank"] == 20
+    assert [source.name for source in report.sources] == names
+    assert report.rank == 20
 
 
 def test_duplicates_are_refused_and_nothing_is_written(tmp_path):

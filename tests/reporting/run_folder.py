@@ -1,12 +1,10 @@
 """A run folder made by hand: everything that a report shows, without a training."""
 
-import dataclasses
 import json
 import math
 
+from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
 from poc_lora.config import dump_yaml, validate
-from poc_lora.evaluation.results import Results, Scored
-from poc_lora.evaluation.statistics import Difference, Estimate
 
 FOLDERS = "social_i_qa piqa winogrande openbookqa ARC-Challenge ARC-Easy boolq hellaswag".split()
 MODULES = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")]
@@ -16,7 +14,11 @@ def scored(value, step=0.01):
     """Accuracies that differ between benchmarks, with their plain average."""
     parts = {b: Estimate(value + step * i, 0.0061 + step / 10 * i) for i, b in enumerate(FOLDERS)}
     values = [estimate.value for estimate in parts.values()]
-    return Scored(parts, Estimate(sum(values) / 8, 0.0043))
+    return Scored(benchmarks=parts, average=Estimate(sum(values) / 8, 0.0043))
+
+
+def difference(value, low, high, p):
+    return Difference(value=value, low=low, high=high, p=p)
 
 
 def results(adapters=("00", "01", "02"), base_model="org/base", **changes):
@@ -33,23 +35,30 @@ def results(adapters=("00", "01", "02"), base_model="org/base", **changes):
         average=scored(0.703),
         merged=scored(0.7517),
         ensemble=scored(0.7634),
-        comparisons={"best": Difference(0.0457, 0.02, 0.07, 0.0002), "average": Difference(0.0487, 0.03, 0.08, 0.0004)},
+        comparisons={
+            "best": difference(0.0457, 0.02, 0.07, 0.0002),
+            "average": difference(0.0487, 0.03, 0.08, 0.0004),
+        },
         agreement=0.9356,
     )
-    return dataclasses.replace(made, **changes)
+    return made.model_copy(update=changes)
 
 
 def merge_report(names=("run/adapters/00", "run/adapters/01", "run/adapters/02"), modules=MODULES, **changes):
     M = len(names)
     types = dict.fromkeys(["all", *(name.rpartition(".")[2] for name in modules)])
-    module = dict(members=M, rank=4 * M, norm=1.5, error=0.0, cast_error=0.0, effective_rank=3.25, mean_cosine=0.2)
+    similarity = dict(mean_cosine=0.2, spread=0.5, error_bar=0.1)
+    module = dict(absent=[], rank=4 * M, norm=1.5, error=0.0, cast_error=0.0, effective_rank=3.25, **similarity)
+    module |= dict(pair_cosines=[0.2] * (M * (M - 1) // 2), norms=[1.0] * M, sweep={})
     report = dict(
         method="average",
         dtype="float32",
         rank=4 * M,
+        norm=3.0,
         error=0.0,
         cast_error=2e-8,
-        mean_cosine=0.2,
+        effective_rank=3.25,
+        **similarity,
         relative_error_bar=0.58,
         next_move=0.19,
         weights=[1 / M] * M,

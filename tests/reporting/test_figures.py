@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgba
 
+from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.plotting import render
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import chart
@@ -17,6 +18,7 @@ from tests.reporting.run_folder import merge_report
 from tests.test_plotting import PAGES, contrast, shown
 
 SVG = "{http://www.w3.org/2000/svg}"
+SWEEP = MergeReport.model_validate(merge_report()).rank_sweep
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -38,7 +40,7 @@ def everything():
         "heatmap": figures.heatmap_figure(cosines, ["a", "b", "c", "d"]),
         "key": figures.heatmap_figure(np.eye(12).tolist(), [f"{i:04d}" for i in range(12)]),
         "ranks": figures.effective_rank_figure({f"l.{i}.{n}_proj": i + 1.0 for i in range(3) for n in "abcdefgh"}),
-        "sweep": figures.rank_sweep_figure(merge_report()["rank_sweep"]),
+        "sweep": figures.rank_sweep_figure(SWEEP),
         "subsets": figures.subsets_figure([(1, 70.0, 1.0), (2, 74.0, 1.0)], 71.0),
         "distance": figures.distance_figure([(1, 0.4), (2, 0.2), (4, 0.1)], (0.4, 0.01, 8)),
         "temperature": figures.temperature_figure({"PoC merge": ("merge", [(0.0, 70.0, 1.0), (1e-3, 71.0, math.nan)])}),
@@ -79,7 +81,7 @@ def test_a_mean_is_over_the_curves_that_have_a_step():
 
 
 def test_a_rank_sweep_draws_error_and_energy_of_every_type():
-    sweep = {"all": {"8": 0.0, "2": 0.6}, "q_proj": {"2": 0.5, "8": 0.1}}
+    sweep = {"all": {8: 0.0, 2: 0.6}, "q_proj": {2: 0.5, 8: 0.1}}
     errors, energies = figures.rank_sweep_figure(sweep).axes
     assert [line.get_label() for line in errors.lines] == ["all", "q_proj"]
     for line, values in zip(errors.lines, ([0.6, 0.0], [0.5, 0.1]), strict=True):
@@ -90,7 +92,7 @@ def test_a_rank_sweep_draws_error_and_energy_of_every_type():
 
 
 def test_lines_of_many_types_stay_distinct():
-    sweep = {kind: {"2": 0.5, "4": 0.1} for kind in ["all", *"abcdefgh"]}
+    sweep = {kind: {2: 0.5, 4: 0.1} for kind in ["all", *"abcdefgh"]}
     looks = [
         (to_rgba(line.get_color()), line.get_linestyle(), line.get_marker())
         for line in figures.rank_sweep_figure(sweep).axes[0].lines
@@ -100,7 +102,7 @@ def test_lines_of_many_types_stay_distinct():
 
 def test_a_rank_sweep_in_files_is_the_same_bytes_every_time(tmp_path):
     for folder in ("one", "two"):
-        write_rank_sweep(merge_report(), tmp_path / folder)
+        write_rank_sweep(MergeReport.model_validate(merge_report()), tmp_path / folder)
     for name in ("rank_sweep.svg", "rank_sweep.png"):
         first = (tmp_path / "one" / name).read_bytes()
         assert first == (tmp_path / "two" / name).read_bytes()

@@ -12,7 +12,6 @@ import pytest
 from rich.console import Console
 
 from poc_lora.errors import PocLoraError, RunError
-from poc_lora.evaluation.statistics import Difference
 from poc_lora.evaluation.variants import adapter_digest
 from poc_lora.reporting.compare import write_comparison
 from poc_lora.reporting.page import write_page
@@ -20,7 +19,7 @@ from poc_lora.reporting.run_files import read_run
 from poc_lora.reporting.sections_merge import labels
 from poc_lora.reporting.sections_results import headline
 from tests.reporting.html import Page
-from tests.reporting.run_folder import FOLDERS, make_run, merge_report, metric_lines, results, scored
+from tests.reporting.run_folder import FOLDERS, difference, make_run, merge_report, metric_lines, results, scored
 
 PARTS = "run benchmarks subsets training noise similarity ranks provenance".split()
 TAGS = set(
@@ -100,17 +99,17 @@ def test_it_says_what_was_run_in_words(page):
 
 
 @pytest.mark.parametrize(
-    ("difference", "told"),
+    ("gain", "told"),
     [
         (
-            Difference(0.01, -0.01, 0.03, 0.3),
+            difference(0.01, -0.01, 0.03, 0.3),
             "and the best one, which had to be picked on validation, cannot be told apart",
         ),
-        (Difference(-0.02, -0.03, -0.01, 0.01), "falls short of the best one (-2.00 points"),
+        (difference(-0.02, -0.03, -0.01, 0.01), "falls short of the best one (-2.00 points"),
     ],
 )
-def test_the_headline_claims_no_more_than_the_test(tmp_path, difference, told):
-    found = results(best_chosen_on="validation", comparisons={"best": difference})
+def test_the_headline_claims_no_more_than_the_test(tmp_path, gain, told):
+    found = results(best_chosen_on="validation", comparisons={"best": gain})
     assert told in headline(read_run(make_run(tmp_path, found=found)))[0]
 
 
@@ -232,8 +231,8 @@ def test_accuracy_against_m_is_drawn_where_subsets_were_scored(tmp_path):
 
 
 def test_a_control_and_other_protocols_stand_beside(tmp_path):
-    difference = Difference(0.01, -0.01, 0.03, 0.3)
-    found = results(control=scored(0.74), control_name="λ = 0", comparisons={"control": difference})
+    gain = difference(0.01, -0.01, 0.03, 0.3)
+    found = results(control=scored(0.74), control_name="λ = 0", comparisons={"control": gain})
     run = make_run(tmp_path, found=found)
     (run / "eval-generate").mkdir()
     written = results(protocol="generate", ensemble=None, agreement=None, unread={"base": 0.25, "merged": float("nan")})
@@ -341,21 +340,8 @@ def broken(name, change):
     ("damage", "file"),
     [
         (broken("merged/merge.json", lambda x: x.pop("cosines")), "merge.json"),
-        (broken("merged/merge.json", lambda x: x["cosines"].pop()), "merge.json"),
-        (broken("merged/merge.json", lambda x: x["cosines"][0].append(1e300)), "merge.json"),
-        (broken("merged/merge.json", lambda x: x.update(sources=[])), "merge.json"),
-        (broken("merged/merge.json", lambda x: x.update(rank_sweep={"all": {"-1": 0.1}})), "merge.json"),
-        (broken("merged/merge.json", lambda x: x.update(rank_sweep={"all": {}})), "merge.json"),
-        (broken("merged/merge.json", lambda x: x.update(error=float("nan"))), "merge.json"),
         (broken("run.json", lambda x: x.update(versions=["a"])), "run.json"),
         (broken("eval/results.json", lambda x: x.update(best="none")), "results.json"),
-        (broken("eval/results.json", lambda x: x.update(base=None)), "results.json"),
-        (broken("eval/results.json", lambda x: x.update(questions={})), "results.json"),
-        (broken("eval/results.json", lambda x: x["merged"].update(average=[17.0, 0.1])), "results.json"),
-        (broken("eval/results.json", lambda x: x["merged"]["benchmarks"].pop("piqa")), "results.json"),
-        (broken("eval/results.json", lambda x: x["questions"].update(piqa="many")), "results.json"),
-        (broken("eval/results.json", lambda x: x.update(subsets={"points": [{"m": 1}]})), "results.json"),
-        (broken("eval/results.json", lambda x: x.update(unread=[1])), "results.json"),
         (lambda run: (run / "merged/merge.json").write_text("[1]"), "merge.json"),
         (lambda run: (run / "run.json").write_text("{"), "run.json"),
         (lambda run: (run / "eval/results.json").write_text("[]"), "results.json"),

@@ -1,21 +1,19 @@
 """The layout of the table, and what stands under it."""
 
-import dataclasses
 import io
 import re
 
 import pytest
 from rich.console import Console
 
-from poc_lora.evaluation.results import Results, Scored
-from poc_lora.evaluation.statistics import Difference, Estimate
+from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
 from poc_lora.reporting.tables import notes, results_markdown, table_rows, terminal_table, write_report
 
 FOLDERS = "social_i_qa piqa winogrande openbookqa ARC-Challenge ARC-Easy boolq hellaswag".split()
 
 
 def scored(value, error=0.0089):
-    return Scored({b: Estimate(value, error) for b in FOLDERS}, Estimate(value, error))
+    return Scored(benchmarks={b: Estimate(value, error) for b in FOLDERS}, average=Estimate(value, error))
 
 
 @pytest.fixture
@@ -33,7 +31,10 @@ def results():
         average=scored(0.71),
         merged=scored(0.8117),
         ensemble=scored(0.80),
-        comparisons={"best": Difference(0.0917, 0.05, 0.13, 0.0002), "average": Difference(0.1017, 0.06, 0.14, 0.0002)},
+        comparisons={
+            "best": Difference(value=0.0917, low=0.05, high=0.13, p=0.0002),
+            "average": Difference(value=0.1017, low=0.06, high=0.14, p=0.0002),
+        },
         agreement=0.975,
     )
 
@@ -76,12 +77,12 @@ def test_notes_say_what_was_chosen_how_and_what_does_not_fit(results):
     assert "97.50 % of questions" in said
     assert "BoolQ: 7 of 100 questions do not fit" in said
     assert "first" not in said
-    assert "Only the first 9 questions" in "\n".join(notes(dataclasses.replace(results, limit=9)))
+    assert "Only the first 9 questions" in "\n".join(notes(results.model_copy(update=dict(limit=9))))
 
 
 def test_one_adapter_without_a_merge_stands_for_itself(results):
-    single = dataclasses.replace(
-        results, adapters={"a": scored(0.7)}, best="a", merged=None, ensemble=None, comparisons={}, agreement=None
+    single = results.model_copy(
+        update=dict(adapters={"a": scored(0.7)}, best="a", merged=None, ensemble=None, comparisons={}, agreement=None)
     )
     assert [name for name, _ in table_rows(single)] == ["base", "LoRA a"]
     assert "chosen" not in "\n".join(notes(single))
@@ -89,18 +90,20 @@ def test_one_adapter_without_a_merge_stands_for_itself(results):
 
 
 def test_an_error_that_cannot_be_told_is_left_out(results):
-    assert "30.00 |" in results_markdown(dataclasses.replace(results, base=scored(0.3, float("nan"))))
-    assert "nan" not in printed(dataclasses.replace(results, base=scored(0.3, float("nan"))))
+    assert "30.00 |" in results_markdown(results.model_copy(update=dict(base=scored(0.3, float("nan")))))
+    assert "nan" not in printed(results.model_copy(update=dict(base=scored(0.3, float("nan")))))
 
 
 def test_text_of_files_is_not_markup(results):
     attack = "x`<img src=x>|\n\n# Hello [a](b) $1 *b* ~~c~~"
     adapters = {attack: scored(0.7), "01": scored(0.72)}
-    hostile = dataclasses.replace(
-        results, base_model=attack, prompt=attack, protocol=attack, adapters=adapters, best=attack, unread={attack: 0.5}
+    hostile = results.model_copy(
+        update=dict(
+            base_model=attack, prompt=attack, protocol=attack, adapters=adapters, best=attack, unread={attack: 0.5}
+        )
     )
-    for changed in (hostile, dataclasses.replace(hostile, adapters={attack: scored(0.7)})):
-        text = results_markdown(dataclasses.replace(changed, control=scored(0.5), control_name=attack))
+    for changed in (hostile, hostile.model_copy(update=dict(adapters={attack: scored(0.7)}))):
+        text = results_markdown(changed.model_copy(update=dict(control=scored(0.5), control_name=attack)))
         assert not re.search(r"(?<!\\)(<img|\[a\]|\*b|~~|`<)|^# Hello", text, flags=re.MULTILINE)
         rows = [line for line in text.splitlines() if line.startswith("|")]
         assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {11}

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from poc_lora.artifacts.run_folder import RESULTS
 from poc_lora.data.commonsense import Question, find_benchmarks, read_questions
 from poc_lora.errors import Interrupted
 from poc_lora.evaluation.answers import Answer, Item, check_numbers
 from poc_lora.evaluation.protocols.harness_tasks import quiet_lm_eval
-from poc_lora.evaluation.results import RESULTS_FILE
 from poc_lora.evaluation.variants import Variants, activate_variants
 from poc_lora.files import write_atomic
 from poc_lora.progress import progress_bar
@@ -83,7 +83,7 @@ def harness_answers(
             items = items or _items(data, scores)
             answers[name] = {item: _answer(item, scores[item.benchmark]) for item in items}
             check_numbers(name, items, list(answers[name].values()))
-            (variants.out / RESULTS_FILE).unlink(missing_ok=True)
+            (variants.out / RESULTS).unlink(missing_ok=True)
             _write(variants.out / "harness" / name, results)
     return items, answers
 

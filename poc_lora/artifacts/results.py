@@ -1,0 +1,128 @@
+"""results.json: the accuracies that an evaluation measured."""
+
+import math
+from typing import Annotated, ClassVar, NamedTuple, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from poc_lora.artifacts.schema import Artifact, Count, Finite, Number, OrNan, Public, Schema, Share
+from poc_lora.data.commonsense import BENCHMARKS
+
+
+def _is_error(value: float) -> float:
+    if value < 0 or math.isinf(value):
+        raise ValueError(f"a standard error of {value}")
+    return value
+
+
+Accuracy = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+StandardError = Annotated[OrNan, AfterValidator(_is_error)]
+
+
+class Estimate(NamedTuple):
+    """A value and its standard error; the error is NaN where one question is too few to tell."""
+
+    value: Accuracy
+    error: StandardError
+
+
+class Difference(Schema):
+    """A paired difference of macro averages with its 95 % bootstrap interval and two-sided p-value."""
+
+    value: Public[Finite]
+    low: Public[Finite]
+    high: Public[Finite]
+    p: Public[Finite]
+
+
+class Scored(Schema):
+    """The accuracy of one variant: by benchmark folder, and their plain average."""
+
+    benchmarks: Public[dict[str, Estimate]]
+    average: Public[Estimate]
+
+
+class SubsetPoint(Schema):
+    """All merges of m of the adapters: see `poc_lora.evaluation.subsets`."""
+
+    m: Public[Annotated[int, Field(gt=0, le=2**31)]]
+    subsets: Public[int]
+    accuracy: Public[Share]
+    error: Public[StandardError]
+    distance: Public[Number | None]
+
+
+class VarianceLaw(Schema):
+    """The fit of distance = c (1/m − 1/M) + floor, and the share of the variance that it explains."""
+
+    c: Public[Number]
+    floor: Public[Number]
+    explained: Public[OrNan] = math.nan
+
+
+class Subsets(Schema):
+    """How accuracy and the distance from the merge of all depend on the number of adapters merged."""
+
+    points: Public[Annotated[list[SubsetPoint], Field(min_length=1)]]
+    variance_law: Public[VarianceLaw | None]
+
+
+class Results(Artifact):
+    """Everything the paper's table needs. Accuracies are shares of 1, in the paper's order of benchmarks.
+
+    Attributes:
+        limit: Only the first so many questions of each benchmark were asked.
+        questions: The number of questions by benchmark.
+        too_long: Questions that do not fit the context. They count as wrong; the protocol `harness` scores them with
+            their prompts cut.
+        chance: The accuracy of guessing.
+        best: The adapter of the largest average, chosen on `best_chosen_on`: a validation split, or, as in the paper,
+            the test questions themselves, which flatters it.
+        average: The mean over adapters.
+        merged: The run's merged/ or, with `exact_average`, the exact average of the adapters, which is in no folder.
+            None for one adapter without a merge.
+        ensemble: None for fewer than two adapters, and where there is only generated text.
+        comparisons: The merge minus `best`, `average` and `control`.
+        agreement: How often merge and ensemble choose the same label; NaN where no question fits.
+        unread: By variant, the share of generated answers without a label; NaN where no question fits.
+        control: The merge of another run.
+        subsets: See `poc_lora.evaluation.subsets`.
+    """
+
+    content: ClassVar[str] = "the results of an evaluation"
+    fix: ClassVar[str] = "evaluate again"
+
+    base_model: Public[str]
+    prompt: Public[str]
+    limit: Public[Count | None]
+    questions: Public[dict[str, Count]]
+    too_long: Public[dict[str, Count]]
+    chance: Public[dict[str, Share]]
+    base: Public[Scored]
+    adapters: Public[dict[str, Scored]]
+    best: Public[str]
+    average: Public[Scored]
+    merged: Public[Scored | None]
+    ensemble: Public[Scored | None]
+    comparisons: Public[dict[str, Difference]]
+    agreement: Public[float | None]
+    protocol: Public[str] = "label"
+    best_chosen_on: Public[str] = "test"
+    unread: Public[dict[str, OrNan]] = Field(default_factory=dict)
+    control: Public[Scored | None] = None
+    control_name: Public[str | None] = None
+    subsets: Public[Subsets | None] = None
+    exact_average: Public[bool] = False
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        asked = self.questions.keys()
+        if not asked & {benchmark.folder for benchmark in BENCHMARKS}:
+            raise ValueError("no benchmark that is known")
+        if self.best not in self.adapters:
+            raise ValueError("the best adapter is not among the adapters")
+        rows = [self.base, self.average, self.merged, self.ensemble, self.control, *self.adapters.values()]
+        known = [self.too_long.keys(), self.chance.keys(), *(row.benchmarks.keys() for row in rows if row)]
+        if not all(asked <= benchmarks for benchmarks in known):
+            raise ValueError("benchmarks without an accuracy, a chance level or a count")
+        return self

@@ -1,0 +1,39 @@
+"""The names of a run's files."""
+
+from pathlib import Path
+
+MERGE_REPORT = "merge.json"  # in the folder of any merged adapter
+RESULTS = "results.json"  # in the folder of any evaluation
+RESULTS_TABLE = "results.md"
+PROTOCOLS = ("label", "generate", "harness")
+
+
+class RunFolder:
+    """The paths in a run's folder, whether they exist or not."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"  # the resolved configuration
+        self.info = path / "run.json"  # see RunInfo
+        self.metrics = path / "metrics.jsonl"  # a line for each logged step and adapter
+        self.checkpoints = path / "checkpoints"  # numbered commits
+        self.adapters = path / "adapters"  # the finished adapters: 00, 01, ...
+        self.merged = path / "merged"  # the merged adapter
+        self.merge_report = self.merged / MERGE_REPORT  # see MergeReport
+        self.evaluations = [self.evaluation(protocol) for protocol in PROTOCOLS]
+        self.report = path / "report.html"
+        self.comparison = path / "comparison.md"
+        self.lock = path / ".lock"  # held by the process that trains
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run has begun here."""
+        return self.config.is_file()
+
+    def adapter(self, number: int | str) -> Path:
+        """Returns the folder of one adapter, such as adapters/00."""
+        return self.adapters / (number if isinstance(number, str) else f"{number:02d}")
+
+    def evaluation(self, protocol: str = "label") -> Path:
+        """Returns the folder of an evaluation: eval for the protocol `label`, else eval-PROTOCOL."""
+        return self.path / ("eval" if protocol == "label" else f"eval-{protocol}")

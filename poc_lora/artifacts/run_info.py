@@ -1,0 +1,50 @@
+"""run.json: how and on what a run was trained."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from poc_lora.artifacts.schema import Artifact, Finite, Number
+
+TOKENIZED_ROWS = "tokenised rows"  # the key in data_sha256 that is no file
+
+
+class RunInfo(Artifact):
+    """What training records beside its configuration. None of it is uploaded as a file.
+
+    Attributes:
+        versions: Versions of Python and the libraries.
+        machine: Platform, processor, threads and GPUs of rank 0.
+        seed: The seed of the run.
+        steps: Optimizer steps in all.
+        data_sha256: SHA-256 of every file of training rows by its path, and of the tokenized rows.
+        started_at: When the run was first started, in ISO format.
+        dtype: The dtype of the base model.
+        processes: The number of ranks.
+        devices: What rounding depends on, for each rank.
+        per_device: Adapters trained at once on a device.
+        tokens_per_microbatch: Tokens in a micro-batch over all adapters, padding counted.
+        gradient_checkpointing: Whether activations are recomputed.
+        train_seconds: Time in optimizer steps.
+        commit_seconds: Time in checkpoints.
+        peak_bytes: The largest peak memory of a device.
+    """
+
+    content: ClassVar[str] = "the record of a run"
+    fix: ClassVar[str] = "restore the file, or remove it"
+
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, str | int | list[str]] = Field(default_factory=dict)
+    seed: int | None = None
+    steps: int | None = None
+    data_sha256: dict[str, str] = Field(default_factory=dict)
+    per_device: int | None = None
+    tokens_per_microbatch: int | None = None
+    gradient_checkpointing: bool | None = None
+    started_at: str | None = None
+    dtype: str | None = None
+    processes: int | None = None
+    devices: list[str] = Field(default_factory=list)
+    train_seconds: Number | None = None
+    commit_seconds: Finite | None = None
+    peak_bytes: int | None = None

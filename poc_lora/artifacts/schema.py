@@ -1,0 +1,96 @@
+"""What the schemas of a run's files share: bounded numbers, reading, writing, and what may be published."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from poc_lora.errors import RunError
+from poc_lora.files import read_json, write_atomic
+
+LARGEST = 1e30  # matplotlib cannot draw larger values
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1.001, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+OrNan = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # NaN is null in JSON
+
+T = TypeVar("T")
+
+
+class _Marker:
+    pass
+
+
+PUBLIC = _Marker()
+Public = Annotated[T, PUBLIC]  # a field that may leave this machine, as in `rank: Public[int]`
+
+
+class Schema(BaseModel):
+    """A part of a file. Unknown keys are ignored, and fields that were never set are not written."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain JSON values, in the order of the fields; NaN becomes None."""
+        plain: dict[str, Any] = _plain(self)
+        return plain
+
+    def public(self, names: Mapping[str, str]) -> Self:
+        """Returns a copy with the fields marked `Public`, which all required fields must be.
+
+        Args:
+            names: Texts to replace, such as a local path by its Hub id. Other absolute paths are cut to their last
+                part, since they tell about this machine.
+        """
+        return self.model_validate(_plain(self, names))
+
+
+class Artifact(Schema):
+    """A whole JSON file."""
+
+    content: ClassVar[str]  # completes the error message "not ..."
+    fix: ClassVar[str]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file as untrusted. Raises RunError, which names the file and the field."""
+        raw = read_json(path, error=RunError)
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as problem:
+            first = problem.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"])) or "the whole"
+            raise RunError(f"not {cls.content} ({field}: {first['msg']})", where=path, fix=cls.fix) from problem
+
+    @classmethod
+    def read_if_there(cls, path: Path) -> Self | None:
+        """Read a file; returns None where there is none."""
+        return cls.read(path) if path.is_file() else None
+
+    def dumps(self) -> str:
+        """Returns the text of the file."""
+        return json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write the file atomically."""
+        write_atomic(path, self.dumps())
+
+
+def _plain(value: Any, names: Mapping[str, str] | None = None) -> Any:
+    """JSON values; with `names`, those of public fields only."""
+    if isinstance(value, Schema):
+        fields = type(value).model_fields
+        shown = (n for n in fields if n in value.model_fields_set and (names is None or PUBLIC in fields[n].metadata))
+        return {name: _plain(getattr(value, name), names) for name in shown}
+    if isinstance(value, dict):
+        return {str(key): _plain(inner, names) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, names) for inner in value]
+    if isinstance(value, str) and names is not None:
+        return names.get(value, Path(value).name if Path(value).is_absolute() else value)
+    return None if isinstance(value, float) and math.isnan(value) else value
