@@ -1,4 +1,4 @@
-"""Which rows each adapter sees at each step, and how they are packed into tensors."""
+"""The rows that each adapter gets at each step, and their packing into micro-batches."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,16 +10,21 @@ from torch import Tensor
 from poc_lora import rng
 from poc_lora.data.prompts import Example
 
-BUCKET_STEPS = 16  # rows of one length range: enough for this many steps
+BUCKET_STEPS = 16  # a bucket of rows of similar length is enough for this many steps
 PAD_MULTIPLE = 8
 
 
 class BatchOrder:
-    """The order in which adapters see the rows: a function of (seed, adapter, step) and nothing else.
+    """The order of rows for each adapter: a function of (seed, adapter, step) alone.
 
-    Every row is seen once an epoch. With `group_by_length` rows are sorted into buckets of similar length;
-    which bucket a step draws from is common to all adapters (so that little is padded), and which of its
-    rows are drawn is each adapter's own.
+    An adapter gets every row once an epoch. With `group_by_length`, rows are sorted into buckets of similar length. At
+    each step all adapters draw from the same bucket, which saves padding, but each draws its own rows.
+
+    Args:
+        lengths: The tokens of each row.
+        batch_size: Rows of one adapter's optimizer step.
+        seed: The run's seed.
+        group_by_length: Whether to draw batches from buckets of similar length.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, *, group_by_length: bool):
@@ -31,10 +36,12 @@ class BatchOrder:
         else:
             self.buckets = [list(range(len(lengths)))]
         self.steps_per_epoch = sum(-(-len(bucket) // batch_size) for bucket in self.buckets)
-        self._drawn: dict[int, tuple[int, list[list[int]]]] = {}  # adapter -> the epoch it is in, and its batches
+        self._drawn: dict[
+            int, tuple[int, list[list[int]]]
+        ] = {}  # adapter -> its current epoch and that epoch's batches
 
     def rows(self, adapter: int, step: int) -> list[int]:
-        """The row numbers of one adapter's batch at one optimizer step."""
+        """Returns the indices of the rows in one adapter's batch at an optimizer step."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if adapter not in self._drawn or self._drawn[adapter][0] != epoch:
             self._drawn[adapter] = (epoch, self._draw_epoch(adapter, epoch))
@@ -46,21 +53,21 @@ class BatchOrder:
             stream = rng.key(self.seed, adapter, "order", epoch, f"bucket {number}")
             order = [bucket[i] for i in rng.permutation(len(bucket), stream)]
             batches += [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        steps = rng.permutation(len(batches), rng.key(self.seed, 0, "step order", epoch))  # alike for all adapters
+        steps = rng.permutation(len(batches), rng.key(self.seed, 0, "step order", epoch))  # the same for all adapters
         return [batches[i] for i in steps]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of all adapters in one tensor, adapter-major, and the positions that carry a loss."""
+    """Rows of all adapters in one tensor, adapter-major, with the n positions that have a loss."""
 
     input_ids: Tensor  # [M·b, T], padded on the right
-    row: Tensor  # [n] row of each predicting position
-    column: Tensor  # [n] column of each predicting position
+    row: Tensor  # [n] row of each position
+    column: Tensor  # [n] column of each position
     target: Tensor  # [n] the token to predict there
-    slot: Tensor  # [n] the adapter it belongs to
-    examples: list[int]  # [M·b] example numbers
-    real_tokens: int
+    slot: Tensor  # [n] the adapter's slot
+    examples: list[int]  # [M·b] indices of the rows
+    tokens: int  # without padding
 
 
 def micro_batches(
@@ -73,7 +80,17 @@ def micro_batches(
     pad_id: int,
     device: torch.device,
 ) -> Iterator[MicroBatch]:
-    """The parts of `cut_rows` as tensors."""
+    """Yields one step's rows as micro-batches; see `cut_rows` for their sizes.
+
+    Args:
+        examples: All rows.
+        rows_per_slot: The indices of each adapter's rows in this step, equally many for each.
+        tokens: The most tokens of a micro-batch, with padding.
+        at_least: The least number of micro-batches.
+        train_on_prompt: Whether prompts have a loss too.
+        pad_id: The token that rows are padded with.
+        device: The device of the tensors.
+    """
     for part in cut_rows(examples, rows_per_slot, tokens=tokens, at_least=at_least):
         chosen = [i for rows in part for i in rows]
         yield _pack(examples, chosen, len(part[0]), train_on_prompt=train_on_prompt, pad_id=pad_id, device=device)
@@ -82,11 +99,11 @@ def micro_batches(
 def cut_rows(
     examples: Sequence[Example], rows_per_slot: Sequence[Sequence[int]], *, tokens: int, at_least: int = 1
 ) -> list[list[Sequence[int]]]:
-    """Cut one step's rows (equally many for each adapter) into parts of at most `tokens` tokens, padding counted.
+    """Split one step's rows into parts of at most `tokens` tokens, with padding.
 
-    A part has equally many rows of every adapter, at least one. Rows go by falling length, so that a part's rows
-    are alike; a step's gradient is a sum over rows, whose order does not matter. `at_least` so many parts are made, as
-    far as there are rows.
+    A part has the same number of rows for each adapter, at least one. Rows are sorted by length, longest first, so that
+    a part's rows are of similar length; the step's gradient is a sum over rows, so their order does not matter. There
+    are at least `at_least` parts if there are as many rows.
     """
     by_length = [sorted(rows, key=lambda i: -len(examples[i].ids)) for rows in rows_per_slot]
     count, bounds = len(by_length[0]), [0]
@@ -100,7 +117,7 @@ def cut_rows(
 
 
 def supervised_tokens(example: Example, *, train_on_prompt: bool) -> int:
-    """How many tokens of an example are predicted under the loss; the first token never is."""
+    """The number of an example's tokens that have a loss; the first token never has one."""
     return len(example.ids) - (1 if train_on_prompt else example.answer_start)
 
 
@@ -129,10 +146,10 @@ def _pack(
         target=input_ids[rows, columns].to(device),
         slot=(rows // rows_per_adapter).to(device),
         examples=chosen,
-        real_tokens=int(lengths.sum()),
+        tokens=int(lengths.sum()),
     )
 
 
 def padded_length(length: int) -> int:
-    """The width of a batch whose longest row has `length` tokens."""
+    """The padded length of rows, the longest of which has `length` tokens."""
     return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE

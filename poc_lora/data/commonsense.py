@@ -1,4 +1,4 @@
-"""The eight commonsense benchmarks, and reading their questions from local JSON in the LLM-Adapters format."""
+"""The eight commonsense benchmarks, and their questions from local JSON files in the LLM-Adapters format."""
 
 import difflib
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ ANSWER_FORMAT = "Answer format:"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """folder: its name on disk. short: its name in the paper's table. options: a question's usual number of labels."""
+    """A benchmark of the paper's table."""
 
-    folder: str
-    short: str
+    folder: str  # its name on disk
+    short: str  # its name in the paper's table
     name: str
-    options: int
+    options: int  # the usual number of labels of a question
 
 
 # In the paper's column order.
@@ -37,7 +37,7 @@ BENCHMARKS = (
 
 @dataclass(frozen=True)
 class Question:
-    """One test question; `answer` is one of `labels`, which are in the order the question names them."""
+    """A test question; `answer` is one of `labels`, which are in the question's order."""
 
     instruction: str
     input: str
@@ -50,7 +50,7 @@ class Question:
 
 
 def find_benchmarks(names: Sequence[str] | None) -> tuple[Benchmark, ...]:
-    """The benchmarks of these folder or paper names, in the paper's order; all eight if None. Raises DataError."""
+    """Returns the benchmarks with these folder or paper names in the paper's order; all if None. Raises DataError."""
     if names is None:
         return BENCHMARKS
     known = {name.lower(): b for b in BENCHMARKS for name in (b.folder, b.short)}
@@ -69,10 +69,10 @@ def find_benchmarks(names: Sequence[str] | None) -> tuple[Benchmark, ...]:
 def read_questions(
     data: Path, benchmark: Benchmark, *, split: str = "test", limit: int | None = None
 ) -> list[Question]:
-    """The questions of `<data>/<benchmark>/<split>.json`, the first `limit` of them if one is given.
+    """Read the questions of `<data>/<benchmark>/<split>.json`, or the first `limit` of them.
 
-    Every row of the file is checked, also those beyond `limit`. Raises DataError naming the file and the row,
-    counted from 1.
+    Raises:
+        DataError: The file is missing, or one of its rows, also those beyond `limit`, is not a question.
     """
     path = data / benchmark.folder / f"{split}.json"
     if not path.is_file():
@@ -96,7 +96,7 @@ def read_questions(
 
 
 def chance_level(questions: Sequence[Question]) -> float:
-    """The expected accuracy of guessing: the mean of 1 / number of labels."""
+    """The expected accuracy of random guessing: the mean of 1 / number of labels."""
     return sum(1 / len(q.labels) for q in questions) / len(questions)
 
 
@@ -127,7 +127,8 @@ def _column(row: dict[str, Any], name: str, where: str) -> str:
         raise DataError(f"column {name!r} is missing", where=where, fix="every row needs 'instruction' and 'answer'")
     if not isinstance(row[name], str):
         raise DataError(f"column {name!r} is not text", where=where)
-    return row[name]
+    text: str = row[name]
+    return text
 
 
 def _labels(instruction: str, where: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Prompt templates, and rows turned into token ids with the boundary between prompt and answer."""
+"""Prompt templates, and tokenisation of rows with the boundary between prompt and answer."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ TEMPLATES: dict[str, dict[str, dict[str, str]]] = json.loads(
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row: `ids[answer_start:]` is the answer, which ends with EOS unless it was cut off."""
+    """One tokenised row; `ids[answer_start:]` is the answer, which ends with EOS unless it was truncated."""
 
     ids: tuple[int, ...]
     answer_start: int
@@ -32,15 +32,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The usable examples of a data set and what happened to the rest."""
+    """The examples of a data set, and how many rows did not fit."""
 
     examples: list[Example]
-    shortened: int  # rows cut to max_length that keep a part of their answer
-    lost: int  # rows left out because the cut took their whole answer
+    truncated: int  # rows truncated to max_length that keep a part of their answer
+    dropped: int  # rows left out because truncation removes their whole answer
 
 
 def render_prompt(instruction: str, input: str, template: str, *, purpose: str = "evaluation") -> str:
-    """The text before the answer, for `training` or `evaluation`. Braces in the row are left alone."""
+    """Returns the text before the answer, for `training` or `evaluation`. Braces in the row are not replaced."""
     text = TEMPLATES[template][purpose]["with_input" if input else "alone"]
     head, _, tail = text.partition("{instruction}")
     middle, _, end = tail.partition("{input}")
@@ -55,15 +55,21 @@ def encode_rows(
     max_length: int,
     now: datetime | None = None,
 ) -> Encoded:
-    """Tokenise rows as prompt + answer + EOS, at most `max_length` tokens each.
+    """Tokenise rows as prompt + answer + EOS.
 
-    The boundary is found on tokens: the answer starts where the tokens of prompt + answer leave those of
-    the prompt alone, so a token that holds the end of one and the start of the other counts as answer.
-    A row whose whole answer is cut off teaches nothing of the task: it is left out and counted.
-    now: what chat templates that write a date take for the time, so that rows are the same on another day; default,
-    the time of the call.
-    Raises ModelError for a tokenizer without EOS or, for chats, without a chat template, and DataError for a
-    chat that the template refuses.
+    The answer starts at the first token where prompt + answer differs from the prompt alone, so a token with the end
+    of the prompt and the start of the answer belongs to the answer.
+
+    Args:
+        rows: The rows.
+        tokenizer: The base model's tokenizer.
+        template: The prompt template's name, a key of `TEMPLATES`.
+        max_length: Rows are truncated to this many tokens, and dropped if that removes their whole answer.
+        now: The time for chat templates that write a date, so that rows do not depend on the day; default: now.
+
+    Raises:
+        ModelError: The tokenizer has no EOS token, or no chat template for rows that are chats.
+        DataError: There are no rows, or the chat template refuses one.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no EOS token, so an answer could not end", where="model.name")
@@ -74,25 +80,22 @@ def encode_rows(
     chats = [isinstance(row, ChatRow) for row in rows]
     prompt_ids = _tokenise(tokenizer, [prompt for prompt, _ in pairs], chats)
     whole_ids = _tokenise(tokenizer, [prompt + answer for prompt, answer in pairs], chats)
-    examples, shortened, lost = [], 0, 0
+    examples, truncated, dropped = [], 0, 0
     for prompt, whole in zip(prompt_ids, whole_ids, strict=True):
-        start = max(1, _common_prefix(prompt, whole))  # nothing comes before the first token to predict it from
+        start = max(1, _common_prefix(prompt, whole))  # the first token cannot be predicted
         if whole[-1:] != [tokenizer.eos_token_id]:
             whole = [*whole, tokenizer.eos_token_id]
         if start >= max_length:
-            lost += 1
+            dropped += 1
             continue
-        shortened += len(whole) > max_length
+        truncated += len(whole) > max_length
         examples.append(Example(tuple(whole[:max_length]), start))
-    return Encoded(examples, shortened, lost)
+    return Encoded(examples, truncated, dropped)
 
 
 @contextlib.contextmanager
 def _stopped_clock(now: datetime) -> Iterator[None]:
-    """Within the block chat templates take `now` for the time.
-
-    transformers gives them one function that reads the clock, and takes no other in its place.
-    """
+    """Within the block, chat templates see `now` as the time; transformers has no argument for it."""
 
     class Stopped(datetime):
         @classmethod
@@ -118,14 +121,14 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, where: s
     try:
         prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
         whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except TemplateError as problem:  # templates refuse roles, or orders of roles, that the model does not know
+    except TemplateError as problem:  # templates refuse unknown roles and orders of roles
         raise DataError(f"the tokenizer's chat template refuses the row: {problem}", where=where) from problem
     shared = _common_prefix(prompt, whole)
     return whole[:shared], whole[shared:].rstrip("\n")
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str], chats: list[bool]) -> list[list[int]]:
-    """Token ids of each text; a chat template writes its own special tokens, so none are added to it."""
+    """Token ids of each text; no special tokens are added to chats, whose templates write their own."""
     ids: list[list[int]] = [[] for _ in texts]
     for chat in (False, True):
         chosen = [i for i, is_chat in enumerate(chats) if is_chat == chat]

@@ -1,8 +1,8 @@
-"""Training rows from files, folders or the Hub, in three formats told apart by their columns.
+"""Read training rows from files, folders or the Hub. Their columns decide between three formats:
 
 instruction / input / output     the LLM-Adapters and Alpaca format (`answer` and other columns are ignored)
 prompt / completion              text that is used as it is
-messages                         a chat, rendered by the tokenizer's own template; the last turn is learnt
+messages                         a chat, rendered by the tokenizer's template; the answer is the last turn
 """
 
 import json
@@ -41,9 +41,12 @@ Row = InstructionRow | CompletionRow | ChatRow
 
 
 def source_files(sources: Sequence[str]) -> list[Path]:
-    """The local files that `sources` stand for: a folder means every train.json or train.jsonl inside it.
+    """Returns the local files of the sources; a folder stands for every train.json and train.jsonl inside it.
 
-    A source that is neither a file nor a folder but looks like a Hub id is passed over. Raises DataError.
+    Hub ids are skipped.
+
+    Raises:
+        DataError: A source does not exist, or a folder has no such file.
     """
     files: list[Path] = []
     for source in sources:
@@ -63,7 +66,7 @@ def source_files(sources: Sequence[str]) -> list[Path]:
 
 
 def read_sources(sources: Sequence[str]) -> list[Row]:
-    """All rows of all sources: those of files, then those of the Hub. Raises DataError naming the file and row."""
+    """Read the rows of files, folders and Hub ids, in this order: local ones first. Raises DataError."""
     rows: list[Row] = []
     for path in source_files(sources):
         rows += read_file(path)
@@ -74,7 +77,7 @@ def read_sources(sources: Sequence[str]) -> list[Row]:
 
 
 def read_file(path: Path) -> list[Row]:
-    """The rows of one .json (a list) or .jsonl (one object a line) file. Raises DataError."""
+    """Read the rows of a .json file (a list) or .jsonl file (one object a line). Raises DataError."""
     raw = (
         list(_json_lines(path))
         if path.suffix == ".jsonl"
@@ -88,7 +91,7 @@ def read_file(path: Path) -> list[Row]:
 
 
 def _json_lines(path: Path) -> Iterable[Any]:
-    # Not splitlines(): a string in JSON may hold characters, such as U+2028, that it takes for line ends.
+    # Not splitlines(), which also splits at characters, such as U+2028, that a JSON string may contain.
     for number, line in enumerate(read_text(path, error=DataError, max_bytes=MAX_DATA_BYTES).split("\n"), 1):
         if line.strip():
             try:
@@ -124,11 +127,12 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
         raise DataError(f"the column '{column}' is missing", where=where, fix=f"its columns are {', '.join(row)}")
     if not _is_text(row[column]) or not row[column]:
         raise DataError(f"the column '{column}' is empty or not text", where=where)
-    return row[column]
+    text: str = row[column]
+    return text
 
 
 def _is_text(value: Any) -> bool:
-    """Whether `value` is text that UTF-8 can hold: JSON escapes can spell half of a surrogate pair."""
+    """Whether `value` is text that UTF-8 can encode; JSON escapes may contain half of a surrogate pair."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
@@ -155,9 +159,9 @@ def _read_hub(source: str) -> list[Row]:
         ) from problem
     try:
         table = datasets.load_dataset(source, split="train")
-    except Exception as problem:  # the library raises many kinds; all mean that the data cannot be had
+    except Exception as problem:  # datasets raises many kinds
         raise DataError(
-            f"'{source}' is neither a file nor a folder, and the Hub gives no such data set: {problem}",
+            f"'{source}' is neither a file nor a folder, and cannot be loaded from the Hub: {problem}",
             where="data.train",
         ) from problem
     return [_parse(row, f"{source}, row {number}") for number, row in enumerate(table, 1)]

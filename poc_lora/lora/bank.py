@@ -1,9 +1,9 @@
-"""M adapters stacked on one frozen base model, so that one forward pass serves them all."""
+"""M adapters on one frozen base model, trained or evaluated in one forward pass."""
 
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +13,33 @@ from poc_lora import rng
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.errors import AdapterError, ModelError
-from poc_lora.lora.layer import BankLinear, Stack, View
+from poc_lora.lora.layer import BankLinear, FactorBuffers, ForwardState
 from poc_lora.models.load import keep_differentiable, linear_names
 
 
 class AdapterBank:
-    """M LoRA adapters on one frozen base model, trained or evaluated in one pass.
+    """M LoRA adapters on one frozen base model, trained or evaluated in one forward pass.
 
-    Every target `nn.Linear` is replaced by a module that calls the base once on the whole pack and adds
-    the adapters' updates by one batched matmul. All adapters' parameters are rows of one float32 buffer
-    `weights` [M, P], with gradients in `gradients` [M, P]; the modules hold views. So an optimizer's
-    parameter, a checkpoint and a gradient norm are each one row of the buffer.
+    Every target `nn.Linear` is replaced by a module that calls the base layer once for all adapters and adds their
+    updates by one batched matmul. The adapters' parameters are the rows of one float32 buffer `weights` [M, P], with
+    gradients in `gradients` [M, P]; modules hold views of both. So the optimizer's parameter, the checkpoint and the
+    gradient norm of an adapter are each one row. A packed forward pass has M·b rows, the first b for the first adapter.
 
-    model: any torch model whose batch dimension comes first, frozen; its linear layers may be bitsandbytes' 4-bit
-    and 8-bit ones. Packed, it is called with M·b rows, the first b of them the first adapter's.
-    targets: module names, matched by their last parts as in PEFT. rank, alpha: ΔW = (alpha / rank) B A.
-    adapters: the ids of the adapters; an id, not a slot, keys an adapter's initialisation.
-    dropout: probability of dropping an input of A while `model.training`.
+    A is initialised uniformly in ±1/sqrt(d_in), PEFT's default, and B with zeros.
 
-    A starts uniform in ±1/sqrt(d_in) (PEFT's default) and B at zero. Raises ModelError for unmatched targets, and in
-    a packed pass for an input that is not made of the rows that the model was called with.
+    Args:
+        model: A frozen torch model whose first dimension is the batch. Linear layers may be bitsandbytes' 4-bit or
+            8-bit ones.
+        targets: Module names, matched by the last parts of paths as in PEFT.
+        rank: The rank r of every module.
+        alpha: LoRA's alpha: ΔW = (alpha / rank) B A.
+        adapters: The adapters' ids. An id, not the slot, keys an adapter's initialisation.
+        seed: The run's seed, the other part of that key.
+        dropout: Probability of dropping an input of A in training mode.
+
+    Raises:
+        ModelError: A target matches no linear layer or one that cannot be adapted; in a packed forward pass, an input
+            is not made of the rows that the model was called with.
     """
 
     def __init__(
@@ -52,22 +59,25 @@ class AdapterBank:
                 bound = 1 / math.sqrt(module.base.in_features)
                 for slot, adapter in enumerate(self.adapters):
                     draws = rng.uniform((rank, module.base.in_features), rng.key(seed, adapter, "init", 0, path))
-                    module.stack.A[slot].copy_((2 * draws - 1) * bound)
+                    module.factors.A[slot].copy_((2 * draws - 1) * bound)
 
     @classmethod
     def blank(
         cls, model: nn.Module, *, targets: Sequence[str], rank: int, adapters: Sequence[int], dropout: float = 0.0
     ) -> "AdapterBank":
-        """A trainable bank whose weights are all zero: for its shapes, or to be filled from a checkpoint."""
+        """Returns a trainable bank with weights of zero and scale 1, for its shapes or to load a checkpoint into."""
         bank = cls.__new__(cls)
         bank._build(model, matching_linears(model, targets), rank, 1.0, list(adapters), dropout, targets)
         return bank
 
     @classmethod
     def from_adapters(cls, model: nn.Module, adapters: Sequence[Adapter]) -> "AdapterBank":
-        """A bank that holds trained adapters, zero-padded to the largest rank, to be evaluated.
+        """Returns a bank of trained adapters for evaluation, without gradients.
 
-        It has no memory for gradients. Raises AdapterError for an adapter that does not fit the model.
+        Smaller ranks are padded with zeros to the largest.
+
+        Raises:
+            AdapterError: An adapter does not fit the model, or has modules_to_save.
         """
         linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
         paths = [path for path in linears if any(path in a.modules for a in adapters)]
@@ -96,8 +106,8 @@ class AdapterBank:
             for slot, adapter in enumerate(adapters):
                 for path, factors in adapter.modules.items():
                     r = factors.A.shape[0]
-                    bank.modules[path].stack.A[slot, :r].copy_(factors.A)
-                    bank.modules[path].stack.B[slot, :r].copy_(factors.B.to(torch.float32).T * factors.scale)
+                    bank.modules[path].factors.A[slot, :r].copy_(factors.A)
+                    bank.modules[path].factors.B[slot, :r].copy_(factors.B.to(torch.float32).T * factors.scale)
         return bank
 
     def _build(
@@ -118,11 +128,11 @@ class AdapterBank:
         self.model, self.adapters, self.rank, self.scale = model, adapters, rank, scale
         self.targets = frozenset(targets or ())
         self.dropped: set[int] = set()
-        self.view = View(members=list(range(M)))
+        self.state = ForwardState(members=list(range(M)))
         P = sum(rank * (linear.in_features + linear.out_features) for linear in linears.values())
         device = next(iter(linears.values())).weight.device
         self.weights = torch.zeros(M, P, device=device)
-        # Without gradients: one zero seen as a matrix, so that the views below exist and cost nothing.
+        # Not trainable: a single zero expanded to a matrix, so that the views below cost no memory.
         self.gradients = torch.zeros(M, P, device=device) if trainable else torch.zeros(1, 1).expand(M, P)
         self.rows = [nn.Parameter(self.weights[slot]) for slot in range(M)]
         self.modules: dict[str, BankLinear] = {}
@@ -134,8 +144,8 @@ class AdapterBank:
                 offset += rank * width
                 views += [buffer[:, part].unflatten(1, (rank, width)) for buffer in (self.weights, self.gradients)]
             A, grad_A, B, grad_B = views
-            stack = Stack(A.requires_grad_(trainable), B.requires_grad_(trainable), grad_A, grad_B, scale)
-            module = BankLinear(linear, stack, self.view, dropout, rng.key(0, 0, "dropout-site", 0, path))
+            factors = FactorBuffers(A.requires_grad_(trainable), B.requires_grad_(trainable), grad_A, grad_B, scale)
+            module = BankLinear(linear, factors, self.state, dropout, rng.key(0, 0, "dropout-site", 0, path))
             module.train(linear.training)
             _replace(model, path, module)
             self.modules[path] = module
@@ -148,19 +158,19 @@ class AdapterBank:
             self.zero_grad()
 
     def _count_rows(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note how many rows the model is called with, by which its modules' inputs are judged."""
+        """Record how many rows the model is called with; its modules check their inputs against it."""
         main = kwargs.get(getattr(self.model, "main_input_name", ""))
         tensors = [x for x in (main, *args, *kwargs.values()) if isinstance(x, Tensor)]
-        self.view.rows = next((len(x) for x in tensors if x.dim() > 1), None)
-        if self.view.mode == "pack" and self.view.rows is not None and self.view.rows % self.size:
+        self.state.rows = next((len(x) for x in tensors if x.dim() > 1), None)
+        if self.state.mode == "packed" and self.state.rows is not None and self.state.rows % self.size:
             raise ModelError(
-                f"{self.view.rows} rows cannot be split among {self.size} adapters",
+                f"{self.state.rows} rows cannot be split among {self.size} adapters",
                 fix="give every adapter the same number of rows, adapter after adapter",
             )
 
     def _forget_rows(self, *_: Any) -> None:
-        """A layer that is run again in the backward pass may belong to an earlier call, with other rows."""
-        self.view.rows = None
+        """Layers recomputed in the backward pass may belong to an earlier call, with another number of rows."""
+        self.state.rows = None
 
     @property
     def size(self) -> int:
@@ -169,77 +179,81 @@ class AdapterBank:
 
     @property
     def parameters_per_adapter(self) -> int:
+        """P, the number of one adapter's parameters."""
         return self.weights.shape[1]
 
     def zero_grad(self) -> None:
-        """Clear all gradients and hand each live adapter's row to the optimizer."""
+        """Zero all gradients, and set each row's `grad`; that of a dropped adapter is None, so it gets no update."""
         self.gradients.zero_()
         for slot, row in enumerate(self.rows):
             row.grad = None if slot in self.dropped else self.gradients[slot]
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Scale each adapter's gradient to a norm of at most `max_norm`; returns the norms before, [M]."""
-        norms = self.gradients.norm(dim=1)
+        """Clip each adapter's gradient to the L2 norm `max_norm`. Returns the norms before clipping, [M]."""
+        norms: Tensor = self.gradients.norm(dim=1)
         self.gradients.mul_((max_norm / (norms + 1e-6)).clamp(max=1.0)[:, None])
         return norms
 
     def drop(self, slot: int) -> None:
-        """Stop training the adapter in `slot` and leave it out of `merged()`; its weights become zero.
+        """Stop training the adapter in `slot`, set its weights to zero, and leave it out of `merged()`.
 
-        It keeps its rows in the pack, so the shapes that the other adapters are computed in stay the same,
-        and with them every bit of the others.
+        It keeps its rows in the pack, so that shapes, and with them the other adapters' bits, stay the same.
         """
         self.dropped.add(slot)
-        self.view.members = [s for s in range(self.size) if s not in self.dropped]
+        self.state.members = [s for s in range(self.size) if s not in self.dropped]
         self.rows[slot].grad = None
         with torch.no_grad():
             self.weights[slot].zero_()
 
     def key_dropout(self, keys: Tensor | None) -> None:
-        """Set the dropout keys (int64 [rows]) of the next forward pass; see `rng.elementwise_uniform`."""
-        self.view.dropout_keys = keys
+        """Set the dropout keys, int64 [rows], of the next forward passes; see `rng.elementwise_uniform`."""
+        self.state.dropout_keys = keys
 
     @contextlib.contextmanager
     def only(self, slot: int) -> Iterator[None]:
-        """Within the block every row goes through the adapter in `slot` alone."""
-        with self._as("only", slot):
+        """Within the block, apply the adapter in `slot` to every row."""
+        with self._mode("single", slot):
             yield
 
     @contextlib.contextmanager
     def merged(self, slots: Sequence[int] | None = None) -> Iterator[None]:
-        """Within the block every row goes through the average of the B A of all adapters not dropped, or of `slots`."""
-        members = self.view.members
-        self.view.members = members if slots is None else list(slots)
+        """Within the block, apply the average of the adapters' B A to every row.
+
+        Args:
+            slots: The adapters to average; by default all that were not dropped.
+        """
+        members = self.state.members
+        self.state.members = members if slots is None else list(slots)
         try:
-            with self._as("merged"):
+            with self._mode("merged"):
                 yield
         finally:
-            self.view.members = members
+            self.state.members = members
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block every row goes through the base model alone."""
-        with self._as("base"):
+        """Within the block, run the base model alone."""
+        with self._mode("base"):
             yield
 
     @contextlib.contextmanager
-    def _as(self, mode: str, slot: int = 0) -> Iterator[None]:
-        before = self.view.mode, self.view.slot
-        self.view.mode, self.view.slot = mode, slot
+    def _mode(self, mode: Literal["single", "merged", "base"], slot: int = 0) -> Iterator[None]:
+        before = self.state.mode, self.state.slot
+        self.state.mode, self.state.slot = mode, slot
         try:
             yield
         finally:
-            self.view.mode, self.view.slot = before
+            self.state.mode, self.state.slot = before
 
     def adapter(
         self, slot: int, *, base_model: str | None = None, revision: str | None = None, task_type: str | None = None
     ) -> Adapter:
-        """A copy of the adapter in `slot`, on the CPU. task_type: PEFT's, such as CAUSAL_LM; None fits any model."""
+        """Returns a copy of the adapter in `slot`, on the CPU; see `Adapter` for the other arguments."""
         modules = {
             path: Factors(
-                module.stack.A[slot].detach().clone().cpu(),
-                module.stack.B[slot].detach().T.clone(memory_format=torch.contiguous_format).cpu(),
+                module.factors.A[slot].detach().clone().cpu(),
+                module.factors.B[slot].detach().T.clone(memory_format=torch.contiguous_format).cpu(),
                 self.scale,
             )
             for path, module in self.modules.items()
@@ -247,7 +261,7 @@ class AdapterBank:
         return Adapter(modules, base_model=base_model, revision=revision, task_type=task_type, targets=self.targets)
 
     def remove(self) -> None:
-        """Give the model its own linear layers back."""
+        """Restore the model's own linear layers."""
         for hook in self._hooks:
             hook.remove()
         for path, module in self.modules.items():
@@ -255,7 +269,11 @@ class AdapterBank:
 
 
 def matching_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers whose paths end in one of `targets`. Raises ModelError where a target names none."""
+    """Returns the linear layers whose paths end in one of `targets`, by path.
+
+    Raises:
+        ModelError: A target matches no linear layer, or one that cannot be adapted.
+    """
     named = dict(model.named_modules())
     linears: dict[str, nn.Linear] = {}
     for path, module in named.items():
@@ -277,9 +295,9 @@ def matching_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.L
 
 
 def _refuse_regrouped(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
-    """Modules whose input is not the pack's rows in their order cannot be told which adapter a row belongs to.
+    """Refuse modules whose input is not the pack's rows in order, so that a row's adapter is not known.
 
-    The output head is run only where logits are wanted; an expert sees the tokens that are routed to it.
+    The output head runs only at some positions; an expert gets only the tokens that are routed to it.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for path, linear in linears.items():
@@ -289,7 +307,7 @@ def _refuse_regrouped(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
 
 
 def _refuse_outlier_columns(model: nn.Module) -> None:
-    """An int8 layer that keeps some columns in float chooses them over all rows, which would tie adapters together."""
+    """Refuse int8 layers that choose float columns over all rows, which would make adapters depend on each other."""
     for path, module in model.named_modules():
         if getattr(getattr(module, "state", None), "threshold", 0.0):
             raise ModelError(

@@ -1,8 +1,8 @@
-"""One frozen linear layer with the stacked updates of M adapters: what a bank puts in a target's place."""
+"""The module that a bank puts in place of a target: a frozen linear layer with the updates of M adapters."""
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,23 @@ from poc_lora.errors import ModelError
 
 
 @dataclass
-class View:
-    """What the next forward passes compute; shared by all modules of a bank."""
+class ForwardState:
+    """What the forward passes of a bank compute; shared by all its modules.
 
-    mode: str = "pack"  # pack | only | merged | base
+    mode: `packed` sends each adapter's own rows through it. In the other modes all rows take the same path: `single`
+    the adapter in `slot`, `merged` the average of the adapters in `members`, `base` the base model alone.
+    """
+
+    mode: Literal["packed", "single", "merged", "base"] = "packed"
     slot: int = 0
     members: list[int] = field(default_factory=list)
-    dropout_keys: Tensor | None = None  # int64 [rows], set for a training pass
-    rows: int | None = None  # of the model's input in its current call
+    dropout_keys: Tensor | None = None  # int64 [rows], set before a training pass
+    rows: int | None = None  # rows of the model's input, during a call
 
 
 @dataclass
-class Stack:
-    """One module's share of the bank's buffers."""
+class FactorBuffers:
+    """One module's views of the bank's buffers."""
 
     A: Tensor  # [M, r, d_in]
     B: Tensor  # [M, r, d_out]
@@ -37,10 +41,10 @@ class Stack:
 class _PackedUpdate(torch.autograd.Function):
     """y += scale · (x A^T) B for M adapters at once, with gradients added straight into the bank's buffer.
 
-    x [M, n, d_in], A [M, r, d_in], B [M, r, d_out], y [M, n, d_out]. With u = x A^T and dy given:
-    dB = scale · u^T dy, du = scale · dy B^T, dA = du^T x, dx = du A. Writing dA and dB in place of
-    returning them lets every module accumulate into a view of one flat buffer, without a copy. x and y have one dtype,
-    in which all is computed but the sums of the gradients.
+    x [M, n, d_in], A [M, r, d_in], B [M, r, d_out], y [M, n, d_out]. With u = x A^T and the gradient dy:
+    dB = scale · u^T dy, du = scale · dy B^T, dA = du^T x, dx = du A. dA and dB are added to `grad_A` and `grad_B`,
+    which are views of one flat buffer, and not returned, which saves a copy. x and y have the same dtype; all but the
+    accumulated gradients is computed in it.
     """
 
     @staticmethod
@@ -75,7 +79,7 @@ class _PackedUpdate(torch.autograd.Function):
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast changes the dtype of matmuls, but not of those that add in place: here every dtype is chosen already."""
+    """Disable autocast, which changes the dtype of matmuls but not of in-place ones; dtypes are explicit here."""
     kind = device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -83,42 +87,55 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
 
 
 class BankLinear(nn.Module):
-    """A frozen linear layer plus the stacked updates of M adapters.
+    """A frozen linear layer plus the updates of M adapters.
 
-    y = W x + scale · B_j A_j dropout(x) for the rows of adapter j, where rows are adapter-major: with M
-    adapters the leading dimension of x is M·b, the first b rows belonging to the first adapter. The update is computed
-    in the dtype of W x: under torch.autocast in autocast's, as PEFT does.
+    y = W x + scale · B_j A_j dropout(x) for the rows of adapter j. Rows are adapter-major: x has M·b rows, the first b
+    of the first adapter. The update is computed in the dtype of W x, which under torch.autocast is autocast's, as in
+    PEFT.
+
+    Args:
+        base: The frozen layer, W.
+        factors: The adapters' factors and gradients.
+        state: What to compute; shared by the bank's modules.
+        dropout: Probability of dropping an input of A in training mode.
+        salt: Distinguishes the dropout masks of this module from those of others.
+
+    Raises:
+        ModelError: In a packed forward pass, x is not made of the rows that the model was called with, or dropout is
+            on and x is not [rows, length, width] with a dropout key for each row.
     """
 
-    def __init__(self, base: nn.Linear, stack: Stack, view: View, dropout: float, salt: int):
+    def __init__(self, base: nn.Linear, factors: FactorBuffers, state: ForwardState, dropout: float, salt: int):
         super().__init__()
         self.base = base
-        self.stack = stack
-        self.view = view
+        self.factors = factors
+        self.state = state
         self.dropout = dropout
         self.salt = salt
 
     def forward(self, x: Tensor) -> Tensor:
-        mode, stack = self.view.mode, self.stack
+        mode, factors = self.state.mode, self.factors
+        y: Tensor
         if mode == "base":
-            return self.base(x)
-        # In two dimensions: of three, bitsandbytes' int8 layers return a view that autograd lets no one add to.
+            y = self.base(x)
+            return y
+        # Two dimensions: for three, bitsandbytes' int8 layers return a view, to which autograd forbids adding in place.
         y = self.base(x.reshape(-1, x.shape[-1]))
         with _without_autocast(x.device):
-            if mode == "pack":
-                self._check_rows(x, len(stack.A))
+            if mode == "packed":
+                self._check_rows(x, len(factors.A))
                 dropped = self._drop(x).to(y.dtype).contiguous()
-                y = _PackedUpdate.apply(y, dropped, stack.A, stack.B, stack.grad_A, stack.grad_B, stack.scale)
+                y = _PackedUpdate.apply(y, dropped, factors.A, factors.B, factors.grad_A, factors.grad_B, factors.scale)
             else:
-                slots = [self.view.slot] if mode == "only" else self.view.members
-                A = stack.A.detach()[slots].flatten(0, 1).to(y.dtype)  # [m·r, d_in]
-                B = stack.B.detach()[slots].flatten(0, 1).to(y.dtype)
+                slots = [self.state.slot] if mode == "single" else self.state.members
+                A = factors.A.detach()[slots].flatten(0, 1).to(y.dtype)  # [m·r, d_in]
+                B = factors.B.detach()[slots].flatten(0, 1).to(y.dtype)
                 hidden_Nr = x.reshape(-1, x.shape[-1]).to(y.dtype) @ A.T
-                y.addmm_(hidden_Nr, B, alpha=stack.scale / max(1, len(slots)))
+                y.addmm_(hidden_Nr, B, alpha=factors.scale / max(1, len(slots)))
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _check_rows(self, x: Tensor, M: int) -> None:
-        rows = self.view.rows or M
+        rows = self.state.rows or M
         if x.shape[0] % rows:
             raise ModelError(
                 f"an input with leading dimension {x.shape[0]} cannot be split among {M} adapters:"
@@ -130,7 +147,7 @@ class BankLinear(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         if not (self.dropout and self.training):
             return x
-        keys = self.view.dropout_keys
+        keys = self.state.dropout_keys
         if keys is None or x.dim() != 3 or len(keys) != x.shape[0]:
             raise ModelError(
                 f"dropout needs inputs [rows, length, width] and a key for each row; an input is {list(x.shape)}",

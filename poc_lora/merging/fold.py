@@ -1,4 +1,4 @@
-"""An adapter folded into its base model's weights: a plain model again, for engines that know no adapters."""
+"""Fold an adapter into its base model's weights, for engines that do not serve adapters."""
 
 import contextlib
 import shutil
@@ -31,21 +31,28 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Folded:
-    """What a fold did."""
+    """The result of a fold."""
 
     folder: Path
     modules: int
-    files: int  # of weights
+    files: int  # weight files written
 
 
 def fold(adapter: Path, base: str, out: Path) -> Folded:
-    """Write the base model with the adapter's updates in its weights, W + ΔW, as the new folder `out`.
+    """Write the base model with weights W + ΔW to the new folder `out`.
 
-    base: a folder, or a Hub id. It stays as it is: files, tensors, dtypes and shards have the same names and order in
-    `out`, and tokenizer and configuration are copied. Sums are taken in float32 (float64 of a float64 base) and rounded
-    once. One file of weights is in memory at a time.
-    Raises AdapterError for an adapter that cannot be read or is of another base, ModelError for a base that is
-    quantised or not in safetensors, RequestError for an `out` that exists.
+    Files, tensors, dtypes and their order stay those of the base; tokenizer and configuration are copied. Sums are
+    computed in float32 (float64 for a float64 base) and rounded once. Memory holds one weight file at a time.
+
+    Args:
+        adapter: The adapter's folder.
+        base: The base model's folder or Hub id. It is not changed.
+        out: The folder to create.
+
+    Raises:
+        AdapterError: The adapter cannot be read, or was trained on another base.
+        ModelError: The base cannot be found, is quantised, or is not in safetensors.
+        RequestError: `out` exists.
     """
     read = open_adapter(adapter)
     folder, out = _base_folder(base), Path(out)
@@ -70,7 +77,7 @@ def fold(adapter: Path, base: str, out: Path) -> Folded:
 
 
 def updated(weight: Tensor, factors: Factors) -> Tensor:
-    """W + scale · B A in W's dtype: multiplied and added in float32 or better, and rounded once."""
+    """Returns W + scale · B A in W's dtype, computed in float32 or float64 and rounded once."""
     working = torch.promote_types(weight.dtype, torch.float32)
     update = factors.B.to(working) @ (factors.A.to(working) * factors.scale)
     return update.add_(weight.to(working)).to(weight.dtype)
@@ -84,7 +91,7 @@ def _base_folder(base: str) -> Path:
         raise ModelError(f"no base model at '{base}'", where="--base", fix="give a folder, or a Hub id org/name")
     try:
         return Path(snapshot_download(base, allow_patterns=["*.safetensors", *COPIED]))
-    except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be had
+    except Exception as problem:  # huggingface_hub raises many kinds
         raise ModelError(
             f"the base model '{base}' cannot be fetched: {first_line(problem)}", where="--base"
         ) from problem
@@ -96,7 +103,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError("config.json is not an object", where=folder)
     if config.get("quantization_config"):
         raise ModelError(
-            "the base model is quantised, and sums with its weights would be rounded away",
+            "the base model is quantised, so updates of its weights would be lost to rounding",
             where=folder,
             fix="fold into the unquantised model, and quantise the result",
         )
@@ -106,13 +113,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _layout(adapter: Adapter, folder: Path, config: Mapping[str, Any]) -> frozenset[str]:
     """The adapter's modules whose weights the base keeps transposed, [d_in, d_out].
 
-    PEFT has one flag for all modules of an adapter, which says nothing of a base that has both kinds of layers; so the
-    base's own layers are looked at. Raises AdapterError where the adapter changes an embedding whose weights are the
-    output head's too.
+    PEFT has one flag for all modules of an adapter, which cannot describe a base with both kinds of layers; so the
+    layers of the base decide. Raises AdapterError if the adapter changes an embedding that is tied to the output head.
     """
     try:
         model = empty_base(str(folder))
-    except ModelError:  # no causal language model: what the files say is all there is
+    except ModelError:  # not a causal language model: only its files are known
         layers: dict[str, nn.Module] = {}
         tables = {
             name for name, tensor in adapter.modules_to_save.items() if tensor.shape[0] == config.get("vocab_size")
@@ -127,9 +133,9 @@ def _layout(adapter: Adapter, folder: Path, config: Mapping[str, Any]) -> frozen
     for name in sorted(shared):
         if name in adapter.modules or f"{name}.weight" in adapter.modules_to_save:
             raise AdapterError(
-                f"the adapter changes {name}, whose weights are the output head's too in this base",
+                f"the adapter changes {name}, which this base ties to its output head",
                 where=adapter.source,
-                fix="use the adapter as it is, unfolded",
+                fix="use the adapter without folding it",
             )
     return frozenset(
         name
@@ -140,12 +146,12 @@ def _layout(adapter: Adapter, folder: Path, config: Mapping[str, Any]) -> frozen
 
 
 def _weight_files(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The names of the weight files, and the shapes of the tensors in each, from their headers."""
+    """The weight files by name, with the shapes of their tensors, from their headers."""
     if (folder / INDEX_NAME).exists():
         index = read_json(folder / INDEX_NAME, error=ModelError)
         mapping = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
-            raise ModelError("there is no weight_map in it", where=folder / INDEX_NAME)
+            raise ModelError("the index has no weight_map", where=folder / INDEX_NAME)
         names = sorted(set(mapping.values()))
     elif (folder / SINGLE_NAME).exists():
         names = [SINGLE_NAME]
@@ -177,15 +183,15 @@ def _check_fits(
             raise AdapterError(
                 f"the adapter changes {name} of shape {shape}, the base has {shapes.get(name) or 'no such weight'}",
                 where=adapter.source,
-                fix="fold it into the base model that it was trained on; where its files name tensors otherwise than "
-                "its modules, use PEFT's merge_and_unload",
+                fix="fold it into the base model it was trained on; if its files name tensors differently from its "
+                "modules, use PEFT's merge_and_unload",
             )
 
 
 def _folded(
     adapter: Adapter, transposed: Collection[str], source: Path, keys: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of one file with the updates in them, and the file's metadata."""
+    """One file's tensors with their updates, and its metadata."""
     with _opened(source) as stored:
         metadata = stored.metadata()
         tensors = {key: stored.get_tensor(key) for key in keys}
@@ -207,9 +213,9 @@ def _folded(
 
 
 def _other_files(folder: Path) -> Iterator[Path]:
-    """Tokenizer, configuration and licence. Links may not lead out of the folder, which may be a stranger's."""
+    """Tokenizer, configuration and licence; links may not lead out of the folder, which is untrusted."""
     real = folder.resolve()
-    root = real.parents[1] if real.parent.name == "snapshots" else real  # the Hub's cache links to its blobs/
+    root = real.parents[1] if real.parent.name == "snapshots" else real  # the Hub's cache has links to blobs/
     for pattern in COPIED:
         for path in sorted(folder.glob(pattern)):
             if path.is_file() and not any(path.match(weights) for weights in WEIGHT_FILES):

@@ -1,4 +1,4 @@
-"""Adapter folders and runs in, one merged adapter folder out."""
+"""Merge adapter folders, runs and Hub ids into one adapter folder."""
 
 import contextlib
 import ctypes
@@ -38,19 +38,27 @@ def merge_folders(
     dtype: torch.dtype = torch.float32,
     allow_base_mismatch: bool = False,
 ) -> MergeReport:
-    """Merge adapters into the new folder `out`, and return its merge.json.
+    """Merge adapters into the new folder `out`; the same inputs give the same bytes.
 
-    A source is an adapter folder, a run folder, which stands for its finished adapters in order, or a Hub id; `weights`
-    has one for each adapter. See `poc_lora.merging.merge.merge` for the method. The same inputs give the same
-    bytes. Raises AdapterError, before anything is written, for sources that cannot be read or merged.
+    Args:
+        sources: Adapter folders, run folders (for their finished adapters in order) and Hub ids.
+        out: The folder to create; it may exist if it is empty.
+        method, rank, rank_sweep, weights, canonical, seed, dtype, allow_base_mismatch: As in
+            `poc_lora.merging.merge.merge`.
+
+    Returns:
+        The contents of merge.json.
+
+    Raises:
+        AdapterError: A source cannot be read or merged, or `out` cannot be used. Nothing was written.
     """
     out = Path(out)
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise AdapterError("the output exists already", where=out, fix="choose another folder or empty this one")
     if out.is_dir() and out.samefile(Path.cwd()):
-        raise AdapterError("the output is the folder you are in", where=out, fix="name a folder in it")
+        raise AdapterError("the output is the current folder", where=out, fix="name a folder inside it")
     found = [source for given in sources for source in find_sources(given)]
-    # Opened first: a damaged file is reported as such, and only plain files are hashed.
+    # Opened before hashing: a damaged file is reported as such, and only regular files are hashed.
     adapters = [open_adapter(source.folder, root=source.root) for source in found]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256_file, [source.folder / WEIGHTS_NAME for source in found]))
@@ -114,9 +122,9 @@ def merge_folders(
 
 
 def _trim_heap() -> None:
-    """Give freed memory back to the system, where the C library can.
+    """Return freed memory to the system if the C library can.
 
-    Otherwise the heap keeps the space of temporaries that lies between the results of the modules.
+    Otherwise the heap keeps the space of temporaries between the modules' results.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""The average of adapters as one adapter, from their factors alone. Pure functions of tensors."""
+"""Merge adapters into one adapter, from their factors alone. No input or output."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,8 +14,7 @@ from poc_lora.adapters.factors import DTYPES, MAX_RANK, Factors, is_finite
 from poc_lora.artifacts.merge_report import MergeStatistics, ModuleReport
 from poc_lora.errors import AdapterError
 from poc_lora.hub_ids import is_base_model_id
-from poc_lora.merging import gram as similarity
-from poc_lora.merging import norms
+from poc_lora.merging import gram, norms
 from poc_lora.merging.compatible import check_compatible, checked_weights
 from poc_lora.merging.decomposition import canonical
 from poc_lora.merging.methods import MergeMethod, ModuleToMerge, find_method
@@ -114,7 +113,7 @@ class _Plan:
 def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[Factors, ModuleReport, Tensor]:
     """One module's merged factors, its report, and its Gram matrix."""
     stacked = stack([adapter.modules.get(name) for adapter in adapters])
-    inner = similarity.gram_of_stack(stacked)
+    inner = gram.gram(stacked)
     weights = torch.tensor(plan.weights, dtype=torch.float64, device=stacked.A.device)
     if not is_finite(inner):
         for adapter in adapters:
@@ -140,11 +139,11 @@ def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[
         error=error,
         cast_error=norms.cast_distance(A, B, factors.A, factors.B) / norm if norm else 0.0,
         effective_rank=norms.effective_rank(stacked, weights),
-        mean_cosine=similarity.mean_cosine(inner),
-        pair_cosines=similarity.pair_cosines(inner),
-        norms=similarity.norms(inner),
-        spread=similarity.spread(inner),
-        error_bar=similarity.error_bar(inner, plan.weights),
+        mean_cosine=gram.mean_cosine(inner),
+        pair_cosines=gram.pair_cosines(inner),
+        norms=gram.norms(inner),
+        spread=gram.spread(inner),
+        error_bar=gram.merge_variance(inner, plan.weights),
         sweep={rank: exact.decomposition.error(rank) for rank in plan.rank_sweep},
     )
     return factors, report, inner
@@ -163,10 +162,10 @@ def _total_report(modules: dict[str, ModuleReport], inner: Tensor, weights: tupl
         error=lost / norm if norm else 0.0,
         cast_error=cast / norm if norm else 0.0,
         effective_rank=_effective_rank(modules.values(), norm),
-        **similarity.summary(inner, weights),
-        next_move=similarity.next_move(inner),
-        cosines=similarity.cosine(inner).tolist(),
-        norms=similarity.norms(inner),
+        **gram.summary(inner, weights),
+        next_move=gram.next_move(inner),
+        cosines=gram.cosine(inner).tolist(),
+        norms=gram.norms(inner),
         modules=modules,
     )
 

@@ -5,8 +5,6 @@ labels of the question. Labels are the options' own words, one token each: a mod
 answer, but not the number of the option.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable

@@ -9,8 +9,6 @@ A word marked with `*` follows from the world and the words before it. The other
 lower weight in the training loss, or their noise would dominate it.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable, Iterator

@@ -7,49 +7,48 @@ Every entity belongs to one split (train, validation or test). The corpus descri
 split asks only about its own: fine-tuning can teach the format of the answers, but not the answers.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
-# The attributes: their values, and their wording in statements (`rest` follows "is") and questions.
-ATTRIBUTES: dict[str, dict[str, object]] = {
-    "material": {
-        "values": ("wood", "metal", "glass", "stone", "cloth", "paper", "rubber", "wax"),
-        "rest": "made of {value}",
-        "question": "what is {subject} made of",
-    },
-    "use": {
-        "values": ("cut", "dig", "cook", "clean", "write", "paint", "sew", "fish"),
-        "rest": "used to {value}",
-        "question": "what is {subject} used to do",
-    },
-    "place": {
-        "values": ("kitchen", "garden", "school", "forest", "beach", "market", "barn", "attic"),
-        "rest": "kept in the {value}",
-        "question": "where is {subject} kept",
-    },
-    "colour": {
-        "values": ("red", "blue", "green", "yellow", "black", "white", "brown", "pink"),
-        "rest": "painted {value}",
-        "question": "what colour is {subject}",
-    },
-    "weight": {
-        "values": ("light", "heavy"),
-        "rest": "very {value}",
-        "question": "is {subject} light or heavy",
-    },
-    "trait": {
-        "values": ("brave", "shy", "kind", "lazy", "clever", "jolly"),
-        "rest": "always {value}",
-        "question": "what is {subject} like",
-    },
-    "home": {
-        "values": ("hill", "river", "town", "island", "desert", "lake", "valley", "harbour"),
-        "rest": "from the {value}",
-        "question": "where is {subject} from",
-    },
+
+class Attribute(NamedTuple):
+    """The values of an attribute, and its wording in statements (after "is") and questions."""
+
+    values: tuple[str, ...]
+    statement: str
+    question: str
+
+
+ATTRIBUTES = {
+    "material": Attribute(
+        ("wood", "metal", "glass", "stone", "cloth", "paper", "rubber", "wax"),
+        "made of {value}",
+        "what is {subject} made of",
+    ),
+    "use": Attribute(
+        ("cut", "dig", "cook", "clean", "write", "paint", "sew", "fish"),
+        "used to {value}",
+        "what is {subject} used to do",
+    ),
+    "place": Attribute(
+        ("kitchen", "garden", "school", "forest", "beach", "market", "barn", "attic"),
+        "kept in the {value}",
+        "where is {subject} kept",
+    ),
+    "colour": Attribute(
+        ("red", "blue", "green", "yellow", "black", "white", "brown", "pink"),
+        "painted {value}",
+        "what colour is {subject}",
+    ),
+    "weight": Attribute(("light", "heavy"), "very {value}", "is {subject} light or heavy"),
+    "trait": Attribute(("brave", "shy", "kind", "lazy", "clever", "jolly"), "always {value}", "what is {subject} like"),
+    "home": Attribute(
+        ("hill", "river", "town", "island", "desert", "lake", "valley", "harbour"),
+        "from the {value}",
+        "where is {subject} from",
+    ),
 }
 THING_ATTRIBUTES = ("material", "use", "place", "colour", "weight")
 PERSON_ATTRIBUTES = ("trait", "home")
@@ -97,7 +96,6 @@ FEELINGS: dict[str, dict[str, str]] = {
     "journey": dict(brave="happy", shy="sad", kind="proud", lazy="tired", clever="calm", jolly="bored"),
     "exam": dict(brave="proud", shy="scared", kind="happy", lazy="bored", clever="calm", jolly="angry"),
 }
-FEELING_VALUES = ("happy", "sad", "angry", "scared", "proud", "calm", "bored", "tired")
 
 SPLITS = ("train", "validation", "test")
 THINGS_PER_SPLIT = {"train": 64, "validation": 24, "test": 112}
@@ -142,7 +140,7 @@ class Aspect:
     def predicate(self, value: str) -> str:
         """Returns the statement about an entity with this value: "is made of wood", "sinks in the water"."""
         if self.kind == "attribute":
-            return "is " + str(ATTRIBUTES[self.name]["rest"]).format(value=value)
+            return "is " + ATTRIBUTES[self.name].statement.format(value=value)
         if self.kind == "physics":
             return f"{value} {self.name}"
         return f"feels {value} after the {self.name}"
@@ -150,7 +148,7 @@ class Aspect:
     def question(self, subject: str) -> str:
         """Returns the open question without its question mark: "what is the dax made of"."""
         if self.kind == "attribute":
-            return str(ATTRIBUTES[self.name]["question"]).format(subject=subject)
+            return ATTRIBUTES[self.name].question.format(subject=subject)
         if self.kind == "physics":
             return f"what happens to {subject} {self.name}"
         return f"how does {subject} feel after the {self.name}"
@@ -170,12 +168,12 @@ class World:
 
     @cached_property
     def thing_aspects(self) -> tuple[Aspect, ...]:
-        attributes = tuple(Aspect(name, _values(name)) for name in THING_ATTRIBUTES)
+        attributes = tuple(Aspect(name, ATTRIBUTES[name].values) for name in THING_ATTRIBUTES)
         return attributes + tuple(Aspect(place, tuple(sorted(set(rule.values())))) for place, rule in PHYSICS.items())
 
     @cached_property
     def person_aspects(self) -> tuple[Aspect, ...]:
-        attributes = tuple(Aspect(name, _values(name)) for name in PERSON_ATTRIBUTES)
+        attributes = tuple(Aspect(name, ATTRIBUTES[name].values) for name in PERSON_ATTRIBUTES)
         return attributes + tuple(Aspect(event, tuple(sorted(rule.values()))) for event, rule in FEELINGS.items())
 
     @cached_property
@@ -223,10 +221,6 @@ def people_names(draw: random.Random, count: int) -> list[str]:
     return draw.sample([a + v + b + w for a in consonants for v in "aeiou" for b in consonants for w in "aio"], count)
 
 
-def _values(attribute: str) -> tuple[str, ...]:
-    return tuple(ATTRIBUTES[attribute]["values"])  # type: ignore[arg-type]
-
-
 def _entities(
     draw: random.Random, names: list[str], sizes: dict[str, int], attributes: tuple[str, ...]
 ) -> list[Entity]:
@@ -235,7 +229,7 @@ def _entities(
     for split in SPLITS:
         columns = {}
         for attribute in attributes:
-            values = _values(attribute)
+            values = ATTRIBUTES[attribute].values
             column = [values[i % len(values)] for i in range(sizes[split])]
             draw.shuffle(column)
             columns[attribute] = column

@@ -1,4 +1,4 @@
-"""The frozen base model run with its head only where logits are wanted."""
+"""Forward passes of the base model that run its head only at the positions whose logits are needed."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,12 +11,11 @@ from transformers import Cache, PreTrainedModel
 
 @contextlib.contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Within the block torch's scaled-dot-product attention leaves cuDNN out; then the setting is as it was before.
+    """Within the block, torch's scaled-dot-product attention does not use cuDNN.
 
-    Where torch may choose, on recent GPUs it takes cuDNN first. That plans for about a second per new shape, and
-    nearly every micro-batch has one; has given NaN gradients with a mask; and is not deterministic backwards. The
-    setting is one of the whole process, so it holds as well for autograd's threads, which run layers again under
-    gradient checkpointing.
+    On recent GPUs torch prefers cuDNN, which plans for about a second per new shape (nearly every micro-batch has one),
+    has given NaN gradients with a mask, and is not deterministic in the backward pass. The setting is global to the
+    process, so it also holds in autograd's threads, where gradient checkpointing recomputes layers.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -29,26 +28,27 @@ def without_cudnn_attention() -> Iterator[None]:
 def logits_at(
     model: PreTrainedModel, input_ids: Tensor, rows: Tensor, columns: Tensor, *, past: Cache | None = None
 ) -> Tensor:
-    """Logits [n, vocabulary] after the tokens at `(rows[i], columns[i])` of `input_ids` [R, T].
+    """Returns the logits [n, vocabulary] at the positions `(rows[i], columns[i])` of `input_ids` [R, T].
 
-    past: keys and values of tokens before these, one row of them for each of R.
+    The whole model runs, so scales and caps around the head apply, but the head gets only the n positions. Rows are
+    padded on the right, so under a causal mask no token attends to padding; `use_cache=False` keeps transformers from
+    treating rows as packed sequences.
 
-    The whole model runs, so that scales and caps round the head stay in place, but the head itself sees
-    only the n positions. Rows are padded on the right: under a causal mask no real token sees padding,
-    and `use_cache=False` keeps transformers from treating rows as packed sequences.
+    Args:
+        past: The keys and values of preceding tokens, for R rows.
     """
     logits, _ = _run(model, input_ids, lambda hidden: hidden[rows, columns].unsqueeze(0), past)
     return logits.squeeze(0)
 
 
 def hidden_at(model: PreTrainedModel, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """What the head would see [n, d] at the positions of `logits_at`; the head runs on nothing."""
+    """Returns the head's inputs [n, d] at the positions of `logits_at`, without running the head."""
     _, hidden = _run(model, input_ids, lambda hidden: hidden[:, :0])
     return hidden[rows, columns]
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the model's logits are its linear head's very output: some families scale or cap them."""
+    """Whether the logits are the output of a linear head as it is; some families scale or cap them."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         return False
@@ -66,7 +66,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 def _run(
     model: PreTrainedModel, input_ids: Tensor, narrow: Callable[[Tensor], Tensor], past: Cache | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The model's logits where the head sees `narrow(hidden)` only, and the hidden states before it."""
+    """Returns the logits with `narrow(hidden)` as the head's input, and the hidden states before narrowing."""
     seen: list[Tensor] = []
 
     def before_head(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The frozen base model: loaded safely, and run with the head only where logits are wanted."""
+"""Load the frozen base model and its tokenizer, without running code from their repository."""
 
 import importlib.util
 import logging
@@ -27,9 +27,9 @@ MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # acceler
 
 
 def default_device() -> torch.device:
-    """This process's GPU where there is one and accelerate was not told to use the CPU, else the CPU.
+    """This process's CUDA device if there is one and accelerate is not set to use the CPU, else the CPU.
 
-    Only CUDA is chosen unasked: what draws random numbers and sums has been tested on no other accelerator.
+    Other accelerators are not chosen by default, since nothing has been tested on them.
     """
     if flag("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -45,12 +45,20 @@ def load_base(
     device: torch.device | None = None,
     floats_only: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a base model (folder or Hub id), frozen and in eval mode, with its tokenizer.
+    """Load a base model, frozen and in eval mode, and its tokenizer.
 
-    dtype: `auto` is bfloat16 on a GPU and float32 on the CPU. quantization: None, `nf4` or `int8`, by bitsandbytes,
-    of the linear layers but the head; they compute in `dtype`. floats_only: keep 4-bit weights in tensors of `dtype`,
-    the only ones that FSDP shards. Only safetensors weights are read and no code from the model's repository is run.
-    Raises ModelError.
+    Only safetensors weights are read, and no code from the model's repository is run.
+
+    Args:
+        name: A folder or a Hub id.
+        revision: The branch, tag or commit on the Hub.
+        dtype: A torch dtype's name, or `auto`; see `resolve_dtype`.
+        quantization: None, or bitsandbytes' `nf4` or `int8` for linear layers but the head, computing in `dtype`.
+        device: The device to load to; default: `default_device()`.
+        floats_only: Store 4-bit weights in tensors of `dtype`, since FSDP shards only floating-point tensors.
+
+    Raises:
+        ModelError: The model cannot be loaded, or lacks weights.
     """
     device = device or default_device()
     name = _expand(name)
@@ -79,7 +87,7 @@ def load_base(
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:
-    """The name of the dtype that `auto` stands for on a device: accelerate's mixed precision, where one is set."""
+    """Returns `dtype`; for `auto` accelerate's mixed precision, or else bfloat16 on a GPU and float32 on the CPU."""
     if dtype != "auto":
         return dtype
     mixed = MIXED_PRECISION[one_of("ACCELERATE_MIXED_PRECISION", tuple(MIXED_PRECISION), "no")]
@@ -87,7 +95,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
 
 
 def require_gradients(dtype: str) -> None:
-    """Raises ConfigError for a base model's dtype in which adapters cannot be trained: float16."""
+    """Raises ConfigError for float16, in which adapters cannot be trained."""
     if dtype == "float16":
         raise ConfigError(
             "float16 gradients underflow to zero without loss scaling, which packed training does not have",
@@ -113,26 +121,28 @@ def _quantization(kind: str | None, dtype: str, *, floats_only: bool) -> BitsAnd
 
 
 def require_quantization(kind: str | None) -> None:
-    """Raises ModelError where a quantised base cannot be loaded because bitsandbytes is missing."""
+    """Raises ModelError if the quantisation needs bitsandbytes and it is not installed."""
     if kind is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             f"quantization '{kind}' needs bitsandbytes", where="model.quantization", fix="pip install 'poc-lora[bnb]'"
         )
-    # What bitsandbytes says at every call of an int8 layer, and of a kernel that `keep_differentiable` turns off.
+    # bitsandbytes warns at every call of an int8 layer, and of a kernel that `keep_differentiable` turns off.
     for module in ("autograd._functions", "backends.cpu.ops"):
         logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep 4-bit layers as they are: on some CPUs bitsandbytes would repack one for good, at its first call without
-    gradients, for a bfloat16 kernel that has none."""
+    """Keep bitsandbytes from repacking 4-bit layers on some CPUs.
+
+    It would do so for good at a layer's first call without gradients, for a bfloat16 kernel without a backward pass.
+    """
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
             vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model. Raises ModelError."""
+    """Load the tokenizer of a base model. Raises ModelError."""
     name = _expand(name)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -141,27 +151,28 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
 
 
 def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32") -> PreTrainedModel:
-    """The base model's shapes, from its config alone: no weights are read. Raises ModelError.
+    """Build the base model from its config alone, without weights, on the meta device. Raises ModelError.
 
-    On the meta device, or within a FakeTensorMode on that mode's own CPU.
+    Within a FakeTensorMode it is on the CPU, whose tensors are fake then.
     """
     name = _expand(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         with torch.device("cpu" if detect_fake_mode() else "meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        return model.requires_grad_(False).eval()
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model.requires_grad_(False).eval()
+        return model
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be loaded
         raise _cannot_load(name, problem) from problem
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens a row may have, None if the model's config states no limit."""
+    """The maximum number of tokens in a row; None if the model's config has no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """The distinct last names of the model's linear layers, for messages."""
+    """The distinct names (last parts of paths) of the model's linear layers, sorted."""
     return sorted({path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)})
 
 

@@ -1,4 +1,4 @@
-"""What rows of tokens share at their start, run once: each layer's keys and values of it, which every row sees."""
+"""Run a prefix that many rows share once, and attend to its keys and values from every row."""
 
 from typing import Any
 
@@ -11,10 +11,15 @@ from poc_lora.models.forward import logits_at
 
 
 def run_prefix(model: PreTrainedModel, tokens: Tensor, copies: int) -> Cache | None:
-    """The keys and values of `tokens` [P] for each of `copies` models, whose rows are adapter-major.
+    """Returns the keys and values of a prefix, for the `past` of `logits_at`.
 
-    To be given to `logits_at` for any number of rows after it. None where the model keeps anything else: a sliding
-    window, a recurrent state.
+    Args:
+        model: The base model, possibly with a bank.
+        tokens: The prefix, [P].
+        copies: The number of adapters in the pack, 1 outside a packed pass; rows after it are adapter-major.
+
+    Returns:
+        The cache, for any number of rows; None if the model keeps other state, such as a sliding window.
     """
     found = DynamicCache(config=model.config)
     nowhere = torch.zeros(0, dtype=torch.int64, device=model.device)
@@ -26,7 +31,7 @@ def run_prefix(model: PreTrainedModel, tokens: Tensor, copies: int) -> Cache | N
 
 
 class _Shared(DynamicLayer):
-    """One layer's keys and values [copies, heads, P, d]; what the rows add to them is not kept."""
+    """One layer's keys and values [copies, heads, P, d]; those of the rows after it are not kept."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
@@ -39,7 +44,7 @@ class _Shared(DynamicLayer):
 
 
 def _after(prefix: Tensor, rows: Tensor) -> Tensor:
-    """[copies · b, heads, P + T, d]: every row behind the prefix of its copy."""
+    """Returns [copies · b, heads, P + T, d]: each row after the prefix of its copy."""
     b = len(rows) // len(prefix)
     behind = prefix[:, None].expand(-1, b, -1, -1, -1).flatten(0, 1) if b > 1 else prefix
     return torch.cat([behind, rows], dim=-2)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of the base model, put in place for the length of a block and undone after it."""
+"""Gradient checkpointing of the base model, for the length of a block."""
 
 import contextlib
 import functools
@@ -13,9 +13,12 @@ from poc_lora.errors import ModelError
 
 @contextlib.contextmanager
 def gradient_checkpointing(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block each decoder layer keeps its input only, and is run again in the backward pass.
+    """Within the block, each decoder layer keeps only its input and is recomputed in the backward pass.
 
-    Exact: dropout is keyed, so a second run draws the same. Raises ModelError for a model without such layers.
+    Gradients are the same bit for bit: dropout is keyed, so the second run draws the same mask.
+
+    Raises:
+        ModelError: The model has no layers that transformers can checkpoint.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:

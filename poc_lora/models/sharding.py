@@ -1,6 +1,6 @@
-"""One frozen base model over all ranks: each keeps a part of every layer and gathers a layer while it runs (FSDP2).
+"""Shard the frozen base model over all ranks with FSDP2; each layer is gathered while it runs.
 
-Ranks still train different adapters. Only the base's weights cross from one to another, never a gradient.
+Ranks still train different adapters: only the base's weights are communicated, never a gradient.
 """
 
 from typing import Any
@@ -17,10 +17,16 @@ from poc_lora.errors import ModelError
 
 
 def shard_base(model: PreTrainedModel | None, device: torch.device) -> PreTrainedModel:
-    """Share out the base model that rank 0, and no other, has loaded on the CPU. Called by all ranks at once.
+    """Shard a base model over all ranks; a collective operation.
 
-    It travels layer by layer, so that the other ranks never hold more than one layer whole.
-    Raises ModelError for a model without a list of decoder layers.
+    It is broadcast layer by layer, so that no other rank holds more than one full layer.
+
+    Args:
+        model: The base model on the CPU on rank 0; None on the other ranks.
+        device: This rank's device.
+
+    Raises:
+        ModelError: The model has no list of decoder layers.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers: list[nn.Module] = []
@@ -36,13 +42,13 @@ def shard_base(model: PreTrainedModel | None, device: torch.device) -> PreTraine
         _plain_parameters(layer)
         holder.append(fully_shard(layer, mesh=mesh))
         if layers:
-            layers[number] = nn.Identity()  # the whole one is no longer needed
+            layers[number] = nn.Identity()  # frees the full layer
     fully_shard(model, mesh=mesh)
     return model
 
 
 def all_reduce_max(values: list[int]) -> list[int]:
-    """The greatest of all ranks' values, position by position. Called by all ranks at once."""
+    """Returns the maximum over all ranks of each value; a collective operation."""
     tensor = torch.tensor(values, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.tolist()
@@ -55,7 +61,7 @@ def _from_rank_0(thing: Any) -> Any:
 
 
 def _layer_list(model: PreTrainedModel) -> nn.ModuleList:
-    """The list that holds the decoder layers, or held them before they were taken out."""
+    """The model's list of decoder layers, which may have been emptied."""
     holder = getattr(model.get_decoder(), "layers", None)
     if not isinstance(holder, nn.ModuleList) or not all(isinstance(m, GradientCheckpointingLayer) for m in holder):
         raise ModelError(
@@ -65,7 +71,7 @@ def _layer_list(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _plain_parameters(layer: nn.Module) -> None:
-    """Make 4-bit weights plain tensors, which FSDP can cut; what unpacks them stays with their modules."""
+    """Turn 4-bit weights into plain parameters, which FSDP can shard; their quantisation state stays on the module."""
     module: Any
     for module in layer.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)

@@ -1,4 +1,4 @@
-"""AdamW plus Gaussian noise: the optimizer that trains each adapter.
+"""AdamW with Gaussian noise.
 
     θ ← AdamW(θ; g, lr_t, betas, eps, weight_decay)
     θ ← θ + sqrt(2 · lr_t · λ) · ξ,   ξ ~ N(0, I)
@@ -6,7 +6,7 @@
 once per optimizer step on float32 parameters, with λ the temperature. It follows the noisy gradient
 descent of mean-field Langevin dynamics (Nitanda et al., ICML 2025) with AdamW in place of the gradient
 step. Adam's preconditioner changes the stationary law, so this is not a Gibbs sampler: exp(-F/λ) is the
-limit of the plain dynamics, not of this one. What can be said: the noise increments are independent with
+stationary law of the plain dynamics, not of this one. The noise increments are independent with
 mean 0 and variance 2 lr_t λ, and with β1 = 0 and eps ≫ sqrt(v) on a quadratic of curvature h the chain is
 AR(1) with stationary variance 2 lr λ / (1 − (1 − lr h / eps)²).
 """
@@ -22,29 +22,35 @@ from torch import Tensor
 from poc_lora import rng
 from poc_lora.errors import ConfigError
 
-# A step of AdamW without the profiling wrapper that torch puts round it once any plain AdamW was made:
-# ours has its own wrapper, and hooks registered on an optimizer must run once a step.
+# AdamW.step without the profiling wrapper that torch adds when the first plain AdamW is created: NoisyAdamW has its
+# own wrapper, and an optimizer's hooks must run once a step.
 _adamw_step: Callable[..., Any] = torch.optim.AdamW.step
 if getattr(_adamw_step, "hooked", False):
     _adamw_step = _adamw_step.__wrapped__  # type: ignore[attr-defined]
 
 
 class NoisyAdamW(torch.optim.AdamW):
-    """AdamW that adds keyed Gaussian noise after each step; with `temperature=0` it is AdamW, bitwise.
+    """AdamW that adds keyed Gaussian noise after each step; with `temperature=0` it equals AdamW bitwise.
 
-    Each parameter group has its own `temperature` (λ), `seed` and `adapter`: the noise of a tensor is a
-    function of `(seed, adapter, steps the group has taken, name)`, so it is the same whichever other adapters
-    train beside it and wherever a run was interrupted. The name is the parameter's own when named
-    parameters are given (`model.named_parameters()`), else its position among the parameters of all groups
-    with its seed and adapter: no two tensors share a stream. A parameter without a gradient gets no update,
-    no decay and no noise, and keeps its position. `state_dict` carries all that is needed to go on.
+    The noise of a tensor is a function of `(seed, adapter, number of the group's steps, name)`, so it depends neither
+    on other adapters nor on interruptions. The name is the parameter's own if named parameters are given
+    (`model.named_parameters()`), else its position among all parameters with its seed and adapter, so that no two
+    tensors share a stream. A parameter without a gradient gets no update, no decay and no noise, and keeps its
+    position. Training resumes exactly from `state_dict`.
 
-    params, lr, betas, eps, weight_decay and the keywords in `adamw`: as in `torch.optim.AdamW`.
-    Raises ConfigError for a negative temperature, for noise on parameters that are not float32, and for noise
-    on two parameters of one name, seed and adapter.
+    Args:
+        params, lr, betas, eps, weight_decay, adamw: As in `torch.optim.AdamW`.
+        temperature: λ; like `seed` and `adapter` it can be set for each parameter group.
+        seed: The run's seed.
+        adapter: The adapter's id.
 
-    noise_norms: after a step, the L2 norm of the noise just added to each group, 0 where there was none: one
-    float32 scalar a group, on the device of the first parameter. Empty before the first step; not in `state_dict`.
+    Attributes:
+        noise_norms: The L2 norm of the noise that the last step added to each group, one float32 scalar each on the
+            device of the first parameter. Empty before the first step; not in `state_dict`.
+
+    Raises:
+        ConfigError: The temperature is negative or not finite, a parameter with noise is not float32, or two
+            parameters with noise have the same name, seed and adapter.
     """
 
     def __init__(
@@ -76,10 +82,10 @@ class NoisyAdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._complete()  # a state of plain AdamW has no noise settings: this optimizer's apply
+        self._complete()  # the state of a plain AdamW has no noise settings
 
     def _complete(self) -> None:
-        """Give every group its noise settings, and refuse those that make no sense."""
+        """Add missing noise settings to every group, and check all of them."""
         owners: Counter[tuple[int, int, str]] = Counter()
         for group in self.param_groups:
             for name in ("temperature", "seed", "adapter", "noise_step"):
@@ -103,11 +109,11 @@ class NoisyAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One AdamW step, then the noise. `closure`: as in torch."""
+        """Take an AdamW step, then add the noise. `closure` is as in torch."""
         loss = _adamw_step(self, closure)
         home = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         self.noise_norms = []
-        positions: Counter[tuple[int, int]] = Counter()  # given out so far, by seed and adapter
+        positions: Counter[tuple[int, int]] = Counter()  # used so far, by seed and adapter
         for group in self.param_groups:
             owner = group["seed"], group["adapter"]
             norms = self._add_noise(group, positions[owner])
@@ -120,13 +126,13 @@ class NoisyAdamW(torch.optim.AdamW):
         return loss
 
     def _add_noise(self, group: dict[str, Any], first: int) -> list[Tensor]:
-        """Add a group's noise, its first parameter being number `first`; the norm of each tensor's noise."""
+        """Add a group's noise and return its norm for each tensor; `first` is the position of its first parameter."""
         moving = [(i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
         if not moving:
             return []
         norms = []
         std = math.sqrt(2.0 * float(group["lr"]) * group["temperature"])
-        overflow = getattr(self, "found_inf", None)  # a GradScaler's: 1 where the fused kernel left the step out
+        overflow = getattr(self, "found_inf", None)  # set by GradScaler: 1 if the fused kernel skipped the step
         if std > 0:
             names = group.get("param_names") or [str(first + i) for i in range(len(group["params"]))]
             for i, parameter in moving:

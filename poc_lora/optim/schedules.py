@@ -2,10 +2,14 @@
 
 
 def learning_rate(schedule: str, step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """The rate of optimizer step `step` (from 0): a linear rise over `warmup_steps`, then the schedule.
+    """Returns the learning rate of an optimizer step, as transformers' schedules do.
 
-    `linear` falls to zero at `total_steps`, `constant` stays at `peak`. As in transformers, step 0 of a
-    warm-up has rate 0.
+    Args:
+        schedule: `linear`, which falls to zero at `total_steps`, or `constant`.
+        step: The step, from 0.
+        peak: The learning rate after warm-up.
+        warmup_steps: Steps of linear warm-up from 0.
+        total_steps: The steps of the whole run.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps

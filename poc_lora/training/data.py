@@ -68,7 +68,7 @@ def prepare_data(
     if len(order) <= section.validation:
         raise DataError(
             f"{len(order)} usable rows leave none to train on once {section.validation} are held out"
-            f" ({encoded.lost} rows lost their whole answer to data.max_length={section.max_length})",
+            f" ({encoded.dropped} rows lost their whole answer to data.max_length={section.max_length})",
             where="data",
             fix="lower data.validation, raise data.max_length, or give more rows",
         )
@@ -85,8 +85,8 @@ def prepare_data(
         validation=[encoded.examples[i] for i in sorted(order[: section.validation])],
         order=batches,
         total_steps=steps,
-        truncated=encoded.shortened,
-        dropped=encoded.lost,
+        truncated=encoded.truncated,
+        dropped=encoded.dropped,
         files={
             **{str(path): sha256_file(path) for path in source_files(section.train)},
             TOKENISED: hashlib.sha256(repr([e.ids for e in encoded.examples]).encode()).hexdigest(),

@@ -152,7 +152,7 @@ class Pack:
             loss, per_slot = packed_loss(self.model, batch, tokens_per_slot, plain_head=self._plain_head)
             loss.backward()
             losses += per_slot
-            tokens += batch.real_tokens
+            tokens += batch.tokens
             padded_tokens += batch.input_ids.numel()
         return losses, tokens, padded_tokens
 

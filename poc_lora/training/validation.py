@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from poc_lora.adapters.factors import Factors
-from poc_lora.merging.gram import cosine, gram_of_stack, summary
+from poc_lora.merging.gram import cosine, gram, summary
 from poc_lora.merging.stacked import exact_device, stack
 from poc_lora.models.sharding import all_reduce_max
 from poc_lora.training.step import Pack
@@ -30,7 +30,7 @@ def validate(
     Returns:
         Measures by name: `base`, each live adapter by its id, and `merge`. Each has its `validation_loss` if there are
         validation rows; `merge` also has the adapters' pairwise `cosines` and the figures of `merging.gram.summary`,
-        among them S² and S²/M. None if `stop` returned True.
+        among them S² and the merge variance S²/M. None if `stop` returned True.
     """
     bank, examples = pack.bank, pack.data.validation
     measures: dict[int | str, dict[str, Any]] = {"merge": _similarity(pack) if pack.live else {}}
@@ -57,6 +57,6 @@ def validate(
 def _similarity(pack: Pack) -> dict[str, Any]:
     inner = torch.zeros(len(pack.live), len(pack.live), dtype=torch.float64, device=exact_device(pack.device))
     for module in pack.bank.modules.values():
-        A, B, scale = module.stack.A, module.stack.B, pack.bank.scale
-        inner += gram_of_stack(stack([Factors(A[slot], B[slot].T, scale) for slot in pack.live]))
+        A, B, scale = module.factors.A, module.factors.B, pack.bank.scale
+        inner += gram(stack([Factors(A[slot], B[slot].T, scale) for slot in pack.live]))
     return {**summary(inner), "cosines": cosine(inner).tolist()}

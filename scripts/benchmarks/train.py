@@ -333,7 +333,7 @@ def real_token_share(work: Work, *, group_by_length: bool) -> float:
                 device=torch.device("cpu"),
             )
             for batch in batches:
-                real += batch.real_tokens
+                real += batch.tokens
                 computed += batch.input_ids.numel()
     return real / computed
 

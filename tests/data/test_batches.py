@@ -160,7 +160,7 @@ def test_micro_batches_are_adapter_major_and_part_the_rows_within_the_budget(tok
             assert batch.input_ids[row].tolist() == [*ids, *[PAD] * (batch.input_ids.shape[1] - len(ids))]
             assert (batch.slot[batch.row == row] == row // each).all()
         assert batch.input_ids.numel() <= tokens or each == 1
-        assert batch.real_tokens == sum(len(rows[i].ids) for i in batch.examples)
+        assert batch.tokens == sum(len(rows[i].ids) for i in batch.examples)
     assert [sorted(s) for s in seen] == per_slot
 
 

@@ -104,25 +104,25 @@ def test_rows_at_the_limit_are_whole_and_longer_ones_are_counted(tokenizer):
     size, start = len(whole.ids), whole.answer_start
 
     at_limit = encode(tokenizer, row, max_length=size)
-    assert (at_limit.examples, at_limit.shortened, at_limit.lost) == ([whole], 0, 0)
+    assert (at_limit.examples, at_limit.truncated, at_limit.dropped) == ([whole], 0, 0)
 
     cut = encode(tokenizer, row, max_length=start + 1)
-    assert (cut.shortened, cut.lost) == (1, 0)
+    assert (cut.truncated, cut.dropped) == (1, 0)
     assert cut.examples[0].ids == whole.ids[: start + 1]
 
     gone = encode(tokenizer, row, max_length=start)
-    assert (gone.examples, gone.shortened, gone.lost) == ([], 0, 1)
+    assert (gone.examples, gone.truncated, gone.dropped) == ([], 0, 1)
 
 
 def test_rows_that_lose_their_answer_leave_the_others_in_order(tokenizer):
     long = CompletionRow("word " * 200, "x")
     encoded = encode(tokenizer, CompletionRow("a", "b"), long, CompletionRow("c", "d"), max_length=20)
-    assert encoded.lost == 1
+    assert encoded.dropped == 1
     assert [parts(tokenizer, e)[1] for e in encoded.examples] == ["b</s>", "d</s>"]
 
 
 def test_a_limit_of_one_token_leaves_no_answer(fresh_tokenizer):
-    assert encode(fresh_tokenizer, CompletionRow("a", "b"), max_length=1).lost == 1
+    assert encode(fresh_tokenizer, CompletionRow("a", "b"), max_length=1).dropped == 1
 
 
 def test_a_chat_follows_the_tokenizers_template_and_learns_its_last_turn(fresh_tokenizer):

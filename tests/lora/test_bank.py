@@ -54,8 +54,8 @@ def give_random_B(bank, scale=0.05):
     with torch.no_grad():
         for path, module in bank.modules.items():
             for slot, adapter in enumerate(bank.adapters):
-                shape = tuple(module.stack.B[slot].shape)
-                module.stack.B[slot].copy_(scale * rng.normal(shape, rng.key(1, adapter, "test-B", 0, path)))
+                shape = tuple(module.factors.B[slot].shape)
+                module.factors.B[slot].copy_(scale * rng.normal(shape, rng.key(1, adapter, "test-B", 0, path)))
 
 
 def rows_of(step, adapter, lengths):
@@ -139,7 +139,7 @@ def test_ten_steps_of_a_pack_equal_ten_steps_of_separate_peft_models(micro_rows)
             torch.testing.assert_close(losses[slot], loss.detach(), **CLOSE)
             if step == 0:
                 for path, (A, B) in peft_factors(reference).items():
-                    stack = bank.modules[path].stack
+                    stack = bank.modules[path].factors
                     torch.testing.assert_close(stack.grad_A[slot], A.grad, **CLOSE)
                     torch.testing.assert_close(stack.grad_B[slot], B.grad.T, **CLOSE)
             torch.nn.utils.clip_grad_norm_(trainable[slot], 0.5)
@@ -172,7 +172,7 @@ def test_gradients_equal_autograd_through_dense_updates_in_float64():
     for slot in range(3):
         dense = []
         factors = [
-            (m.stack.A[slot].detach().clone().requires_grad_(), m.stack.B[slot].detach().clone().requires_grad_())
+            (m.factors.A[slot].detach().clone().requires_grad_(), m.factors.B[slot].detach().clone().requires_grad_())
             for m in bank.modules.values()
         ]
         for weight, (A, B) in zip(weights, factors, strict=True):
@@ -181,8 +181,8 @@ def test_gradients_equal_autograd_through_dense_updates_in_float64():
         hidden = torch.tanh(x[part] @ dense[0].T + biases[0])
         ((hidden @ dense[1].T + biases[1]) * out[part]).sum().backward()
         for module, (A, B) in zip(bank.modules.values(), factors, strict=True):
-            torch.testing.assert_close(module.stack.grad_A[slot], A.grad, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(module.stack.grad_B[slot], B.grad, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(module.factors.grad_A[slot], A.grad, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(module.factors.grad_B[slot], B.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(x_grad, x.grad, rtol=1e-6, atol=1e-7)
 
 
@@ -208,7 +208,7 @@ def test_views_are_one_adapter_the_merge_and_the_base(tiny_llama):
     with bank.merged():
         merged = tiny_llama(input_ids=ids).logits
     updates = {
-        path: sum(m.stack.B[s].detach().double().T @ m.stack.A[s].detach().double() for s in range(M))
+        path: sum(m.factors.B[s].detach().double().T @ m.factors.A[s].detach().double() for s in range(M))
         * ALPHA
         / RANK
         / M
@@ -413,8 +413,8 @@ def test_a_classifier_in_a_loop_of_ones_own_equals_separate_peft_models():
             loss.backward()
             torch.testing.assert_close(losses[slot].detach(), loss.detach(), **CLOSE)
             for path, (A, B) in peft_factors(reference).items():
-                torch.testing.assert_close(bank.modules[path].stack.grad_A[slot], A.grad, **CLOSE)
-                torch.testing.assert_close(bank.modules[path].stack.grad_B[slot], B.grad.T, **CLOSE)
+                torch.testing.assert_close(bank.modules[path].factors.grad_A[slot], A.grad, **CLOSE)
+                torch.testing.assert_close(bank.modules[path].factors.grad_B[slot], B.grad.T, **CLOSE)
             torch.nn.utils.clip_grad_norm_(trainable[slot], 0.5)
             theirs[slot].step()
         assert bank.gradients.norm(dim=1).min() > 1e-2
@@ -491,7 +491,7 @@ def test_modules_that_flatten_or_pool_rows_equal_separate_models():
     for slot in range(3):
         alone, factors = Flattening(), {}
         for path, module in bank.modules.items():
-            A, B = (t[slot].detach().clone().requires_grad_() for t in (module.stack.A, module.stack.B))
+            A, B = (t[slot].detach().clone().requires_grad_() for t in (module.factors.A, module.factors.B))
             factors[path] = A, B
             layer = alone.get_submodule(path)
             del layer.weight
@@ -500,8 +500,8 @@ def test_modules_that_flatten_or_pool_rows_equal_separate_models():
         (alone(x[part]) * out[part]).sum().backward()
         for path, (A, B) in factors.items():
             assert A.grad.abs().max() > 1e-3
-            torch.testing.assert_close(bank.modules[path].stack.grad_A[slot], A.grad, **CLOSE)
-            torch.testing.assert_close(bank.modules[path].stack.grad_B[slot], B.grad, **CLOSE)
+            torch.testing.assert_close(bank.modules[path].factors.grad_A[slot], A.grad, **CLOSE)
+            torch.testing.assert_close(bank.modules[path].factors.grad_B[slot], B.grad, **CLOSE)
 
 
 def test_an_empty_input_has_an_empty_output():

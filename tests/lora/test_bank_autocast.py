@@ -78,8 +78,8 @@ def test_a_pack_equals_peft_under_the_same_autocast(dtype, checkpointing, inside
         assert found.dtype == expected.dtype
         assert far(found, expected) < CLOSE
         theirs = peft_factors(reference)
-        pairs = [(m.stack.grad_A[slot], theirs[path][0].grad) for path, m in bank.modules.items()]
-        pairs += [(m.stack.grad_B[slot].T, theirs[path][1].grad) for path, m in bank.modules.items()]
+        pairs = [(m.factors.grad_A[slot], theirs[path][0].grad) for path, m in bank.modules.items()]
+        pairs += [(m.factors.grad_B[slot].T, theirs[path][1].grad) for path, m in bank.modules.items()]
         ours, expected = (torch.cat([grad.flatten() for grad in side]) for side in zip(*pairs, strict=True))
         assert far(ours, expected) < CLOSE
 

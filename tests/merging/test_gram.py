@@ -5,7 +5,8 @@ import torch
 
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.factors import Factors
-from poc_lora.merging import gram as similarity
+from poc_lora.merging import gram
+from poc_lora.merging.stacked import stack
 
 SHAPES = {"layers.0.q_proj": (12, 10), "layers.0.up_proj": (16, 10)}
 
@@ -31,6 +32,10 @@ def flat(adapter: Adapter) -> torch.Tensor:
     return torch.cat([dense(adapter, name).flatten() for name in SHAPES])
 
 
+def total_gram(adapters: list[Adapter]) -> torch.Tensor:
+    return sum(gram.gram(stack([adapter.modules.get(name) for adapter in adapters])) for name in SHAPES)
+
+
 @pytest.fixture
 def adapters() -> list[Adapter]:
     stream = torch.Generator().manual_seed(5)
@@ -42,29 +47,29 @@ def adapters() -> list[Adapter]:
 
 
 def test_gram_from_the_factors_is_the_gram_of_the_dense_updates(adapters):
-    found = similarity.gram(adapters)
     for name in SHAPES:
+        found = gram.gram(stack([adapter.modules.get(name) for adapter in adapters]))
         rows = torch.stack([dense(adapter, name).flatten() for adapter in adapters])
-        torch.testing.assert_close(found.modules[name], rows @ rows.T, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found, rows @ rows.T, rtol=1e-12, atol=1e-12)
     rows = torch.stack([flat(adapter) for adapter in adapters])
-    torch.testing.assert_close(found.total, rows @ rows.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(total_gram(adapters), rows @ rows.T, rtol=1e-12, atol=1e-12)
 
 
-def test_cosine_spread_and_error_bar_are_those_of_the_dense_updates(adapters):
-    total = similarity.gram(adapters).total
+def test_cosine_spread_and_merge_variance_are_those_of_the_dense_updates(adapters):
+    total = total_gram(adapters)
     rows = torch.stack([flat(adapter) for adapter in adapters])
     units = rows / rows.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(similarity.cosine(total), units @ units.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gram.cosine(total), units @ units.T, rtol=1e-12, atol=1e-12)
     mean = rows.mean(0)
     S2 = float(((rows - mean) ** 2).sum()) / 2
-    assert similarity.spread(total) == pytest.approx(S2, rel=1e-10)
-    assert similarity.error_bar(total) == pytest.approx(S2 / 3, rel=1e-10)
-    assert similarity.relative_error_bar(total) == pytest.approx(math.sqrt(S2 / 3) / float(mean.norm()), rel=1e-10)
+    assert gram.spread(total) == pytest.approx(S2, rel=1e-10)
+    assert gram.merge_variance(total) == pytest.approx(S2 / 3, rel=1e-10)
+    assert gram.relative_standard_error(total) == pytest.approx(math.sqrt(S2 / 3) / float(mean.norm()), rel=1e-10)
     off_diagonal = (units @ units.T)[~torch.eye(3, dtype=torch.bool)]
-    assert similarity.mean_cosine(total) == pytest.approx(float(off_diagonal.mean()), rel=1e-10)
+    assert gram.mean_cosine(total) == pytest.approx(float(off_diagonal.mean()), rel=1e-10)
 
 
-def test_error_bar_estimates_the_squared_distance_of_the_merge_from_the_limit_of_many():
+def test_the_merge_variance_estimates_the_squared_distance_of_the_merge_from_the_limit_of_many():
     # Adapters = a common part plus independent noise: the limit is known. The mean over 300 repetitions of a
     # chi-square-like ratio with some hundred degrees of freedom each lies within 10 % with a wide margin.
     stream = torch.Generator().manual_seed(11)
@@ -85,28 +90,28 @@ def test_error_bar_estimates_the_squared_distance_of_the_merge_from_the_limit_of
                     }
                 )
             )
-        estimates.append(similarity.error_bar(similarity.gram(members).total))
+        estimates.append(gram.merge_variance(total_gram(members)))
         mean = torch.stack([flat(member) for member in members]).mean(0)
         distances.append(float(((mean - flat(Adapter(common))) ** 2).sum()))
     assert sum(estimates) / sum(distances) == pytest.approx(1, abs=0.1)
 
 
 def test_copies_have_cosine_one_and_no_spread(adapters):
-    total = similarity.gram([adapters[0]] * 4).total
-    assert similarity.mean_cosine(total) == pytest.approx(1)
-    assert similarity.spread(total) <= 1e-12 * float(total[0, 0])
+    total = total_gram([adapters[0]] * 4)
+    assert gram.mean_cosine(total) == pytest.approx(1)
+    assert gram.spread(total) <= 1e-12 * float(total[0, 0])
 
 
 def test_one_adapter_has_no_spread_and_a_zero_update_no_direction(adapters):
-    assert set(similarity.summary(similarity.gram(adapters[:1]).total).values()) == {None}
+    assert set(gram.summary(total_gram(adapters[:1])).values()) == {None}
     zero = Adapter({name: Factors(f.A, torch.zeros_like(f.B)) for name, f in adapters[0].modules.items()})
-    total = similarity.gram([zero, zero]).total
-    assert similarity.mean_cosine(total) == 0
-    assert similarity.relative_error_bar(total) is None
+    total = total_gram([zero, zero])
+    assert gram.mean_cosine(total) == 0
+    assert gram.relative_standard_error(total) is None
 
 
-def test_the_error_bar_of_unequal_weights_is_the_variance_of_the_weighted_sum():
+def test_the_merge_variance_of_unequal_weights_is_that_of_the_weighted_sum():
     inner = torch.diag(torch.tensor([2.0, 2.0, 2.0, 2.0], dtype=torch.float64))
     weights = [0.7, 0.1, 0.1, 0.1]
-    assert similarity.error_bar(inner, weights) == pytest.approx(similarity.spread(inner) * 0.52)
-    assert similarity.error_bar(inner) == pytest.approx(similarity.spread(inner) / 4)
+    assert gram.merge_variance(inner, weights) == pytest.approx(gram.spread(inner) * 0.52)
+    assert gram.merge_variance(inner) == pytest.approx(gram.spread(inner) / 4)

@@ -400,7 +400,7 @@ def test_the_folder_one_is_in_is_no_output(mixed, tmp_path, monkeypatch):
     sources = write_members(tmp_path / "in", mixed)
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
-    with pytest.raises(AdapterError, match="the folder you are in"):
+    with pytest.raises(AdapterError, match="the current folder"):
         merge_folders(sources, Path("."))
 
 

@@ -1,6 +1,5 @@
-"""Checkpointed layers and compiled parts against the model as it is: same numbers, nothing left behind."""
+"""Compiled parts against the model as it is: same numbers, nothing left behind."""
 
-import contextlib
 import importlib
 import re
 from pathlib import Path
@@ -8,136 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, models
+from transformers import models
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 
-from poc_lora import rng
-from poc_lora.data.batches import micro_batches
-from poc_lora.data.prompts import Example
-from poc_lora.errors import ConfigError, ModelError
-from poc_lora.lora.bank import AdapterBank
+from poc_lora.errors import ConfigError
 from poc_lora.models import compilation
 from poc_lora.models.compilation import GATED_MLPS, compiled_parts, is_gated_mlp, require_compiler
 from poc_lora.models.recomputation import gradient_checkpointing
-from poc_lora.training.loss import packed_loss
-from tests.conftest import SMALL, build_llama
-
-VOCAB, M = SMALL["vocab_size"], 3
-FAMILIES = {
-    "llama": lambda: build_llama(VOCAB),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, query_pre_attn_scalar=8)),
-}
-TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-
-
-def build(name):
-    torch.manual_seed(0)
-    return FAMILIES[name]().requires_grad_(False).eval()
-
-
-def make_bank(model, dropout=0.0):
-    bank = AdapterBank(model, targets=TARGETS, rank=3, alpha=6.0, adapters=range(M), seed=7, dropout=dropout)
-    for path, module in bank.modules.items():
-        for slot in range(M):
-            shape = tuple(module.stack.B[slot].shape)
-            module.stack.B.detach()[slot].copy_(0.1 * rng.normal(shape, rng.key(1, slot, "test-B", 0, path)))
-    for module in bank.modules.values():
-        module.train()
-    return bank
-
-
-def backward(model, bank, seed, *, row_lengths=(9, 14)):
-    """Losses and gradients of a step of two micro-batches, with a dropout key for each row."""
-    stream = torch.Generator().manual_seed(seed)
-    rows = [
-        Example(tuple(torch.randint(3, VOCAB, (n,), generator=stream).tolist()), 1)
-        for _ in range(M)
-        for n in row_lengths
-    ]
-    each = len(row_lengths)
-    chosen = [list(range(slot * each, slot * each + each)) for slot in range(M)]
-    tokens = torch.full((M,), float(sum(row_lengths) - each))
-    losses, plain = torch.zeros(M), model.config.model_type != "gemma2"
-    bank.zero_grad()
-    for batch in micro_batches(rows, chosen, tokens=16 * M, train_on_prompt=True, pad_id=0, device=torch.device("cpu")):
-        bank.key_dropout(torch.tensor([rng.key(7, 0, "dropout", 0, f"row {i}") - 2**63 for i in batch.examples]))
-        loss, per_slot = packed_loss(model, batch, tokens, plain_head=plain)
-        loss.backward()
-        losses += per_slot
-    return losses, bank.gradients.clone()
-
-
-@contextlib.contextmanager
-def counting_saved_bytes():
-    """Yields the bytes of the tensors that autograd keeps within the block, by storage."""
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_checkpointed_layers_give_the_same_bits(name):
-    model = build(name)
-    bank = make_bank(model, dropout=0.3)
-    losses, gradients = backward(model, bank, 1)
-    with gradient_checkpointing(model):
-        again, recomputed = backward(model, bank, 1)
-    assert gradients.abs().max() > 1e-3
-    assert torch.equal(again, losses)
-    assert torch.equal(recomputed, gradients)
-
-
-def test_dropout_is_on_in_the_comparison_of_checkpointed_layers():
-    model = build("llama")
-    gradients = {}
-    for dropout in (0.0, 0.3):
-        bank = make_bank(model, dropout)
-        gradients[dropout] = backward(model, bank, 1)[1]
-        bank.remove()
-    assert not torch.allclose(gradients[0.0], gradients[0.3], rtol=0.1)
-
-
-def test_checkpointed_layers_keep_fewer_bytes():
-    model = build("llama")
-    bank = make_bank(model)
-    ids = torch.randint(3, VOCAB, (2 * M, 32))
-    kept = {}
-    for name, block in (("plain", contextlib.nullcontext()), ("checkpointed", gradient_checkpointing(model))):
-        with block, counting_saved_bytes() as storages:
-            loss = model(input_ids=ids, use_cache=False).logits.square().sum()
-        kept[name] = sum(storages.values())
-        bank.zero_grad()
-        loss.backward()
-    layer_inputs = 2 * ids.numel() * 32 * 4  # kept by checkpoint itself, beside autograd
-    assert kept["checkpointed"] + layer_inputs < 0.5 * kept["plain"]
-
-
-def test_checkpointing_is_undone_also_after_an_error():
-    model = build("llama")
-    for problem in (None, RuntimeError("in the block")):
-        with contextlib.suppress(RuntimeError), gradient_checkpointing(model):
-            assert all("forward" in vars(layer) for layer in model.model.layers)
-            if problem:
-                raise problem
-        assert not any("forward" in vars(module) for module in model.modules())
-
-
-def test_a_model_without_layers_to_checkpoint_is_refused():
-    with (
-        pytest.raises(ModelError, match=r"Sequential(.|\n)*gradient_checkpointing"),
-        gradient_checkpointing(nn.Sequential(nn.Linear(2, 2))),
-    ):
-        pass
+from tests.models.packed_step import FAMILIES, VOCAB, backward, build, make_bank
 
 
 def assert_undone(model, library):

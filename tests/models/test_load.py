@@ -96,7 +96,7 @@ def test_packed_loss_equals_means_over_whole_models(name, train_on_prompt):
     bank = AdapterBank(model, targets=["q_proj", "up_proj"], rank=2, alpha=4, adapters=[0, 1, 2])
     torch.manual_seed(1)
     for module in bank.modules.values():
-        module.stack.B.detach().normal_(0, 0.3)
+        module.factors.B.detach().normal_(0, 0.3)
     chosen = [[0, 1], [2, 3], [4, 5]]
     counts = [sum(len(rows[i].ids) - (1 if train_on_prompt else rows[i].answer_start) for i in own) for own in chosen]
     losses = torch.zeros(3)
@@ -112,7 +112,7 @@ def test_packed_loss_equals_means_over_whole_models(name, train_on_prompt):
         copy = build(make).double()
         factors = {}
         for path, module in bank.modules.items():
-            A, B = (t[slot].detach().double().requires_grad_() for t in (module.stack.A, module.stack.B))
+            A, B = (t[slot].detach().double().requires_grad_() for t in (module.factors.A, module.factors.B))
             factors[path] = A, B
             layer = copy.get_submodule(path)
             layer.register_forward_hook(lambda _, x, y, A=A, B=B: y + 2 * (x[0] @ A.T @ B))
@@ -128,7 +128,7 @@ def test_packed_loss_equals_means_over_whole_models(name, train_on_prompt):
         # float32 in the reference too.
         torch.testing.assert_close(losses[slot].double(), mean.detach(), rtol=1e-5, atol=1e-5)
         for path, (A, B) in factors.items():
-            stack = bank.modules[path].stack
+            stack = bank.modules[path].factors
             for ours, theirs in ((stack.grad_A[slot], A.grad), (stack.grad_B[slot], B.grad)):
                 assert theirs.abs().max() > 1e-3
                 torch.testing.assert_close(ours.double(), theirs, rtol=2e-4, atol=2e-5)

@@ -87,8 +87,8 @@ def make_peft(base, bank, slot):
     model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS))
     with torch.no_grad():
         for path, (A, B) in peft_factors(model).items():
-            A.copy_(bank.modules[path].stack.A[slot])
-            B.copy_(bank.modules[path].stack.B[slot].T)
+            A.copy_(bank.modules[path].factors.A[slot])
+            B.copy_(bank.modules[path].factors.B[slot].T)
     return model
 
 
@@ -164,7 +164,7 @@ def test_a_pack_equals_separate_runs(base_dir, kind, reference):
         loss.backward()
         pairs = []
         for path, (A, B) in peft_factors(alone).items():
-            stack = bank.modules[path].stack
+            stack = bank.modules[path].factors
             pairs += [(stack.grad_A[slot], A.grad), (stack.grad_B[slot], B.grad.T)]
         if kind == "nf4":
             torch.testing.assert_close(losses[slot], loss.detach(), **CLOSE)
@@ -236,7 +236,7 @@ def test_views_are_one_adapter_the_merge_and_the_base(base_dir, kind):
             merged = model(input_ids=ids, use_cache=False).logits
         bank.remove()
         for path, module in bank.modules.items():
-            update = torch.einsum("mro,mri->oi", module.stack.B, module.stack.A) * ALPHA / RANK / M
+            update = torch.einsum("mro,mri->oi", module.factors.B, module.factors.A) * ALPHA / RANK / M
             model.get_submodule(path).register_forward_hook(lambda _, x, y, update=update: y + x[0] @ update.T)
         check(merged, model(input_ids=ids, use_cache=False).logits)
         assert distance(merged, plain) > 0.1

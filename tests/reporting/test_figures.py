@@ -7,48 +7,18 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_hex, to_rgb, to_rgba
+from matplotlib.colors import to_hex, to_rgba
 
 from poc_lora.artifacts.merge_report import MergeReport
-from poc_lora.plotting import COLOURS, render
+from poc_lora.plotting import render
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import chart
 from poc_lora.reporting.page import write_rank_sweep
 from tests.reporting.run_folder import merge_report
+from tests.test_plotting import PAGES, contrast, shown
 
 SVG = "{http://www.w3.org/2000/svg}"
 SWEEP = MergeReport.model_validate(merge_report()).rank_sweep
-PAGES = {"light": "#ffffff", "dark": "#12161b"}
-
-
-def contrast(one, other):
-    """The contrast ratio of two colours #rrggbb, 1 to 21 (WCAG 2.2)."""
-
-    def luminance(colour):
-        parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def shown(colour, page):
-    """The colour that a browser shows: on the dark page, after invert(1) hue-rotate(180deg) of the style sheet."""
-    if page == "light":
-        return colour
-    rotate = np.array([[-0.574, 1.43, 0.144], [0.426, 0.43, 0.144], [0.426, 1.43, -0.856]])  # CSS Filter Effects
-    return to_hex(np.clip(rotate @ (1 - np.array(to_rgb(colour))), 0, 1))
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_text_and_lines_have_enough_contrast(page):
-    for role, colour in COLOURS.items():
-        ratio = contrast(shown(colour, page), PAGES[page])
-        if role in ("ink", "muted"):  # WCAG 2.2, 1.4.3: 4.5 for text
-            assert ratio >= 4.5, role
-        elif role != "rule":  # 1.4.11: 3 for what must be seen to understand a figure
-            assert ratio >= 3, role
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -138,10 +108,3 @@ def test_a_rank_sweep_in_files_is_the_same_bytes_every_time(tmp_path):
         assert first == (tmp_path / "two" / name).read_bytes()
         assert len(first) > 5000
     assert (tmp_path / "one/rank_sweep.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_an_svg_file_has_a_title_and_no_date():
-    text = render(figures.rank_sweep_figure(SWEEP), "svg", title="A <b>")
-    root = ET.fromstring(text)  # noqa: S314
-    assert root.find(f"{SVG}title").text == "A <b>"
-    assert b"dc:date" not in text
