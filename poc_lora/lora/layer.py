@@ -125,7 +125,9 @@ class BankLinear(nn.Module):
             if mode == "packed":
                 self._check_rows(x, len(factors.A))
                 dropped = self._drop(x).to(y.dtype).contiguous()
-                y = _PackedUpdate.apply(y, dropped, factors.A, factors.B, factors.grad_A, factors.grad_B, factors.scale)
+                y = _PackedUpdate.apply(  # type: ignore[no-untyped-call]
+                    y, dropped, factors.A, factors.B, factors.grad_A, factors.grad_B, factors.scale
+                )
             else:
                 slots = [self.state.slot] if mode == "single" else self.state.members
                 A = factors.A.detach()[slots].flatten(0, 1).to(y.dtype)  # [m·r, d_in]

@@ -34,7 +34,7 @@ class _Shared(DynamicLayer):
     """One layer's keys and values [copies, heads, P, d]; those of the rows after it are not kept."""
 
     def __init__(self, keys: Tensor, values: Tensor):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
         self.keys, self.values = self.prefix = keys, values
 

@@ -81,7 +81,7 @@ class NoisyAdamW(torch.optim.AdamW):
         return {**super().__getstate__(), "noise_norms": self.noise_norms}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._complete()  # the state of a plain AdamW has no noise settings
 
     def _complete(self) -> None:

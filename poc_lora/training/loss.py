@@ -44,7 +44,8 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, t
     hidden [n, d], weight [V, d] and bias [V], both frozen; target [n]. The gradient is found chunk by chunk in the
     forward pass, while the logits are there: d(loss)/d(hidden) = (softmax − onehot) W.
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, target)
+    losses: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, target)  # type: ignore[no-untyped-call]
+    return losses
 
 
 def chunk_rows(vocabulary: int, device_type: str) -> int:

@@ -79,7 +79,7 @@ class Footprint:
         with _shapes_only():
             model = empty_base(section.name, revision=section.revision, dtype=self.dtype)
             head = model.get_output_embeddings()
-            self.vocabulary = head.out_features
+            self.vocabulary: int = head.out_features
             self.plain_head = has_plain_head(model)
             self.can_recompute = any(isinstance(m, GradientCheckpointingLayer) for m in model.modules())
             self.weights, self.largest = _weight_bytes(model, section.quantization)
@@ -172,7 +172,7 @@ class Footprint:
         """The logits among the bytes of a measured forward pass, which runs on the CPU and sees no kernel's inside."""
         if not self.plain_head:
             return self._logits(rows)
-        width = getattr(torch, self.dtype).itemsize
+        width: int = getattr(torch, self.dtype).itemsize
         return min(rows, chunk_rows(self.vocabulary, "cpu")) * self.vocabulary * (4 + (width if width != 4 else 0))
 
 
@@ -312,7 +312,7 @@ class _PeakBytes(TorchDispatchMode):
     """Counts the bytes of tensors made within the block that are alive at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._now = 0
         self._known: dict[int, int] = {}  # storage -> its bytes, 0 for one made before the block
 

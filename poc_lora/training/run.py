@@ -102,7 +102,7 @@ def _stands(entry: dict[str, Any], progress: Mapping[int, Progress]) -> bool:
     """Whether a metric line is of a step or validation that a run at `progress` will not repeat."""
     nothing = Progress(0)
     if "members" not in entry:
-        return entry["step"] <= progress.get(entry["adapter"], nothing).step
+        return bool(entry["step"] <= progress.get(entry["adapter"], nothing).step)
     members = [progress.get(adapter, nothing) for adapter in entry["members"]]  # those that were validated together
     return all(entry["step"] <= member.validated for member in members)
 
