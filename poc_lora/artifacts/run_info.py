@@ -1,5 +1,6 @@
 """run.json: how and on what a run was trained."""
 
+from datetime import datetime
 from typing import ClassVar
 
 from pydantic import Field
@@ -48,3 +49,11 @@ class RunInfo(Artifact):
     train_seconds: Number | None = None
     commit_seconds: Finite | None = None
     peak_bytes: int | None = None
+
+    @property
+    def start(self) -> datetime | None:
+        """When the run was first started, in local time; None if that is not recorded."""
+        try:
+            return datetime.fromisoformat(self.started_at or "")
+        except ValueError:
+            return None

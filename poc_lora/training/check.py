@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import RunConfig
 from poc_lora.data.batches import supervised_tokens
 from poc_lora.errors import RequestError
@@ -25,7 +26,7 @@ from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.memory import Footprint, free_bytes, snapshot_bytes
 from poc_lora.training.metrics import require_trackers
 from poc_lora.training.placement import place
-from poc_lora.training.run import find_run, started_at
+from poc_lora.training.run import find_run
 
 
 def check(config: RunConfig, *, device: torch.device | None = None, processes: int = 1) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     """
     require_processes(config, processes)
     device, folder = device or default_device(), Path(config.output)
-    in_use = (folder / "config.yaml").exists()
+    in_use = RunFolder(folder).is_run
     run = find_run(config, resume=in_use)
     require_trackers(config)
     require_quantization(config.model.quantization)
@@ -54,10 +55,10 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     model = empty_base(config.model.name, revision=config.model.revision)
     matching_linears(model, config.lora.targets)
     tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
-    data = prepare_data(config, tokenizer, context=context_length(model), now=started_at(run.facts))
+    data = prepare_data(config, tokenizer, context=context_length(model), now=run.info.start if run.info else None)
     footprint = Footprint(config, device, longest=data.longest, ranks=processes)
     free = free_bytes(device)
-    sizes = footprint.choose(free, run.facts)
+    sizes = footprint.choose(free, run.info.to_json() if run.info else {})
     fresh = {adapter: Progress(0) for adapter in range(config.adapters.count)}
     placement = place(fresh, data.total_steps, ranks=processes, per_device=sizes.per_device)
     memory = footprint.memory(sizes)

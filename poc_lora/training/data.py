@@ -7,14 +7,13 @@ from datetime import datetime
 from transformers import PreTrainedTokenizerBase
 
 from poc_lora import rng
+from poc_lora.artifacts.run_info import TOKENIZED_ROWS
 from poc_lora.config import RunConfig
 from poc_lora.data.batches import BatchOrder, padded_length
 from poc_lora.data.prompts import Example, encode_rows
 from poc_lora.data.rows import read_sources, source_files
 from poc_lora.errors import ConfigError, DataError
 from poc_lora.files import sha256_file
-
-TOKENISED = "tokenised rows"  # the key of their checksum beside those of the files
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class TrainingData:
     total_steps: int
     truncated: int
     dropped: int
-    files: dict[str, str]  # path, and TOKENISED -> sha256
+    files: dict[str, str]  # path, and TOKENIZED_ROWS -> sha256
 
     @property
     def longest(self) -> int:
@@ -89,6 +88,6 @@ def prepare_data(
         dropped=encoded.dropped,
         files={
             **{str(path): sha256_file(path) for path in source_files(section.train)},
-            TOKENISED: hashlib.sha256(repr([e.ids for e in encoded.examples]).encode()).hexdigest(),
+            TOKENIZED_ROWS: hashlib.sha256(repr([e.ids for e in encoded.examples]).encode()).hexdigest(),
         },
     )

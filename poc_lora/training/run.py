@@ -7,23 +7,22 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from poc_lora.adapters.adapter import Adapter, write_adapter
+from poc_lora.artifacts.run_folder import RunFolder
+from poc_lora.artifacts.run_info import TOKENIZED_ROWS, RunInfo
 from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
 from poc_lora.environment import environment
 from poc_lora.errors import CheckpointError, RunError
-from poc_lora.files import read_json, read_text, sync, write_atomic, write_json
+from poc_lora.files import read_text, sync, write_atomic
 from poc_lora.training.checkpoint import Commit, Progress, newest_commit
 
 # What may differ between a run and its resumption: nothing that a trained adapter already depends on.
 RESUMABLE = ("adapters.count", "adapters.per_device", "checkpoint.", "output", "track", "train.validate_every")
-WRITTEN = ("config.yaml", "run.json", "metrics.jsonl")
-LOCK = ".lock"
 
 
 class Run:
@@ -33,66 +32,70 @@ class Run:
         folder: The run folder.
         commit: The commit to resume, if any.
         problems: A line for each newer commit that is damaged.
-        facts: The content of run.json.
+        info: The content of run.json; None in a new run.
     """
 
-    def __init__(self, folder: Path, commit: Commit | None, problems: list[str], facts: dict[str, Any]):
+    def __init__(self, folder: Path, commit: Commit | None, problems: list[str], info: RunInfo | None):
         self.folder = folder
+        self.paths = RunFolder(folder)
         self.commit = commit
         self.problems = problems
-        self.facts = facts
-        self.checkpoints = folder / "checkpoints"
-        self.adapters = folder / "adapters"
-        self._metrics = folder / "metrics.jsonl"
+        self.info = info
 
-    def begin(self, config: RunConfig, **facts: Any) -> None:
-        """Write config.yaml and run.json, and remove what a killed process left half written."""
-        write_atomic(self.folder / "config.yaml", dump_yaml(config))
-        self.note(**environment(), **facts)
-        for aside in (*self.checkpoints.glob(".*"), *self.adapters.glob(".*")):
+    def begin(self, config: RunConfig, **info: Any) -> None:
+        """Write config.yaml and run.json, and remove what a killed process left half written.
+
+        Args:
+            config: The run's configuration.
+            **info: Fields of `RunInfo`, beside those of the environment.
+        """
+        paths = self.paths
+        write_atomic(paths.config, dump_yaml(config))
+        self.update_info(**environment(), **info)
+        for aside in (*paths.checkpoints.glob(".*"), *paths.adapters.glob(".*")):
             shutil.rmtree(aside, ignore_errors=True)
-        for aside in (a for name in WRITTEN for a in self.folder.glob(f".{name}.*")):
+        for aside in (a for p in (paths.config, paths.info, paths.metrics) for a in self.folder.glob(f".{p.name}.*")):
             aside.unlink()
         self._forget_after({} if self.commit is None else self.commit.progress)
 
-    def note(self, **facts: Any) -> None:
-        """Set facts in run.json."""
-        self.facts = self.facts | facts
-        write_json(self.folder / "run.json", self.facts)
+    def update_info(self, **changes: Any) -> None:
+        """Change fields of run.json."""
+        self.info = (self.info or RunInfo()).model_copy(update=changes)
+        self.info.write(self.paths.info)
 
     def log(self, lines: list[dict[str, Any]]) -> None:
         """Append lines to metrics.jsonl. Raises CheckpointError if they cannot be written."""
         text = "".join(json.dumps(line) + "\n" for line in lines)
         try:
-            with self._metrics.open("a") as out:
+            with self.paths.metrics.open("a") as out:
                 out.write(text)
         except OSError as problem:
             raise CheckpointError(
                 f"{len(text):,} bytes could not be added: {problem.strerror}",
-                where=self._metrics,
+                where=self.paths.metrics,
                 fix="make room or repair the folder; --resume continues from the last commit",
             ) from problem
 
     def sync_metrics(self) -> None:
         """Flush metrics.jsonl to the disk."""
-        if self._metrics.exists():
-            sync(self._metrics)
+        if self.paths.metrics.exists():
+            sync(self.paths.metrics)
 
     def _forget_after(self, progress: Mapping[int, Progress]) -> None:
         """Remove metric lines of steps and validations that the resumed run will repeat."""
-        if not self._metrics.exists():
+        if not self.paths.metrics.exists():
             return
         kept = []
-        for line in read_text(self._metrics, max_bytes=2**40).splitlines():
+        for line in read_text(self.paths.metrics, max_bytes=2**40).splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by a kill
                 entry = json.loads(line)
                 if _stands(entry, progress):
                     kept.append(line)
-        write_atomic(self._metrics, "".join(line + "\n" for line in kept))
+        write_atomic(self.paths.metrics, "".join(line + "\n" for line in kept))
 
     def write_adapter(self, number: int, adapter: Adapter) -> None:
         """Write a trained adapter in PEFT format, in place of one that a killed process had written."""
-        folder = self.adapters / f"{number:02d}"
+        folder = self.paths.adapter(number)
         if folder.exists():
             shutil.rmtree(folder)
         write_adapter(adapter, folder)
@@ -116,10 +119,10 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises:
         RunError: Another process holds the lock, or the folder cannot be created.
     """
-    path = folder / LOCK
+    paths = RunFolder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, blocking=False)
+        lock = FileLock(paths.lock, blocking=False)
         lock.acquire()
     except Timeout as problem:
         raise RunError(
@@ -134,8 +137,8 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if not (folder / "config.yaml").exists():  # no run came to be
-            path.unlink()
+        if not paths.is_run:  # no run came to be
+            paths.lock.unlink()
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
         lock.release()
@@ -156,16 +159,16 @@ def find_run(config: RunConfig, *, resume: bool) -> Run:
         CheckpointError: The run has commits, but none is intact.
     """
     folder = Path(config.output)
-    saved = folder / "config.yaml"
-    if not resume or not saved.exists():
+    paths = RunFolder(folder)
+    if not resume or not paths.is_run:
         if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir())):
             raise RunError(
                 "the run folder is not empty" + (", and holds no run" if resume else ""),
                 where=folder,
                 fix=("" if resume else "resume it with --resume, or ") + "set output to another folder",
             )
-        return Run(folder, None, [], {})
-    before = load_config(saved)
+        return Run(folder, None, [], None)
+    before = load_config(paths.config)
     changed = changed_keys(before, config)
     refused = {k: v for k, v in changed.items() if not k.startswith(RESUMABLE)}
     if config.adapters.count < before.adapters.count:
@@ -177,37 +180,27 @@ def find_run(config: RunConfig, *, resume: bool) -> Run:
             where=folder,
             fix="undo the change, or start a new run in another folder",
         )
-    commit, problems = newest_commit(folder / "checkpoints")
-    facts = folder / "run.json"
-    return Run(folder, commit, problems, read_json(facts, error=RunError) if facts.exists() else {})
+    commit, problems = newest_commit(paths.checkpoints)
+    return Run(folder, commit, problems, RunInfo.read_if_there(paths.info))
 
 
-def started_at(facts: Mapping[str, Any]) -> datetime | None:
-    """Return when a run was first started, in local time, from the content of its run.json."""
-    try:
-        return datetime.fromisoformat(facts["started_at"])
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def require_same_rows(run: Run, files: Mapping[str, str], tokenised: str) -> None:
+def require_same_rows(run: Run, files: Mapping[str, str]) -> None:
     """Raise RunError, saying what has changed, if a run is resumed on other rows than it began with.
 
     Args:
         run: The run to resume.
-        files: Checksums by path, and of the tokenised rows under the key `tokenised`.
-        tokenised: That key.
+        files: Checksums by path, and of the tokenised rows under the key `TOKENIZED_ROWS`.
     """
-    before = run.facts.get("data_sha256", files)
-    if before == files:
+    if run.info is None or run.info.data_sha256 == files:
         return
+    before = run.info.data_sha256
     changed = sorted(path for path in before.keys() | files.keys() if before.get(path) != files.get(path))
-    changed_files = [path for path in changed if path != tokenised]
+    changed_files = [path for path in changed if path != TOKENIZED_ROWS]
     if changed_files:
         what = f"the training files have changed since the run began: {', '.join(changed_files)}"
         fix = "put them back, or start anew"
     else:
-        then, now = run.facts.get("versions", {}), environment()["versions"]
+        then, now = run.info.versions, environment()["versions"]
         others = [
             f"{name} was {then.get(name)}, is {now.get(name)}"
             for name in ("transformers", "tokenizers", "datasets")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from poc_lora.artifacts.run_folder import RunFolder
+from poc_lora.artifacts.run_info import RunInfo
 from poc_lora.config import RunConfig, flatten
 from poc_lora.distributed import Ranks, open_ranks
 from poc_lora.environment import changed_devices, describe_device, environment
@@ -32,12 +34,12 @@ from poc_lora.models.recomputation import gradient_checkpointing
 from poc_lora.models.sharding import shard_base
 from poc_lora.training.check import disk_bytes, require_processes, require_room
 from poc_lora.training.checkpoint import Commits, Progress
-from poc_lora.training.data import TOKENISED, TrainingData, prepare_data
+from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.loop import TrainingLoop, TrainingResult
 from poc_lora.training.memory import Sizes, free_bytes, peak_bytes, resolve_sizes
 from poc_lora.training.metrics import MetricsLogger, open_trackers, require_trackers
 from poc_lora.training.placement import place
-from poc_lora.training.run import Run, find_run, require_same_rows, run_lock, started_at
+from poc_lora.training.run import Run, find_run, require_same_rows, run_lock
 
 
 def train(config: RunConfig, *, resume: bool = False, device: torch.device | None = None) -> TrainingResult:
@@ -81,20 +83,19 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
         require_trackers(config)
         if config.train.compile:
             require_compiler(device)
-        dtype = run.facts.get("dtype") or resolve_dtype(config.model.dtype, device)
+        dtype = (run.info and run.info.dtype) or resolve_dtype(config.model.dtype, device)
         require_gradients(dtype)
         tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
         model = _load_model(config, dtype, device, ranks)
         matching_linears(model, config.lora.targets)
-        started = started_at(run.facts) or datetime.fromisoformat(now)
+        started = (run.info and run.info.start) or datetime.fromisoformat(now)
         data = prepare_data(config, tokenizer, context=context_length(model), now=started)
-        require_same_rows(run, data.files, TOKENISED)
+        require_same_rows(run, data.files)
         sizes = _resolve_sizes(run, config, data, model, device, free, ranks)
     ranks.agree(data.files | asdict(sizes) | {"commit": run.commit.number if run.commit else None})
     with ranks.together():
         if ranks.rank == 0:
-            facts = {"started_at": started.isoformat(), "dtype": dtype, "processes": ranks.size, "devices": devices}
-            _begin(run, config, data, sizes, facts)
+            _begin(run, config, data, sizes, started_at=started.isoformat(), dtype=dtype, devices=devices)
     if _sharded(config, ranks):
         ranks.heartbeat("sharding the base model")
         model = shard_base(model if ranks.rank == 0 else None, device)
@@ -104,7 +105,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
     placement = place(progress, data.total_steps, ranks=ranks.size, per_device=sizes.per_device, before=before)
     with (
         open_trackers(config, run) if ranks.rank == 0 else contextlib.nullcontext(()) as trackers,
-        Commits(run.checkpoints, ranks, placement, keep=config.checkpoint.keep, last=run.commit) as commits,
+        Commits(run.paths.checkpoints, ranks, placement, keep=config.checkpoint.keep, last=run.commit) as commits,
     ):
         result = TrainingLoop(
             config,
@@ -161,12 +162,18 @@ def _resolve_sizes(
 ) -> Sizes:
     """Choose the sizes that `auto` stands for, or keep those of a resumed run."""
     sizes = resolve_sizes(
-        config, model, device=device, free=free, longest=data.longest, ranks=ranks.size, before=run.facts
+        config,
+        model,
+        device=device,
+        free=free,
+        longest=data.longest,
+        ranks=ranks.size,
+        before=run.info.to_json() if run.info else {},
     )
     if sizes.gradient_checkpointing:
         with gradient_checkpointing(model):
             pass  # refuses a model without such layers before anything is written
-    if not run.facts:
+    if run.info is None:
         linears = matching_linears(model, config.lora.targets).values()
         parameters = config.lora.rank * sum(m.in_features + m.out_features for m in linears)
         at_once = min(sizes.per_device * ranks.size, config.adapters.count)
@@ -174,19 +181,21 @@ def _resolve_sizes(
     return sizes
 
 
-def _begin(run: Run, config: RunConfig, data: TrainingData, sizes: Sizes, facts: dict[str, Any]) -> None:
+def _begin(run: Run, config: RunConfig, data: TrainingData, sizes: Sizes, *, devices: list[str], **info: Any) -> None:
     """Open the run folder, on rank 0."""
     for problem in run.problems:
         print(f"a damaged commit is skipped: {problem}", file=sys.stderr)  # noqa: T201
-    if run.commit and (change := changed_devices(run.facts.get("devices", []), facts["devices"])):
+    if run.info and run.commit and (change := changed_devices(run.info.devices, devices)):
         print(change, file=sys.stderr)  # noqa: T201
     run.begin(
         config,
         seed=config.adapters.seed,
         steps=data.total_steps,
         data_sha256=data.files,
+        processes=len(devices),
+        devices=devices,
         **asdict(sizes),
-        **facts,
+        **info,
     )
 
 
@@ -204,9 +213,10 @@ def _total(result: TrainingResult, run: Run, ranks: Ranks, device: torch.device)
     result.tokens, result.padded_tokens = sum(tokens), sum(padded)
     result.seconds, result.commit_seconds, result.peak_bytes = max(seconds), max(waited), max(peaks)
     if ranks.rank == 0:
-        run.note(
-            train_seconds=round(run.facts.get("train_seconds", 0) + result.seconds, 3),
-            commit_seconds=round(run.facts.get("commit_seconds", 0) + result.commit_seconds, 3),
+        before = run.info or RunInfo()
+        run.update_info(
+            train_seconds=round((before.train_seconds or 0) + result.seconds, 3),
+            commit_seconds=round((before.commit_seconds or 0) + result.commit_seconds, 3),
             peak_bytes=result.peak_bytes,
         )
     if not any(state.status == "finished" for state in result.progress.values()):
@@ -220,4 +230,4 @@ def _total(result: TrainingResult, run: Run, ranks: Ranks, device: torch.device)
 def _restarted(config: RunConfig) -> bool:
     """Whether a launcher has restarted this process after a failure, and there is a run to resume."""
     counts = [whole_number(name, 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-    return any(counts) and (Path(config.output) / "config.yaml").exists()
+    return any(counts) and RunFolder(Path(config.output)).is_run

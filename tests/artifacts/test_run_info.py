@@ -3,9 +3,8 @@
 import dataclasses
 
 from poc_lora.artifacts.run_info import TOKENIZED_ROWS, RunInfo
-from poc_lora.training.data import TOKENISED
+from poc_lora.environment import environment
 from poc_lora.training.memory import Sizes
-from poc_lora.training.run import environment
 
 
 def test_every_fact_of_training_is_read():
@@ -13,7 +12,7 @@ def test_every_fact_of_training_is_read():
         **environment(),
         "seed": 3,
         "steps": 40,
-        "data_sha256": {"train.json": "ab" * 32, TOKENISED: "cd" * 32},
+        "data_sha256": {"train.json": "ab" * 32, TOKENIZED_ROWS: "cd" * 32},
         **dataclasses.asdict(Sizes(tokens_per_microbatch=512, per_device=2, gradient_checkpointing=False)),
         "started_at": "2026-01-02T03:04:05",
         "dtype": "float32",
@@ -25,4 +24,3 @@ def test_every_fact_of_training_is_read():
     }
     assert RunInfo.model_validate(facts | {"later": 1}).to_json().keys() == facts.keys()
     assert RunInfo.model_validate(facts).model_dump(exclude_unset=True) == facts
-    assert TOKENIZED_ROWS == TOKENISED
