@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.cli.terminal import numbers, print_next, show_merge
 from poc_lora.merging.methods import METHODS
 
@@ -71,7 +72,8 @@ def merge(
 
         write_rank_sweep(report, out)
         typer.echo(f"the same as a figure: {out / 'rank_sweep.svg'}")
-    run = next((s for s in map(Path, sources) if (s / "config.yaml").is_file() and out == s / "merged"), None)
+    runs = map(RunFolder, map(Path, sources))
+    run = next((run.path for run in runs if run.is_run and out == run.merged), None)
     print_next(
         f"the merged adapter: {out}",
         f"poc-lora eval {shlex.quote(str(run or out))} --data DIR" + ("" if run else " --out DIR"),

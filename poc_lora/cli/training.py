@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.cli.terminal import print_next, show, show_training
 
 Config = Annotated[Path, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.", metavar="CONFIG")]
@@ -77,8 +78,8 @@ def train(
     if not done.is_main_process:
         return
     show_training(done)
-    merged = done.folder / "merged"
-    command = "poc-lora merge " + shlex.join([str(done.folder), "--out", str(merged)])
-    if merged.exists():  # of the adapters before the run was extended
-        command = f"rm -r {shlex.quote(str(merged))} && {command}"
-    print_next(f"adapters: {done.folder / 'adapters'}", command)
+    run = RunFolder(done.folder)
+    command = "poc-lora merge " + shlex.join([str(run.path), "--out", str(run.merged)])
+    if run.merged.exists():  # of the adapters before the run was extended
+        command = f"rm -r {shlex.quote(str(run.merged))} && {command}"
+    print_next(f"adapters: {run.adapters}", command)
