@@ -7,20 +7,20 @@ import time
 import pytest
 import torch
 
-from poc_lora import distributed as ranks
+from poc_lora import distributed
 from poc_lora.distributed import Ranks, open_ranks
 from poc_lora.errors import RequestError
 from tests.launch import finish, processes
 
 SCRIPT = """
 import os, sys, time, torch
-from poc_lora import distributed as ranks
+from poc_lora import distributed
 from poc_lora.errors import DataError, PocLoraError
-ranks.POLL_SECONDS, ranks.POLLS_UNTIL_GONE, ranks.GRACE_SECONDS = 0.1, 30, 3
+distributed.POLL_SECONDS, distributed.POLLS_UNTIL_GONE, distributed.GRACE_SECONDS = 0.1, 30, 3
 def work(group):
 {body}
 try:
-    with ranks.open_ranks(torch.device('cpu')) as group:
+    with distributed.open_ranks(torch.device('cpu')) as group:
         work(group)
 except PocLoraError as problem:
     if not problem.reported_elsewhere:
@@ -125,7 +125,7 @@ group.gather("never")
     assert time.monotonic() - began < 15
     assert started[1 - victim].returncode == 1
     assert f"rank {victim} failed: it is gone" in errors
-    assert "the same command, and train with --resume" in errors
+    assert "the same command again, and train with --resume" in errors
 
 
 @pytest.mark.parametrize("how", ["busy", "stopped"])
@@ -175,9 +175,9 @@ def test_plugins_of_accelerate_are_refused_with_what_to_use_instead(monkeypatch,
 
 
 def test_a_machine_that_slept_is_no_dead_rank():
-    signs = ranks._Signs("elsewhere", 1)
+    signs = distributed._Heartbeats("elsewhere", 1)
     for polls in range(1, 4):
         assert signs.problem(json.dumps([polls, 1, "at step 1"])) is None
-    for _ in range(ranks.POLLS_UNTIL_GONE - 1):
+    for _ in range(distributed.POLLS_UNTIL_GONE - 1):
         assert signs.problem(json.dumps([3, 1, "at step 1"])) is None
     assert "gone" in signs.problem(json.dumps([3, 1, "at step 1"]))
