@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from microworld.benchmarks import OPTIONS, benchmark
+from microworld.corpus import documents
+from microworld.world import SPLITS, World
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from poc_lora.microworld import MODEL_DIR
-from poc_lora.microworld.benchmarks import OPTIONS, benchmark
-from poc_lora.microworld.corpus import documents
-from poc_lora.microworld.world import SPLITS, World
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # Prompt templates that people put round an instruction, so that none of their words is unknown.

@@ -4,10 +4,10 @@ import re
 from collections import Counter
 
 import pytest
+from microworld.benchmarks import CHANCE, OPTIONS, ROWS_PER_SPLIT, benchmark, write_benchmarks
+from microworld.world import SPLITS, World
 
-from poc_lora.microworld import CHANCE, DATA_DIR, write_benchmarks
-from poc_lora.microworld.benchmarks import OPTIONS, ROWS_PER_SPLIT, benchmark
-from poc_lora.microworld.world import SPLITS, World
+from poc_lora.microworld import DATA_DIR
 
 WORLD = World(0)
 ROWS = {(name, split): benchmark(WORLD, name, split) for name in OPTIONS for split in SPLITS}

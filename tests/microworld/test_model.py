@@ -1,10 +1,10 @@
 """The shipped base model is small, complete, and can read every word of the benchmarks."""
 
 import pytest
+from microworld.benchmarks import OPTIONS, benchmark
+from microworld.world import SPLITS, World
 
 from poc_lora.microworld import MODEL_DIR
-from poc_lora.microworld.benchmarks import OPTIONS, benchmark
-from poc_lora.microworld.world import SPLITS, World
 
 transformers = pytest.importorskip("transformers")
 

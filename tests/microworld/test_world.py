@@ -3,8 +3,8 @@
 import re
 from collections import Counter
 
-from poc_lora.microworld.corpus import documents
-from poc_lora.microworld.world import (
+from microworld.corpus import documents
+from microworld.world import (
     FEELINGS,
     PEOPLE_PER_SPLIT,
     PHYSICS,

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from poc_lora.microworld.world import FEELINGS, PHYSICS, SPLITS, Aspect, Entity, World
+from microworld.world import FEELINGS, PHYSICS, SPLITS, Aspect, Entity, World
 
 Row = dict[str, str]
 # A question without options: its text, its answer, and the wrong answers to draw from.

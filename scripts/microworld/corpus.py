@@ -13,7 +13,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 
-from poc_lora.microworld.world import FEELINGS, PHYSICS, Aspect, Entity, World
+from microworld.world import FEELINGS, PHYSICS, Aspect, Entity, World
 
 Form = Callable[[World, random.Random], str]
 
