@@ -49,7 +49,7 @@ class Ranks:
         self._store: dist.Store | None = None
         self._main = self.channel("main")
         self._beats, self._doing = 0, "starting"
-        self._problem: dict[str, Any] | None = None  # of one rank, the first that was known
+        self._problem: dict[str, Any] | None = None  # the first known failure: rank and cause
         self._joint = False  # every rank ends with the same error, or with none
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -73,7 +73,7 @@ class Ranks:
         Raises:
             PeerError: A rank has failed, died or hangs.
         """
-        doing, self._doing = self._doing, ""  # to wait for others is not to hang
+        doing, self._doing = self._doing, ""  # waiting for others does not count as hanging
         values = self._main.gather(value)
         self.heartbeat(doing)
         return values
@@ -125,7 +125,7 @@ class Ranks:
         port = [mine.port if mine else 0]
         dist.broadcast_object_list(port, src=0)
         self._store = mine or dist.TCPStore(host, port[0], timeout=timedelta(minutes=1))
-        watch = dist.TCPStore(host, port[0], timeout=timedelta(minutes=1))  # a client of its own: a call blocks one
+        watch = dist.TCPStore(host, port[0], timeout=timedelta(minutes=1))  # a blocking call blocks its client
         homes = self.gather([socket.gethostname(), os.getpid()])
         self._watcher = threading.Thread(target=self._watch, args=[watch, homes], name="ranks", daemon=True)
         self._watcher.start()
@@ -228,7 +228,7 @@ class Channel:
                 time.sleep(pause)
                 pause = min(2 * pause, 0.1)
             values = [json.loads(ranks._store.get(key)) for key in keys]
-            # Whoever is here has read what was gathered before.
+            # All ranks have read the previous values, so their keys can go.
             ranks._store.delete_key(f"{self._name}/{self._gathered - 1}/{ranks.rank}")
         except RuntimeError as problem:  # the store's
             ranks._problem = ranks._problem or RANK_0_GONE
@@ -332,7 +332,7 @@ def _refuse_plugins() -> None:
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         if flag(f"ACCELERATE_USE_{name}"):
             raise RequestError(
-                f"accelerate is configured to use {name.replace('_', '-')}, but adapters train apart on whole ranks",
+                f"accelerate is configured to use {name.replace('_', '-')}, but each process trains its own adapters",
                 where=f"ACCELERATE_USE_{name}",
                 fix="use a configuration of configs/accelerate; a base too large for one device: model.shard=true",
             )

@@ -23,14 +23,14 @@ def describe_device(device: torch.device) -> str:
 
 
 def changed_devices(before: Sequence[str], now: Sequence[str]) -> str | None:
-    """What is no longer bitwise where a run goes on on other devices, as described; None where nothing has changed."""
+    """Which results stop being bitwise reproducible when a run resumes on other devices; None if none."""
     if not before or set(before) == set(now):
         return None
     on_cpus = all(name.startswith("cpu,") for name in (*before, *now))
-    changed = "its rounding is" if on_cpus else "its rounding, and its noise, which depends on the kind of GPU, are"
+    changed = "rounding differs" if on_cpus else "rounding and the noise, which depends on the kind of GPU, differ"
     return (
-        f"the run began on {' and '.join(sorted(set(before)))}; on {' and '.join(sorted(set(now)))}"
-        f" {changed} no longer bitwise that of an uninterrupted run"
+        f"the run began on {' and '.join(sorted(set(before)))} and continues on {' and '.join(sorted(set(now)))}:"
+        f" from here on it is no longer bitwise an uninterrupted run, since {changed}"
     )
 
 

@@ -35,7 +35,7 @@ def evaluate(
     ] = None,
     subsets: Annotated[bool, typer.Option("--subsets", help="Also score merges of 2, 4, ... of the adapters.")] = False,
     control: Annotated[
-        Path | None, typer.Option(help="A run to compare with, evaluated alike, such as one of temperature 0.")
+        Path | None, typer.Option(help="Another run, evaluated with the same options, to compare the merge with.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")] = None,
     dtype: Annotated[

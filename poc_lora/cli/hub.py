@@ -9,7 +9,7 @@ from poc_lora.cli.terminal import print_next
 
 
 def push(
-    adapter: Annotated[Path, typer.Argument(help="An adapter's folder, or a run: its merged adapter.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder, or a run, whose merged adapter is uploaded.")],
     repo_id: Annotated[str, typer.Argument(help="The repository, such as you/adapter; created if missing.")],
     all: Annotated[bool, typer.Option("--all", help="Also upload a run's single adapters, adapters/00 ...")] = False,
     public: Annotated[bool, typer.Option("--public", help="Create a public repository; default: private.")] = False,

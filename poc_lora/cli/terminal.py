@@ -27,7 +27,7 @@ def as_error(problem: Exception) -> PocLoraError | None:
     if _is_out_of_memory(problem):
         error = PocLoraError(
             f"out of memory: {problem}" if str(problem) else "out of memory",
-            fix="in training, lower train.tokens_per_microbatch or adapters.count",
+            fix="in training, lower train.tokens_per_microbatch or adapters.per_device",
         )
     elif isinstance(problem, OSError):  # a full disk, a folder that went away
         error = PocLoraError(str(problem))

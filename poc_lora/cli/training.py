@@ -66,6 +66,7 @@ def train(
     """Train the adapters of a run, packed together; over several devices under accelerate launch.
 
     Example: poc-lora train configs/demo.yaml adapters.count=4 output=runs/four
+
     Example: accelerate launch --multi_gpu --num_processes 4 -m poc_lora train configs/demo.yaml output=runs/four
     """
     from poc_lora.config import load_config

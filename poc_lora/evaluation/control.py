@@ -38,7 +38,7 @@ def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: S
     folder = RunFolder(run).evaluation(protocol)
     fix = f"first: poc-lora eval {run} with the same base, data, benchmarks, prompt, dtype and limit"
     if not (folder / "merged.json").is_file():
-        raise RunError("no merge of it was evaluated", where=run, fix=fix)
+        raise RunError("the control run has no evaluated merge", where=run, fix=fix)
     described = read_json(folder / "merged.json", error=RunError)
     theirs = described.get("settings") if isinstance(described, dict) else None
     if not isinstance(theirs, dict):

@@ -92,7 +92,7 @@ def write_results(variants: Variants, results: Results, settings: Mapping[str, M
         if scored is None:
             continue
         summary = {
-            "thing": variant,
+            "variant": variant,
             "source": sources.get(variant),
             "adapter_digest": settings[variant]["adapters"][0] if variant in sources else None,
             "base_model": results.base_model,

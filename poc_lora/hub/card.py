@@ -20,19 +20,13 @@ from poc_lora.evaluation.benchmarks import FACTS, BenchmarkFacts
 from poc_lora.hub.collect import Evaluation, File, Subject
 from poc_lora.hub.usage import PIPELINES, usage
 from poc_lora.hub_ids import is_repo_id
+from poc_lora.merging.methods import METHODS
 from poc_lora.reporting.escape import code, markdown, markdown_table
 from poc_lora.reporting.tables import results_markdown
 
 EVAL_RESULTS = ".eval_results/poc-lora-{}.yaml"
 MAX_LISTED = 32
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
-
-METHODS = {
-    "average": "the average of the products B·A of {M} adapters",
-    "block": "the first components of each of {M} adapters, rescaled (method `block`)",
-    "random": "components drawn from {M} adapters, rescaled (method `random`)",
-    "soup": "the factors A and B of {M} adapters averaged separately (method `soup`, a model soup)",
-}
 
 CITATION = """\
 @inproceedings{nitanda2025propagation,
@@ -144,7 +138,9 @@ def _opening(subject: Subject, licence: str | None) -> str:
     base = f"[`{subject.base_model}`](https://huggingface.co/{subject.base_model})"
     lines = [f"A LoRA adapter of {base}, in PEFT's format."]
     if subject.merge:
-        what = METHODS.get(subject.merge.method, "a merge of {M} adapters").format(M=len(subject.merge.sources))
+        what = f"the merge of {len(subject.merge.sources)} adapters"
+        if subject.merge.method in METHODS:
+            what += f" by {METHODS[subject.merge.method].summary}"
         what += f", with the weights {weights}" if (weights := _weights(subject.merge)) else ""
         lines[0] = f"A LoRA adapter of {base}, in PEFT's format: {what}, which runs as one."
     if subject.config:

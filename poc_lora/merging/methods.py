@@ -124,7 +124,11 @@ def _check_total_rank(adapters: Sequence["Adapter"], weights: Sequence[float], r
         )
 
 
-@merge_method("the exact average, or with a rank its best approximation", rank="optional", check=_check_total_rank)
+@merge_method(
+    "the average of the products B·A, exact or, with a rank, its best approximation",
+    rank="optional",
+    check=_check_total_rank,
+)
 def average(module: ModuleToMerge) -> MergedFactors:
     """ΔW = Σ_j w_j s_j B_j A_j, or the nearest matrix of rank at most `rank` (Eckart and Young, 1936).
 

@@ -92,9 +92,8 @@ def notes(results: Results, *, paired: bool = True) -> list[str]:
         lines += [f"PoC merge minus {name}: {_difference(d)}." for name, d in paired_differences(results).items()]
     if results.exact_average:
         lines.append(
-            f"PoC merge is the exact average of the {len(results.adapters)} adapters, which is not saved yet: "
-            "poc-lora merge saves it."
-            "poc-lora merge writes it."
+            f"PoC merge is the exact average of the {len(results.adapters)} adapters, which is not saved: "
+            "`poc-lora merge` saves it."
         )
     if results.agreement is not None and not math.isnan(results.agreement):
         lines.append(

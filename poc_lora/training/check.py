@@ -21,12 +21,11 @@ from poc_lora.models.load import (
     require_quantization,
     resolve_dtype,
 )
-from poc_lora.training.checkpoint import Progress
 from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.memory import Footprint, free_bytes, snapshot_bytes
 from poc_lora.training.metrics import require_trackers
-from poc_lora.training.placement import place
-from poc_lora.training.run import find_run
+from poc_lora.training.placement import Progress, place
+from poc_lora.training.run import find_run, require_same_rows
 
 
 def check(config: RunConfig, *, device: torch.device | None = None, processes: int = 1) -> dict[str, Any]:
@@ -56,6 +55,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     matching_linears(model, config.lora.targets)
     tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
     data = prepare_data(config, tokenizer, context=context_length(model), now=run.info.start if run.info else None)
+    require_same_rows(run, data.files)
     footprint = Footprint(config, device, longest=data.longest, ranks=processes)
     free = free_bytes(device)
     sizes = footprint.choose(free, run.info.to_json() if run.info else {})
@@ -89,7 +89,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "validation, about": _validation_cost(data, sizes.per_device, config.train.validate_every),
         "adapters trained at once": sizes.per_device,
         **{
-            f"rank {rank} trains adapters": ", then ".join(
+            f"process {rank} trains adapters": ", then ".join(
                 _span(packs[rank]) for packs in placement.rounds if packs[rank]
             )
             for rank in range(processes if processes > 1 else 0)
@@ -100,12 +100,12 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         f"memory on {device.type}: adapters and gradients": size(memory.bank),
         f"memory on {device.type}: optimizer": size(memory.optimizer),
         f"memory on {device.type}: activations": size(memory.activations),
-        f"memory on {device.type}: logits held at once": size(memory.logits),
-        "memory on the host: a commit under way": size(snapshot_bytes(sizes.per_device, P)),
+        f"memory on {device.type}: logits": size(memory.logits),
+        "host memory while a commit is written": size(snapshot_bytes(sizes.per_device, P)),
         f"memory on {device.type}: peak": f"{size(memory.total)} of {size(free)} free"
         + ("" if memory.total < free else ": TOO MUCH"),
         "disk": f"{size(on_disk)} of {size(room)} free",
-        "run folder": f"{folder} ({'holds a run: train goes on with --resume' if in_use else 'new'})",
+        "run folder": f"{folder} ({'existing run; --resume continues it' if in_use else 'new'})",
     }
 
 
@@ -113,7 +113,7 @@ def require_processes(config: RunConfig, processes: int) -> None:
     """Raise RequestError if there are more processes than adapters."""
     if processes > config.adapters.count:
         raise RequestError(
-            f"{processes} processes for {config.adapters.count} adapters: some would have nothing to do",
+            f"{processes} processes for {config.adapters.count} adapters: each process needs an adapter of its own",
             where="adapters.count",
             fix=f"start at most {config.adapters.count} processes, or raise adapters.count",
         )
@@ -125,7 +125,8 @@ def _validation_cost(data: TrainingData, per_device: int, every: int | None) -> 
         return "none: there are no validation rows"
     times = 1 + ((data.total_steps - 1) // every if every else 0)
     tokens = (per_device + 2) * sum(len(e.ids) for e in data.validation)
-    return f"{times * tokens:,} tokens: {len(data.validation)} rows by {per_device + 2} models, {times} times a pack"
+    models = per_device + 2
+    return f"{times * tokens:,} tokens: {len(data.validation)} rows × {models} models × {times} validations per pack"
 
 
 def _span(pack: list[int]) -> str:

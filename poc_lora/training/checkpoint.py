@@ -5,7 +5,7 @@
 A commit holds the weights and moments of every adapter that has begun and not finished. The manifest gives every
 adapter's step and status, its place, and the checksum of every file. There is no random state: draws are keyed, so
 weights, moments and step are all there is. Every rank writes the adapters placed on it; rank 0 adds the manifest and
-makes all of it a commit by one rename.
+publishes the commit by one rename.
 """
 
 import contextlib
@@ -27,38 +27,13 @@ from poc_lora.errors import CheckpointError, PocLoraError, RequestError
 from poc_lora.files import free_bytes_at, publish_folder, read_json, sha256_file, sync, write_json
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.optim.noisy_adamw import NoisyAdamW
+from poc_lora.training.placement import Placement, Progress
 
 MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILES_AT_ONCE = 4  # written, hashed and read back in parallel
 
 State = dict[str, torch.Tensor]  # one adapter's weights and moments, on the host
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far one adapter has come. `status`: training, finished, or diverged (frozen at `step`)."""
-
-    step: int
-    status: str = "training"
-    validated: int = 0  # the last step whose validation is written down
-
-    @property
-    def begun(self) -> bool:
-        """Whether it has a state that a commit must hold."""
-        return self.status == "training" and self.step > 0
-
-
-@dataclass(frozen=True)
-class Placement:
-    """The work of all ranks: in each round every rank trains one pack, of adapters that have come equally far."""
-
-    rounds: list[list[list[int]]]  # of each round, of each rank, the adapters that train together; may be none
-    per_device: int  # the most adapters of a pack
-
-    def of(self, rank: int) -> list[int]:
-        """The adapters of one rank, in the order of its rounds."""
-        return [adapter for packs in self.rounds for adapter in packs[rank]]
 
 
 @dataclass(frozen=True)
@@ -90,12 +65,12 @@ class Commits:
         self._mine = placement.of(ranks.rank)
         self._channel = ranks.channel("commits")
         self._number = max(_numbers(root), default=0)
-        self._last = last.folder if last else root  # where nothing has begun, nothing is taken from it
+        self._last = last.folder if last else root  # not used before an adapter has begun
         self._files = last.files if last else {}
         self._intact = [last.number] if last else []
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commits")
         self._under_way: Future[None] | None = None
-        self.seconds = 0.0  # for which commits held training up
+        self.seconds = 0.0  # that training waited for commits
         self.slowest = 0.0  # seconds that the slowest commit took to write
 
     def __enter__(self) -> "Commits":
@@ -105,10 +80,10 @@ class Commits:
         self._background.shutdown(wait=True)
 
     def start(self, progress: Mapping[int, Progress], bank: AdapterBank | None, optimizer: NoisyAdamW | None) -> None:
-        """Start to write the next commit once the one before is complete. All ranks must call it.
+        """Start the next commit when the previous one is written. All ranks must call it.
 
         The state of the adapters in the bank is copied before the call returns, so training may continue. Adapters
-        that have begun and wait for their turn are linked from the commit before.
+        that have begun and wait for their turn are linked from the previous commit.
 
         Args:
             progress: Of all adapters, the same on every rank.
@@ -116,7 +91,7 @@ class Commits:
             optimizer: Their optimizer.
 
         Raises:
-            CheckpointError: The commit before could not be written; those before it stand.
+            CheckpointError: The previous commit could not be written; earlier ones remain valid.
         """
         self.wait()
         began = time.perf_counter()
@@ -125,7 +100,7 @@ class Commits:
         waiting = [adapter for adapter in self._mine if progress[adapter].begun and adapter not in states]
         manifest = {
             "commit": self._number,
-            "adapters": plain(progress, progress),
+            "adapters": progress_to_json(progress, progress),
             "placement": asdict(self._placement),
         }
         self._under_way = self._background.submit(self._write, self._number, states, waiting, manifest)
@@ -160,7 +135,7 @@ class Commits:
     def _write(self, number: int, states: dict[int, State], waiting: list[int], manifest: dict[str, Any]) -> None:
         """Write commit `number` together with the other ranks, in the background thread."""
         began = time.perf_counter()
-        folder = self.root / f"commit_{number:05d}"
+        folder = _folder(self.root, number)
         aside = self.root / f".{folder.name}"
         try:
             files = self._write_files(aside, states, waiting)
@@ -178,7 +153,7 @@ class Commits:
                 f"commit {number} could not be written: {reason}"
                 f" (it takes {needed:,} bytes, {free_bytes_at(self.root):,} are free)",
                 where=folder,
-                fix="make room or repair the folder; --resume continues from the commit before",
+                fix="make room or repair the folder; --resume continues from the previous commit",
             ) from problem
         self._last = folder
         if self._ranks.rank == 0:
@@ -209,7 +184,7 @@ class Commits:
         self._intact = [*self._intact, number][-self.keep :]
         for old in _numbers(self.root):
             if old not in self._intact:
-                shutil.rmtree(self.root / f"commit_{old:05d}", ignore_errors=True)
+                shutil.rmtree(_folder(self.root, old), ignore_errors=True)
 
 
 def newest_commit(root: Path) -> tuple[Commit | None, list[str]]:
@@ -227,7 +202,7 @@ def newest_commit(root: Path) -> tuple[Commit | None, list[str]]:
     problems: list[str] = []
     numbers = sorted(_numbers(root), reverse=True)
     for number in numbers:
-        folder = root / f"commit_{number:05d}"
+        folder = _folder(root, number)
         try:
             return _verified(folder, number), problems
         except (PocLoraError, KeyError, TypeError, ValueError, AttributeError) as problem:
@@ -237,13 +212,13 @@ def newest_commit(root: Path) -> tuple[Commit | None, list[str]]:
     return None, problems
 
 
-def plain(progress: Mapping[int, Progress], adapters: Iterable[int]) -> dict[str, dict[str, Any]]:
+def progress_to_json(progress: Mapping[int, Progress], adapters: Iterable[int]) -> dict[str, dict[str, Any]]:
     """Convert the progress of some adapters to plain JSON values."""
     return {str(adapter): asdict(progress[adapter]) for adapter in sorted(adapters)}
 
 
-def parsed(adapters: Mapping[str, Any]) -> dict[int, Progress]:
-    """Convert the values of `plain` back."""
+def progress_from_json(adapters: Mapping[str, Any]) -> dict[int, Progress]:
+    """Convert the values of `progress_to_json` back."""
     return {int(adapter): Progress(**state) for adapter, state in adapters.items()}
 
 
@@ -271,10 +246,10 @@ def _write_state(path: Path, state: State) -> tuple[str, dict[str, Any]]:
     sync(path)
     facts = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     with safe_open(path, framework="pt") as written:
-        # As integers: a weight that is not a number equals itself too.
+        # As integers, so that NaN equals NaN.
         same = all(torch.equal(written.get_tensor(n).view(torch.int32), t.view(torch.int32)) for n, t in state.items())
     if not same:
-        raise CheckpointError("reads back otherwise than it was written", where=path)
+        raise CheckpointError("the file differs from what was written", where=path)
     return path.name, facts
 
 
@@ -306,10 +281,10 @@ def _verified(folder: Path, number: int) -> Commit:
     """Verify the commit in `folder`. Raises if a file, or the state of an adapter, is missing or damaged."""
     manifest = read_json(folder / MANIFEST, error=RequestError)
     files = {Path(name).name: facts for name, facts in manifest["files"].items()}
-    progress = parsed(manifest["adapters"])
+    progress = progress_from_json(manifest["adapters"])
     for adapter, state in progress.items():
         if state.begun and _file_name(adapter) not in files:
-            raise CheckpointError(f"it lacks the state of adapter {adapter}", where=folder)
+            raise CheckpointError(f"the commit has no file for adapter {adapter}", where=folder)
     with ThreadPoolExecutor(max_workers=FILES_AT_ONCE) as pool:
         list(pool.map(lambda item: _require_intact(folder / item[0], item[1]), files.items()))
     return Commit(folder, number, progress, Placement(**manifest["placement"]), files)
@@ -322,6 +297,10 @@ def _require_intact(path: Path, facts: Mapping[str, Any]) -> None:
 
 def _file_name(adapter: int) -> str:
     return f"adapter_{adapter:02d}.safetensors"
+
+
+def _folder(root: Path, number: int) -> Path:
+    return root / f"commit_{number:05d}"
 
 
 def _numbers(root: Path) -> Sequence[int]:

@@ -15,10 +15,11 @@ from poc_lora.envvars import whole_number
 from poc_lora.errors import Interrupted
 from poc_lora.models.sharding import all_reduce_max
 from poc_lora.progress import ProgressBar, progress_bar
-from poc_lora.training.checkpoint import Commits, Placement, Progress, parsed, plain
+from poc_lora.training.checkpoint import Commits, progress_from_json, progress_to_json
 from poc_lora.training.data import TrainingData
 from poc_lora.training.memory import Sizes
 from poc_lora.training.metrics import MetricsLogger
+from poc_lora.training.placement import Placement, Progress
 from poc_lora.training.run import Run
 from poc_lora.training.step import Pack, StepResult
 from poc_lora.training.validation import validate
@@ -39,7 +40,7 @@ class TrainingResult:
         tokens: Tokens trained on in this call, over all adapters.
         padded_tokens: The same with padding.
         seconds: Time in optimizer steps, on the slowest rank.
-        commit_seconds: Time for which commits held training up, on the slowest rank.
+        commit_seconds: Time that training waited for commits, on the slowest rank.
         peak_bytes: Peak memory of one device; on the CPU, of one process.
         is_main_process: Whether this process is the one, of several, that reports the result.
     """
@@ -102,7 +103,7 @@ class TrainingLoop:
 
         Raises:
             Interrupted: A rank was asked to stop; everything is saved.
-            CheckpointError: A commit could not be written; those before it stand.
+            CheckpointError: A commit could not be written; earlier commits remain valid.
         """
         packs = self._packs()
         total = self.result.steps
@@ -137,7 +138,7 @@ class TrainingLoop:
         """This rank's packs, each with the step that it starts from."""
         packs = []
         for placed in self.placement.rounds:
-            # A rank that holds a part of a sharded base but has nothing to train runs along with another rank.
+            # With a sharded base, an idle rank repeats the forward passes of another rank's pack.
             adapters = placed[self.ranks.rank] or (next(filter(None, placed)) if self.sharded else [])
             if adapters:
                 states = [self.result.progress[a] for a in adapters]
@@ -151,9 +152,9 @@ class TrainingLoop:
     def _train(self, pack: Pack, start: int, bar: ProgressBar) -> None:
         """Train one pack from step `start` to the end; then write, commit and validate its adapters."""
         result, total = self.result, self.result.steps
-        ours = pack if pack.bank.adapters[0] in self.own else None
+        own_pack = pack if pack.bank.adapters[0] in self.own else None
         if start < total:
-            self._validate_if_due(pack, start, ours, bar)
+            self._validate_if_due(pack, start, own_pack, bar)
         for step in range(start, total):
             self.ranks.heartbeat(f"at step {step + 1} of {total}")
             self.commits.check()
@@ -161,28 +162,28 @@ class TrainingLoop:
             done = pack.step(step, self.ranks.stop.is_set)
             result.seconds += time.perf_counter() - began
             if done is None:
-                self._commit(ours)
+                self._commit(own_pack)
                 return  # not reached: a rank was asked to stop, so the commit raises Interrupted
             self._steps_since_commit += 1
-            if ours:
+            if own_pack:
                 self._record(pack, done, step + 1)
             if not pack.live and not self.sharded:
                 bar.advance(total - step, "every adapter diverged")
-                self._commit(ours)
+                self._commit(own_pack)
                 return
             bar.advance(1, f"{_spread(pack, done)}{result.tokens / result.seconds:,.0f} tokens/s")
             if step + 1 < total:
-                self._validate_if_due(pack, step + 1, ours, bar)
+                self._validate_if_due(pack, step + 1, own_pack, bar)
                 if self._steps_since_commit >= self.config.checkpoint.every_steps:
-                    self._commit(ours)
+                    self._commit(own_pack)
         # What is trained is saved before anything else happens: validation may take longer than training did.
-        if ours:
+        if own_pack:
             self._write_adapters(pack)
-        self._commit(ours)
-        self._validate(pack, total, ours, bar)
-        if ours:
+        self._commit(own_pack)
+        self._validate(pack, total, own_pack, bar)
+        if own_pack:
             self._update(_live(pack), status="finished")
-        self._commit(ours)
+        self._commit(own_pack)
 
     def _record(self, pack: Pack, done: StepResult, step: int) -> None:
         self.result.tokens += done.tokens
@@ -195,16 +196,16 @@ class TrainingLoop:
         """Change the progress of some adapters."""
         self.result.progress |= {a: replace(self.result.progress[a], **changes) for a in adapters}  # type: ignore[arg-type]
 
-    def _validate_if_due(self, pack: Pack, step: int, ours: Pack | None, bar: ProgressBar) -> None:
+    def _validate_if_due(self, pack: Pack, step: int, own_pack: Pack | None, bar: ProgressBar) -> None:
         """Validate in the course of training; what is trained is committed first."""
         every = self.config.train.validate_every
         if not every or step % every:
             return
         if self._steps_since_commit:
-            self._commit(ours)
-        self._validate(pack, step, ours, bar)
+            self._commit(own_pack)
+        self._validate(pack, step, own_pack, bar)
 
-    def _validate(self, pack: Pack, step: int, ours: Pack | None, bar: ProgressBar) -> None:
+    def _validate(self, pack: Pack, step: int, own_pack: Pack | None, bar: ProgressBar) -> None:
         """Validate and log it, unless that was done before the run was interrupted."""
         due = any(self.result.progress[a].validated < step for a in _live(pack))
         if not (all_reduce_max([due])[0] if self.sharded else due):
@@ -216,8 +217,8 @@ class TrainingLoop:
 
         measures = validate(pack, stop=stop, report=bar.report)
         if measures is None:
-            self._commit(ours)  # raises Interrupted
-        elif ours and pack.live:
+            self._commit(own_pack)  # raises Interrupted
+        elif own_pack and pack.live:
             self.metrics.validation(pack, step, measures)
             self._update(_live(pack), validated=step)
 
@@ -227,23 +228,25 @@ class TrainingLoop:
             adapter = pack.bank.adapter(slot, base_model=section.name, revision=section.revision, task_type="CAUSAL_LM")
             self._run.write_adapter(pack.bank.adapters[slot], adapter)
 
-    def _commit(self, ours: Pack | None) -> None:
-        """Begin a commit with all ranks. Raises Interrupted, once it stands, if one of them was asked to stop."""
+    def _commit(self, own_pack: Pack | None) -> None:
+        """Start a commit with all ranks. Raises Interrupted, after it is written, if any was asked to stop."""
         self.commits.check()
         reports = self.ranks.gather(
             {
-                "adapters": plain(self.result.progress, self.own),
+                "adapters": progress_to_json(self.result.progress, self.own),
                 "stop": self.ranks.stop.is_set(),
                 "metrics": self.metrics.take(),
             }
         )
         for report in reports:
-            self.result.progress |= parsed(report["adapters"])
+            self.result.progress |= progress_from_json(report["adapters"])
         if self.ranks.rank == 0:
             for adapters, lines in (kept for report in reports for kept in report["metrics"]):
                 self.metrics.write(adapters, lines)
             self._run.sync_metrics()
-        self.commits.start(self.result.progress, ours.bank if ours else None, ours.optimizer if ours else None)
+        self.commits.start(
+            self.result.progress, own_pack.bank if own_pack else None, own_pack.optimizer if own_pack else None
+        )
         self._steps_since_commit = 0
         self._warn_of_slow_commits()
         left = [state.step for state in self.result.progress.values() if state.status == "training"]
@@ -256,9 +259,9 @@ class TrainingLoop:
         launcher = "poc-lora" if self.ranks.size == 1 else "accelerate launch ... -m poc_lora"
         return Interrupted(
             f"stopped after step {step} of {total}; everything up to it is saved"
-            + (": only the validation at the end is left" if step == total else ""),
+            + (": only the final validation is left to run" if step == total else ""),
             where=folder,
-            fix=f"resume with: {launcher} train {shlex.quote(str(folder / 'config.yaml'))} --resume",
+            fix=f"resume with: {launcher} train {shlex.quote(str(self._run.paths.config))} --resume",
         )
 
     def _warn_of_slow_commits(self) -> None:
@@ -270,8 +273,8 @@ class TrainingLoop:
             return
         self._warned = True
         print(  # noqa: T201
-            f"a commit takes {slowest:.0f} s to write, but the launcher kills its processes {timeout} s after SIGTERM:"
-            " steps since the commit before would be lost (fix: with torch 2.13 or later set"
+            f"commits take {slowest:.0f} s, but the launcher kills its processes {timeout} s after SIGTERM, so steps"
+            " since the last commit could be lost (fix: with torch 2.13 or later set"
             f" TORCH_ELASTIC_SHUTDOWN_TIMEOUT={2 * round(slowest)}, or lower checkpoint.every_steps)",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""How much memory a run takes, found out without its weights, and the sizes that `auto` chooses from that.
+"""Predict a run's memory without loading weights, and choose the sizes that `auto` stands for.
 
 One micro-batch is run forwards and backwards on tensors that have shapes but no data; the peak of what would be alive
 is counted. So any architecture is covered, with or without gradient checkpointing.
@@ -45,7 +45,7 @@ QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0}  # per weight, block scales
 
 @dataclass(frozen=True)
 class Sizes:
-    """What `auto` stands for in one run; kept in run.json."""
+    """Micro-batch size, pack size and checkpointing: what `auto` is resolved to; recorded in run.json."""
 
     tokens_per_microbatch: int
     per_device: int

@@ -5,9 +5,34 @@ packs, and so every bit; on fewer or more ranks it is placed anew.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
 
-from poc_lora.training.checkpoint import Placement, Progress
+
+@dataclass(frozen=True)
+class Progress:
+    """How far one adapter has come. `status`: training, finished, or diverged (frozen at `step`)."""
+
+    step: int
+    status: str = "training"
+    validated: int = 0  # the last step whose validation is written down
+
+    @property
+    def begun(self) -> bool:
+        """Whether it must be saved: in training and past step 0."""
+        return self.status == "training" and self.step > 0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The work of all ranks: in each round every rank trains one pack, of adapters that have come equally far."""
+
+    rounds: list[list[list[int]]]  # [round][rank] -> ids of the adapters trained together, maybe none
+    per_device: int  # the most adapters of a pack
+
+    def of(self, rank: int) -> list[int]:
+        """The adapters of one rank, in the order of its rounds."""
+        return [adapter for packs in self.rounds for adapter in packs[rank]]
 
 
 def place(

@@ -19,9 +19,10 @@ from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
 from poc_lora.environment import environment
 from poc_lora.errors import CheckpointError, RunError
 from poc_lora.files import read_text, sync, write_atomic
-from poc_lora.training.checkpoint import Commit, Progress, newest_commit
+from poc_lora.training.checkpoint import Commit, newest_commit
+from poc_lora.training.placement import Progress
 
-# What may differ between a run and its resumption: nothing that a trained adapter already depends on.
+# Keys that may change on resume: trained adapters do not depend on them.
 RESUMABLE = ("adapters.count", "adapters.per_device", "checkpoint.", "output", "track", "train.validate_every")
 
 
@@ -56,7 +57,7 @@ class Run:
             shutil.rmtree(aside, ignore_errors=True)
         for aside in (a for p in (paths.config, paths.info, paths.metrics) for a in self.folder.glob(f".{p.name}.*")):
             aside.unlink()
-        self._forget_after({} if self.commit is None else self.commit.progress)
+        self._drop_repeated_metrics({} if self.commit is None else self.commit.progress)
 
     def update_info(self, **changes: Any) -> None:
         """Change fields of run.json."""
@@ -81,7 +82,7 @@ class Run:
         if self.paths.metrics.exists():
             sync(self.paths.metrics)
 
-    def _forget_after(self, progress: Mapping[int, Progress]) -> None:
+    def _drop_repeated_metrics(self, progress: Mapping[int, Progress]) -> None:
         """Remove metric lines of steps and validations that the resumed run will repeat."""
         if not self.paths.metrics.exists():
             return
@@ -89,7 +90,7 @@ class Run:
         for line in read_text(self.paths.metrics, max_bytes=2**40).splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by a kill
                 entry = json.loads(line)
-                if _stands(entry, progress):
+                if _is_final(entry, progress):
                     kept.append(line)
         write_atomic(self.paths.metrics, "".join(line + "\n" for line in kept))
 
@@ -101,7 +102,7 @@ class Run:
         write_adapter(adapter, folder)
 
 
-def _stands(entry: dict[str, Any], progress: Mapping[int, Progress]) -> bool:
+def _is_final(entry: dict[str, Any], progress: Mapping[int, Progress]) -> bool:
     """Whether a metric line is of a step or validation that a run at `progress` will not repeat."""
     nothing = Progress(0)
     if "members" not in entry:
@@ -198,7 +199,7 @@ def require_same_rows(run: Run, files: Mapping[str, str]) -> None:
     changed_files = [path for path in changed if path != TOKENIZED_ROWS]
     if changed_files:
         what = f"the training files have changed since the run began: {', '.join(changed_files)}"
-        fix = "put them back, or start anew"
+        fix = "restore them, or start a new run"
     else:
         then, now = run.info.versions, environment()["versions"]
         others = [
@@ -207,8 +208,8 @@ def require_same_rows(run: Run, files: Mapping[str, str]) -> None:
             if then.get(name) != now.get(name)
         ]
         what = (
-            "the training files are those that the run began with, but their tokens are not: the tokenizer, its chat"
-            f" template or a data set of the Hub has changed{'; ' + ', '.join(others) if others else ''}"
+            "the training files are unchanged, but their tokens are not those that the run began with: the tokenizer,"
+            f" its chat template or a data set of the Hub has changed{'; ' + ', '.join(others) if others else ''}"
         )
-        fix = "put back the tokenizer and versions of the beginning (run.json has them), or start anew"
+        fix = "restore the tokenizer and the versions recorded in run.json, or start a new run"
     raise RunError(what, where=run.folder, fix=fix)

@@ -33,12 +33,12 @@ from poc_lora.models.load import (
 from poc_lora.models.recomputation import gradient_checkpointing
 from poc_lora.models.sharding import shard_base
 from poc_lora.training.check import disk_bytes, require_processes, require_room
-from poc_lora.training.checkpoint import Commits, Progress
+from poc_lora.training.checkpoint import Commits
 from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.loop import TrainingLoop, TrainingResult
 from poc_lora.training.memory import Sizes, free_bytes, peak_bytes, resolve_sizes
 from poc_lora.training.metrics import MetricsLogger, open_trackers, require_trackers
-from poc_lora.training.placement import place
+from poc_lora.training.placement import Progress, place
 from poc_lora.training.run import Run, find_run, require_same_rows, run_lock
 
 

@@ -408,7 +408,7 @@ def test_another_runs_merge_is_a_control(run, data, tmp_path, tiny_model_dir):
     shutil.copytree(run, other)
     config = yaml.safe_load((other / "config.yaml").read_text()) | {"optim": {"temperature": 0.0}}
     (other / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(RunError, match="no merge of it was evaluated"):
+    with pytest.raises(RunError, match="the control run has no evaluated merge"):
         evaluate([run], data=data, benchmarks=["piqa"], control=other)
     evaluate([other], data=data, benchmarks=["piqa"], limit=3)
     with pytest.raises(RunError, match="was not asked piqa, row 4"):

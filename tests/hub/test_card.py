@@ -91,7 +91,7 @@ def test_how_it_was_made_is_what_the_run_says(run):
         == "[org/rows](https://huggingface.co/datasets/org/rows), `train.jsonl` (SHA-256 `abababababababab`)"
     )
     assert "secret-project" not in text
-    assert "the average of the products B·A of 2 adapters" in text
+    assert "the merge of 2 adapters by the average of the products B·A" in text
 
 
 def test_files_of_a_folder_are_told_apart(run):
@@ -288,7 +288,7 @@ def test_a_weighted_merge_and_the_rank_asked_for_are_said(tmp_path):
     shutil.rmtree(run / "merged")
     merge_folders([run], run / "merged", weights=[0.75, 0.25], rank=3)
     text = card(run)
-    assert "the average of the products B·A of 2 adapters, with the weights 0.75, 0.25" in text
+    assert "exact or, with a rank, its best approximation, with the weights 0.75, 0.25" in text
     made = facts(text)
     assert (made["weights"], made["rank asked for"], made["rank"]) == ("0.75, 0.25", "3", "3")
 

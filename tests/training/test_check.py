@@ -61,13 +61,13 @@ def test_every_line_is_given_without_weights(settings, no_weights, monkeypatch, 
         "memory on cpu: base model": size(weights),
         "memory on cpu: adapters and gradients": size(2 * 4 * 3 * PARAMETERS),
         "memory on cpu: optimizer": size(2 * 4 * 3 * PARAMETERS + 4 * PARAMETERS),
-        "memory on the host: a commit under way": size(3 * 4 * 3 * PARAMETERS),
+        "host memory while a commit is written": size(3 * 4 * 3 * PARAMETERS),
         "disk": f"{size(on_disk)} of 3.0 GB free",
         "run folder": f"{settings['output']} (new)",
     }
     assert facts.items() >= fixed.items()
     counted = {"tokens per epoch and adapter", "supervised tokens per epoch and adapter"}
-    predicted = {f"memory on cpu: {part}" for part in ("activations", "logits held at once", "peak")}
+    predicted = {f"memory on cpu: {part}" for part in ("activations", "logits", "peak")}
     about = {"tokens of the whole run, about", "validation, about"}
     assert facts.keys() == fixed.keys() | counted | about | predicted
     assert facts["memory on cpu: peak"].endswith(" MB of 2.0 GB free")
@@ -118,7 +118,7 @@ def test_the_cost_of_validation_is_told(settings, every, times, monkeypatch):
     )
     told = check(run, device=CPU)["validation, about"]
     train(run)
-    assert told == f"{sum(seen):,} tokens: 6 rows by 5 models, {times} times a pack"
+    assert told == f"{sum(seen):,} tokens: 6 rows × 5 models × {times} validations per pack"
 
 
 def full_disk(monkeypatch):
@@ -176,7 +176,7 @@ def test_a_folder_with_something_else_in_it_is_refused(settings, act):
 def test_a_run_that_is_there_can_be_checked(settings, monkeypatch):
     train(config(settings))
     full_disk(monkeypatch)  # what it needs it has mostly written
-    assert check(config(settings))["run folder"] == f"{settings['output']} (holds a run: train goes on with --resume)"
+    assert check(config(settings))["run folder"] == f"{settings['output']} (existing run; --resume continues it)"
 
 
 @pytest.mark.parametrize(("nbytes", "text"), [(0, "0 kB"), (1500, "2 kB"), (1.5e6, "1.5 MB"), (25e9, "25.0 GB")])
@@ -187,8 +187,8 @@ def test_bytes_are_told_in_round_numbers(nbytes, text):
 def test_a_check_shows_the_place_of_every_adapter_and_the_sizes_that_a_run_was_begun_with(settings):
     auto = dict(adapters__count=5, train__tokens_per_microbatch="auto")
     facts = check(config(settings, **auto, adapters__per_device=2), device=CPU, processes=2)
-    assert facts["rank 0 trains adapters"] == "0 to 1 together, then 2"
-    assert facts["rank 1 trains adapters"] == "3 to 4 together"
+    assert facts["process 0 trains adapters"] == "0 to 1 together, then 2"
+    assert facts["process 1 trains adapters"] == "3 to 4 together"
     assert facts["tokens per micro-batch"].startswith("2,048")
     with pytest.raises(RequestError, match="6 processes for 5 adapters"):
         check(config(settings, **auto), device=CPU, processes=6)
@@ -196,3 +196,10 @@ def test_a_check_shows_the_place_of_every_adapter_and_the_sizes_that_a_run_was_b
     run = Path(settings["output"]) / "run.json"
     run.write_text(run.read_text().replace('"tokens_per_microbatch": 2048', '"tokens_per_microbatch": 777'))
     assert check(config(settings, **auto), device=CPU)["tokens per micro-batch"].startswith("777,")
+
+
+def test_a_run_whose_rows_have_changed_is_refused_as_train_would(settings, train_file):
+    train(config(settings))
+    train_file.write_text(train_file.read_text().replace("cup", "mug"))
+    with pytest.raises(RunError, match="training files have changed"):
+        check(config(settings), device=CPU)

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poc_lora.training.checkpoint import Placement, Progress
-from poc_lora.training.placement import place
+from poc_lora.training.placement import Placement, Progress, place
 
 STEPS = 100
 

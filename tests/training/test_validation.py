@@ -250,7 +250,7 @@ def test_a_validation_that_is_interrupted_loses_nothing_and_is_made_up_for(
         )
         with pytest.raises(Interrupted, match=f"stopped after step {step} of 6") as stop:
             train(config(settings, train__validate_every=every))
-    assert ("only the validation at the end is left" in str(stop.value)) == (step == 6)
+    assert ("only the final validation is left to run" in str(stop.value)) == (step == 6)
     folder = Path(settings["output"])
     assert newest(folder) == dict.fromkeys(range(3), (step, "training"))
     assert (folder / "adapters/00").exists() == (step == 6)
