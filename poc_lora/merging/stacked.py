@@ -38,7 +38,8 @@ class StackedFactors:
     @cached_property
     def owner(self) -> Tensor:
         """The adapter that each component belongs to, [R]."""
-        return torch.arange(len(self.ranks), device=self.A.device).repeat_interleave(self.rank_tensor)
+        # On the CPU, which knows the ranks: on a GPU the size of the result would be read back from the device.
+        return torch.arange(len(self.ranks)).repeat_interleave(torch.tensor(self.ranks)).to(self.A.device)
 
     def adapter(self, j: int) -> tuple[Tensor, Tensor]:
         """One adapter's factors, A [r_j, d_in] and B [d_out, r_j]."""
