@@ -45,9 +45,8 @@ def test_a_run_killed_inside_any_write_fsync_or_rename_goes_on_to_the_same_bits(
 @pytest.mark.timeout(900)
 def test_a_run_killed_at_random_moments_loses_nothing(settings, tmp_path):
     long = dict(train__max_steps=400, checkpoint__every_steps=7, data__validation=2)
-    started = time.monotonic()
     expected = train(config(settings, **long))
-    twenty_steps = 20 * (time.monotonic() - started) / 400  # 20 times this, killed later or earlier, is not the end
+    step = size(expected.folder / "metrics.jsonl") / 400  # bytes that a step adds
     folder = tmp_path / "killed"
     (tmp_path / "run.yaml").write_text(dump_yaml(config(settings, **long, output=str(folder))))
     draw, steps = random.Random(0), []
@@ -58,8 +57,9 @@ def test_a_run_killed_at_random_moments_loses_nothing(settings, tmp_path):
         before = size(folder / "metrics.jsonl")
         while size(folder / "metrics.jsonl") <= before and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.005)
-        if size(folder / "metrics.jsonl") > before:
-            time.sleep(draw.uniform(0, twenty_steps))
+        further = before + draw.uniform(0, 20) * step  # 20 times so many steps at most are not the end
+        while before < size(folder / "metrics.jsonl") < further and process.poll() is None:
+            time.sleep(0.002)
         assert process.poll() is None, process.communicate()
         process.kill()
         process.wait()
