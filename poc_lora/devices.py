@@ -1,7 +1,10 @@
-"""Constants that depend on the kind of device."""
+"""What depends on the kind of device: constants, and how tensors get there."""
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -13,3 +16,10 @@ def by_device(values: Mapping[str, T], kind: str) -> T:
     kernel launch.
     """
     return values["cpu" if kind == "cpu" else "cuda"]
+
+
+def without_waiting(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """Copy a CPU tensor to `device`. On CUDA the copy joins the queue; an ordinary one waits until the GPU is idle."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

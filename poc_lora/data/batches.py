@@ -9,6 +9,7 @@ from torch import Tensor
 
 from poc_lora import rng
 from poc_lora.data.prompts import Example
+from poc_lora.devices import without_waiting
 
 BUCKET_STEPS = 16  # a bucket of rows of similar length is enough for this many steps
 PAD_MULTIPLE = 8
@@ -130,24 +131,17 @@ def _pack(
     pad_id: int,
     device: torch.device,
 ) -> MicroBatch:
-    lengths = torch.tensor([len(examples[i].ids) for i in chosen])
-    first = torch.ones_like(lengths) if train_on_prompt else torch.tensor([examples[i].answer_start for i in chosen])
+    lengths = torch.tensor([len(examples[i].ids) for i in chosen])[:, None]
+    first = 1 if train_on_prompt else torch.tensor([examples[i].answer_start for i in chosen])[:, None]
     T = padded_length(int(lengths.max()))
-    input_ids = torch.full((len(chosen), T), pad_id)
-    for row, i in enumerate(chosen):
-        input_ids[row, : len(examples[i].ids)] = torch.tensor(examples[i].ids)
     position = torch.arange(T)
-    learnt = (position >= first[:, None]) & (position < lengths[:, None])
-    rows, columns = learnt.nonzero(as_tuple=True)
-    return MicroBatch(
-        input_ids=input_ids.to(device),
-        row=rows.to(device),
-        column=(columns - 1).to(device),
-        target=input_ids[rows, columns].to(device),
-        slot=(rows // rows_per_adapter).to(device),
-        examples=chosen,
-        tokens=int(lengths.sum()),
-    )
+    filled = position < lengths
+    input_ids = torch.full((len(chosen), T), pad_id)
+    input_ids[filled] = torch.tensor([token for i in chosen for token in examples[i].ids])
+    rows, columns = ((position >= first) & filled).nonzero(as_tuple=True)
+    parts = [input_ids.flatten(), rows, columns - 1, input_ids[rows, columns], rows // rows_per_adapter]
+    ids, row, column, target, slot = without_waiting(torch.cat(parts), device).split([len(part) for part in parts])
+    return MicroBatch(ids.view(len(chosen), T), row, column, target, slot, chosen, int(lengths.sum()))
 
 
 def padded_length(length: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, masking_utils
 
 
 @contextlib.contextmanager
@@ -25,14 +25,27 @@ def without_cudnn_attention() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
+@contextlib.contextmanager
+def one_sequence_per_row() -> Iterator[None]:
+    """Within the block, transformers does not look for several sequences in one row, which reads from the device.
+
+    Without a mask and a cache it would compare the positions of every forward pass, and so wait for the GPU.
+    """
+    library: Any = masking_utils
+    before, library.find_packed_sequence_indices = library.find_packed_sequence_indices, lambda _: None
+    try:
+        yield
+    finally:
+        library.find_packed_sequence_indices = before
+
+
 def logits_at(
     model: PreTrainedModel, input_ids: Tensor, rows: Tensor, columns: Tensor, *, past: Cache | None = None
 ) -> Tensor:
     """Returns the logits [n, vocabulary] at the positions `(rows[i], columns[i])` of `input_ids` [R, T].
 
     The whole model runs, so scales and caps around the head apply, but the head gets only the n positions. Rows are
-    padded on the right, so under a causal mask no token attends to padding; `use_cache=False` keeps transformers from
-    treating rows as packed sequences.
+    padded on the right, so under a causal mask no token attends to padding.
 
     Args:
         past: The keys and values of preceding tokens, for R rows.
@@ -75,7 +88,8 @@ def _run(
 
     hook = model.get_output_embeddings().register_forward_pre_hook(before_head)
     try:
-        logits = model(input_ids=input_ids, past_key_values=past, use_cache=past is not None).logits
+        with one_sequence_per_row():
+            logits = model(input_ids=input_ids, past_key_values=past, use_cache=past is not None).logits
         return logits, seen[0]
     finally:
         hook.remove()

@@ -13,6 +13,7 @@ from poc_lora import rng
 from poc_lora.config import RunConfig
 from poc_lora.data.batches import MicroBatch, cut_rows, micro_batches, supervised_tokens
 from poc_lora.data.prompts import Example
+from poc_lora.devices import without_waiting
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.models.compilation import compiled_parts
 from poc_lora.models.forward import has_plain_head
@@ -123,18 +124,22 @@ class Pack:
             return None
         losses, tokens, padded_tokens = accumulated
         norms = bank.clip_grad_norm(optim.max_grad_norm)
-        diverged = self._drop_unless(torch.isfinite(losses) & torch.isfinite(norms))
         self.optimizer.step()
-        diverged += self._drop_unless(torch.isfinite(bank.weights.sum(dim=1)))
+        finite = losses.isfinite() & norms.isfinite() & bank.weights.sum(dim=1).isfinite()
         noise = torch.stack(self.optimizer.noise_norms)
-        return StepResult(losses.tolist(), norms.tolist(), noise.tolist(), lr, diverged, tokens, padded_tokens)
+        # The step's only read from the device, which waits for all of its work.
+        loss, norm, noise_norm, healthy = torch.stack([losses, norms, noise, finite.float()]).tolist()
+        diverged = [slot for slot in self.live if not healthy[slot]]
+        for slot in diverged:
+            bank.drop(slot)
+        return StepResult(loss, norm, noise_norm, lr, diverged, tokens, padded_tokens)
 
     def _accumulate(self, step: int, stop: Callable[[], bool]) -> tuple[Tensor, int, int] | None:
         """Add up the gradients of one step's rows, micro-batch by micro-batch; None if `stop` returned True."""
         examples = self.data.train
         rows = [self.data.order.rows(adapter, step) for adapter in self.bank.adapters]
         counts = [sum(self._supervised(i) for i in chosen) for chosen in rows]
-        tokens_per_slot = torch.tensor(counts, dtype=torch.float32, device=self.device)
+        tokens_per_slot = without_waiting(torch.tensor(counts, dtype=torch.float32), self.device)
         losses = torch.zeros_like(tokens_per_slot)
         tokens = padded_tokens = 0
         self.model.eval()  # a base with dropout of its own would draw it from torch's global stream
@@ -180,13 +185,7 @@ class Pack:
             rng.key(seed, adapter, "dropout", step, f"row {example}") - 2**63  # into the range of int64
             for adapter, example in zip(owners, batch.examples, strict=True)
         ]
-        return torch.tensor(keys, dtype=torch.int64, device=self.device)
-
-    def _drop_unless(self, finite: Tensor) -> list[int]:
-        bad = [slot for slot, good in enumerate(finite.tolist()) if not good and slot not in self.bank.dropped]
-        for slot in bad:
-            self.bank.drop(slot)
-        return bad
+        return without_waiting(torch.tensor(keys, dtype=torch.int64), self.device)
 
     @torch.no_grad()
     def loss(self, examples: Sequence[Example], stop: Callable[[], bool] = lambda: False) -> float | None:

@@ -15,6 +15,7 @@ Footprint predicts from the shape alone, which does not know of train.compile.
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,7 @@ class Shape:
                 measured.start()
                 done = [result for step in steps if (result := pack.step(step))]
                 measured.stop()
+                waits = waits_in(lambda: pack.step(0))
             finally:
                 pack.close()
         rates = self._rates(measured, len(steps), sum(s.tokens for s in done), sum(s.padded_tokens for s in done))
@@ -117,6 +119,7 @@ class Shape:
             "loss": round(statistics.mean(done[-1].losses), 3),
             "grad_norm": round(max(done[-1].grad_norms), 4),
             "first_pass_s": round(first, 2),
+            "waits_per_step": waits,
             "predicted_gb": round(predicted / 1e9, 1),
         }
 
@@ -169,6 +172,20 @@ class Shape:
             "host_share": round(measured.host / seconds, 2),
             **measured.memory,
         }
+
+
+def waits_in(work: Callable[[], object]) -> int:
+    """How often the host waits for the GPU within `work`, as torch counts it."""
+    if not torch.cuda.is_available():
+        return 0
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in found)
 
 
 class Measured:
