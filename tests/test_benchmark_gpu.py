@@ -92,28 +92,24 @@ def test_the_table_shows_speeds_and_what_is_missing(gpu):
 
 
 @pytest.mark.parametrize("side", ["loop", "trainer"])
-def test_both_sides_train_on_the_same_rows_padded_alike(side, monkeypatch):
-    shape = module("gpu_shape", monkeypatch).Shape("tiny", adapters=2, batch=4, steps=2, passes=1)
-    rows, padded = Counter(), 0
+def test_one_adapter_is_trained_on_the_batches_of_all(side, monkeypatch):
+    shape = module("gpu_shape", monkeypatch).Shape("tiny", adapters=2, batch=4, steps=2)
+    rows = Counter()
 
     def see(_, arguments, named):
-        nonlocal padded
-        ids = named["input_ids"]
-        padded += ids.numel()
-        rows.update(tuple(i for i in row.tolist() if i) for row in ids)  # 0 is padding, and in no row
+        rows.update(tuple(i for i in row.tolist() if i) for row in named["input_ids"])  # 0 is padding, and in no row
 
     hook = shape.work.model.model.register_forward_pre_hook(see, with_kwargs=True)
     alone = shape.alone(side)
-    baseline, rows, computed, padded = rows, Counter(), padded, 0
+    baseline, rows = rows, Counter()
     packed = shape.packed(tokens=2 * 4 * 160)
     hook.remove()
 
     rows.pop(())  # zeros, by which a pack finds out what kind of head there is
-    assert sum(baseline.values()) == 2 * 2 * 2 * 4  # passes, steps, adapters, rows
+    assert sum(baseline.values()) == 4 * 2 * 4  # steps with those of warm-up, adapters, rows
     assert baseline == rows
-    ratio = alone["computed_per_s"] / alone["tokens_per_s"]
-    assert ratio == pytest.approx(computed / sum(len(row) * n for row, n in baseline.items()), rel=1e-2)
-    assert ratio == pytest.approx(packed["computed_per_s"] / packed["tokens_per_s"], rel=0.2)
+    assert packed["computed_per_s"] > packed["tokens_per_s"] > 0
+    assert alone["tokens_per_s"] > 0
     assert packed["predicted_gb"] >= 0
 
 

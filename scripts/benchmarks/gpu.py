@@ -166,7 +166,7 @@ def measure_shape(stages: Stages, name: str, out: Path, folder: Path) -> None:
 def shape_1b() -> Facts:
     from gpu_shape import Shape
 
-    shape = Shape("1b", passes=6)
+    shape = Shape("1b", steps=12)
     return {
         "packed": shape.packed(tokens=16384),
         "compiled": shape.packed(tokens=16384, compile=True),

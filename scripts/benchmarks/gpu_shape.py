@@ -1,15 +1,13 @@
 """A random model of one shape on one device, and three ways to train adapters of it, measured on the same rows.
 
-packed trains 8 adapters over steps 0, 1, ... of their batches. trainer and loop train one adapter, in turn over the
-very batches that packed gives to each of the 8 in those steps. Every side goes through these rows once to warm up, then
-`passes` times measured; Trainer's own start and end lie outside. All have the same model, rank, batch size, optimizer
-(fused AdamW), learning rate, clipping, attention kernels and padding; trainer and loop run under autocast. What differs
-is the library.
+packed trains 8 adapters together. trainer and loop (see sides.py) train one adapter on the very batches that packed
+gives to each of the 8, one after another. Two steps of packed warm up, or as many rows; then `steps` more are measured,
+without Trainer's own start and end.
 
-Per side: tokens_per_s without padding, computed_per_s with it; tflops, of 4 operations per weight of the base and token
-that is not padding, so that what checkpointing computes again does not count; host_share, the seconds that threads of
-this process computed in one of the clock; the peak of allocated and of reserved memory. Of packed also the memory that
-Footprint predicts from the shape alone, which does not know of train.compile.
+Per side: tokens_per_s without padding, of packed also computed_per_s with it; tflops, of 4 operations per weight of the
+base and token that is not padding, so that what checkpointing computes again does not count; host_share, the seconds
+that threads of this process computed in one of the clock; the peak of allocated and of reserved memory. Of packed also
+the memory that Footprint predicts from the shape, and how often a step waits for the GPU.
 """
 
 import statistics
@@ -17,56 +15,47 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import train as bench
-from peft import PeftModel
+from sides import Work, free_memory, synchronise, training
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as Profiler
-from transformers import (
-    DataCollatorForSeq2Seq,
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel
 
-from poc_lora.data.batches import PAD_MULTIPLE
+from poc_lora.data.batches import BatchOrder
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device
 from poc_lora.training.memory import Footprint, Sizes
 from poc_lora.training.step import Pack
 
-ADAPTERS, BATCH, STEPS, TOKENS = 8, 16, 2, 4096
+ADAPTERS, BATCH, WARM_UP, TOKENS = 8, 16, 2, 4096
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-Batch = list[dict[str, list[int]]]
 Facts = dict[str, Any]
 
 
 class Shape:
     """A random Llama of the shape `name`, made once, and the work on it."""
 
-    def __init__(self, name: str, *, passes: int = 2, adapters: int = ADAPTERS, batch: int = BATCH, steps: int = STEPS):
-        self.passes = passes
-        words = ["--shape", name, "--adapters", str(adapters), "--batch", str(batch), "--steps", str(steps)]
+    def __init__(self, name: str, *, steps: int = 4, adapters: int = ADAPTERS, batch: int = BATCH):
+        self.steps = steps
+        words = ["--shape", name, "--adapters", str(adapters), "--batch", str(batch)]
         # Sizes are given, so that nothing is chosen here by what memory is free.
         words += [f"train.tokens_per_microbatch={TOKENS}", f"adapters.per_device={adapters}"]
         arguments = bench.parse_arguments([*words, "train.gradient_checkpointing=false"])
         device, began = default_device(), time.monotonic()
         self.work = bench.random_work(arguments, bench.run_config(arguments), device)
-        bench.synchronise(device)
+        synchronise(device)
         model: Any = self.work.model
         self._folder = tempfile.TemporaryDirectory()  # for the model's config.json
         self._footprints: dict[tuple[bool, str | None], Footprint] = {}
@@ -93,7 +82,6 @@ class Shape:
         """
         work = self._work(checkpointing=checkpointing, compile=compile)
         predicted = self._predicted(work, Sizes(tokens, len(work.adapters), checkpointing), quantization)
-        steps = [0] if profile else [*range(work.steps)] * self.passes
         measured = Measured(work.model.device, profile)
         with sdpa_kernel(CUDNN_FIRST, set_priority=True) if cudnn else without_cudnn_attention():
             pack = Pack(
@@ -105,17 +93,18 @@ class Shape:
             )
             try:
                 began = time.monotonic()
-                for step in range(work.steps):
+                for step in range(WARM_UP):
                     pack.step(step)
                 first = time.monotonic() - began
                 measured.start()
-                done = [result for step in steps if (result := pack.step(step))]
+                done = [result for step in self._measured_steps(profile) if (result := pack.step(step))]
                 measured.stop()
                 waits = waits_in(lambda: pack.step(0))
             finally:
                 pack.close()
-        rates = self._rates(measured, len(steps), sum(s.tokens for s in done), sum(s.padded_tokens for s in done))
-        return rates | {
+        padded = sum(result.padded_tokens for result in done)
+        return self._rates(measured, profile) | {
+            "computed_per_s": round(padded / measured.seconds),
             "loss": round(statistics.mean(done[-1].losses), 3),
             "grad_norm": round(max(done[-1].grad_norms), 4),
             "first_pass_s": round(first, 2),
@@ -124,31 +113,30 @@ class Shape:
         }
 
     def alone(self, side: str, *, checkpointing: bool = False, profile: Path | None = None) -> Facts:
-        """One adapter by `trainer` or `loop`, whose batches are a step of packed's. profile: as for `packed`."""
-        work, batches = self._work(checkpointing=checkpointing), self.batches()
-        chosen = batches[: len(work.adapters)] if profile else batches * self.passes
+        """One adapter by `trainer` or `loop`, for which M batches are a step. profile: as for `packed`."""
+        work, M = self._work(checkpointing=checkpointing), len(self.work.adapters)
+        one = work.config.model_copy(update={"adapters": work.config.adapters.model_copy(update={"count": 1})})
+        order: Any = InTurn(work.data.order, M)
+        work = replace(work, config=one, data=replace(work.data, order=order))
+        steps = self._measured_steps(profile)
         measured = Measured(work.model.device, profile)
-        train = {"trainer": train_with_trainer, "loop": train_in_loop}[side]
-        with without_cudnn_attention(), bench.peft_model(work, 0) as model:
-            train(work, model, batches, chosen, measured)
-        real = sum(len(row["input_ids"]) for batch in chosen for row in batch)
-        computed = sum(collator(work)(batch)["input_ids"].numel() for batch in chosen)
-        return self._rates(measured, len(chosen) // len(work.adapters), real, computed)
+        with without_cudnn_attention(), training(side, work, M * steps.stop) as trained:
+            for step in range(M * steps.start):
+                trained.step(step)
+            measured.start()
+            for step in range(M * steps.start, M * steps.stop):
+                trained.step(step)
+            measured.stop()
+        return self._rates(measured, profile)
 
-    def batches(self) -> list[Batch]:
-        """The rows of packed's steps, batch by batch: those of each adapter in the first step, then in the next."""
-        work, rows = self.work, self.work.rows()
-        return [
-            [rows[i] for i in work.data.order.rows(adapter, step)]
-            for step in range(work.steps)
-            for adapter in work.adapters
-        ]
+    def _measured_steps(self, profile: Path | None) -> range:
+        return range(WARM_UP, WARM_UP + (1 if profile else self.steps))
 
-    def _work(self, *, checkpointing: bool, compile: bool = False) -> bench.Work:
+    def _work(self, *, checkpointing: bool, compile: bool = False) -> Work:
         train = self.work.config.train.model_copy(update={"compile": compile, "gradient_checkpointing": checkpointing})
         return replace(self.work, config=self.work.config.model_copy(update={"train": train}))
 
-    def _predicted(self, work: bench.Work, sizes: Sizes, quantization: str | None) -> int:
+    def _predicted(self, work: Work, sizes: Sizes, quantization: str | None) -> int:
         """Bytes by Footprint, which reads the shape from a folder; takes seconds, once for each way."""
         key = (sizes.gradient_checkpointing, quantization)
         if key not in self._footprints:
@@ -159,19 +147,29 @@ class Shape:
             self._footprints[key] = Footprint(config, work.model.device, longest=work.data.longest)
         return self._footprints[key].memory(sizes).total
 
-    def _rates(self, measured: "Measured", steps: int, real: int, computed: int) -> Facts:
-        """steps: of packed, or as many rows, that were measured; `real` of their `computed` tokens are not padding."""
-        if measured.profile:
+    def _rates(self, measured: "Measured", profile: Path | None) -> Facts:
+        if profile:
             return measured.kernels
-        seconds = measured.seconds
+        seconds, steps = measured.seconds, self._measured_steps(profile)
+        tokens = sum(self.work.tokens(step) for step in steps)
         return {
-            "tokens_per_s": round(real / seconds),
-            "computed_per_s": round(computed / seconds),
-            "tflops": round(4 * self.parameters * real / seconds / 1e12, 1),
-            "step_s": round(seconds / steps, 3),
+            "tokens_per_s": round(tokens / seconds),
+            "tflops": round(4 * self.parameters * tokens / seconds / 1e12, 1),
+            "step_s": round(seconds / len(steps), 3),
             "host_share": round(measured.host / seconds, 2),
             **measured.memory,
         }
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """The batches of `count` adapters, step by step, as those of one adapter."""
+
+    order: BatchOrder
+    count: int
+
+    def rows(self, adapter: int, step: int) -> Sequence[int]:
+        return self.order.rows(step % self.count, step // self.count)
 
 
 def waits_in(work: Callable[[], object]) -> int:
@@ -200,19 +198,19 @@ class Measured:
         self.kernels: Facts = {}
         self.memory: Facts = {}
         self._profiler = Profiler(activities=[ProfilerActivity.CUDA])
-        bench.free_memory()  # what the one before left reserved
+        free_memory()  # what the one before left reserved
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self._retries = torch.cuda.memory_stats(device)["num_alloc_retries"]
 
     def start(self) -> None:
-        bench.synchronise(self.device)
+        synchronise(self.device)
         if self.profile:
             self._profiler.start()
         self.seconds, self.host = -time.monotonic(), -time.process_time()
 
     def stop(self) -> None:
-        bench.synchronise(self.device)
+        synchronise(self.device)
         self.seconds += time.monotonic()
         self.host += time.process_time()
         if self.device.type == "cuda":
@@ -233,71 +231,6 @@ class Measured:
                 "gpu_busy_s": round(sum(row.self_device_time_total for row in kernels) / 1e6, 3),
                 "top_ms": {row.key[:70]: round(row.self_device_time_total / 1e3, 1) for row in kernels[:15]},
             }
-
-
-def train_in_loop(
-    work: bench.Work, model: PeftModel, warm: Sequence[Batch], chosen: Sequence[Batch], measured: Measured
-) -> None:
-    """A bare loop over batches, the first `warm` to warm up."""
-    optim, device, collate = work.config.optim, work.model.device, collator(work)
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
-    for number, rows in enumerate([*warm, *chosen]):
-        if number == len(warm):
-            measured.start()
-        batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=work.autocast):
-            loss = model(**batch, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, optim.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-    measured.stop()
-
-
-def train_with_trainer(
-    work: bench.Work, model: PeftModel, warm: Sequence[Batch], chosen: Sequence[Batch], measured: Measured
-) -> None:
-    """transformers.Trainer over batches, the first `warm` to warm up."""
-    optim, cuda = work.config.optim, work.model.device.type == "cuda"
-    rows = [row for batch in (*warm, *chosen) for row in batch]
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=len(warm) + len(chosen),
-            per_device_train_batch_size=work.config.train.batch_size,
-            train_sampling_strategy="sequential",
-            learning_rate=optim.lr,
-            weight_decay=optim.weight_decay,
-            max_grad_norm=optim.max_grad_norm,
-            optim="adamw_torch_fused",
-            bf16=work.autocast,
-            use_cpu=not cuda,
-            dataloader_pin_memory=cuda,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator(work))
-        trainer.remove_callback(PrinterCallback)  # it prints to stdout
-        trainer.add_callback(AtSteps({len(warm): measured.start, len(warm) + len(chosen): measured.stop}))
-        trainer.train()
-
-
-class AtSteps(TrainerCallback):
-    """Calls functions after steps of Trainer, counted from 1."""
-
-    def __init__(self, calls: dict[int, Callable[[], None]]):
-        self.calls = calls
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self.calls.get(state.global_step, lambda: None)()
-
-
-def collator(work: bench.Work) -> DataCollatorForSeq2Seq:
-    return DataCollatorForSeq2Seq(work.tokenizer, pad_to_multiple_of=PAD_MULTIPLE)
 
 
 def quantize(model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""Tokens per second of three ways to train the same M LoRA adapters, in one process, in alternating rounds.
+"""Tokens per second of three ways to train the same M LoRA adapters on the same rows, in turns of one step.
 
     python scripts/benchmarks/train.py
     python scripts/benchmarks/train.py --model DIR --data DIR --adapters 8 --batch 16 --steps 20
@@ -6,23 +6,21 @@
     python scripts/benchmarks/train.py --shape 8b --out scripts/benchmarks/results/train_gpu.json
 
 packed   this library: all adapters in one pass.
-trainer  transformers.Trainer over PEFT, adapter after adapter, rows grouped by length.
-loop     a bare PyTorch loop over PEFT with fused AdamW, adapter after adapter, rows in random order.
+trainer  transformers.Trainer over PEFT, adapter after adapter.
+loop     a bare PyTorch loop over PEFT, adapter after adapter.
 
-All three draw from the same tokenised rows, with the same model, batch size and LoRA settings. `key=value` arguments
-are settings of a run, as for `poc-lora train`. On a GPU no side uses cuDNN's attention, and with a bfloat16 base
-trainer and loop run under autocast. Tokens of padding are not counted. Loading, tokenising, PEFT's wrapping and the
-making of a pack are not timed, nor is, with train.compile, a first pass over the steps in every round. The first round
-is not counted. Trainer's time includes what it does before its first step, some tenths of a second per adapter, which
-in few steps weighs more than in real training: trainer_tokens_per_s_after_start_up leaves it out.
+Each step is taken by every side in turn, on the very same rows, with the same model, optimizer, learning rate, clipping
+and padding multiple (see sides.py); who begins changes from step to step. `key=value` arguments are settings of a run,
+as for `poc-lora train`. No side uses cuDNN's attention. The first steps, in which Trainer starts up and train.compile
+compiles, are not counted. Tokens are those of the rows, without padding. With --out the JSON is written after every
+step, so what was measured before an interruption is kept.
 
-Memory is that of two steps: on a GPU the peak of torch's allocator, on a CPU the peak resident size of a fresh process.
-The pack of one adapter takes M times the rows a step, so that its micro-batches hold as many tokens as those of M.
+Memory is that of two steps: on a GPU the peak of torch's allocator, allocated and reserved, on a CPU the peak resident
+size of a fresh process. `packed_alone` is one adapter with M times the rows a step, so that its micro-batches hold as
+many tokens as those of M.
 """
 
 import argparse
-import contextlib
-import gc
 import json
 import shlex
 import statistics
@@ -30,32 +28,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from sides import BASELINES, SIDES, Work, synchronise, training
 from tokenizers import Tokenizer, models
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorForSeq2Seq,
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from poc_lora import rng
 from poc_lora.config import RunConfig, load_config
-from poc_lora.data.batches import PAD_MULTIPLE, BatchOrder, micro_batches
+from poc_lora.data.batches import BatchOrder, cut_rows, padded_length
 from poc_lora.data.prompts import Example
 from poc_lora.devices import by_device
 from poc_lora.environment import environment
@@ -65,8 +52,7 @@ from poc_lora.microworld import DATA_DIR, MODEL_DIR
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import context_length, default_device, load_base, resolve_dtype
 from poc_lora.training.data import TrainingData, prepare_data
-from poc_lora.training.memory import Sizes, free_bytes, resolve_sizes
-from poc_lora.training.step import Pack
+from poc_lora.training.memory import free_bytes, resolve_sizes
 
 # hidden, layers, intermediate, heads, key and value heads, vocabulary
 SHAPES = {
@@ -78,269 +64,73 @@ SHAPES = {
 }
 PAD = "<pad>"
 ROW_LENGTHS = (40, 160)  # of random rows, both ends included
-SHARE_STEPS = 64  # steps over which padding is counted
+WARM_UP = 2  # steps
 MEMORY_STEPS = 2
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
-@dataclass(frozen=True)
-class Work:
-    """What every side is given."""
+def measured_speeds(work: Work, a: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Add every side's seconds per step to `found`, with the ratios they give; write it after each step."""
+    names = list(SIDES)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    tokens: list[int] = []
+    with ExitStack() as undo:
+        sides = {name: undo.enter_context(training(name, work, WARM_UP + a.steps)) for name in names}
+        for step in range(WARM_UP + a.steps):
+            order = names[step % len(names) :] + names[: step % len(names)]
+            for name in order:
+                began = time.perf_counter()
+                sides[name].step(step)
+                synchronise(work.model.device)
+                if step >= WARM_UP:
+                    seconds[name].append(time.perf_counter() - began)
+            if step >= WARM_UP:
+                tokens.append(work.tokens(step))
+                found.update(speeds(seconds, tokens))
+                if a.out:
+                    write_json(a.out, found)
+                rates = ", ".join(f"{name} {tokens[-1] / side[-1]:,.0f}" for name, side in seconds.items())
+                print(f"step {len(tokens)} of {a.steps}, tokens/s: {rates}", file=sys.stderr)
 
-    config: RunConfig
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase  # of which the baselines' collator needs the pad token
-    data: TrainingData
-    sizes: Sizes  # of packed
-    steps: int
 
-    @property
-    def adapters(self) -> range:
-        return range(self.config.adapters.count)
-
-    @property
-    def autocast(self) -> bool:
-        return self.model.device.type == "cuda" and self.model.dtype == torch.bfloat16
-
-    def packs(self) -> list[range]:
-        """The adapters that train together."""
-        size = self.sizes.per_device
-        return [self.adapters[i : i + size] for i in range(0, len(self.adapters), size)]
-
-    def rows(self) -> list[dict[str, list[int]]]:
-        """The training rows as Trainer takes them."""
-        first = [0 if self.config.data.train_on_prompt else e.answer_start for e in self.data.train]
-        return [
-            {
-                "input_ids": list(e.ids),
-                "attention_mask": [1] * len(e.ids),
-                "labels": [-100] * start + list(e.ids[start:]),
+def speeds(seconds: dict[str, list[float]], tokens: list[int]) -> dict[str, Any]:
+    """Tokens per second over all steps; ratios are of the seconds of one step."""
+    ratios = {name: [b / p for b, p in zip(seconds[name], seconds["packed"], strict=True)] for name in BASELINES}
+    return {
+        "tokens_per_step": tokens,
+        "seconds_per_step": {name: [round(s, 5) for s in side] for name, side in seconds.items()},
+        "tokens_per_s": {name: round(sum(tokens) / sum(side), 1) for name, side in seconds.items()},
+        "packed_is_faster_by": {
+            name: {
+                "median": round(statistics.median(values), 3),
+                "quartiles": [round(q, 3) for q in quartiles(values)],
+                "range": [round(min(values), 3), round(max(values), 3)],
             }
-            for e, start in zip(self.data.train, first, strict=True)
-        ]
-
-
-@dataclass
-class Timed:
-    """Tokens that were not padding, and the seconds that training on them took."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    start_up: float = 0.0  # seconds of them before the first step began: Trainer's only
-
-
-def train_packed(work: Work) -> Timed:
-    done = Timed()
-    for adapters in work.packs():
-        pack = Pack(
-            work.config,
-            work.model,
-            work.data,
-            adapters,
-            sizes=work.sizes,
-        )
-        if work.config.train.compile:
-            for step in range(work.steps):
-                pack.step(step)
-        with timing(done, work.model):
-            done.tokens += sum(result.tokens for step in range(work.steps) if (result := pack.step(step)))
-        pack.close()
-    return done
-
-
-def train_with_trainer(work: Work) -> Timed:
-    done, rows, train = Timed(), work.rows(), work.config.train
-    collate = DataCollatorForSeq2Seq(work.tokenizer, pad_to_multiple_of=PAD_MULTIPLE)
-    for adapter in work.adapters:
-        drawn: list[int] = []  # Trainer draws one batch ahead, so the last may never be trained on
-
-        def collate_and_count(batch: list[dict[str, Any]], drawn: list[int] = drawn) -> Any:
-            drawn.append(sum(len(row["input_ids"]) for row in batch))
-            return collate(batch)
-
-        with tempfile.TemporaryDirectory() as folder, peft_model(work, adapter) as model:
-            arguments = TrainingArguments(
-                output_dir=folder,
-                max_steps=work.steps,
-                per_device_train_batch_size=train.batch_size,
-                learning_rate=work.config.optim.lr,
-                optim="adamw_torch_fused",
-                train_sampling_strategy="group_by_length",
-                bf16=work.autocast,
-                use_cpu=work.model.device.type == "cpu",
-                dataloader_pin_memory=work.model.device.type == "cuda",
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                seed=adapter,
-            )
-            trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate_and_count)
-            trainer.remove_callback(PrinterCallback)  # it prints to stdout
-            with timing(done, work.model):
-                trainer.add_callback(FirstStep(done))
-                trainer.train()
-            done.tokens += sum(drawn[: work.steps])
-            del trainer
-    return done
-
-
-class FirstStep(TrainerCallback):
-    """Notes how long Trainer took to come to its first step."""
-
-    def __init__(self, done: Timed):
-        self.done, self.began = done, time.perf_counter()
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        if state.global_step == 0:
-            self.done.start_up += time.perf_counter() - self.began
-
-
-def train_in_loop(work: Work) -> Timed:
-    done, rows, size = Timed(), work.rows(), work.config.train.batch_size
-    collate = DataCollatorForSeq2Seq(work.tokenizer, pad_to_multiple_of=PAD_MULTIPLE)
-    device = work.model.device
-    for adapter in work.adapters:
-        order = rng.permutation(len(rows), rng.key(work.config.adapters.seed, adapter, "benchmark order"))
-        with peft_model(work, adapter) as model:
-            model.train()
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(parameters, lr=work.config.optim.lr, weight_decay=0.0, fused=True)
-            with timing(done, work.model):
-                for step in range(work.steps):
-                    chosen = [rows[order[i % len(rows)]] for i in range(step * size, (step + 1) * size)]
-                    batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
-                    with torch.autocast(device.type, torch.bfloat16, enabled=work.autocast):
-                        loss = model(**batch, use_cache=False).loss
-                    loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    done.tokens += sum(len(row["input_ids"]) for row in chosen)
-    return done
-
-
-SIDES: dict[str, Callable[[Work], Timed]] = {
-    "packed": train_packed,
-    "trainer": train_with_trainer,
-    "loop": train_in_loop,
-}
-BASELINES = ("trainer", "loop")
-
-
-@contextlib.contextmanager
-def peft_model(work: Work, adapter: int) -> Iterator[PeftModel]:
-    """A fresh PEFT adapter on the shared model, which is as before when the block ends."""
-    config, base = work.config, work.model
-    lora = LoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=config.lora.dropout,
-        target_modules=list(config.lora.targets),
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(adapter)
-    model = get_peft_model(base, lora)
-    recompute = config.train.gradient_checkpointing is True
-    if recompute:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
-        yield model
-    finally:
-        if recompute:
-            model.gradient_checkpointing_disable()
-            model.disable_input_require_grads()
-        model.unload()
-        base.requires_grad_(False).eval()
-
-
-@contextlib.contextmanager
-def timing(done: Timed, model: PreTrainedModel) -> Iterator[None]:
-    synchronise(model.device)
-    start = time.perf_counter()
-    yield
-    synchronise(model.device)
-    done.seconds += time.perf_counter() - start
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def measured_speeds(work: Work, rounds: int) -> dict[str, Any]:
-    """Tokens per second of every side and round, their ratios, and what packed spent on warming up."""
-    rates: dict[str, list[float]] = {name: [] for name in SIDES}
-    untimed, start_ups, steady = [], [], []
-    for number in range(rounds + 1):
-        for name, train in SIDES.items():
-            free_memory()
-            start = time.perf_counter()
-            done = train(work)
-            elapsed = time.perf_counter() - start
-            if name == "packed":
-                untimed.append(elapsed - done.seconds if number else elapsed)
-            if name == "trainer":
-                start_ups.append(done.start_up / done.seconds)
-                steady.append(done.tokens / (done.seconds - done.start_up))
-            if number:
-                rates[name].append(done.tokens / done.seconds)
-            print(f"round {number} of {rounds}: {name} {done.tokens / done.seconds:,.0f} tokens/s", file=sys.stderr)
-    medians = {name: statistics.median(side) for name, side in rates.items()}
-    ratios = {name: [p / b for p, b in zip(rates["packed"], rates[name], strict=True)] for name in BASELINES}
-    better = max(BASELINES, key=medians.__getitem__)
-    return {
-        "tokens_per_s": {
-            name: {"median": round(medians[name], 1), "rounds": [round(r, 1) for r in side]}
-            for name, side in rates.items()
+            for name, values in ratios.items()
         },
-        "ratio": {name: spread(side) for name, side in ratios.items()},
-        "better_baseline": better,
-        "ratio_to_better": round(statistics.median(ratios[better]), 3),
-        "packed_first_round_s": round(untimed[0], 3),
-        "packed_untimed_s": round(statistics.median(untimed[1:]), 3),
-        "trainer_start_up_share": round(statistics.median(start_ups[1:]), 4),
-        "trainer_tokens_per_s_after_start_up": round(statistics.median(steady[1:]), 1),
     }
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    return {
-        "median": round(statistics.median(values), 3),
-        "range": [round(min(values), 3), round(max(values), 3)],
-        "rounds": [round(value, 3) for value in values],
-    }
+def quartiles(values: list[float]) -> list[float]:
+    first, _, third = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return [first, third]
 
 
-def real_token_share(work: Work, *, group_by_length: bool) -> float:
+def real_token_share(work: Work, steps: int) -> float:
     """The share of tokens in packed's micro-batches that are not padding."""
-    order = batch_order(work.data.train, work.config, group_by_length=group_by_length)
-    real = computed = 0
-    for step in range(min(SHARE_STEPS, order.steps_per_epoch)):
-        for adapters in work.packs():
-            batches = micro_batches(
-                work.data.train,
-                [order.rows(adapter, step) for adapter in adapters],
-                tokens=work.sizes.tokens_per_microbatch,
-                train_on_prompt=work.config.data.train_on_prompt,
-                pad_id=0,
-                device=torch.device("cpu"),
-            )
-            for batch in batches:
-                real += batch.tokens
-                computed += batch.input_ids.numel()
-    return real / computed
+    rows = work.data.train
+    padded = 0
+    for step in range(steps):
+        drawn = [work.data.order.rows(adapter, step) for adapter in work.adapters]
+        for part in cut_rows(rows, drawn, tokens=work.sizes.tokens_per_microbatch):
+            longest = max(len(rows[i].ids) for own in part for i in own)
+            padded += padded_length(longest) * sum(map(len, part))
+    return sum(work.tokens(step) for step in range(steps)) / padded
 
 
 def two_steps(side: str, work: Work) -> Work:
-    """The work whose memory counts for `side`: `packed_alone` is one adapter with the rows of a whole pack."""
-    config, size = work.config, len(work.packs()[0])
+    """The work whose memory counts for `side`."""
+    config, size = work.config, len(work.adapters)
     count = size if side == "packed" else 1
     rows = config.train.batch_size * (size if side == "packed_alone" else 1)
     config = config.model_copy(
@@ -349,37 +139,34 @@ def two_steps(side: str, work: Work) -> Work:
             "train": config.train.model_copy(update={"batch_size": rows}),
         }
     )
-    order = batch_order(work.data.train, config, group_by_length=config.data.group_by_length)
-    return replace(work, config=config, data=replace(work.data, order=order), steps=MEMORY_STEPS)
+    return replace(work, config=config, data=replace(work.data, order=batch_order(work.data.train, config)))
 
 
-def peak_memory(side: str, work: Work) -> int:
-    """Bytes: of torch's allocator on a GPU, else of this whole process, which must then do nothing else."""
-    train = train_packed if side == "packed_alone" else SIDES[side]
-    free_memory()
-    if work.model.device.type == "cuda":
+def peak_memory(side: str, work: Work) -> list[int]:
+    """Bytes: allocated and reserved on a GPU, else the peak of this whole process, which must then do nothing else."""
+    cuda = work.model.device.type == "cuda"
+    if cuda:
         torch.cuda.reset_peak_memory_stats(work.model.device)
-        train(two_steps(side, work))
-        return torch.cuda.max_memory_allocated(work.model.device)
-    train(two_steps(side, work))
+    with training("packed" if side == "packed_alone" else side, two_steps(side, work), MEMORY_STEPS) as trained:
+        for step in range(MEMORY_STEPS):
+            trained.step(step)
+    if cuda:
+        return [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
     # VmHWM, as getrusage's ru_maxrss starts from the parent's: Linux keeps it when one program starts another.
     status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    return [next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))]
 
 
-def peak_memory_of_all(work: Work) -> dict[str, Any]:
-    sizes = [
-        f"train.tokens_per_microbatch={work.sizes.tokens_per_microbatch}",
-        f"adapters.per_device={work.sizes.per_device}",
-    ]
-    peaks = {}
+def peak_memory_of_all(work: Work) -> dict[str, list[int]]:
+    sizes = [f"train.tokens_per_microbatch={work.sizes.tokens_per_microbatch}"]
+    peaks: dict[str, list[int]] = {}
     for side in ("packed", "packed_alone", *BASELINES):
         if work.model.device.type == "cuda":
             peaks[side] = peak_memory(side, work)
         else:
             command = [sys.executable, __file__, "--memory-of", side, *sys.argv[1:], *sizes]
-            peaks[side] = int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-    return {**peaks, "packed_to_packed_alone": round(peaks["packed"] / peaks["packed_alone"], 3)}
+            peaks[side] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return peaks
 
 
 def measured_flops(work: Work, tokens_per_s: float) -> dict[str, Any]:
@@ -428,7 +215,7 @@ def random_work(a: argparse.Namespace, config: RunConfig, device: torch.device) 
         max_position_embeddings=512,
     )
     rows = [random_row(i, vocabulary) for i in range(a.rows)]
-    order = batch_order(rows, config, group_by_length=config.data.group_by_length)
+    order = batch_order(rows, config)
     data = TrainingData(rows, [], order, total_steps=a.steps, truncated=0, dropped=0, files={})
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({PAD: 0})), pad_token=PAD)
     free = free_bytes(device)
@@ -440,7 +227,7 @@ def random_work(a: argparse.Namespace, config: RunConfig, device: torch.device) 
         llama.save_pretrained(folder)
         named = config.model_copy(update={"model": config.model.model_copy(update={"name": folder})})
         sizes = resolve_sizes(named, model, free=free, longest=data.longest, before={})
-    return Work(config, model, tokenizer, data, sizes, a.steps)
+    return Work(config, model, tokenizer, data, sizes)
 
 
 def random_row(number: int, vocabulary: int) -> Example:
@@ -460,21 +247,21 @@ def loaded_work(a: argparse.Namespace, config: RunConfig, device: torch.device) 
     data = prepare_data(config, tokenizer, context=context_length(model))
     kept = rng.permutation(len(data.train), rng.key(config.adapters.seed, 0, "benchmark rows"))[: a.rows]
     rows = [data.train[i] for i in sorted(kept)]
-    data = replace(data, train=rows, order=batch_order(rows, config, group_by_length=config.data.group_by_length))
+    data = replace(data, train=rows, order=batch_order(rows, config))
     sizes = resolve_sizes(config, model, free=free, longest=data.longest, before={})
-    return Work(config, model, tokenizer, data, sizes, a.steps)
+    return Work(config, model, tokenizer, data, sizes)
 
 
-def batch_order(rows: list[Example], config: RunConfig, *, group_by_length: bool) -> BatchOrder:
-    lengths = [len(row.ids) for row in rows]
-    return BatchOrder(lengths, config.train.batch_size, config.adapters.seed, group_by_length=group_by_length)
+def batch_order(rows: list[Example], config: RunConfig) -> BatchOrder:
+    lengths, data = [len(row.ids) for row in rows], config.data
+    return BatchOrder(lengths, config.train.batch_size, config.adapters.seed, group_by_length=data.group_by_length)
 
 
 def run_config(a: argparse.Namespace) -> RunConfig:
     raw = {
         "model": {"name": a.shape or a.model or str(MODEL_DIR), "dtype": a.dtype},
         "lora": {"rank": a.rank, "alpha": 2 * a.rank},
-        "adapters": {"count": a.adapters},
+        "adapters": {"count": a.adapters, "per_device": a.adapters},
         "data": {"train": [a.data or str(DATA_DIR)], "prompt": a.prompt, "validation": 0},
         "train": {"max_steps": a.steps, "batch_size": a.batch},
         "output": "unused",
@@ -487,23 +274,23 @@ def run_config(a: argparse.Namespace) -> RunConfig:
 
 def settings(a: argparse.Namespace, work: Work) -> dict[str, Any]:
     """What was measured, as it was resolved, with paths as they were given."""
-    config = work.config
+    config, device = work.config, work.model.device
     source = {"shape": a.shape} if a.shape else {"model": a.model or "embedded", "data": a.data or "embedded"}
     return {
         **source,
         "parameters": sum(p.numel() for p in work.model.parameters()),
-        "device": work.model.device.type,
+        "device": device.type,
+        "backend": f"cuda {torch.version.cuda}" if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
         "dtype": str(work.model.dtype).removeprefix("torch."),
         "autocast_of_baselines": work.autocast,
         "adapters": config.adapters.count,
-        "adapters_per_pack": len(work.packs()[0]),
         "batch": config.train.batch_size,
         "rank": config.lora.rank,
         "alpha": config.lora.alpha,
         "targets": list(config.lora.targets),
         "rows": len(work.data.train),
-        "steps": work.steps,
-        "rounds": a.rounds,
+        "steps": a.steps,
+        "warm_up_steps": WARM_UP,
         "tokens_per_microbatch": work.sizes.tokens_per_microbatch,
         "gradient_checkpointing": {
             "packed": work.sizes.gradient_checkpointing,
@@ -516,18 +303,13 @@ def settings(a: argparse.Namespace, work: Work) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """The result for a person."""
-    lines = [f"{'':8}{'tokens/s':>12}{'packed is':>20}{'peak MiB':>12}"]
-    for name, rates in found["tokens_per_s"].items():
-        ratio = found["ratio"].get(name)
-        times = "{:.2f} ({:.2f} to {:.2f})".format(ratio["median"], *ratio["range"]) if ratio else ""
-        memory = f"{found['peak_memory_bytes'][name] / 2**20:,.0f}" if found["peak_memory_bytes"] else "not measured"
-        lines.append(f"{name:8}{rates['median']:12,.0f}{times:>20}{memory:>14}")
-    share = found["real_token_share"]
-    lines.append(f"real tokens {share['group_by_length']:.1%}, ungrouped {share['random_order']:.1%}")
-    steady = found["trainer_tokens_per_s_after_start_up"]
-    lines.append(
-        f"trainer started up for {found['trainer_start_up_share']:.1%} of its time; then {steady:,.0f} tokens/s"
-    )
+    lines = [f"{'':8}{'tokens/s':>12}{'packed is faster by':>24}{'peak MiB':>12}"]
+    for name, rate in found["tokens_per_s"].items():
+        ratio = found["packed_is_faster_by"].get(name)
+        times = "{:.2f} ({:.2f} to {:.2f})".format(ratio["median"], *ratio["quartiles"]) if ratio else ""
+        memory = f"{found['peak_memory_bytes'][name][0] / 2**20:,.0f}" if found["peak_memory_bytes"] else "not measured"
+        lines.append(f"{name:8}{rate:12,.0f}{times:>24}{memory:>12}")
+    lines.append(f"{found['real_token_share']:.1%} of packed's tokens are not padding")
     lines.append(f"packed at {found['flops']['share_of_matmul']:.1%} of a plain matmul")
     return "\n".join(lines)
 
@@ -544,8 +326,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--batch", type=int, default=16, help="rows per adapter and step")
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rows", type=int, default=2048, help="rows to draw from, at most")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
@@ -559,20 +340,16 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def measure(a: argparse.Namespace, work: Work) -> dict[str, Any]:
     """Everything the JSON holds. Memory comes first on a CPU machine, where it takes processes of their own."""
-    memory = None if a.no_memory else peak_memory_of_all(work)
-    speeds = measured_speeds(work, a.rounds)
-    return {
-        **speeds,
-        "real_token_share": {
-            "group_by_length": round(real_token_share(work, group_by_length=True), 4),
-            "random_order": round(real_token_share(work, group_by_length=False), 4),
-        },
-        "peak_memory_bytes": memory,
-        "flops": measured_flops(work, speeds["tokens_per_s"]["packed"]["median"]),
+    found: dict[str, Any] = {
         "settings": settings(a, work),
         "command": shlex.join(["python", *sys.argv]),
         **environment(),
+        "peak_memory_bytes": None if a.no_memory else peak_memory_of_all(work),
+        "real_token_share": round(real_token_share(work, WARM_UP + a.steps), 4),
     }
+    measured_speeds(work, a, found)
+    found["flops"] = measured_flops(work, found["tokens_per_s"]["packed"])
+    return found
 
 
 def main() -> None:
@@ -581,10 +358,10 @@ def main() -> None:
     try:
         config = run_config(a)
         work = (random_work if a.shape else loaded_work)(a, config, default_device())
-        if a.memory_of:
-            print(peak_memory(a.memory_of, work))
-            return
         with without_cudnn_attention():
+            if a.memory_of:
+                print(json.dumps(peak_memory(a.memory_of, work)))
+                return
             found = measure(a, work)
         if a.out:
             write_json(a.out, found)
