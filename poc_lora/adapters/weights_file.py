@@ -89,12 +89,11 @@ class LazyFactors(Mapping[str, Factors]):
     def __init__(self, header: Header, scales: Mapping[str, float]):
         self.header = header
         self.scales = scales
+        self._tensors = _Tensors(header.path)
 
     def __getitem__(self, module: str) -> Factors:
         layer, path = self.header.layers[module], self.header.path
-        # Reopened for every module: pages that were read stay in memory for as long as the file is open.
-        with _opened(path) as stored:
-            A, B = stored.get_tensor(layer.key_A), stored.get_tensor(layer.key_B)
+        A, B = self._tensors.read(layer.key_A, layer.key_B)
         if (tuple(A.shape), tuple(B.shape)) != (layer.shape_A, layer.shape_B):
             raise AdapterError("the file changed while it was being read", where=path)
         _refuse_not_finite(f"the factors of {module}", path, A, B)
@@ -124,11 +123,11 @@ class LazyModulesToSave(Mapping[str, Tensor]):
 
     def __init__(self, header: Header):
         self.header = header
+        self._tensors = _Tensors(header.path)
 
     def __getitem__(self, name: str) -> Tensor:
         shape, path = self.header.modules_to_save[name], self.header.path
-        with _opened(path) as stored:
-            tensor: Tensor = stored.get_tensor(PREFIX + name)
+        (tensor,) = self._tensors.read(PREFIX + name)
         if tuple(tensor.shape) != shape:
             raise AdapterError("the file changed while it was being read", where=path)
         _refuse_not_finite(name, path, tensor)
@@ -144,6 +143,29 @@ class LazyModulesToSave(Mapping[str, Tensor]):
         return len(self.header.modules_to_save)
 
 
+class _Tensors:
+    """Reads tensors from a file, and opens it again once they are as large as its header.
+
+    Pages that were read stay in memory for as long as the file is open, but every opening parses the whole header: of
+    many small modules it would be parsed in a time quadratic in their number.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._stored: Any = None
+        self._left = 0  # bytes to read before the file is opened again
+
+    def read(self, *names: str) -> list[Tensor]:
+        with _reading(self._path):
+            if self._left <= 0:
+                self._stored = None
+                self._left = _header_bytes(self._path)
+                self._stored = safe_open(self._path, framework="pt")
+            tensors = [self._stored.get_tensor(name) for name in names]
+        self._left -= sum(tensor.nbytes for tensor in tensors)
+        return tensors
+
+
 def _refuse_not_finite(what: str, path: Path, *tensors: Tensor) -> None:
     if not all(map(is_finite, tensors)):
         raise AdapterError(f"NaN or infinity in {what}", where=path, fix="leave this adapter out, or retrain it")
@@ -156,25 +178,34 @@ def _is_of(parameter: str, modules: Collection[str]) -> bool:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    try:
-        _check_sizes(path)
+    with _reading(path):
+        _header_bytes(path)
         with safe_open(path, framework="pt") as stored:
             yield stored
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong within the block into an AdapterError."""
+    try:
+        yield
     except AdapterError:  # a ValueError too
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
         raise AdapterError(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from problem
 
 
-def _check_sizes(path: Path) -> None:
+def _header_bytes(path: Path) -> int:
+    """The length of a file's header; raises AdapterError if it or the file is too large."""
     size = path.stat().st_size
     with path.open("rb") as handle:
         start = handle.read(8)
-    header = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-    if header is None or header > size:
+    header: int = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+    if not 0 <= header <= size:
         raise AdapterError("not a safetensors file, or only a part of one", where=path, fix="fetch it again")
     if header > MAX_HEADER_BYTES or size > MAX_WEIGHTS_BYTES:
         raise AdapterError(f"larger than any adapter should be ({size:,} bytes, header {header:,})", where=path)
+    return header
 
 
 def _check_layer(module: str, keys: dict[str, str], slice_of: Callable[[str], Any], where: Path) -> LayerWeights:

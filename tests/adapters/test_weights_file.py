@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from poc_lora.adapters.adapter import open_adapter, read_adapter, write_adapter
+from poc_lora.adapters import weights_file
+from poc_lora.adapters.adapter import Adapter, open_adapter, read_adapter, write_adapter
+from poc_lora.adapters.factors import Factors
 from poc_lora.errors import AdapterError
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.merging.fold import fold
@@ -154,3 +157,17 @@ def test_modules_to_save_is_a_short_list_of_names(members, value):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": value}))
     with pytest.raises(AdapterError):
         read_adapter(members[0])
+
+
+def test_reading_many_small_modules_parses_the_header_a_bounded_number_of_times(tmp_path, monkeypatch):
+    """Parsed once a module, the whole would take a time quadratic in the number of modules."""
+    names, opened = [f"layers.{i}.q_proj" for i in range(400)], []
+    modules = {name: Factors(torch.randn(1, 4), torch.randn(4, 1), 1.0) for name in names}
+    write_adapter(Adapter(modules), tmp_path / "many")
+    lazy = open_adapter(tmp_path / "many").modules
+    monkeypatch.setattr(weights_file, "safe_open", lambda *args, **named: opened.append(1) or safe_open(*args, **named))
+    for name in names:
+        assert torch.equal(lazy[name].A, modules[name].A)
+    tensors = sum(factors.A.nbytes + factors.B.nbytes for factors in modules.values())
+    header = (tmp_path / "many" / WEIGHTS).stat().st_size - tensors
+    assert len(opened) <= 1 + tensors // header
