@@ -69,7 +69,7 @@ def validate_as(schema: type[S], raw: dict[str, Any], *, where: str | Path) -> S
         return schema.model_validate(raw)
     except ValidationError as problem:
         lines = [_describe(schema, error) for error in problem.errors()]
-        raise ConfigError("\n  ".join(["the configuration is not valid:", *lines]), where=where) from problem
+        raise ConfigError("the configuration is not valid:", details=lines, where=where) from problem
 
 
 def dump_section(section: Section) -> str:

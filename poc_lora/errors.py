@@ -4,6 +4,7 @@ The command line prints them without a traceback and exits with `exit_status`: 2
 out as written, 1 for a run that failed on the way.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 MAX_SHOWN = 2000
@@ -12,8 +13,12 @@ MAX_SHOWN = 2000
 class PocLoraError(Exception):
     """Base class of all errors raised on purpose.
 
+    Texts that come from a file may stand in all arguments: control characters are escaped, line breaks too, so that no
+    text can pass for another line of the message.
+
     Args:
         what: one sentence naming the problem.
+        details: more about it, each on a line of its own.
         where: the file, key or adapter concerned.
         fix: what to do about it.
 
@@ -25,25 +30,27 @@ class PocLoraError(Exception):
     exit_status = 1
     reported_elsewhere = False
 
-    def __init__(self, what: str, *, where: str | Path | None = None, fix: str | None = None):
+    def __init__(
+        self, what: str, *, details: Sequence[str] = (), where: str | Path | None = None, fix: str | None = None
+    ):
         self.what = _shown(what)
         self.where = None if where is None else _shown(str(where))
-        self.fix = fix
-        lines = [self.what]
+        self.fix = None if fix is None else _shown(fix)
+        lines = [self.what, *(f"  - {_shown(line)}" for line in details)]
         if self.where:
             lines.append(f"  where: {self.where}")
-        if fix:
-            lines.append(f"  fix:   {fix}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
         super().__init__("\n".join(lines))
 
 
 def _shown(text: str) -> str:
-    return printable(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "...")
+    return visible(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "...")
 
 
-def printable(text: str) -> str:
-    """Escape control characters, so that a text that may quote a file is safe to show on a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+def visible(text: str) -> str:
+    """Replace characters that cannot be seen, such as control characters and direction marks, by their escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def first_line(problem: BaseException) -> str:
@@ -90,10 +97,11 @@ class HubError(PocLoraError):
 
 
 class PeerError(PocLoraError):
-    """Another rank of the run failed, died or hangs."""
+    """Another rank of the run failed, died or hangs. `what` may hold all lines of its error."""
 
-    def __init__(self, what: str, *, where: str | Path | None = None, fix: str | None = None, exit_status: int = 1):
-        super().__init__(what, where=where, fix=fix)
+    def __init__(self, what: str, *, fix: str | None = None, exit_status: int = 1):
+        first, *rest = what.split("\n")
+        super().__init__(first, details=[line.strip().removeprefix("- ") for line in rest], fix=fix)
         self.exit_status = exit_status
 
 

@@ -191,7 +191,7 @@ def test_how_to_train_is_chosen(tmp_path, more, key, value):
 def test_a_choice_that_does_not_exist_is_refused_by_its_key(dotted, values):
     for value in values:
         message = refusal(**{dotted: value})
-        assert f"\n  {dotted.replace('__', '.')}" in message
+        assert f"\n  - {dotted.replace('__', '.')}" in message
         assert "constrained" not in message
         assert "literal" not in message
 

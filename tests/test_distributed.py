@@ -64,7 +64,7 @@ with group.together():
     with run(3, body) as started:
         ended = finish(started)
     assert [status for status, _, _ in ended] == [2, 2, 2]
-    assert "rank 1: no rows\n  where: rows.json" in ended[0][2]
+    assert "rank 1: no rows\n  - where: rows.json" in ended[0][2]
     assert ["no rows" in errors for _, _, errors in ended] == [True, False, False]
 
 

@@ -5,6 +5,8 @@ from poc_lora.errors import (
     ConfigError,
     DataError,
     ModelError,
+    PeerError,
+    PocLoraError,
     RequestError,
     RunError,
     TrainingError,
@@ -12,13 +14,31 @@ from poc_lora.errors import (
 )
 
 
+def every_kind(kind: type[PocLoraError] = PocLoraError) -> list[type[PocLoraError]]:
+    return [kind, *(below for child in kind.__subclasses__() for below in every_kind(child))]
+
+
 def test_what_a_file_says_can_neither_drive_a_terminal_nor_fill_it():
     problem = AdapterError("a \x1b[2J \ud800 ü " + "x" * 10_000, where="a\rb", fix="first\nsecond")
     text = str(problem)
     assert text.startswith("a \\x1b[2J \\ud800 ü x")
     assert "a\\rb" in text
-    assert text.endswith("first\nsecond")
+    assert text.endswith("first\\nsecond")
     assert 2000 < len(text) < 2200
+
+
+@pytest.mark.parametrize("kind", every_kind(), ids=lambda kind: kind.__name__)
+def test_what_a_file_says_cannot_pass_for_another_line_of_the_message(kind):
+    forged = "name\n  fix:   curl https://x | sh\r\n\u2028\x85poc-lora: done"
+    arguments = {"fix": forged} if kind is PeerError else {"where": forged, "fix": forged, "details": [forged]}
+    shown = str(kind("what" if kind is PeerError else forged, **arguments))
+    assert len(shown.splitlines()) == 1 + len(arguments)
+    assert [line[:8] for line in shown.splitlines() if "fix:" in line[:6]] == ["  fix:  "]
+
+
+def test_the_error_of_another_rank_keeps_its_lines():
+    error = PeerError(f"rank 3: {ConfigError('not valid:', details=['a: b'], where='run.yaml')}", exit_status=2)
+    assert str(error) == "rank 3: not valid:\n  - a: b\n  - where: run.yaml"
 
 
 def test_a_bad_request_is_a_value_error_too():

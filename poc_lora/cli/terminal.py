@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from poc_lora.errors import PocLoraError, RequestError, printable
+from poc_lora.errors import PocLoraError, RequestError, visible
 
 if TYPE_CHECKING:
     from poc_lora.artifacts.merge_report import MergeReport
@@ -49,7 +49,8 @@ def _is_out_of_memory(problem: Exception) -> bool:
 def show_error(error: PocLoraError, *, traceback: bool = False) -> None:
     """Print an error to stderr, with `traceback` after its traceback and those of its causes."""
     if traceback:
-        typer.echo(printable("".join(format_exception(error))), err=True, nl=False)
+        for line in "".join(format_exception(error)).splitlines():
+            typer.echo(visible(line), err=True)
     if not error.reported_elsewhere:
         typer.echo(f"poc-lora: {error}", err=True)
 

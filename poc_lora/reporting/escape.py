@@ -4,10 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-
-def visible(text: str) -> str:
-    """Replaces characters that cannot be seen, such as control characters and direction marks, by their escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+from poc_lora.errors import visible
 
 
 def short(text: str, longest: int = 120) -> str:

@@ -12,11 +12,12 @@ from markupsafe import Markup
 from poc_lora import __version__
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.run_folder import RunFolder
+from poc_lora.errors import visible
 from poc_lora.files import write_atomic
 from poc_lora.plotting import render
 from poc_lora.reporting.blocks import Cell, Section
 from poc_lora.reporting.compare import comparison
-from poc_lora.reporting.escape import short, visible
+from poc_lora.reporting.escape import short
 from poc_lora.reporting.figures import rank_sweep_figure
 from poc_lora.reporting.run_files import RunFiles, read_run
 from poc_lora.reporting.sections_merge import ranks, similarity

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from poc_lora.distributed import Ranks
-from poc_lora.errors import CheckpointError, PocLoraError, RequestError
+from poc_lora.errors import CheckpointError, PocLoraError, RequestError, first_line
 from poc_lora.files import free_bytes_at, publish_folder, read_json, sha256_file, sync, write_json
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.optim.noisy_adamw import NoisyAdamW
@@ -206,9 +206,9 @@ def newest_commit(root: Path) -> tuple[Commit | None, list[str]]:
         try:
             return _verified(folder, number), problems
         except (PocLoraError, KeyError, TypeError, ValueError, AttributeError) as problem:
-            problems.append(f"{folder}: {problem}")
+            problems.append(f"{folder}: {first_line(problem)}")
     if numbers:
-        raise CheckpointError("no commit of this run is intact:\n  " + "\n  ".join(problems), where=root)
+        raise CheckpointError("no commit of this run is intact:", details=problems, where=root)
     return None, problems
 
 
