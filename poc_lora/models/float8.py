@@ -81,13 +81,13 @@ class _Float8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Float8Linear) -> Tensor:
         ctx.layer = layer
-        values, scale = _quantize(x)
+        values, scale = quantized(x)
         return matmul(values, scale, layer.weight, layer.weight_scale, x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
-        values, scale = _quantize(upstream, ctx.layer.weight_scale)
+        values, scale = quantized(upstream, ctx.layer.weight_scale)
         weight, ones = ctx.layer.for_backward()
         return matmul(values, scale, weight, ones, upstream.dtype), None
 
@@ -170,7 +170,7 @@ def require_float8(device: torch.device) -> None:
     require_compiler(device, where="model.quantization")
 
 
-def _quantize(x: Tensor, weight_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantized(x: Tensor, weight_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`quantize_rows`, as one kernel on a GPU, where its steps one by one would read and write x several times."""
     return (_compiled_quantize() if on_gpu(x) else quantize_rows)(x.contiguous(), weight_scale)
 

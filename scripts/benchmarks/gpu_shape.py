@@ -12,10 +12,11 @@ this process computed in one of the clock; the peak of allocated and of reserved
 Footprint predicts from the shape alone, which does not know of train.compile.
 """
 
+import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from transformers import (
 )
 
 from poc_lora.data.batches import PAD_MULTIPLE
+from poc_lora.models.float8 import Float8Linear, quantize_float8
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device
 from poc_lora.training.memory import Footprint, Sizes
@@ -281,6 +283,23 @@ class AtSteps(TrainerCallback):
 
 def collator(work: bench.Work) -> DataCollatorForSeq2Seq:
     return DataCollatorForSeq2Seq(work.tokenizer, pad_to_multiple_of=PAD_MULTIPLE)
+
+
+@contextlib.contextmanager
+def in_float8(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the linear layers but the head are in float8; after it in bfloat16 again, of rounded weights."""
+    device = model.device
+    quantize_float8(model, device)
+    try:
+        yield
+    finally:
+        for path, layer in list(model.named_modules()):
+            if isinstance(layer, Float8Linear):
+                linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+                weight = layer.dequantized().to(model.dtype)
+                linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, linear.eval())
 
 
 def quantize(model: PreTrainedModel) -> None:
