@@ -24,8 +24,8 @@ class Float8Linear(nn.Linear):
 
     The weights W [d_out, d_in] are stored in e4m3 with one float32 scale s for each output, `weight_scale` [d_out, 1].
     Inputs, and in the backward pass gradients, are quantised as they come, with a scale for each token, so that no row
-    depends on another. Gradients are in e4m3 too: e5m2 spends a bit on range that scales of rows give already, and
-    added nearly three times the error to the gradients of adapters.
+    depends on another. Gradients are in e4m3 too: e5m2 spends a bit on range that scales of rows give already; it
+    changed the gradients of adapters on SmolLM2-135M by 7.4 % of their norm, e4m3 by 4.1 %.
 
     For dX = dY W the scales of W belong to the dimension that is summed over, so they go into dY before it is
     quantised: dX = (dY · s^T) W8, of the very W8 of the forward pass. On a GPU both factors must be contiguous along
