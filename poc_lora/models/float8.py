@@ -172,7 +172,8 @@ def require_float8(device: torch.device) -> None:
 
 def quantized(x: Tensor, weight_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`quantize_rows`, as one kernel on a GPU, where its steps one by one would read and write x several times."""
-    return (_compiled_quantize() if on_gpu(x) else quantize_rows)(x.contiguous(), weight_scale)
+    x = x.detach().contiguous()  # else it is compiled for inputs with and without gradients
+    return (_compiled_quantize() if on_gpu(x) else quantize_rows)(x, weight_scale)
 
 
 @functools.cache
