@@ -31,15 +31,15 @@ class ModelSection(Section):
     """Branch, tag or commit of a Hub id; `null`: its default branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the base's weights. `auto`: bfloat16 on a GPU, float32 on a CPU."""
-    quantization: Literal["nf4", "int8"] | None = None
-    """Load the base in 4 or 8 bits with bitsandbytes; `dtype` is then the type to compute in."""
+    quantization: Literal["nf4", "int8", "fp8"] | None = None
+    """`nf4`, `int8`: the base in 4 or 8 bits by bitsandbytes. `fp8`: its matmuls in float8. `dtype` is for all else."""
     shard: Flag = False
     """Shard the base over the processes, which gather it layer by layer (FSDP2)."""
 
     @model_validator(mode="after")
     def _can_be_sharded(self) -> "ModelSection":
-        if self.shard and self.quantization == "int8":
-            raise ValueError("int8 weights cannot be sharded: set model.quantization to nf4 or null")
+        if self.shard and self.quantization in ("int8", "fp8"):
+            raise ValueError(f"{self.quantization} weights cannot be sharded: set model.quantization to nf4 or null")
         return self
 
 

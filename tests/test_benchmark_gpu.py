@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "benchmarks"
 
@@ -113,10 +114,27 @@ def test_one_adapter_is_trained_on_the_batches_of_all(side, monkeypatch):
     assert packed["predicted_gb"] >= 0
 
 
+def test_a_model_is_in_float8_for_a_while(monkeypatch):
+    gpu_shape = module("gpu_shape", monkeypatch)
+    shape = gpu_shape.Shape("tiny", adapters=2, batch=2, steps=1, passes=1)
+    model, before = shape.work.model, {n: p.clone() for n, p in shape.work.model.named_parameters()}
+    with gpu_shape.in_float8(model):
+        kinds = Counter(type(module).__name__ for module in model.modules())
+        found = shape.packed(quantization="fp8")
+    assert kinds["Float8Linear"] == 4 * len(model.model.layers)  # the MLP's are no multiple of 16 wide
+    assert found["loss"] > 0
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, parameter in after.items():
+        assert type(parameter) is torch.nn.Parameter
+        assert not parameter.requires_grad
+        assert (parameter - before[name]).norm() <= 0.04 * before[name].norm(), name
+
+
 @pytest.mark.slow
 def test_the_checks_of_the_program_hold_on_a_cpu(tmp_path):
     command = [sys.executable, str(FOLDER / "gpu_smoke.py"), str(tmp_path), "--only"]
-    checks = "again resumed alone merge label".split()
+    checks = "again resumed alone merge label float8".split()
     done = subprocess.run([*command, *checks], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "smoke.jsonl").read_text().splitlines()
@@ -128,6 +146,9 @@ def test_the_checks_of_the_program_hold_on_a_cpu(tmp_path):
     assert "stopped after step" in found["resumed"]["found"]["stopped"]
     assert found["alone"]["found"]["worst_distance"] < 1e-2
     assert found["merge"]["found"] == 128
+    assert found["float8"]["found"]["other rows keep their bits"]
+    assert found["float8"]["found"]["forward"] < 2**-8  # the result's rounding to bfloat16
+    assert found["float8"]["found"]["backward"] < 2**-8
 
 
 @pytest.mark.slow

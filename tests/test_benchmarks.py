@@ -72,3 +72,15 @@ def test_one_process_and_two(tmp_path):
     (ratio,) = found["ratio"]["rounds"]
     one, two = (each["median"] for each in found["tokens_per_s"].values())
     assert ratio == pytest.approx(two / one, rel=0.01)
+
+
+@pytest.mark.slow
+def test_what_a_float8_base_changes(tmp_path):
+    out = tmp_path / "quantization.json"
+    run("quantization.py", MODEL_DIR, "--rows", 4, "--steps", 2, "--out", out, "adapters.count=2")
+    found = json.loads(out.read_text())["kinds"]
+    assert found["float32"]["kl"] == found["float32"]["gradient_distance"] == 0
+    bfloat16, fp8 = found["bfloat16"], found["fp8"]
+    assert 0 < bfloat16["kl"] < fp8["kl"]
+    assert fp8["gradient_cosine"] < bfloat16["gradient_cosine"] < 1
+    assert [len(kind["training"]) for kind in (bfloat16, fp8)] == [2, 2]

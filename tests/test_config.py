@@ -156,6 +156,7 @@ def test_dropout_lies_between_zero_and_one(value):
         ("", "model.quantization", None),
         ("model: {name: base, quantization: nf4}", "model.quantization", "nf4"),
         ("model: {name: base, quantization: int8}", "model.quantization", "int8"),
+        ("model: {name: base, quantization: fp8}", "model.quantization", "fp8"),
         ("", "adapters.per_device", "auto"),
         ("adapters: {per_device: 3}", "adapters.per_device", 3),
         ("", "train.gradient_checkpointing", "auto"),
@@ -304,3 +305,8 @@ def test_the_schema_has_no_place_for_a_secret():
 def test_every_field_is_a_known_key():
     assert {"model", "model.name", "optim.temperature", "output"} <= set(all_keys(RunConfig))
     assert {key.split(".")[0] for key in all_keys(RunConfig)} == set(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_weights_that_cannot_be_sharded_are_refused(kind):
+    assert f"{kind} weights cannot be sharded" in refusal(model__quantization=kind, model__shard=True)

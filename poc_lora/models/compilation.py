@@ -61,15 +61,15 @@ def is_gated_mlp(module: Any) -> bool:
     return known and not list(module.act_fn.parameters())
 
 
-def require_compiler(device: torch.device) -> None:
-    """Raises ConfigError if torch.compile does not work on `device`."""
+def require_compiler(device: torch.device, *, where: str = "train.compile") -> None:
+    """Raises ConfigError, which names the key `where`, if torch.compile does not work on `device`."""
     try:
         _compile(lambda x: x * 2 + 1)(torch.ones(4, device=device))
     except Exception as problem:  # inductor raises many kinds
         raise ConfigError(
             f"torch.compile does not work here: {first_line(problem)}",
-            where="train.compile",
-            fix="install a C++ compiler such as g++ (on a GPU, triton too), or set it to false",
+            where=where,
+            fix="install a C++ compiler such as g++ (on a GPU, triton too), or leave that key out",
         ) from problem
 
 

@@ -22,7 +22,9 @@ from transformers.utils.logging import disable_progress_bar
 from poc_lora.envvars import flag, one_of, whole_number
 from poc_lora.errors import ConfigError, ModelError, first_line
 from poc_lora.hub_ids import is_base_model_id
+from poc_lora.models.float8 import quantize_float8, require_float8
 
+BITSANDBYTES = ("nf4", "int8")  # the quantisations that it does
 MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # accelerate's names
 
 
@@ -53,14 +55,18 @@ def load_base(
         name: A folder or a Hub id.
         revision: The branch, tag or commit on the Hub.
         dtype: A torch dtype's name, or `auto`; see `resolve_dtype`.
-        quantization: None, or bitsandbytes' `nf4` or `int8` for linear layers but the head, computing in `dtype`.
+        quantization: None, or for linear layers but the head bitsandbytes' `nf4` or `int8`, computing in `dtype`, or
+            `fp8`; see `Float8Linear`.
         device: The device to load to; default: `default_device()`.
         floats_only: Store 4-bit weights in tensors of `dtype`, since FSDP shards only floating-point tensors.
 
     Raises:
         ModelError: The model cannot be loaded, or lacks weights.
+        ConfigError: The device cannot multiply in float8.
     """
     device = device or default_device()
+    require_quantization(quantization, device)
+    packed = quantization in BITSANDBYTES  # while it is read, and straight to the device
     name = _expand(name)
     tokenizer = load_tokenizer(name, revision=revision)
     if not sys.stderr.isatty():
@@ -71,7 +77,7 @@ def load_base(
             revision=revision,
             dtype=getattr(torch, resolve_dtype(dtype, device)),
             quantization_config=_quantization(quantization, resolve_dtype(dtype, device), floats_only=floats_only),
-            device_map={"": device} if quantization else None,
+            device_map={"": device} if packed else None,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -83,7 +89,9 @@ def load_base(
         raise _cannot_load(name, ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}"))
     model.requires_grad_(False)
     keep_differentiable(model)
-    return (model if quantization else model.to(device)).eval(), tokenizer
+    if quantization == "fp8":
+        quantize_float8(model, device)
+    return (model if packed else model.to(device)).eval(), tokenizer
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:
@@ -105,9 +113,8 @@ def require_gradients(dtype: str) -> None:
 
 
 def _quantization(kind: str | None, dtype: str, *, floats_only: bool) -> BitsAndBytesConfig | None:
-    if kind is None:
+    if kind not in BITSANDBYTES:
         return None
-    require_quantization(kind)
     if kind == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -120,9 +127,13 @@ def _quantization(kind: str | None, dtype: str, *, floats_only: bool) -> BitsAnd
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 
 
-def require_quantization(kind: str | None) -> None:
-    """Raises ModelError if the quantisation needs bitsandbytes and it is not installed."""
-    if kind is not None and importlib.util.find_spec("bitsandbytes") is None:
+def require_quantization(kind: str | None, device: torch.device) -> None:
+    """Raises ModelError if bitsandbytes is needed and not installed, ConfigError if `device` has no float8."""
+    if kind == "fp8":
+        require_float8(device)
+    if kind not in BITSANDBYTES:
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             f"quantization '{kind}' needs bitsandbytes", where="model.quantization", fix="pip install 'poc-lora[bnb]'"
         )

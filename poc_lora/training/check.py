@@ -47,7 +47,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     in_use = RunFolder(folder).is_run
     run = find_run(config, resume=in_use)
     require_trackers(config)
-    require_quantization(config.model.quantization)
+    require_quantization(config.model.quantization, device)
     require_gradients(resolve_dtype(config.model.dtype, device))
     if config.train.compile:
         require_compiler(device)

@@ -28,6 +28,7 @@ from poc_lora.data.batches import MicroBatch
 from poc_lora.devices import by_device
 from poc_lora.envvars import whole_number
 from poc_lora.lora.bank import AdapterBank
+from poc_lora.models.float8 import float8_bytes, float8_layers
 from poc_lora.models.forward import has_plain_head
 from poc_lora.models.load import empty_base, resolve_dtype
 from poc_lora.models.recomputation import gradient_checkpointing
@@ -82,7 +83,7 @@ class Footprint:
             self.vocabulary: int = head.out_features
             self.plain_head = has_plain_head(model)
             self.can_recompute = any(isinstance(m, GradientCheckpointingLayer) for m in model.modules())
-            self.weights, self.largest = _weight_bytes(model, section.quantization)
+            self.weights, self.largest = _weight_bytes(model, section.quantization, device)
             if section.shard and ranks > 1:
                 self.weights = self.weights // ranks + _gathered_bytes(model, self.weights)
             bank = AdapterBank.blank(model, targets=config.lora.targets, rank=config.lora.rank, adapters=[0])
@@ -263,7 +264,9 @@ def _most_bytes(config: RunConfig, model: PreTrainedModel, sizes: Sizes, longest
     text = model.config.get_text_config()
     attention = longest * getattr(text, "num_hidden_layers", 1) * getattr(text, "num_attention_heads", 1)
     bank = (7 * sizes.per_device + 1) * config.lora.rank * width
-    weights = sum(p.nbytes for p in model.parameters()) + max(4 * m.in_features * m.out_features for m in linears)
+    copies = 2 if config.model.quantization == "fp8" else 1  # a second one for the backward pass
+    weights = copies * sum(p.nbytes for p in model.parameters())
+    weights += max(4 * m.in_features * m.out_features for m in linears)
     return weights + 4 * (bank + 4 * tokens * (width + attention))
 
 
@@ -287,9 +290,14 @@ def _shapes_only() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = look
 
 
-def _weight_bytes(model: PreTrainedModel, quantization: str | None) -> tuple[int, int]:
+def _weight_bytes(model: PreTrainedModel, quantization: str | None, device: torch.device) -> tuple[int, int]:
     """Bytes of the base's weights, and of the largest one as it is unpacked for a matmul."""
     head = model.get_output_embeddings()
+    if quantization == "fp8":
+        layers = list(float8_layers(model).values())
+        rest = sum(p.nbytes for p in model.parameters()) - sum(m.weight.nbytes for m in layers)
+        largest = max(4 * m.weight.numel() for m in layers) if device.type == "cpu" else 0
+        return rest + sum(float8_bytes(m, device) for m in layers), largest
     packed = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head] if quantization else []
     ids = {id(p) for p in packed}
     plain = sum(p.nbytes for p in model.parameters() if id(p) not in ids)

@@ -137,7 +137,7 @@ def _sharded(config: RunConfig, ranks: Ranks) -> bool:
 def _load_model(config: RunConfig, dtype: str, device: torch.device, ranks: Ranks) -> PreTrainedModel:
     """Load the base model; of one that is to be sharded, rank 0 loads the weights and the others the shapes."""
     section, sharded = config.model, _sharded(config, ranks)
-    require_quantization(section.quantization)
+    require_quantization(section.quantization, device)
     if sharded and ranks.rank:
         return empty_base(section.name, revision=section.revision, dtype=dtype)
     model, _ = load_base(

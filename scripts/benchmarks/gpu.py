@@ -25,6 +25,7 @@ trainer, loop      the same rows by transformers.Trainer over PEFT, or a bare lo
 compiled_*         packed with train.compile
 cudnn_4096         packed with cuDNN's attention, which the library itself leaves out
 checkpointed_16384, trainer_checkpointed    both with gradient checkpointing
+fp8_4096, compiled_fp8_8192    packed with the base's matmuls in float8
 nf4_4096           packed on the same model in 4 bits
 profile_*          kernels by the time they take in one step of packed, or in training on its rows
 smoke              the program's commands on the embedded model: see gpu_smoke.py
@@ -135,12 +136,16 @@ def smoke(out: Path, seconds: float) -> Facts:
 
 def measure_shape(stages: Stages, name: str, out: Path, folder: Path) -> None:
     """The stages on a random model of shape `name`, and smoke among them, which is worth more than the later ones."""
-    from gpu_shape import Shape, quantize
+    from gpu_shape import Shape, in_float8, quantize
 
     shape = Once(lambda: Shape(name))
 
     def on_shape(stage: str, seconds: float, work: "Callable[[Shape], Facts]") -> None:
         stages.run(stage, seconds, lambda: work(shape()))
+
+    def fp8(shape: "Shape", **how: Any) -> Facts:
+        with in_float8(shape.work.model):
+            return shape.packed(quantization="fp8", **how)
 
     def nf4(shape: "Shape") -> Facts:
         quantize(shape.work.model)
@@ -155,6 +160,9 @@ def measure_shape(stages: Stages, name: str, out: Path, folder: Path) -> None:
     stages.run("smoke", 70, lambda: smoke(out, min(150.0, stages.left() - 5)))
     on_shape("profile_compiled", 20, lambda s: s.packed(compile=True, profile=out / "profile_compiled.txt"))
     on_shape("profile_trainer", 20, lambda s: s.alone("trainer", profile=out / "profile_trainer.txt"))
+    on_shape("fp8_4096", 25, fp8)
+    on_shape("compiled_fp8_8192", 30, lambda s: fp8(s, tokens=8192, compile=True))
+    on_shape("profile_fp8", 20, lambda s: fp8(s, tokens=8192, compile=True, profile=out / "profile_fp8.txt"))
     on_shape("packed_8192", 25, lambda s: s.packed(tokens=8192))
     on_shape("compiled_8192", 25, lambda s: s.packed(tokens=8192, compile=True))
     on_shape("cudnn_4096", 40, lambda s: s.packed(cudnn=True))

@@ -10,11 +10,12 @@ that threads of this process computed in one of the clock; the peak of allocated
 the memory that Footprint predicts from the shape, and how often a step waits for the GPU.
 """
 
+import contextlib
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from torch.profiler import profile as Profiler
 from transformers import PreTrainedModel
 
 from poc_lora.data.batches import BatchOrder
+from poc_lora.models.float8 import Float8Linear, quantize_float8
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device
 from poc_lora.training.memory import Footprint, Sizes
@@ -231,6 +233,23 @@ class Measured:
                 "gpu_busy_s": round(sum(row.self_device_time_total for row in kernels) / 1e6, 3),
                 "top_ms": {row.key[:70]: round(row.self_device_time_total / 1e3, 1) for row in kernels[:15]},
             }
+
+
+@contextlib.contextmanager
+def in_float8(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the linear layers but the head are in float8; after it in bfloat16 again, of rounded weights."""
+    device = model.device
+    quantize_float8(model, device)
+    try:
+        yield
+    finally:
+        for path, layer in list(model.named_modules()):
+            if isinstance(layer, Float8Linear):
+                linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+                weight = layer.dequantized().to(model.dtype)
+                linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, linear.eval())
 
 
 def quantize(model: PreTrainedModel) -> None:

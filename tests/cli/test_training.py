@@ -33,7 +33,7 @@ def test_check_prints_what_a_run_will_do(poc_lora, config):
         ("optim.temprature=1", "optim.temprature: no such key; did you mean 'optim.temperature'?"),
         ("optim.lr", "fix:   for example optim.lr=1e-4"),
         ("optim.lr=-1", "optim.lr: "),
-        ("model.quantization=int4", "model.quantization: Input should be 'nf4' or 'int8' (got 'int4')"),
+        ("model.quantization=int4", "model.quantization: Input should be 'nf4', 'int8' or 'fp8' (got 'int4')"),
         ("train.gradient_checkpointing=1", "train.gradient_checkpointing: "),
         ("track=[tensorbord]", "track.0: "),
         ("trian.compile=true", "trian: no such key; did you mean 'train'?"),

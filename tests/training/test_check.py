@@ -31,7 +31,7 @@ def no_weights(tiny_model_dir, tmp_path):
     return str(folder)
 
 
-@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8", "fp8"])
 def test_every_line_is_given_without_weights(settings, no_weights, monkeypatch, quantization):
     monkeypatch.setattr(plan, "free_bytes", lambda device: 2 * 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
@@ -42,7 +42,9 @@ def test_every_line_is_given_without_weights(settings, no_weights, monkeypatch, 
     vocabulary = len(load_tokenizer(no_weights))
     linears = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     others = 2 * vocabulary * 32 + 5 * 32  # embedding, head and norms
-    weights = {None: 4 * linears, "nf4": round(linears * (0.5 + 1 / 64)), "int8": linears}[quantization] + 4 * others
+    scales = 2 * 4 * (2 * 32 + 2 * 16 + 2 * 48 + 32)
+    quantized = {"nf4": round(linears * (0.5 + 1 / 64)), "int8": linears, "fp8": linears + scales}
+    weights = quantized.get(quantization, 4 * linears) + 4 * others
     on_disk = 4 * PARAMETERS * (3 * 3 * 3 + 3)  # three commits of weights and two moments, of three adapters; these
     fixed = {
         "base parameters": linears + others,

@@ -19,6 +19,7 @@ from transformers import (
 from poc_lora.data.batches import MicroBatch
 from poc_lora.errors import ModelError
 from poc_lora.lora.bank import AdapterBank
+from poc_lora.models.float8 import Float8Linear
 from poc_lora.models.forward import has_plain_head
 from poc_lora.models.load import load_base, load_tokenizer
 from poc_lora.models.recomputation import gradient_checkpointing
@@ -211,6 +212,27 @@ def test_a_quantised_base_takes_what_bitsandbytes_makes_of_it(base, tiny_model_d
     assert footprint.weights < 0.5 * Footprint(base("llama"), CPU, longest=T).weights
     assert footprint.largest == 96 * 64 * 4  # the largest layer is unpacked into float32 for its matmul
     assert _most_bytes(run, model, Sizes(512, M, False), T) > footprint.memory(Sizes(512, M, False)).total
+
+
+def test_a_float8_base_takes_a_byte_a_weight_and_on_a_gpu_a_second_one_for_the_backward_pass(base, tiny_model_dir):
+    run = base("llama", model__quantization="fp8")
+    make("llama").save_pretrained(run.model.name)
+    load_tokenizer(str(tiny_model_dir)).save_pretrained(run.model.name)
+    model, _ = load_base(run.model.name, quantization="fp8")
+    stored = sum(p.nbytes for p in (*model.parameters(), *model.buffers())) - sum(
+        b.nbytes for n, b in model.named_buffers() if "rotary" in n
+    )
+    assert Footprint(run, CPU, longest=T).weights == stored
+    assert Footprint(run, CPU, longest=T).largest == 96 * 64 * 4
+    for module in model.modules():
+        if isinstance(module, Float8Linear):
+            module.for_backward()
+            module.transposed = module.transposed.contiguous()
+    held = sum(t.nbytes for m in model.modules() if isinstance(m, Float8Linear) for t in (m.transposed, m.ones))
+    gpu = Footprint(base("llama", model__quantization="fp8", model__dtype="float32"), torch.device("cuda"), longest=T)
+    assert gpu.weights == stored + held
+    assert gpu.largest == 0
+    assert _most_bytes(run, model, Sizes(512, M, False), T) > gpu.memory(Sizes(512, M, False)).total
 
 
 @pytest.fixture
