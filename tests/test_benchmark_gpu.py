@@ -116,7 +116,7 @@ def test_one_adapter_is_trained_on_the_batches_of_all(side, monkeypatch):
 
 def test_a_model_is_in_float8_for_a_while(monkeypatch):
     gpu_shape = module("gpu_shape", monkeypatch)
-    shape = gpu_shape.Shape("tiny", adapters=2, batch=2, steps=1, passes=1)
+    shape = gpu_shape.Shape("tiny", adapters=2, batch=2, steps=1)
     model, before = shape.work.model, {n: p.clone() for n, p in shape.work.model.named_parameters()}
     with gpu_shape.in_float8(model):
         kinds = Counter(type(module).__name__ for module in model.modules())

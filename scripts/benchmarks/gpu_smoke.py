@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train import synchronise
+from sides import synchronise
 
 from poc_lora import evaluate, load_config, merge_folders, read_adapter, train
 from poc_lora.adapters.adapter import WEIGHTS_NAME
