@@ -94,7 +94,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> Non
     """Add alpha · left right to `total`, float32, batch by batch. On a GPU a low-precision product is not rounded."""
     if left.dtype == total.dtype:
         total.baddbmm_(left, right, alpha=alpha)
-    elif total.is_cuda:
+    elif total.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         torch.baddbmm(total, left, right, alpha=alpha, out_dtype=total.dtype, out=total)
     else:
         total.add_(torch.bmm(left, right), alpha=alpha)
