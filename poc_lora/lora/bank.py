@@ -154,6 +154,9 @@ class AdapterBank:
             model.register_forward_pre_hook(self._count_rows, with_kwargs=True),
             model.register_forward_hook(self._forget_rows, always_call=True),
         ]
+        for path in sorted({path.rpartition(".")[0] for path in linears}):  # the modules whose layers share an input
+            parent = model.get_submodule(path)
+            self._hooks.append(parent.register_forward_hook(self._forget_shared_input, always_call=True))
         if trainable:
             self.zero_grad()
 
@@ -171,6 +174,9 @@ class AdapterBank:
     def _forget_rows(self, *_: Any) -> None:
         """Layers recomputed in the backward pass may belong to an earlier call, with another number of rows."""
         self.state.rows = None
+
+    def _forget_shared_input(self, *_: Any) -> None:
+        self.state.shared.forget()
 
     @property
     def size(self) -> int:

@@ -1,6 +1,5 @@
 """The module that a bank puts in place of a target: a frozen linear layer with the updates of M adapters."""
 
-import contextlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from poc_lora import rng
 from poc_lora.errors import ModelError
+from poc_lora.lora.shared_input import PackedLinear, SharedInput, add_product, autocast_enabled, without_autocast
 
 
 @dataclass
@@ -25,6 +25,7 @@ class ForwardState:
     members: list[int] = field(default_factory=list)
     dropout_keys: Tensor | None = None  # int64 [rows], set before a training pass
     rows: int | None = None  # rows of the model's input, during a call
+    shared: SharedInput = field(default_factory=SharedInput)
 
 
 @dataclass
@@ -66,24 +67,12 @@ class _PackedUpdate(torch.autograd.Function):
         x, u, A, B = ctx.saved_tensors
         grad_A, grad_B = ctx.grads
         packed, dy = x.view(len(A), -1, x.shape[-1]), upstream.reshape(len(A), -1, upstream.shape[-1])
-        with _without_autocast(x.device):  # backward() may be called within it
+        with without_autocast(x.device):  # backward() may be called within it
             du = torch.bmm(dy, B.transpose(1, 2)).mul_(ctx.scale)
-            if dy.dtype == grad_A.dtype:
-                grad_A.baddbmm_(du.transpose(1, 2), packed)
-                grad_B.baddbmm_(u.transpose(1, 2), dy, alpha=ctx.scale)
-            else:
-                grad_A.add_(torch.bmm(du.transpose(1, 2), packed))
-                grad_B.add_(torch.bmm(u.transpose(1, 2), dy), alpha=ctx.scale)
+            add_product(grad_A, du.transpose(1, 2), packed, 1.0)
+            add_product(grad_B, u.transpose(1, 2), dy, ctx.scale)
             dx = torch.bmm(du, A).view(x.shape) if ctx.needs_input_grad[1] else None
         return upstream if ctx.needs_input_grad[0] else None, dx, None, None, None, None, None
-
-
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Disable autocast, which changes the dtype of matmuls but not of in-place ones; dtypes are explicit here."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
 
 
 class BankLinear(nn.Module):
@@ -119,9 +108,11 @@ class BankLinear(nn.Module):
         if mode == "base":
             y = self.base(x)
             return y
+        if mode == "packed" and self._is_plain(x):
+            return self._plain_forward(x)
         # Two dimensions: for three, bitsandbytes' int8 layers return a view, to which autograd forbids adding in place.
         y = self.base(x.reshape(-1, x.shape[-1]))
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             if mode == "packed":
                 self._check_rows(x, len(factors.A))
                 dropped = self._drop(x).to(y.dtype).contiguous()
@@ -135,6 +126,35 @@ class BankLinear(nn.Module):
                 hidden_Nr = x.reshape(-1, x.shape[-1]).to(y.dtype) @ A.T
                 y.addmm_(hidden_Nr, B, alpha=factors.scale / max(1, len(slots)))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether `PackedLinear` computes what the steps below it would: not with quantized layers, hooks or casts."""
+        base = self.base
+        return (
+            type(base) is nn.Linear
+            and x.requires_grad
+            and x.dtype == base.weight.dtype
+            and not any(parameter.requires_grad for parameter in base.parameters())
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+            and not (self.dropout and self.training)
+            and not autocast_enabled(x.device)
+        )
+
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        factors, shared = self.factors, self.state.shared
+        self._check_rows(x, len(factors.A))
+        y, link = PackedLinear.apply(  # type: ignore[no-untyped-call]
+            shared.link(x),
+            self.base.weight,
+            self.base.bias,
+            factors.A,
+            factors.B,
+            factors.grad_A,
+            factors.grad_B,
+            factors.scale,
+        )
+        shared.keep(x, link)
+        return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
     def _check_rows(self, x: Tensor, M: int) -> None:
         rows = self.state.rows or M

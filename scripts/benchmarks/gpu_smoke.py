@@ -11,6 +11,7 @@ again      the same once more: all bits agree
 resumed    interrupted by SIGINT after the first commit, then resumed: all bits agree
 alone      adapter 0 without the others: close
 cpu        8 steps without noise in float32 on the GPU and on the CPU: close
+layers     gradients of layers that share an input, in bfloat16 and in float64: close
 merge      the exact average; its rank is the sum of theirs
 label, generate    the first questions by each protocol
 float8     a float8 layer: how far it is from its reference in float32, forwards and backwards, relative to the norm;
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 from sides import synchronise
 
-from poc_lora import evaluate, load_config, merge_folders, read_adapter, train
+from poc_lora import AdapterBank, evaluate, load_config, merge_folders, read_adapter, train
 from poc_lora.adapters.adapter import WEIGHTS_NAME
 from poc_lora.errors import Interrupted
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
@@ -90,6 +91,12 @@ class Checks:
         self._train("on_gpu", *PLAIN)
         self._train("on_cpu", *PLAIN, device=torch.device("cpu"))
         return self._apart("on_gpu", "on_cpu")
+
+    def layers(self) -> Any:
+        x, factors = three_layers(torch.bfloat16)
+        exact_x, exact_factors = three_layers(torch.float64)
+        pairs = {"x": (x, exact_x), "factors": (factors, exact_factors)}
+        return {name: float((found - exact).norm() / exact.norm()) for name, (found, exact) in pairs.items()}
 
     def merge(self) -> Any:
         return merge_folders([self.folder / "first"], self.folder / "first" / "merged").rank
@@ -174,6 +181,31 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
         call()
     synchronise(device)
     return (time.perf_counter() - began) / 10
+
+
+class OneInput(torch.nn.ModuleList):
+    """Layers that all take the module's input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self], dim=-1)
+
+
+def three_layers(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the gradients of an input and of 4 adapters of 3 layers, float64, with matmuls in `dtype` on the GPU."""
+    draws = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draws).to("cuda", torch.bfloat16).to(dtype)  # the same values in any dtype
+
+    linears = [torch.nn.Linear(256, width, bias=False) for width in (256, 128, 64)]
+    model = OneInput(linears).requires_grad_(False).to("cuda", dtype)
+    for linear in linears:
+        linear.weight.copy_(drawn(linear.out_features, 256) / 16)
+    bank = AdapterBank(model, targets=["0", "1", "2"], rank=16, alpha=32, adapters=range(4))
+    bank.weights.copy_(drawn(*bank.weights.shape) / 8)
+    x = drawn(8, 32, 256).requires_grad_()
+    (of_x,) = torch.autograd.grad(model(x), x, drawn(8, 32, 448))
+    return of_x.double(), bank.gradients.double()
 
 
 def averages(results: Any) -> dict[str, float]:

@@ -1,0 +1,110 @@
+"""A packed linear layer as one autograd function, which sums the gradients of an input that several layers share.
+
+q_proj, k_proj and v_proj read one tensor, and so do gate_proj and up_proj. Autograd would compute a gradient of it in
+each and add them afterwards, each time reading and writing tensors as large as the input. Here the layers form a chain
+instead: each returns, besides its output, a link that stands for the input in the next one. So the backward pass hands
+the gradient from layer to layer, and each adds its part within its own matmuls.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class SharedInput:
+    """The last input of a bank's layers and the link that stands for it in the next layer.
+
+    An input is known by its identity, so which layers share one, in what order and how often, needs no names. It cannot
+    have changed in between: the layers save it for the backward pass, which autograd then refuses.
+    """
+
+    def __init__(self) -> None:
+        self._input: Tensor | None = None
+        self._link: Tensor | None = None
+
+    def link(self, x: Tensor) -> Tensor:
+        """Returns the link for `x` if it was the last input, otherwise `x`."""
+        return self._link if x is self._input and self._link is not None else x
+
+    def keep(self, x: Tensor, link: Tensor) -> None:
+        """Let `link` stand for `x` in the next layer."""
+        self._input, self._link = x, link
+
+    def forget(self) -> None:
+        """Drop the input, so that its memory and its graph live no longer than without sharing."""
+        self._input = self._link = None
+
+
+class PackedLinear(torch.autograd.Function):
+    """y = x W^T + bias + scale · (x A^T) B for M adapters at once, and a link that stands for x in the next layer.
+
+    x [rows, ..., d_in], W [d_out, d_in], bias [d_out] or None, A [M, r, d_in], B [M, r, d_out], y [n, d_out] with one
+    row for each of x. With u = x A^T and the gradient dy: dB = scale · u^T dy, du = dy B^T, dA = scale · du^T x,
+    dx = the link's gradient + dy W + scale · du A. dA and dB are added to `grad_A` and `grad_B`, as in the update
+    alone. x and W have the same dtype; all but the accumulated gradients is computed in it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        grad_A: Tensor,
+        grad_B: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        M, d_in = len(A), x.shape[-1]
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        y = F.linear(x.reshape(-1, d_in), weight, bias)
+        u = torch.bmm(x.reshape(M, -1, d_in), A.transpose(1, 2))
+        y.view(M, -1, y.shape[-1]).baddbmm_(u, B, alpha=scale)
+        ctx.save_for_backward(x, u, A, B, weight)
+        ctx.grads, ctx.scale = (grad_A, grad_B), scale
+        ctx.set_materialize_grads(False)  # the last link of a chain has no gradient
+        return y, x.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dlink: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dlink, *[None] * 7
+        x, u, A, B, weight = ctx.saved_tensors
+        grad_A, grad_B = ctx.grads
+        M, d_in, d_out = len(A), x.shape[-1], dy.shape[-1]
+        dy_packed = dy.reshape(M, -1, d_out)
+        dy = dy_packed.view(-1, d_out)
+        with without_autocast(x.device):  # backward() may be called within it
+            # In place, as the link and so its gradient are known to the next layer of the chain alone.
+            dx = dy @ weight if dlink is None else dlink.view(-1, d_in).addmm_(dy, weight)
+            du = torch.bmm(dy_packed, B.transpose(1, 2))
+            dx.view(M, -1, d_in).baddbmm_(du, A, alpha=ctx.scale)
+            add_product(grad_A, du.transpose(1, 2), x.reshape(M, -1, d_in), ctx.scale)
+            add_product(grad_B, u.transpose(1, 2), dy_packed, ctx.scale)
+        return dx.view(x.shape), *[None] * 7
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """Add alpha · left right to `total`, float32, batch by batch. On a GPU a low-precision product is not rounded."""
+    if left.dtype == total.dtype:
+        total.baddbmm_(left, right, alpha=alpha)
+    elif total.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        torch.baddbmm(total, left, right, alpha=alpha, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.bmm(left, right), alpha=alpha)
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether torch.autocast is on for a device."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Disable autocast, which changes the dtype of matmuls but not of in-place ones; dtypes are explicit here."""
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else contextlib.nullcontext()
