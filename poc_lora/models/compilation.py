@@ -1,16 +1,19 @@
 """Compile the memory-bound parts of a base model with torch.compile, for the length of a block."""
 
 import contextlib
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from poc_lora.errors import ConfigError, first_line
+from poc_lora.fusion import compiled as _compile
+from poc_lora.fusion import fusing
 
 ROTARY = "apply_rotary_pos_emb"  # transformers' name for it in every family that has it
 
@@ -27,13 +30,15 @@ def compiled_parts(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, run the model's norms, rotary embedding and gated activations as one compiled kernel each.
 
     These parts are memory-bound, so compilation pays: each reads and writes its tensors once. They compile in seconds,
-    where a whole decoder takes minutes. Matmuls, the bank's modules and MLPs not in `GATED_MLPS` run as they are.
+    where a whole decoder takes minutes. Matmuls and MLPs not in `GATED_MLPS` run as they are. Functions of this library
+    marked `fusable` (dropout, cross-entropy) are compiled too.
 
     Raises:
         ConfigError: torch.compile does not work here.
     """
     require_compiler(model.device)
     with contextlib.ExitStack() as undo:
+        undo.enter_context(fusing())
         # One compiled function for all layers of a kind: torch.compile gives up on a function recompiled too often.
         compiled: dict[Any, Callable[..., Any]] = {}
         module: Any
@@ -61,20 +66,42 @@ def is_gated_mlp(module: Any) -> bool:
     return known and not list(module.act_fn.parameters())
 
 
-def require_compiler(device: torch.device) -> None:
-    """Raises ConfigError if torch.compile does not work on `device`."""
+def compiles(setting: bool | Literal["auto"], device: torch.device) -> bool:
+    """What `train.compile` comes to on `device`: `auto` is true on a GPU for which torch.compile works.
+
+    Raises:
+        ConfigError: It is true, and torch.compile does not work.
+    """
+    if setting == "auto":
+        return device.type == "cuda" and not why_not_compiled(setting, device)
+    if setting:
+        require_compiler(device)
+    return setting
+
+
+def why_not_compiled(setting: bool | Literal["auto"], device: torch.device) -> str:
+    """Why `auto` comes to false on a GPU, in a line; empty where it does not, and for other settings and devices."""
+    return compiler_problem(device) if setting == "auto" and device.type == "cuda" else ""
+
+
+@functools.cache
+def compiler_problem(device: torch.device) -> str:
+    """Why torch.compile does not work on `device`, in a line; empty if it works."""
     try:
         _compile(lambda x: x * 2 + 1)(torch.ones(4, device=device))
     except Exception as problem:  # inductor raises many kinds
+        return first_line(problem)
+    return ""
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raises ConfigError if torch.compile does not work on `device`."""
+    if problem := compiler_problem(device):
         raise ConfigError(
-            f"torch.compile does not work here: {first_line(problem)}",
+            f"torch.compile does not work here: {problem}",
             where="train.compile",
             fix="install a C++ compiler such as g++ (on a GPU, triton too), or set it to false",
-        ) from problem
-
-
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+        )
 
 
 def _gated(act_fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -9,13 +9,15 @@ is the library.
 Per side: tokens_per_s without padding, computed_per_s with it; tflops, of 4 operations per weight of the base and token
 that is not padding, so that what checkpointing computes again does not count; host_share, the seconds that threads of
 this process computed in one of the clock; the peak of allocated and of reserved memory. Of packed also the memory that
-Footprint predicts from the shape alone, which does not know of train.compile.
+Footprint predicts from the shape alone.
 """
 
+import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.models.llama import modeling_llama
 
 from poc_lora.data.batches import PAD_MULTIPLE
+from poc_lora.fusion import fusing
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device
 from poc_lora.training.memory import Footprint, Sizes
@@ -68,7 +72,7 @@ class Shape:
         bench.synchronise(device)
         model: Any = self.work.model
         self._folder = tempfile.TemporaryDirectory()  # for the model's config.json
-        self._footprints: dict[tuple[bool, str | None], Footprint] = {}
+        self._footprints: dict[tuple[Any, ...], Footprint] = {}
         self.parameters = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
         self.made = {
             "made_s": round(time.monotonic() - began, 1),
@@ -82,19 +86,25 @@ class Shape:
         checkpointing: bool = False,
         compile: bool = False,
         cudnn: bool = False,
+        dropout: float = 0.0,
+        liger: bool = False,
         quantization: str | None = None,
         profile: Path | None = None,
     ) -> Facts:
         """All adapters in one pack.
 
+        liger: Liger's norms, rotary embedding and gated activations in place of compiled ones; the loss is compiled.
         quantization: of the model as it is now. profile: a file for the kernels of one step, which take the place of
         the rates.
         """
-        work = self._work(checkpointing=checkpointing, compile=compile)
+        work = self._work(checkpointing=checkpointing, compile=compile, dropout=dropout)
         predicted = self._predicted(work, Sizes(tokens, len(work.adapters), checkpointing), quantization)
         steps = [0] if profile else [*range(work.steps)] * self.passes
         measured = Measured(work.model.device, profile)
-        with sdpa_kernel(CUDNN_FIRST, set_priority=True) if cudnn else without_cudnn_attention():
+        with (
+            sdpa_kernel(CUDNN_FIRST, set_priority=True) if cudnn else without_cudnn_attention(),
+            liger_parts(work.model) if liger else contextlib.nullcontext(),
+        ):
             pack = Pack(
                 work.config,
                 work.model,
@@ -141,13 +151,15 @@ class Shape:
             for adapter in work.adapters
         ]
 
-    def _work(self, *, checkpointing: bool, compile: bool = False) -> bench.Work:
-        train = self.work.config.train.model_copy(update={"compile": compile, "gradient_checkpointing": checkpointing})
-        return replace(self.work, config=self.work.config.model_copy(update={"train": train}))
+    def _work(self, *, checkpointing: bool, compile: bool = False, dropout: float = 0.0) -> bench.Work:
+        config = self.work.config
+        train = config.train.model_copy(update={"compile": compile, "gradient_checkpointing": checkpointing})
+        lora = config.lora.model_copy(update={"dropout": dropout})
+        return replace(self.work, config=config.model_copy(update={"train": train, "lora": lora}))
 
     def _predicted(self, work: bench.Work, sizes: Sizes, quantization: str | None) -> int:
         """Bytes by Footprint, which reads the shape from a folder; takes seconds, once for each way."""
-        key = (sizes.gradient_checkpointing, quantization)
+        key = (sizes.gradient_checkpointing, quantization, work.config.train.compile, work.config.lora.dropout)
         if key not in self._footprints:
             folder = self._folder.name
             work.model.config.save_pretrained(folder)
@@ -277,6 +289,27 @@ class AtSteps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.calls.get(state.global_step, lambda: None)()
+
+
+@contextlib.contextmanager
+def liger_parts(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, a Llama has Liger's RMSNorm, rotary embedding and SwiGLU, and the loss is compiled."""
+    from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb
+
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(fusing())
+        module: Any
+        for module in model.modules():
+            kind = {"LlamaRMSNorm": LigerRMSNorm, "LlamaMLP": LigerSwiGLUMLP}.get(type(module).__name__)
+            if kind:
+                for name, value in {"offset": 0.0, "casting_mode": "llama", "in_place": True, "row_mode": None}.items():
+                    setattr(module, name, value)
+                    undo.callback(delattr, module, name)
+                module.forward = types.MethodType(kind.forward, module)
+                undo.callback(delattr, module, "forward")
+        undo.callback(setattr, modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
+        modeling_llama.apply_rotary_pos_emb = liger_rotary_pos_emb
+        yield
 
 
 def collator(work: bench.Work) -> DataCollatorForSeq2Seq:
