@@ -26,37 +26,68 @@ GATED_MLPS = frozenset({
 
 
 @contextlib.contextmanager
-def compiled_parts(model: PreTrainedModel) -> Iterator[None]:
+def compiled_parts(
+    model: PreTrainedModel, compile: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+) -> Iterator[None]:
     """Within the block, run the model's norms, rotary embedding and gated activations as one compiled kernel each.
 
     These parts are memory-bound, so compilation pays: each reads and writes its tensors once. They compile in seconds,
     where a whole decoder takes minutes. Matmuls and MLPs not in `GATED_MLPS` run as they are. Functions of this library
     marked `fusable` (dropout, cross-entropy) are compiled too.
 
+    compile: Makes the kernels in place of torch.compile, such as `memory_of_kernel`; fusable functions then stay as
+        they are.
+
     Raises:
         ConfigError: torch.compile does not work here.
     """
-    require_compiler(model.device)
     with contextlib.ExitStack() as undo:
-        undo.enter_context(fusing())
+        if compile is None:
+            require_compiler(model.device)
+            undo.enter_context(fusing())
+            compile = _compile
         # One compiled function for all layers of a kind: torch.compile gives up on a function recompiled too often.
         compiled: dict[Any, Callable[..., Any]] = {}
         module: Any
         for module in model.modules():
             kind = type(module)
             if kind.__name__.endswith("Norm") and not list(module.children()):
-                forward = compiled.setdefault(kind, _compile(kind.forward))
+                forward = compiled.setdefault(kind, compile(kind.forward))
                 _patch(undo, module, types.MethodType(forward, module))
             elif is_gated_mlp(module):
                 key = kind, type(module.act_fn)
-                _patch(undo, module, _gated_forward(module, compiled.setdefault(key, _compile(_gated(module.act_fn)))))
+                _patch(undo, module, _gated_forward(module, compiled.setdefault(key, compile(_gated(module.act_fn)))))
         for name in {type(module).__module__ for module in model.modules()}:
             library = sys.modules[name]
             if hasattr(library, ROTARY):
                 original = getattr(library, ROTARY)
-                setattr(library, ROTARY, _compile(original))
+                setattr(library, ROTARY, compile(original))
                 undo.callback(setattr, library, ROTARY, original)
         yield
+
+
+def memory_of_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with what a compiled one keeps for the gradient: its inputs, from which all else is computed again.
+
+    For tensors that have shapes but no data: its gradients have no values.
+    """
+
+    def run(*args: Any, **named: Any) -> Any:
+        return _Kernel.apply(functools.partial(function, **named), *args)  # type: ignore[no-untyped-call]
+
+    return run
+
+
+class _Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in args))
+        return function(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        return None, *(torch.empty_like(x) if wanted else None for x, wanted in needed)
 
 
 def is_gated_mlp(module: Any) -> bool:

@@ -68,6 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 losses[part] = torch.nn.functional.cross_entropy(logits.float(), target[part], reduction="none")
                 continue
             if is_fusing():
+                torch._dynamo.mark_static(logits, 1)  # V known: one pass for maximum and sum, wide reads
                 losses[part], residual = fused_residual_(logits, target[part]), logits
             else:
                 losses[part], residual = plain_residual(logits, target[part])
