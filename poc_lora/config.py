@@ -118,8 +118,8 @@ class TrainSection(Section):
     """Tokens per micro-batch over all adapters, padding counted. `auto`: by the device and its memory."""
     gradient_checkpointing: Literal["auto"] | Flag = "auto"
     """Recompute activations to save memory. `auto`: where they would not fit."""
-    compile: Flag = False
-    """Compile the base's elementwise parts with torch.compile."""
+    compile: Literal["auto"] | Flag = "auto"
+    """Compile elementwise work with torch.compile. `auto`: on a GPU where that works."""
     validate_every: Positive | None = None
     """Validate every so many optimizer steps; `null`: at the end only."""
 

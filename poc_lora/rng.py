@@ -57,28 +57,38 @@ def permutation(n: int, stream_key: int) -> list[int]:
     return torch.randperm(n, generator=generator(stream_key)).tolist()
 
 
-def elementwise_uniform(row_keys: Tensor, salt: int, length: int, width: int) -> Tensor:
-    """Uniform numbers [rows, length, width] whose element (i, t, k) is a function of `row_keys[i]`, `salt`, t and k.
+def salt_words(salt: int, device: torch.device | str = "cpu") -> Tensor:
+    """The low and the high half of a 64-bit key, as `elementwise_bits` takes them: int32 [2]."""
+    return torch.tensor([_signed(salt & _MASK32), _signed(salt >> 32 & _MASK32)], dtype=torch.int32, device=device)
+
+
+def elementwise_bits(row_keys: Tensor, salt: Tensor, length: int, width: int) -> Tensor:
+    """24 random bits each, int32 [rows, length, width]: element (i, t, k) is a function of `row_keys[i]`, `salt`, t, k.
 
     A counter-based draw: a row's numbers stay the same whatever the other rows, the padding, or the
     number of rows, and recomputing them (gradient checkpointing) needs no saved state. `row_keys`: int64
-    [rows]; `salt`: 64-bit key of the call site, whose `width` never changes.
+    [rows]; `salt`: `salt_words` of the call site, whose `width` never changes. In 32-bit arithmetic, which
+    wraps around: a GPU does it many times faster than 64-bit arithmetic.
     """
-    device = row_keys.device
-    position = torch.arange(length * width, device=device, dtype=torch.int64)
-    low = _mix(row_keys & _MASK32, salt & _MASK32)
-    high = _mix((row_keys >> 32) & _MASK32, (salt >> 32) & _MASK32)
-    bits = _mix32(_mix32(position + low[:, None]) ^ high[:, None])
-    return (bits >> 8).to(torch.float32).mul_(2.0**-24).view(-1, length, width)
-
-
-def _mix(values: Tensor, salt: int) -> Tensor:
-    return _mix32(values ^ salt)
+    position = torch.arange(length * width, device=row_keys.device, dtype=torch.int32)
+    low = _mix32(row_keys.to(torch.int32) ^ salt[0])
+    high = _mix32((row_keys >> 32).to(torch.int32) ^ salt[1])
+    bits = _mix32(_mix32(position + low[:, None]).bitwise_xor_(high[:, None]))
+    return _shifted(bits, 8).view(-1, length, width)
 
 
 def _mix32(x: Tensor) -> Tensor:
-    """A bijective 32-bit integer mixer (two multiply-xorshift rounds) on int64 tensors."""
-    x = x & _MASK32
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
-    return x ^ (x >> 16)
+    """A bijective 32-bit integer mixer (two multiply-xorshift rounds) on int32 tensors."""
+    x = _shifted(x, 16).bitwise_xor_(x).mul_(0x7FEB352D)
+    x = _shifted(x, 15).bitwise_xor_(x).mul_(_signed(0x846CA68B))
+    return _shifted(x, 16).bitwise_xor_(x)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """x >> by of unsigned numbers, whose bits are in an int32 tensor."""
+    return (x >> by).bitwise_and_(_MASK32 >> by)
+
+
+def _signed(word: int) -> int:
+    """The int32 with the bits of an unsigned 32-bit number."""
+    return word - (1 << 32) if word >> 31 else word

@@ -30,7 +30,7 @@ LAYERS = [
     ("mfnn",),
     ("config", "config_files", "progress", "distributed", "environment"),
     ("rng",),
-    ("files", "hub_ids", "devices", "plotting"),
+    ("files", "hub_ids", "devices", "fusion", "plotting"),
     ("envvars",),
     ("errors",),
 ]

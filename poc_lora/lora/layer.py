@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from poc_lora import rng
 from poc_lora.errors import ModelError
+from poc_lora.lora.dropout import dropout
 from poc_lora.lora.shared_input import PackedLinear, SharedInput, add_product, autocast_enabled, without_autocast
 
 
@@ -100,7 +101,7 @@ class BankLinear(nn.Module):
         self.factors = factors
         self.state = state
         self.dropout = dropout
-        self.salt = salt
+        self.salt = rng.salt_words(salt, factors.A.device)
 
     def forward(self, x: Tensor) -> Tensor:
         mode, factors = self.state.mode, self.factors
@@ -175,5 +176,4 @@ class BankLinear(nn.Module):
                 f"dropout needs inputs [rows, length, width] and a key for each row; an input is {list(x.shape)}",
                 fix="call bank.key_dropout(keys) before the forward pass; modules that flatten rows go without dropout",
             )
-        draws = rng.elementwise_uniform(keys, self.salt, x.shape[1], x.shape[2])
-        return x * (draws >= self.dropout).to(x.dtype).div_(1 - self.dropout)
+        return dropout(x, keys, self.salt, self.dropout)

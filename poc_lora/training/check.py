@@ -11,7 +11,7 @@ from poc_lora.data.batches import supervised_tokens
 from poc_lora.errors import RequestError
 from poc_lora.files import free_bytes_at
 from poc_lora.lora.bank import matching_linears
-from poc_lora.models.compilation import require_compiler
+from poc_lora.models.compilation import compiles, why_not_compiled
 from poc_lora.models.load import (
     context_length,
     default_device,
@@ -49,8 +49,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     require_trackers(config)
     require_quantization(config.model.quantization, device)
     require_gradients(resolve_dtype(config.model.dtype, device))
-    if config.train.compile:
-        require_compiler(device)
+    compiled = compiles(config.train.compile, device)
     model = empty_base(config.model.name, revision=config.model.revision)
     matching_linears(model, config.lora.targets)
     tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
@@ -96,6 +95,9 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         },
         "tokens per micro-batch": f"{sizes.tokens_per_microbatch:,}, of all its adapters, padding counted",
         "gradient checkpointing": "on" if sizes.gradient_checkpointing else "off",
+        "torch.compile": "on"
+        if compiled
+        else ": ".join(filter(None, ["off", why_not_compiled(config.train.compile, device)])),
         f"memory on {device.type}: base model": size(memory.weights),
         f"memory on {device.type}: adapters and gradients": size(memory.bank),
         f"memory on {device.type}: optimizer": size(memory.optimizer),

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from poc_lora.data.batches import MicroBatch
 from poc_lora.devices import by_device
+from poc_lora.fusion import fusable, is_fusing
 from poc_lora.models.forward import hidden_at, logits_at
 
 # Logits held at once, by kind of device. On a CPU a chunk stays in the cache; on a GPU it keeps the matmul busy.
@@ -62,18 +63,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, n, rows):
             part = slice(start, start + rows)
-            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
-            chosen = target[part, None]
-            log_normaliser = logits.logsumexp(1, keepdim=True)
-            losses[part] = (log_normaliser - logits.gather(1, chosen)).squeeze(1)
-            if gradient is not None:
-                softmax = logits.sub_(log_normaliser).exp_()
-                softmax.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=softmax.dtype))
-                if hidden.device.type == "cpu" and weight.dtype != torch.float32:
-                    # With AMX, oneDNN's bfloat16 product lets a row of NaN reach the row before it, maybe of another
-                    # adapter, unless V is a multiple of 32. The loss itself says that this adapter has diverged.
-                    softmax.masked_fill_(~losses[part, None].isfinite(), 0)
-                torch.mm(softmax.to(weight.dtype), weight, out=gradient[part])
+            logits = torch.nn.functional.linear(hidden[part], weight, bias)
+            if gradient is None:
+                losses[part] = torch.nn.functional.cross_entropy(logits.float(), target[part], reduction="none")
+                continue
+            if is_fusing():
+                torch._dynamo.mark_static(logits, 1)  # V known: one pass for maximum and sum, wide reads
+                losses[part], residual = fused_residual_(logits, target[part]), logits
+            else:
+                losses[part], residual = plain_residual(logits, target[part])
+            if hidden.device.type == "cpu" and weight.dtype != torch.float32:
+                # With AMX, oneDNN's bfloat16 product lets a row of NaN reach the row before it, maybe of another
+                # adapter, unless V is a multiple of 32. The loss itself says that this adapter has diverged.
+                residual.masked_fill_(~losses[part, None].isfinite(), 0)
+            torch.mm(residual, weight, out=gradient[part])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses
@@ -83,3 +86,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(upstream[:, None].to(gradient.dtype)), None, None, None
+
+
+def plain_residual(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses, float32 [n], and their gradient softmax − onehot in the dtype of logits [n, V], which are used up."""
+    chosen, x = target[:, None], logits.float()
+    log_normaliser = x.logsumexp(1, keepdim=True)
+    losses = (log_normaliser - x.gather(1, chosen)).squeeze(1)
+    softmax = x.sub_(log_normaliser).exp_()
+    softmax.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=softmax.dtype))
+    return losses, softmax.to(logits.dtype)
+
+
+@fusable
+def fused_residual_(logits: Tensor, target: Tensor) -> Tensor:
+    """`plain_residual` whose gradient takes the place of logits, written for the compiler: two reads and one write.
+
+    All arithmetic is in float32, but no float32 copy of the logits is made.
+    """
+    x = logits.float()
+    largest = x.amax(1, keepdim=True)
+    log_normaliser = largest + (x - largest).exp().sum(1, keepdim=True).log()
+    losses = log_normaliser - x.gather(1, target[:, None])
+    onehot = torch.arange(logits.shape[1], device=logits.device) == target[:, None]
+    logits.copy_((x - log_normaliser).exp() - onehot.float())
+    return losses.squeeze(1)

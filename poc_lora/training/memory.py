@@ -28,6 +28,7 @@ from poc_lora.data.batches import MicroBatch
 from poc_lora.devices import by_device
 from poc_lora.envvars import whole_number
 from poc_lora.lora.bank import AdapterBank
+from poc_lora.models.compilation import compiled_parts, compiles, memory_of_kernel
 from poc_lora.models.float8 import float8_bytes, float8_layers
 from poc_lora.models.forward import has_plain_head
 from poc_lora.models.load import empty_base, resolve_dtype
@@ -75,6 +76,7 @@ class Footprint:
     def __init__(self, config: RunConfig, device: torch.device, *, longest: int, ranks: int = 1):
         self.config, self.device, self.longest, self.ranks = config, device, longest, ranks
         self._measured: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+        self.compiled = compiles(config.train.compile, device)
         section = config.model
         self.dtype = resolve_dtype(section.dtype, device)
         with _shapes_only():
@@ -130,8 +132,14 @@ class Footprint:
                     yield Sizes(n, M, again)
 
     def _logits(self, tokens: int) -> int:
-        """Bytes of the logits held at once: in float32, and as much again while they are summed or turned back."""
+        """Bytes of the logits held at once: in float32, and as much again while they are summed or turned back.
+
+        A compiled loss has them once, in the dtype of the base.
+        """
         rows = min(tokens, chunk_rows(self.vocabulary, self.device.type)) if self.plain_head else tokens
+        if self.compiled and self.plain_head:
+            width: int = getattr(torch, self.dtype).itemsize
+            return width * rows * self.vocabulary
         return 2 * 4 * rows * self.vocabulary
 
     def _activations(self, M: int, checkpointing: bool) -> list[tuple[int, int]]:
@@ -148,7 +156,10 @@ class Footprint:
                 )
                 for module in bank.modules.values():
                     module.train()
-                with gradient_checkpointing(model) if checkpointing else contextlib.nullcontext():
+                with (
+                    compiled_parts(model, memory_of_kernel) if self.compiled else contextlib.nullcontext(),
+                    gradient_checkpointing(model) if checkpointing else contextlib.nullcontext(),
+                ):
                     measured = zip(self._peaks(model, bank, M), self._peaks(model, bank, 2 * M), strict=True)
             self._measured[M, checkpointing] = [
                 (2 * small - large + self.largest, (large - small) // (M * self.longest)) for small, large in measured

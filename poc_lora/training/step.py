@@ -15,7 +15,7 @@ from poc_lora.data.batches import MicroBatch, cut_rows, micro_batches, supervise
 from poc_lora.data.prompts import Example
 from poc_lora.devices import without_waiting
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.models.compilation import compiled_parts
+from poc_lora.models.compilation import compiled_parts, compiles
 from poc_lora.models.forward import has_plain_head
 from poc_lora.models.recomputation import gradient_checkpointing
 from poc_lora.models.sharding import all_reduce_max
@@ -68,7 +68,7 @@ class Pack:
         self._tokens, self._pad_id, self.device = sizes.tokens_per_microbatch, pad_id, model.device
         self._plain_head = has_plain_head(model)
         self._undo = contextlib.ExitStack()
-        if config.train.compile:
+        if compiles(config.train.compile, model.device):
             self._undo.enter_context(compiled_parts(model))
         if sizes.gradient_checkpointing:
             self._undo.enter_context(gradient_checkpointing(model))

@@ -18,7 +18,7 @@ from poc_lora.environment import changed_devices, describe_device, environment
 from poc_lora.envvars import whole_number
 from poc_lora.errors import TrainingError
 from poc_lora.lora.bank import matching_linears
-from poc_lora.models.compilation import require_compiler
+from poc_lora.models.compilation import compiles, why_not_compiled
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import (
     context_length,
@@ -81,8 +81,8 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
     with ranks.together():
         run = find_run(config, resume=resume or _restarted(config))
         require_trackers(config)
-        if config.train.compile:
-            require_compiler(device)
+        if not compiles(config.train.compile, device) and (problem := why_not_compiled(config.train.compile, device)):
+            print(f"training goes without torch.compile: {problem}", file=sys.stderr)  # noqa: T201
         dtype = (run.info and run.info.dtype) or resolve_dtype(config.model.dtype, device)
         require_gradients(dtype)
         tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)

@@ -23,6 +23,8 @@ model              a random Llama of --shape, made on the card once; all stages 
 packed_4096        8 adapters of rank 32 in one pack, batches of 16 rows, micro-batches of 4,096 tokens
 trainer, loop      the same rows by transformers.Trainer over PEFT, or a bare loop: see gpu_shape.py for what is equal
 compiled_*         packed with train.compile
+dropout_4096, compiled_dropout_4096         packed with dropout of 0.05, without and with train.compile
+liger              packed with Liger's kernels in place of train.compile's, where liger_kernel 0.8.5 is on PYTHONPATH
 cudnn_4096         packed with cuDNN's attention, which the library itself leaves out
 checkpointed_16384, trainer_checkpointed    both with gradient checkpointing
 fp8_4096, compiled_fp8_8192    packed with the base's matmuls in float8
@@ -163,6 +165,9 @@ def measure_shape(stages: Stages, name: str, out: Path, folder: Path) -> None:
     on_shape("fp8_4096", 25, fp8)
     on_shape("compiled_fp8_8192", 30, lambda s: fp8(s, tokens=8192, compile=True))
     on_shape("profile_fp8", 20, lambda s: fp8(s, tokens=8192, compile=True, profile=out / "profile_fp8.txt"))
+    on_shape("dropout_4096", 25, lambda s: s.packed(dropout=0.05))
+    on_shape("compiled_dropout_4096", 35, lambda s: s.packed(dropout=0.05, compile=True))
+    on_shape("liger", 30, lambda s: s.packed(liger=True))
     on_shape("packed_8192", 25, lambda s: s.packed(tokens=8192))
     on_shape("compiled_8192", 25, lambda s: s.packed(tokens=8192, compile=True))
     on_shape("cudnn_4096", 40, lambda s: s.packed(cudnn=True))

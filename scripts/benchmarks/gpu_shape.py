@@ -14,6 +14,7 @@ import contextlib
 import statistics
 import tempfile
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,8 +29,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as Profiler
 from transformers import PreTrainedModel
+from transformers.models.llama import modeling_llama
 
 from poc_lora.data.batches import BatchOrder
+from poc_lora.fusion import fusing
 from poc_lora.models.float8 import Float8Linear, quantize_float8
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device
@@ -60,7 +63,7 @@ class Shape:
         synchronise(device)
         model: Any = self.work.model
         self._folder = tempfile.TemporaryDirectory()  # for the model's config.json
-        self._footprints: dict[tuple[bool, str | None], Footprint] = {}
+        self._footprints: dict[tuple[Any, ...], Footprint] = {}
         self.parameters = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
         self.made = {
             "made_s": round(time.monotonic() - began, 1),
@@ -74,18 +77,24 @@ class Shape:
         checkpointing: bool = False,
         compile: bool = False,
         cudnn: bool = False,
+        dropout: float = 0.0,
+        liger: bool = False,
         quantization: str | None = None,
         profile: Path | None = None,
     ) -> Facts:
         """All adapters in one pack.
 
+        liger: Liger's norms, rotary embedding and gated activations in place of compiled ones; the loss is compiled.
         quantization: of the model as it is now. profile: a file for the kernels of one step, which take the place of
         the rates.
         """
-        work = self._work(checkpointing=checkpointing, compile=compile)
+        work = self._work(checkpointing=checkpointing, compile=compile, dropout=dropout)
         predicted = self._predicted(work, Sizes(tokens, len(work.adapters), checkpointing), quantization)
         measured = Measured(work.model.device, profile)
-        with sdpa_kernel(CUDNN_FIRST, set_priority=True) if cudnn else without_cudnn_attention():
+        with (
+            sdpa_kernel(CUDNN_FIRST, set_priority=True) if cudnn else without_cudnn_attention(),
+            liger_parts(work.model) if liger else contextlib.nullcontext(),
+        ):
             pack = Pack(
                 work.config,
                 work.model,
@@ -134,13 +143,15 @@ class Shape:
     def _measured_steps(self, profile: Path | None) -> range:
         return range(WARM_UP, WARM_UP + (1 if profile else self.steps))
 
-    def _work(self, *, checkpointing: bool, compile: bool = False) -> Work:
-        train = self.work.config.train.model_copy(update={"compile": compile, "gradient_checkpointing": checkpointing})
-        return replace(self.work, config=self.work.config.model_copy(update={"train": train}))
+    def _work(self, *, checkpointing: bool, compile: bool = False, dropout: float = 0.0) -> Work:
+        config = self.work.config
+        train = config.train.model_copy(update={"compile": compile, "gradient_checkpointing": checkpointing})
+        lora = config.lora.model_copy(update={"dropout": dropout})
+        return replace(self.work, config=config.model_copy(update={"train": train, "lora": lora}))
 
     def _predicted(self, work: Work, sizes: Sizes, quantization: str | None) -> int:
         """Bytes by Footprint, which reads the shape from a folder; takes seconds, once for each way."""
-        key = (sizes.gradient_checkpointing, quantization)
+        key = (sizes.gradient_checkpointing, quantization, work.config.train.compile, work.config.lora.dropout)
         if key not in self._footprints:
             folder = self._folder.name
             work.model.config.save_pretrained(folder)
@@ -250,6 +261,27 @@ def in_float8(model: PreTrainedModel) -> Iterator[None]:
                 linear.weight = torch.nn.Parameter(weight, requires_grad=False)
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, linear.eval())
+
+
+@contextlib.contextmanager
+def liger_parts(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, a Llama has Liger's RMSNorm, rotary embedding and SwiGLU, and the loss is compiled."""
+    from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb
+
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(fusing())
+        module: Any
+        for module in model.modules():
+            kind = {"LlamaRMSNorm": LigerRMSNorm, "LlamaMLP": LigerSwiGLUMLP}.get(type(module).__name__)
+            if kind:
+                for name, value in {"offset": 0.0, "casting_mode": "llama", "in_place": True, "row_mode": None}.items():
+                    setattr(module, name, value)
+                    undo.callback(delattr, module, name)
+                module.forward = types.MethodType(kind.forward, module)
+                undo.callback(delattr, module, "forward")
+        undo.callback(setattr, modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
+        modeling_llama.apply_rotary_pos_emb = liger_rotary_pos_emb
+        yield
 
 
 def quantize(model: PreTrainedModel) -> None:

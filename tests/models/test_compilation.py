@@ -13,7 +13,15 @@ from transformers.models.llama import modeling_llama
 
 from poc_lora.errors import ConfigError
 from poc_lora.models import compilation
-from poc_lora.models.compilation import GATED_MLPS, compiled_parts, is_gated_mlp, require_compiler
+from poc_lora.models.compilation import (
+    GATED_MLPS,
+    compiled_parts,
+    compiler_problem,
+    compiles,
+    is_gated_mlp,
+    require_compiler,
+    why_not_compiled,
+)
 from poc_lora.models.recomputation import gradient_checkpointing
 from tests.models.packed_step import FAMILIES, VOCAB, backward, build, make_bank
 
@@ -43,6 +51,13 @@ def test_compiled_parts_give_the_same_losses_and_gradients(name):
         torch.testing.assert_close(losses, their_losses, rtol=2e-5, atol=1e-6)
         torch.testing.assert_close(gradients, their_gradients, rtol=2e-4, atol=2e-5)
     assert not torch.equal(found[0][1], expected[0][1])  # something was compiled
+
+
+@pytest.fixture(autouse=True)
+def untried_compiler():
+    compiler_problem.cache_clear()
+    yield
+    compiler_problem.cache_clear()
 
 
 @pytest.fixture
@@ -154,6 +169,35 @@ def test_a_missing_compiler_is_named(monkeypatch):
     with pytest.raises(ConfigError), compiled_parts(model):
         pass
     assert_undone(model, modeling_llama)
+
+
+def test_auto_compiles_on_a_gpu_where_that_works(monkeypatch):
+    tried = []
+
+    def compiler(function, **_):
+        def run(*_):
+            tried.append(1)
+            raise RuntimeError("no triton here")
+
+        return run if broken else lambda *_: tried.append(1)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(torch, "ones", lambda *_, device: None)  # there may be no GPU
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    broken = False
+    assert compiles("auto", gpu)
+    assert compiles("auto", gpu)
+    assert len(tried) == 1
+    broken = True
+    compiler_problem.cache_clear()
+    assert not compiles("auto", gpu)
+    assert why_not_compiled("auto", gpu) == "no triton here"
+    assert why_not_compiled("auto", cpu) == why_not_compiled(False, gpu) == ""
+    assert not compiles("auto", cpu)
+    assert not compiles(False, gpu)
+    assert len(tried) == 2
+    with pytest.raises(ConfigError, match="no triton here"):
+        compiles(True, gpu)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from poc_lora.errors import ConfigError, DataError, ModelError, RequestError, RunError
+from poc_lora.models import compilation
 from poc_lora.models.load import load_tokenizer
 from poc_lora.training import check as plan
 from poc_lora.training.check import check, size
@@ -60,6 +61,7 @@ def test_every_line_is_given_without_weights(settings, no_weights, monkeypatch, 
         "adapters trained at once": 3,
         "tokens per micro-batch": "512, of all its adapters, padding counted",
         "gradient checkpointing": "off",
+        "torch.compile": "off",
         "memory on cpu: base model": size(weights),
         "memory on cpu: adapters and gradients": size(2 * 4 * 3 * PARAMETERS),
         "memory on cpu: optimizer": size(2 * 4 * 3 * PARAMETERS + 4 * PARAMETERS),
@@ -141,6 +143,7 @@ def no_compiler(monkeypatch):
         raise RuntimeError("no working C++ compiler")
 
     monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr(compilation, "compiler_problem", compilation.compiler_problem.__wrapped__)  # uncached
 
 
 @pytest.mark.parametrize("act", [check, train])

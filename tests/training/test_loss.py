@@ -1,12 +1,15 @@
 """The chunked loss against torch's own cross-entropy through autograd."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from poc_lora.fusion import fusing
 from poc_lora.training import loss
-from poc_lora.training.loss import chunk_rows, chunked_cross_entropy
+from poc_lora.training.loss import chunk_rows, chunked_cross_entropy, fused_residual_, plain_residual
 
 N, D, V = 23, 4, 41
 
@@ -151,3 +154,33 @@ def test_the_logits_of_all_positions_are_never_held(five_rows_a_chunk):
 def test_a_chunk_has_some_rows_however_large_the_vocabulary():
     assert chunk_rows(10**9, "cpu") == loss.MIN_CHUNK_ROWS
     assert chunk_rows(1000, "cuda") * 1000 <= loss.CHUNK_LOGITS["cuda"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_fused_chunk_equals_the_plain_one(compiled, dtype):
+    for n, vocabulary, scale in ((7, 41, 3), (5, 1000, 1e4), (1, 300, 1)):
+        logits, target = (scale * torch.randn(n, vocabulary)).to(dtype), torch.randint(0, vocabulary, (n,))
+        expected, gradient = plain_residual(logits.clone(), target)
+        with fusing() if compiled else contextlib.nullcontext():
+            losses = fused_residual_(logits, target)
+        assert losses.dtype == torch.float32
+        # float32 rounds logits of some times `scale` to 6e-8 of them; the gradient is rounded once more, to its dtype
+        torch.testing.assert_close(losses, expected, rtol=2e-6, atol=1e-6 * scale)
+        torch.testing.assert_close(logits, gradient, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 * scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_losses_and_gradients_equal_plain_ones(five_rows_a_chunk, dtype):
+    hidden, weight, bias, target = draw(dtype=dtype)
+    found = []
+    for around in (contextlib.nullcontext, fusing):
+        hidden.grad = None
+        with around():
+            losses = chunked_cross_entropy(hidden, weight, bias, target)
+        (losses * torch.arange(N)).sum().backward()
+        found.append((losses.detach(), hidden.grad))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=2e-6, atol=2e-6)
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=close, atol=10 * close)

@@ -19,6 +19,7 @@ from transformers import (
 from poc_lora.data.batches import MicroBatch
 from poc_lora.errors import ModelError
 from poc_lora.lora.bank import AdapterBank
+from poc_lora.models.compilation import compiled_parts
 from poc_lora.models.float8 import Float8Linear
 from poc_lora.models.forward import has_plain_head
 from poc_lora.models.load import load_base, load_tokenizer
@@ -161,6 +162,29 @@ def test_half_precision_is_covered(base):
     run = base("qwen3", model__dtype="bfloat16")
     real = measured(run, make("qwen3", "bfloat16"), 6, checkpointing=False)
     assert predicted(Footprint(run, CPU, longest=T), 6, checkpointing=False) == pytest.approx(real, rel=0.03)
+
+
+def test_compiled_parts_and_loss_take_less(base, monkeypatch):
+    plain = Footprint(base("llama"), CPU, longest=T).memory(Sizes(6 * T, M, False))
+    monkeypatch.setattr(memory, "compiles", lambda setting, device: setting is True)
+    run = base("llama", train__compile=True, model__dtype="bfloat16")
+    half = Footprint(base("llama", model__dtype="bfloat16"), CPU, longest=T).memory(Sizes(6 * T, M, False))
+    found = Footprint(run, CPU, longest=T).memory(Sizes(6 * T, M, False))
+    assert found.logits == half.logits / 4 == plain.logits / 4  # once in bfloat16, not twice in float32
+    # At least a float32 copy in each layer's two norms is not kept
+    assert half.total - found.total > 2 * 2 * 6 * T * 64 * 4
+
+
+@pytest.mark.slow
+def test_the_predicted_peak_of_compiled_parts_is_what_torch_allocates(base):
+    run, model = base("llama", train__compile=True), make("llama")
+    with compiled_parts(model):
+        measured(run, model, 12, checkpointing=False)  # compiles
+        real = measured(run, model, 12, checkpointing=False)
+    plain = predicted(Footprint(base("llama"), CPU, longest=T), 12, checkpointing=False)
+    found = predicted(Footprint(run, CPU, longest=T), 12, checkpointing=False)
+    assert real <= found * 1.01 < plain
+    assert found == pytest.approx(real, rel=0.15)  # what kernels never write is counted while they run
 
 
 def test_recomputed_layers_and_half_precision_take_less(base):

@@ -394,6 +394,7 @@ def test_a_missing_compiler_is_refused_before_there_is_a_run(settings, monkeypat
         raise RuntimeError("no working C++ compiler")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(compilation, "compiler_problem", compilation.compiler_problem.__wrapped__)  # uncached
     with pytest.raises(ConfigError, match="no working C\\+\\+ compiler") as refusal:
         train(config(settings, train__compile=True))
     assert refusal.value.where == "train.compile"
