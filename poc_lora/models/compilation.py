@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from poc_lora.errors import ConfigError, first_line
-from poc_lora.fusion import compiled as _compile
-from poc_lora.fusion import fusing
+from poc_lora.fusion import compiled, fusing
 
 ROTARY = "apply_rotary_pos_emb"  # transformers' name for it in every family that has it
 
@@ -45,18 +44,18 @@ def compiled_parts(
         if compile is None:
             require_compiler(model.device)
             undo.enter_context(fusing())
-            compile = _compile
+            compile = with_known_widths
         # One compiled function for all layers of a kind: torch.compile gives up on a function recompiled too often.
-        compiled: dict[Any, Callable[..., Any]] = {}
+        kernels: dict[Any, Callable[..., Any]] = {}
         module: Any
         for module in model.modules():
             kind = type(module)
             if kind.__name__.endswith("Norm") and not list(module.children()):
-                forward = compiled.setdefault(kind, compile(kind.forward))
+                forward = kernels.setdefault(kind, compile(kind.forward))
                 _patch(undo, module, types.MethodType(forward, module))
             elif is_gated_mlp(module):
                 key = kind, type(module.act_fn)
-                _patch(undo, module, _gated_forward(module, compiled.setdefault(key, compile(_gated(module.act_fn)))))
+                _patch(undo, module, _gated_forward(module, kernels.setdefault(key, compile(_gated(module.act_fn)))))
         for name in {type(module).__module__ for module in model.modules()}:
             library = sys.modules[name]
             if hasattr(library, ROTARY):
@@ -64,6 +63,26 @@ def compiled_parts(
                 setattr(library, ROTARY, compile(original))
                 undo.callback(setattr, library, ROTARY, original)
         yield
+
+
+def with_known_widths(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled for any number of rows and tokens, which change, but for the widths at hand, which do not.
+
+    Kernels that know widths and strides read wide: on an H200, training of an 8B shape took 8 % less time.
+    """
+    kernel = compiled(function)
+    tokens = 2 if function.__name__ == ROTARY else 1  # which dimension; the rotary embedding's come after the heads
+
+    @functools.wraps(function)
+    def run(*args: Any, **named: Any) -> Any:
+        for x in args:
+            if isinstance(x, Tensor):
+                varying = (0, tokens if x.dim() == 4 else 1)
+                for dim in {*range(x.dim())} - {*varying} | {x.dim() - 1}:
+                    torch._dynamo.mark_static(x, dim)
+        return kernel(*args, **named)
+
+    return run
 
 
 def memory_of_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,7 +138,7 @@ def why_not_compiled(setting: bool | Literal["auto"], device: torch.device) -> s
 def compiler_problem(device: torch.device) -> str:
     """Why torch.compile does not work on `device`, in a line; empty if it works."""
     try:
-        _compile(lambda x: x * 2 + 1)(torch.ones(4, device=device))
+        compiled(lambda x: x * 2 + 1)(torch.ones(4, device=device))
     except Exception as problem:  # inductor raises many kinds
         return first_line(problem)
     return ""

@@ -53,6 +53,18 @@ def test_compiled_parts_give_the_same_losses_and_gradients(name):
     assert not torch.equal(found[0][1], expected[0][1])  # something was compiled
 
 
+@pytest.mark.slow
+def test_other_numbers_of_rows_and_tokens_need_no_new_kernels():
+    torch._dynamo.reset()
+    model = build("qwen3")  # its norms of queries and keys have heads too; no size below is the same as another one
+    graphs = []
+    with compiled_parts(model):
+        for rows, tokens in ((5, 9), (7, 14), (11, 23), (7, 9)):
+            model(input_ids=torch.randint(VOCAB, (rows, tokens)), use_cache=False)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1
+
+
 @pytest.fixture(autouse=True)
 def untried_compiler():
     compiler_problem.cache_clear()
