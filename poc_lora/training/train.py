@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.artifacts.run_info import RunInfo
@@ -18,28 +18,18 @@ from poc_lora.environment import changed_devices, describe_device, environment
 from poc_lora.envvars import whole_number
 from poc_lora.errors import TrainingError
 from poc_lora.lora.bank import matching_linears
-from poc_lora.models.compilation import require_compiler
 from poc_lora.models.forward import without_cudnn_attention
-from poc_lora.models.load import (
-    context_length,
-    default_device,
-    empty_base,
-    load_base,
-    load_tokenizer,
-    require_gradients,
-    require_quantization,
-    resolve_dtype,
-)
+from poc_lora.models.load import default_device, empty_base, load_base, load_tokenizer
 from poc_lora.models.recomputation import gradient_checkpointing
 from poc_lora.models.sharding import shard_base
-from poc_lora.training.check import disk_bytes, require_processes, require_room
+from poc_lora.training.check import disk_bytes, preflight, require_processes, require_room, run_data
 from poc_lora.training.checkpoint import Commits
-from poc_lora.training.data import TrainingData, prepare_data
+from poc_lora.training.data import TrainingData
 from poc_lora.training.loop import TrainingLoop, TrainingResult
 from poc_lora.training.memory import Sizes, free_bytes, peak_bytes, resolve_sizes
-from poc_lora.training.metrics import MetricsLogger, open_trackers, require_trackers
+from poc_lora.training.metrics import MetricsLogger, open_trackers
 from poc_lora.training.placement import Progress, place
-from poc_lora.training.run import Run, find_run, require_same_rows, run_lock
+from poc_lora.training.run import Run, run_lock
 
 
 def train(config: RunConfig, *, resume: bool = False, device: torch.device | None = None) -> TrainingResult:
@@ -79,19 +69,12 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
     devices = ranks.gather(describe_device(device))
     ranks.heartbeat("loading the base model and the rows")
     with ranks.together():
-        run = find_run(config, resume=resume or _restarted(config))
-        require_trackers(config)
-        if config.train.compile:
-            require_compiler(device)
-        dtype = (run.info and run.info.dtype) or resolve_dtype(config.model.dtype, device)
-        require_gradients(dtype)
-        tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
-        model = _load_model(config, dtype, device, ranks)
-        matching_linears(model, config.lora.targets)
+        run, resolved = preflight(config, device, resume=resume or _restarted(config))
+        dtype = resolved.model.dtype
+        model, tokenizer = _load_model(config, dtype, device, ranks)
         started = (run.info and run.info.start) or datetime.fromisoformat(now)
-        data = prepare_data(config, tokenizer, context=context_length(model), now=started)
-        require_same_rows(run, data.files)
-        sizes = _resolve_sizes(run, config, data, model, device, free, ranks)
+        data = run_data(config, run, model, tokenizer, now=started)
+        sizes = _resolve_sizes(run, resolved, data, model, device, free, ranks)
     ranks.agree(data.files | asdict(sizes) | {"commit": run.commit.number if run.commit else None})
     with ranks.together():
         if ranks.rank == 0:
@@ -110,7 +93,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
         result = TrainingLoop(
             config,
             ranks=ranks,
-            run=run,
+            run_folder=run,
             metrics=MetricsLogger(run, trackers, adapters=config.adapters.count, rank=ranks.rank),
             commits=commits,
             placement=placement,
@@ -134,13 +117,15 @@ def _sharded(config: RunConfig, ranks: Ranks) -> bool:
     return config.model.shard and ranks.size > 1
 
 
-def _load_model(config: RunConfig, dtype: str, device: torch.device, ranks: Ranks) -> PreTrainedModel:
-    """Load the base model; of one that is to be sharded, rank 0 loads the weights and the others the shapes."""
+def _load_model(
+    config: RunConfig, dtype: str, device: torch.device, ranks: Ranks
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load base model and tokenizer; of a base that is to be sharded, rank 0 loads weights, the others only shapes."""
     section, sharded = config.model, _sharded(config, ranks)
-    require_quantization(section.quantization)
     if sharded and ranks.rank:
-        return empty_base(section.name, revision=section.revision, dtype=dtype)
-    model, _ = load_base(
+        model = empty_base(section.name, revision=section.revision, dtype=dtype)
+        return model, load_tokenizer(section.name, revision=section.revision)
+    return load_base(
         section.name,
         revision=section.revision,
         dtype=dtype,
@@ -148,7 +133,6 @@ def _load_model(config: RunConfig, dtype: str, device: torch.device, ranks: Rank
         device=torch.device("cpu") if sharded else device,
         floats_only=sharded,
     )
-    return model
 
 
 def _resolve_sizes(
