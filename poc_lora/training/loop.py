@@ -234,7 +234,7 @@ class TrainingLoop:
         left = [state.step for state in self.result.progress.values() if state.status == "training"]
         if left and any(report["stop"] for report in reports):
             self.commits.wait()
-            raise self.ranks.jointly(self._interrupted(min(left)))
+            raise self.ranks.mark_shared(self._interrupted(min(left)))
 
     def _interrupted(self, step: int) -> Interrupted:
         total, folder = self.result.steps, self.result.folder

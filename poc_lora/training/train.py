@@ -55,8 +55,8 @@ def train(config: RunConfig, *, resume: bool = False, device: torch.device | Non
     """
     device = device or default_device()
     with open_ranks(device) as ranks, without_cudnn_attention(), contextlib.ExitStack() as held:
-        ranks.agree({**flatten(config), "--resume": resume, **environment()["versions"]})
-        with ranks.together():
+        ranks.require_equal({**flatten(config), "--resume": resume, **environment()["versions"]})
+        with ranks.raise_on_all():
             require_processes(config, ranks.size)
             if ranks.rank == 0:
                 held.enter_context(run_lock(Path(config.output)))
@@ -68,15 +68,15 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
     now = ranks.gather(datetime.now().isoformat(timespec="seconds"))[0]  # ranks may start on both sides of midnight
     devices = ranks.gather(describe_device(device))
     ranks.heartbeat("loading the base model and the rows")
-    with ranks.together():
+    with ranks.raise_on_all():
         run, resolved = preflight(config, device, resume=resume or _restarted(config))
         dtype = resolved.model.dtype
         model, tokenizer = _load_model(config, dtype, device, ranks)
         started = (run.info and run.info.start) or datetime.fromisoformat(now)
         data = run_data(config, run, model, tokenizer, now=started)
         sizes = _resolve_sizes(run, resolved, data, model, device, free, ranks)
-    ranks.agree(data.files | asdict(sizes) | {"commit": run.commit.number if run.commit else None})
-    with ranks.together():
+    ranks.require_equal(data.files | asdict(sizes) | {"commit": run.commit.number if run.commit else None})
+    with ranks.raise_on_all():
         if ranks.rank == 0:
             _begin(run, config, data, sizes, started_at=started.isoformat(), dtype=dtype, devices=devices)
     if _sharded(config, ranks):
@@ -207,7 +207,7 @@ def _total(result: TrainingResult, run: Run, ranks: Ranks, device: torch.device)
         problem = TrainingError(
             "every adapter diverged: no loss stayed finite", where=run.folder, fix="lower optim.lr or optim.temperature"
         )
-        raise ranks.jointly(problem)
+        raise ranks.mark_shared(problem)
     return result
 
 

@@ -151,7 +151,7 @@ def test_when_a_rank_dies_the_others_end_and_the_last_commit_stands(settings, tm
     with launch_patched(2, dying, tmp_path / "run.yaml", body) as ranks:
         (status, _, errors), (dead, _, _) = finish(ranks, within=60)
     assert (status, dead) == (1, 11)
-    assert "rank 1 failed: it is gone" in errors
+    assert "process 1 failed: its process has ended" in errors
     manifest = json.loads((tmp_path / "run/checkpoints/commit_00001/manifest.json").read_text())
     assert {state["step"] for state in manifest["adapters"].values()} == {2}
     with launch(2, dying, tmp_path / "run.yaml", "--resume") as ranks:
