@@ -235,6 +235,10 @@ class Channel:
             raise ranks._peer_error() from problem
         return values
 
+    def barrier(self) -> None:
+        """Wait until all ranks have come here."""
+        self.gather(None)
+
 
 class _Heartbeats:
     """The heartbeats of one rank as another sees them."""
