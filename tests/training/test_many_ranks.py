@@ -172,7 +172,7 @@ def test_ranks_with_other_settings_or_data_stop_before_they_train(settings, tmp_
     with processes(2, "-c", code, write(one, tmp_path / "a.yaml"), write(other, tmp_path / "b.yaml")) as ranks:
         ended = finish(ranks)
     assert [status for status, _, _ in ended] == [2, 2]
-    assert "optim.lr is 0.01 on rank 0, but 0.02 on rank 1" in ended[0][2]
+    assert "optim.lr is 0.01 in process 0, but 0.02 in process 1" in ended[0][2]
     assert not Path(settings["output"]).exists()
 
 
