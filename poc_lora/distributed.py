@@ -28,7 +28,7 @@ from poc_lora.errors import PeerError, PocLoraError, RequestError
 POLL_SECONDS = 0.5  # between two looks at the other ranks' heartbeats
 POLLS_UNTIL_GONE = 60  # counted in polls, not in seconds: a suspended machine must not look like a dead rank
 GRACE_SECONDS = 10  # for the main thread to stop by itself once another rank has failed
-RANK_0_GONE = {"rank": 0, "cause": "it is gone"}  # and the store with it
+RANK_0_GONE = {"rank": 0, "cause": "its process has ended"}  # and the store with it
 # A rank hangs when it has been busy with one thing, such as a step or loading the model, for so long, unless
 # POC_LORA_HANG_SECONDS says otherwise.
 HANG_SECONDS = 1800.0
@@ -50,7 +50,7 @@ class Ranks:
         self._main = self.channel("main")
         self._beats, self._doing = 0, "starting"
         self._problem: dict[str, Any] | None = None  # the first known failure: rank and cause
-        self._joint = False  # every rank ends with the same error, or with none
+        self._shared = False  # every rank ends with the same error, or with none
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
 
@@ -83,7 +83,7 @@ class Ranks:
         return Channel(self, name)
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_on_all(self) -> Iterator[None]:
         """Raise an error of the block on all ranks, whichever rank raised it; it is printed once."""
         mine: PocLoraError | None = None
         try:
@@ -96,16 +96,16 @@ class Ranks:
             return
         text, status = reports[first]
         if mine is None or str(mine) != text:
-            mine = PeerError(f"rank {first}: {text}", exit_status=status)
-        raise self.jointly(mine)
+            mine = PeerError(f"process {first}: {text}", exit_status=status)
+        raise self.mark_shared(mine)
 
-    def jointly(self, problem: PocLoraError) -> PocLoraError:
+    def mark_shared(self, problem: PocLoraError) -> PocLoraError:
         """Mark `problem`, which every rank is about to raise, to be printed by rank 0 only."""
-        self._joint = True
+        self._shared = True
         problem.reported_elsewhere = self.rank != 0
         return problem
 
-    def agree(self, facts: dict[str, Any]) -> None:
+    def require_equal(self, facts: dict[str, Any]) -> None:
         """Raise RequestError, naming rank and key, if `facts` differ between ranks."""
         everyone = self.gather(facts)
         for rank, theirs in enumerate(everyone):
@@ -113,11 +113,11 @@ class Ranks:
                 here, there = everyone[0].get(key), theirs.get(key)
                 if here != there:
                     problem = RequestError(
-                        f"the ranks disagree: {key} is {here!r} on rank 0, but {there!r} on rank {rank}",
+                        f"the processes differ: {key} is {here!r} in process 0, but {there!r} in process {rank}",
                         where=key,
-                        fix="start every rank with the same configuration, data and versions",
+                        fix="start every process with the same configuration, data and versions",
                     )
-                    raise self.jointly(problem)
+                    raise self.mark_shared(problem)
 
     def _connect(self, host: str) -> None:
         """Open the store on a port that rank 0 chooses, and start the watching thread."""
@@ -164,7 +164,7 @@ class Ranks:
     def _peer_error(self) -> PeerError:
         problem = self._problem or {}
         error = PeerError(
-            f"rank {problem['rank']} failed: {problem['cause']}",
+            f"process {problem['rank']} failed: {problem['cause']}",
             fix="what was saved stands: run the same command again, and train with --resume",
         )
         error.reported_elsewhere = self.rank != (1 if problem["rank"] == 0 else 0)
@@ -184,7 +184,7 @@ class Ranks:
         if self._store is None:
             return
         with contextlib.suppress(RuntimeError):  # of a store whose process has gone
-            if problem is not None and not self._joint and not isinstance(problem, PeerError):
+            if problem is not None and not self._shared and not isinstance(problem, PeerError):
                 self._publish(self._store, self.rank, str(problem) or type(problem).__name__)
             self._stop_watching()
             if self.rank:
@@ -194,7 +194,7 @@ class Ranks:
             deadline = time.monotonic() + GRACE_SECONDS / 2
             while self.rank == 0 and left and not self._store.check(left) and time.monotonic() < deadline:
                 time.sleep(0.05)
-        if problem is None or self._joint:
+        if problem is None or self._shared:
             dist.destroy_process_group()
         self._stop_watching()
 
@@ -235,6 +235,10 @@ class Channel:
             raise ranks._peer_error() from problem
         return values
 
+    def barrier(self) -> None:
+        """Wait until all ranks have come here."""
+        self.gather(None)
+
 
 class _Heartbeats:
     """The heartbeats of one rank as another sees them."""
@@ -252,9 +256,11 @@ class _Heartbeats:
         self._stuck = self._stuck + 1 if beats == self._beats and doing else 0
         self._polls, self._beats = polls, beats
         if self._silent >= POLLS_UNTIL_GONE or (self._silent and self._pid and not _exists(self._pid)):
-            return f"it is gone; last seen {doing or 'waiting for others'}"
+            return f"its process has ended or no longer answers; it was last {doing or 'waiting for other processes'}"
         if self._stuck * POLL_SECONDS >= self._hang_seconds:
-            return f"it hangs: {doing} for more than {self._hang_seconds:g} s (longer work: set POC_LORA_HANG_SECONDS)"
+            return (
+                f"no progress: {doing} for more than {self._hang_seconds:g} s (longer work: set POC_LORA_HANG_SECONDS)"
+            )
         return None
 
 
@@ -293,14 +299,14 @@ def open_ranks(device: torch.device) -> Iterator[Ranks]:
         return
     if "MASTER_ADDR" not in os.environ:
         raise RequestError(
-            f"this is one of {size} processes, but the address of rank 0 is not set",
+            f"WORLD_SIZE is {size}, but MASTER_ADDR, the address of process 0, is not set",
             where="MASTER_ADDR",
             fix="start them all with accelerate launch",
         )
     ranks = Ranks(whole_number("RANK"), size, hang_seconds)
     if ranks.rank >= size:
         raise RequestError(
-            f"rank {ranks.rank} of {size}: ranks count from 0",
+            f"RANK is {ranks.rank}, but of {size} processes the last is number {size - 1}",
             where="RANK",
             fix="start them all with accelerate launch",
         )

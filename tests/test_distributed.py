@@ -37,8 +37,8 @@ def run(size, body, **environment):
 def test_alone_nothing_is_exchanged():
     alone = Ranks()
     assert alone.gather({"a": (1, 2)}) == [{"a": [1, 2]}]
-    alone.agree({"a": 1})
-    with pytest.raises(RequestError) as problem, alone.together():
+    alone.require_equal({"a": 1})
+    with pytest.raises(RequestError) as problem, alone.raise_on_all():
         raise RequestError("wrong")
     assert not problem.value.reported_elsewhere
 
@@ -48,7 +48,7 @@ def test_what_ranks_gather_comes_in_their_order_again_and_again():
 for number in range(20):
     values = group.gather([number, group.rank])
     assert values == [[number, rank] for rank in range(3)], values
-group.agree({"same": 1})
+group.require_equal({"same": 1})
 print("fine")
 """
     with run(3, body) as started:
@@ -57,35 +57,35 @@ print("fine")
 
 def test_a_request_that_one_rank_finds_wrong_ends_all_with_one_message():
     body = """
-with group.together():
+with group.raise_on_all():
     if group.rank == 1:
         raise DataError("no rows", where="rows.json")
 """
     with run(3, body) as started:
         ended = finish(started)
     assert [status for status, _, _ in ended] == [2, 2, 2]
-    assert "rank 1: no rows\n  - where: rows.json" in ended[0][2]
+    assert "process 1: no rows\n  - where: rows.json" in ended[0][2]
     assert ["no rows" in errors for _, _, errors in ended] == [True, False, False]
 
 
 def test_one_mistake_made_by_all_is_told_once():
     body = """
-with group.together():
+with group.raise_on_all():
     raise DataError("no rows")
 """
     with run(2, body) as started:
         first, second = finish(started)
     assert (first[0], second[0]) == (2, 2)
     assert "no rows" in first[2]
-    assert "rank" not in first[2]
+    assert "process" not in first[2]
     assert "no rows" not in second[2]
 
 
 def test_ranks_with_different_settings_are_named():
-    with run(2, 'group.agree({"optim.lr": 1e-4 * (1 + group.rank), "seed": 0})') as started:
+    with run(2, 'group.require_equal({"optim.lr": 1e-4 * (1 + group.rank), "seed": 0})') as started:
         first, second = finish(started)
     assert (first[0], second[0]) == (2, 2)
-    assert "optim.lr is 0.0001 on rank 0, but 0.0002 on rank 1" in first[2]
+    assert "optim.lr is 0.0001 in process 0, but 0.0002 in process 1" in first[2]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -99,7 +99,7 @@ group.gather("never")
     with run(3, body) as started:
         ended = finish(started, within=30)
     assert all(status != 0 for status, _, _ in ended)
-    told = [errors for _, _, errors in ended if f"rank {failing} failed: the disk caught fire" in errors]
+    told = [errors for _, _, errors in ended if f"process {failing} failed: the disk caught fire" in errors]
     assert len(told) == 1
     assert "Traceback" in ended[failing][2]
 
@@ -124,7 +124,7 @@ group.gather("never")
         _, errors = started[1 - victim].communicate(timeout=30)
     assert time.monotonic() - began < 15
     assert started[1 - victim].returncode == 1
-    assert f"rank {victim} failed: it is gone" in errors
+    assert f"process {victim} failed: its process has ended" in errors
     assert "the same command again, and train with --resume" in errors
 
 
@@ -146,7 +146,9 @@ group.gather("never")
             started[1].send_signal(signal.SIGSTOP)
         _, errors = started[0].communicate(timeout=30)
         assert started[0].returncode == 1
-        assert ("rank 1 failed: it hangs: at step 7" if how == "busy" else "rank 1 failed: it is gone") in errors
+        assert (
+            "process 1 failed: no progress: at step 7" if how == "busy" else "process 1 failed: its process has ended"
+        ) in errors
         assert "at step 7" in errors
         if how == "busy":
             assert started[1].wait(timeout=30) == 1
@@ -180,4 +182,4 @@ def test_a_machine_that_slept_is_no_dead_rank():
         assert signs.problem(json.dumps([polls, 1, "at step 1"])) is None
     for _ in range(distributed.POLLS_UNTIL_GONE - 1):
         assert signs.problem(json.dumps([3, 1, "at step 1"])) is None
-    assert "gone" in signs.problem(json.dumps([3, 1, "at step 1"]))
+    assert "has ended" in signs.problem(json.dumps([3, 1, "at step 1"]))

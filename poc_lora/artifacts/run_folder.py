@@ -23,6 +23,7 @@ class RunFolder:
         self.evaluations = [self.evaluation(protocol) for protocol in PROTOCOLS]
         self.report = path / "report.html"
         self.comparison = path / "comparison.md"
+        self.trackers = path / "trackers"  # files of experiment trackers such as TensorBoard
         self.lock = path / ".lock"  # held by the process that trains
 
     @property

@@ -27,9 +27,10 @@ def demo(
     from poc_lora.microworld.demo import run_demo
 
     run_demo(out, overrides or [], show=show)
+    run = RunFolder(out)
     print_next(
-        f"the report: {out / 'report.html'} (open it in a browser)",
-        f"copy {out / 'config.yaml'}, set model, data and output to your own, and poc-lora train YOUR.yaml",
+        f"the report: {run.report} (open it in a browser)",
+        f"copy {run.config}, set model, data and output to your own, and poc-lora train YOUR.yaml",
     )
 
 

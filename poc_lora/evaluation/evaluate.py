@@ -82,7 +82,7 @@ def evaluate(
         raise RequestError(f"{beams} beams are not possible here", fix="1 or more, with the protocol generate")
     device = device or default_device()
     with open_ranks(device) as ranks, without_cudnn_attention():
-        with ranks.together():
+        with ranks.raise_on_all():
             chosen = find_benchmarks(benchmarks)
             variants = find_variants(
                 targets, base=base, revision=revision, dtype=dtype, prompt=prompt, out=out, protocol=protocol
@@ -179,8 +179,8 @@ def _answer_together(
         stopped = problem
     # A rank that had nothing left to answer learns here that others were stopped before their end.
     if any(ranks.gather(stopped is not None)):
-        raise ranks.jointly(stopped or Interrupted("another rank was stopped", fix="the same command resumes"))
-    with ranks.together():
+        raise ranks.mark_shared(stopped or Interrupted("another rank was stopped", fix="the same command resumes"))
+    with ranks.raise_on_all():
         for file in asked:
             file.read()
             if missing := sum(item not in file.answers for item in file.items):

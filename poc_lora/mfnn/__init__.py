@@ -1,6 +1,6 @@
 """Mean-field neural networks: the theory's own setting, in pure torch.
 
-model.py      networks as particles [M, N, P], their objective, its first variation and gradient in closed form
+model.py      networks as particles [M, N, P], their objective and its gradient in closed form
 langevin.py   noisy gradient descent of many networks, each with noise of its own key
 problems.py   double circle, multi-index regression, and linear regression for the solvable analogue
 ensemble.py   merging, pruning, distances

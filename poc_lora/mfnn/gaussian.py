@@ -4,34 +4,8 @@ h(x, z) = <x, z>, ℓ = ½(h − y)², regulariser λ'|x|². With Σ = E zzᵀ, 
 
     F(μ) = ½ mᵀΣm − cᵀm + ½ E y² + λ' E|x|².
 
-The neurons are unbounded, so this is an analogue of the theorem and no instance of it: R²/2 in B is replaced by
-E_z Var_{μ*}(h)/2, the expected Bregman term. In the basis of Σ's eigenvectors the d directions separate; σ is an
-eigenvalue, κ = σ + 2λ' the curvature of its direction, v = λ/(2λ').
-
-The limit. δF/δμ(x) = <x, Σm − c> + λ'|x|², and μ* ∝ exp(−(1/λ) δF/δμ(μ*)) is Gaussian with covariance v I and a mean
-that solves m = −(Σm − c)/(2λ'), so m* = (Σ + 2λ'I)⁻¹ c.
-
-N particles. μ*^(N) ∝ exp(−(N/λ) F(ρ_X)) with N F = N(½ x̄ᵀΣx̄ − cᵀx̄) + λ' Σ_i |x_i|². Rotate the N particles so that one
-mode is s = sqrt(N) x̄: then Σ_i|x_i|² = |s|² + the squares of the N − 1 others. So s ~ N(sqrt(N) m*, λ(Σ + 2λ'I)⁻¹),
-variance λ/κ in a direction, and the others are N(0, v), as under μ*^⊗N. Means are equal, and from the one mode that
-differs:
-
-    KL(μ*^(N) | μ*^⊗N)       = ½ Σ_σ (a − 1 − log a),  a = 2λ'/κ       (free of N and of λ)
-    L^(N)(μ*^(N))/N − L(μ*)  = −(λ/2N) Σ_σ log a = (λ/2N) Σ_σ log(1 + σ/(2λ'))
-    gap − (λ/N) KL           = (λ/2N) Σ_σ (1 − a) = ½ E_z Var(h_X), the Bregman term, as in theory.kl_bound
-    Cov(x_i, x_j)            = −(v − λ/κ)/N  for i ≠ j, and Var(x_i) = v − (v − λ/κ)/N
-
-The gap is at most E_z Var_{μ*}(h)/(2N) = (λ/2N) Σ_σ σ/(2λ'), by log(1 + u) ≤ u.
-
-The chain with learning rate η is linear too: s ← (1 − ηκ)s + η sqrt(N) c + sqrt(2ηλ) ξ, whose stationary variance is
-2ηλ/(1 − (1 − ηκ)²) = (λ/κ)/(1 − ηκ/2): the step size's bias, exactly. Its mean is exact. The others: κ = 2λ'.
-
-The ensemble. For independent networks E(h_merged − h_μ*)² = (1/M) Var + bias², where Var falls as 1/N and the bias is
-that of one network. For the prediction the bias is |E x̄_t − m*|_Σ, which neither M nor N makes smaller: it comes from
-stopping early and vanishes like (1 − ηκ)^t. At stationarity the prediction has NO bias, so there its error falls as
-1/(MN) without a floor: in this analogue the part of the bound that does not fall with M is not attained. What the
-N-particle law gets wrong is the spread: Q = (1/MN) Σ |x_i − m*|² has mean d v − Σ_σ(v − λ/κ)/N, a bias of order 1/N
-that no number of networks removes. `spread_error` is that second split: 1/(MN) plus a floor that falls as 1/N².
+In the basis of Σ's eigenvectors the d directions separate; σ is an eigenvalue, κ = σ + 2λ' the curvature of its
+direction, v = λ/(2λ'). Derivations: docs/theory.md, "Linear neurons, solved".
 """
 
 from dataclasses import dataclass
@@ -127,19 +101,10 @@ class Gaussian:
         """E_z Var_{μ*}(h(x, z)) / (2N): B/N with the expected Bregman term for B."""
         return self.variance * self.sigma.sum().item() / (2 * neurons)
 
-    def bregman(self, modes: Modes, neurons: int) -> float:
-        """E B_F(ρ_X, μ*) = ½ E_z E(h_X(z) − h_μ*(z))² of one network whose law is `modes`."""
-        return self.prediction_error(modes, 1, neurons) / 2
-
     def prediction_split(self, modes: Modes, neurons: int) -> tuple[float, float]:
         """Variance of one network's prediction and its squared bias against μ*, both averaged over z."""
         variance = (self.sigma * modes.along).sum().item() / neurons
         return variance, (self.sigma * (modes.mean - self.mean).square()).sum().item()
-
-    def prediction_error(self, modes: Modes, networks: int, neurons: int) -> float:
-        """E_z E (h_merged(z) − h_μ*(z))² for M networks."""
-        variance, squared_bias = self.prediction_split(modes, neurons)
-        return variance / networks + squared_bias
 
     def spread_split(self, modes: Modes, neurons: int, about: Modes | None = None) -> tuple[float, float]:
         """Variance and squared bias of one network's Q = (1/N) Σ_i |x_i − m|² against the limit's.
@@ -151,11 +116,6 @@ class Gaussian:
         mean = (modes.along + (neurons - 1) * modes.across).sum().item() / neurons
         variance = 2 * (modes.along.square() + (neurons - 1) * modes.across.square()).sum().item() / neurons**2
         return variance, (mean - limit.sum().item()) ** 2
-
-    def spread_error(self, modes: Modes, networks: int, neurons: int, about: Modes | None = None) -> float:
-        """E (Q_merged − Q_limit)² for M networks."""
-        variance, squared_bias = self.spread_split(modes, neurons, about)
-        return variance / networks + squared_bias
 
     @staticmethod
     def correlation(modes: Modes, neurons: int) -> Tensor:

@@ -230,26 +230,6 @@ class Objective:
         shrink = [2 * self.regularization * x for x in networks]
         return torch.stack([(g + s).t() for g, s in zip(found, shrink, strict=True)]).view(particles.shape)
 
-    @torch.no_grad()
-    def first_variation(self, particles: Tensor) -> Tensor:
-        """Returns δF/δμ(ρ_X)(x_i) = E[ℓ'(h_X(Z), Y) h(x_i, Z)] + λ' |x_i|², up to a constant: [..., N]."""
-        self._check(particles)
-        width = particles.shape[-2]
-        slope = self.loss.slope(outputs(self.neuron, particles, self.inputs), self.targets) / len(self.inputs)
-        found = torch.empty(particles.shape[:-1], dtype=particles.dtype, device=particles.device).view(-1, width)
-        rows = zip(particles.reshape(-1, *particles.shape[-2:]), slope.view(-1, len(self.inputs)), strict=True)
-        for j, (x, s) in enumerate(rows):
-            parts = zip(_slices(s, width), _slices(self.inputs, width), strict=True)
-            found[j] = sum(part @ self.neuron.values(x.t(), z) for part, z in parts)
-        return found.view(particles.shape[:-1]) + self.regularization * particles.square().sum(-1)
-
-    @torch.no_grad()
-    def value(self, particles: Tensor) -> Tensor:
-        """Returns F(ρ_X): [...] for particles [..., N, P]."""
-        self._check(particles)
-        fit = self.loss.value(outputs(self.neuron, particles, self.inputs), self.targets).mean(-1)
-        return fit + self.regularization * particles.square().sum(-1).mean(-1)
-
     def _check(self, particles: Tensor) -> None:
         check_particles(self.neuron, particles)
         if particles.dtype != self.inputs.dtype:

@@ -1,9 +1,11 @@
 """`check`: what a run will do and need, before it starts: rows, steps, parameters, memory and disk."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import RunConfig
@@ -25,7 +27,7 @@ from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.memory import Footprint, free_bytes, snapshot_bytes
 from poc_lora.training.metrics import require_trackers
 from poc_lora.training.placement import Progress, place
-from poc_lora.training.run import find_run, require_same_rows
+from poc_lora.training.run import Run, find_run, require_same_rows
 
 
 def check(config: RunConfig, *, device: torch.device | None = None, processes: int = 1) -> dict[str, Any]:
@@ -45,16 +47,11 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     require_processes(config, processes)
     device, folder = device or default_device(), Path(config.output)
     in_use = RunFolder(folder).is_run
-    run = find_run(config, resume=in_use)
-    require_trackers(config)
-    require_quantization(config.model.quantization, device)
-    require_gradients(resolve_dtype(config.model.dtype, device))
+    run, config = preflight(config, device, resume=in_use)
     compiled = compiles(config.train.compile, device)
     model = empty_base(config.model.name, revision=config.model.revision)
-    matching_linears(model, config.lora.targets)
     tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
-    data = prepare_data(config, tokenizer, context=context_length(model), now=run.info.start if run.info else None)
-    require_same_rows(run, data.files)
+    data = run_data(config, run, model, tokenizer, now=run.info.start if run.info else None)
     footprint = Footprint(config, device, longest=data.longest, ranks=processes)
     free = free_bytes(device)
     sizes = footprint.choose(free, run.info.to_json() if run.info else {})
@@ -109,6 +106,35 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "disk": f"{size(on_disk)} of {size(room)} free",
         "run folder": f"{folder} ({'existing run; --resume continues it' if in_use else 'new'})",
     }
+
+
+def preflight(config: RunConfig, device: torch.device, *, resume: bool) -> tuple[Run, RunConfig]:
+    """Find the run, and refuse what can be refused before the base model is loaded.
+
+    Returns the run, and the configuration with the dtype that `auto` stands for: that of the resumed run, if any.
+    """
+    run = find_run(config, resume=resume)
+    require_trackers(config)
+    require_quantization(config.model.quantization, device)
+    compiles(config.train.compile, device)
+    dtype = (run.info and run.info.dtype) or resolve_dtype(config.model.dtype, device)
+    require_gradients(dtype)
+    return run, config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
+
+def run_data(
+    config: RunConfig,
+    run: Run,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    now: datetime | None,
+) -> TrainingData:
+    """Prepare the rows of a run. Raises if they differ from a resumed run's, or the targets match no layer."""
+    matching_linears(model, config.lora.targets)
+    data = prepare_data(config, tokenizer, context=context_length(model), now=now)
+    require_same_rows(run, data.files)
+    return data
 
 
 def require_processes(config: RunConfig, processes: int) -> None:

@@ -144,7 +144,7 @@ class Commits:
                 manifest["files"] = {name: facts for report in reports for name, facts in report.items()}
                 write_json(aside / MANIFEST, manifest)
                 publish_folder(aside, folder)
-            self._channel.gather("published")
+            self._channel.barrier()
         except (OSError, SafetensorError, RequestError, CheckpointError) as problem:
             self._clear(aside)
             reason = problem.what if isinstance(problem, PocLoraError) else str(problem)

@@ -58,43 +58,25 @@ class TrainingResult:
     is_main_process: bool = True
 
 
+@dataclass
 class TrainingLoop:
-    """One rank's share of a run.
+    """One rank's share of a run: the state of training, passed on from `train`, and what moves it."""
 
-    Args:
-        config: The run's configuration.
-        ranks: The ranks of the run.
-        run: The run folder.
-        metrics: Receives every step and validation.
-        commits: The run's checkpoints.
-        placement: Which rank trains which adapters.
-        model: The frozen base model.
-        data: Tokenised rows.
-        sizes: Micro-batch size and gradient checkpointing.
-        pad_id: Any token id.
-        result: Progress at the start; `run` brings it up to date.
-    """
+    config: RunConfig
+    ranks: Ranks
+    run_folder: Run
+    metrics: MetricsLogger
+    commits: Commits
+    placement: Placement
+    model: PreTrainedModel
+    data: TrainingData
+    sizes: Sizes
+    pad_id: int  # any token id
+    result: TrainingResult  # progress at the start; `run` brings it up to date
 
-    def __init__(
-        self,
-        config: RunConfig,
-        *,
-        ranks: Ranks,
-        run: Run,
-        metrics: MetricsLogger,
-        commits: Commits,
-        placement: Placement,
-        model: PreTrainedModel,
-        data: TrainingData,
-        sizes: Sizes,
-        pad_id: int,
-        result: TrainingResult,
-    ):
-        self.config, self.ranks, self._run = config, ranks, run
-        self.metrics, self.commits, self.placement = metrics, commits, placement
-        self.model, self.data, self.sizes, self.pad_id, self.result = model, data, sizes, pad_id, result
-        self.sharded = config.model.shard and ranks.size > 1
-        self.own = placement.of(ranks.rank)
+    def __post_init__(self) -> None:
+        self.sharded = self.config.model.shard and self.ranks.size > 1
+        self.own = self.placement.of(self.ranks.rank)
         self._steps_since_commit = 0
         self._warned = False
 
@@ -226,7 +208,7 @@ class TrainingLoop:
         section = self.config.model
         for slot in pack.live:
             adapter = pack.bank.adapter(slot, base_model=section.name, revision=section.revision, task_type="CAUSAL_LM")
-            self._run.write_adapter(pack.bank.adapters[slot], adapter)
+            self.run_folder.write_adapter(pack.bank.adapters[slot], adapter)
 
     def _commit(self, own_pack: Pack | None) -> None:
         """Start a commit with all ranks. Raises Interrupted, after it is written, if any was asked to stop."""
@@ -243,7 +225,7 @@ class TrainingLoop:
         if self.ranks.rank == 0:
             for adapters, lines in (kept for report in reports for kept in report["metrics"]):
                 self.metrics.write(adapters, lines)
-            self._run.sync_metrics()
+            self.run_folder.sync_metrics()
         self.commits.start(
             self.result.progress, own_pack.bank if own_pack else None, own_pack.optimizer if own_pack else None
         )
@@ -252,7 +234,7 @@ class TrainingLoop:
         left = [state.step for state in self.result.progress.values() if state.status == "training"]
         if left and any(report["stop"] for report in reports):
             self.commits.wait()
-            raise self.ranks.jointly(self._interrupted(min(left)))
+            raise self.ranks.mark_shared(self._interrupted(min(left)))
 
     def _interrupted(self, step: int) -> Interrupted:
         total, folder = self.result.steps, self.result.folder
@@ -261,7 +243,7 @@ class TrainingLoop:
             f"stopped after step {step} of {total}; everything up to it is saved"
             + (": only the final validation is left to run" if step == total else ""),
             where=folder,
-            fix=f"resume with: {launcher} train {shlex.quote(str(self._run.paths.config))} --resume",
+            fix=f"resume with: {launcher} train {shlex.quote(str(self.run_folder.paths.config))} --resume",
         )
 
     def _warn_of_slow_commits(self) -> None:

@@ -102,7 +102,7 @@ def open_trackers(config: RunConfig, run: Run) -> Iterator[Sequence[Any]]:
         return
     from accelerate import Accelerator
 
-    folder = run.folder / "trackers"
+    folder = run.paths.trackers
     folder.mkdir(exist_ok=True)
     accelerator = Accelerator(log_with=list(config.track), project_dir=folder)
     settings = {key: value if isinstance(value, int | float) else str(value) for key, value in flatten(config).items()}

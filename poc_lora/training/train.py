@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.artifacts.run_info import RunInfo
@@ -18,28 +18,19 @@ from poc_lora.environment import changed_devices, describe_device, environment
 from poc_lora.envvars import whole_number
 from poc_lora.errors import TrainingError
 from poc_lora.lora.bank import matching_linears
-from poc_lora.models.compilation import compiles, why_not_compiled
+from poc_lora.models.compilation import why_not_compiled
 from poc_lora.models.forward import without_cudnn_attention
-from poc_lora.models.load import (
-    context_length,
-    default_device,
-    empty_base,
-    load_base,
-    load_tokenizer,
-    require_gradients,
-    require_quantization,
-    resolve_dtype,
-)
+from poc_lora.models.load import default_device, empty_base, load_base, load_tokenizer
 from poc_lora.models.recomputation import gradient_checkpointing
 from poc_lora.models.sharding import shard_base
-from poc_lora.training.check import disk_bytes, require_processes, require_room
+from poc_lora.training.check import disk_bytes, preflight, require_processes, require_room, run_data
 from poc_lora.training.checkpoint import Commits
-from poc_lora.training.data import TrainingData, prepare_data
+from poc_lora.training.data import TrainingData
 from poc_lora.training.loop import TrainingLoop, TrainingResult
 from poc_lora.training.memory import Sizes, free_bytes, peak_bytes, resolve_sizes
-from poc_lora.training.metrics import MetricsLogger, open_trackers, require_trackers
+from poc_lora.training.metrics import MetricsLogger, open_trackers
 from poc_lora.training.placement import Progress, place
-from poc_lora.training.run import Run, find_run, require_same_rows, run_lock
+from poc_lora.training.run import Run, run_lock
 
 
 def train(config: RunConfig, *, resume: bool = False, device: torch.device | None = None) -> TrainingResult:
@@ -65,8 +56,8 @@ def train(config: RunConfig, *, resume: bool = False, device: torch.device | Non
     """
     device = device or default_device()
     with open_ranks(device) as ranks, without_cudnn_attention(), contextlib.ExitStack() as held:
-        ranks.agree({**flatten(config), "--resume": resume, **environment()["versions"]})
-        with ranks.together():
+        ranks.require_equal({**flatten(config), "--resume": resume, **environment()["versions"]})
+        with ranks.raise_on_all():
             require_processes(config, ranks.size)
             if ranks.rank == 0:
                 held.enter_context(run_lock(Path(config.output)))
@@ -78,22 +69,17 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
     now = ranks.gather(datetime.now().isoformat(timespec="seconds"))[0]  # ranks may start on both sides of midnight
     devices = ranks.gather(describe_device(device))
     ranks.heartbeat("loading the base model and the rows")
-    with ranks.together():
-        run = find_run(config, resume=resume or _restarted(config))
-        require_trackers(config)
-        if not compiles(config.train.compile, device) and (problem := why_not_compiled(config.train.compile, device)):
+    with ranks.raise_on_all():
+        run, resolved = preflight(config, device, resume=resume or _restarted(config))
+        if problem := why_not_compiled(config.train.compile, device):
             print(f"training goes without torch.compile: {problem}", file=sys.stderr)  # noqa: T201
-        dtype = (run.info and run.info.dtype) or resolve_dtype(config.model.dtype, device)
-        require_gradients(dtype)
-        tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
-        model = _load_model(config, dtype, device, ranks)
-        matching_linears(model, config.lora.targets)
+        dtype = resolved.model.dtype
+        model, tokenizer = _load_model(config, dtype, device, ranks)
         started = (run.info and run.info.start) or datetime.fromisoformat(now)
-        data = prepare_data(config, tokenizer, context=context_length(model), now=started)
-        require_same_rows(run, data.files)
-        sizes = _resolve_sizes(run, config, data, model, device, free, ranks)
-    ranks.agree(data.files | asdict(sizes) | {"commit": run.commit.number if run.commit else None})
-    with ranks.together():
+        data = run_data(config, run, model, tokenizer, now=started)
+        sizes = _resolve_sizes(run, resolved, data, model, device, free, ranks)
+    ranks.require_equal(data.files | asdict(sizes) | {"commit": run.commit.number if run.commit else None})
+    with ranks.raise_on_all():
         if ranks.rank == 0:
             _begin(run, config, data, sizes, started_at=started.isoformat(), dtype=dtype, devices=devices)
     if _sharded(config, ranks):
@@ -110,7 +96,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
         result = TrainingLoop(
             config,
             ranks=ranks,
-            run=run,
+            run_folder=run,
             metrics=MetricsLogger(run, trackers, adapters=config.adapters.count, rank=ranks.rank),
             commits=commits,
             placement=placement,
@@ -134,13 +120,15 @@ def _sharded(config: RunConfig, ranks: Ranks) -> bool:
     return config.model.shard and ranks.size > 1
 
 
-def _load_model(config: RunConfig, dtype: str, device: torch.device, ranks: Ranks) -> PreTrainedModel:
-    """Load the base model; of one that is to be sharded, rank 0 loads the weights and the others the shapes."""
+def _load_model(
+    config: RunConfig, dtype: str, device: torch.device, ranks: Ranks
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load base model and tokenizer; of a base that is to be sharded, rank 0 loads weights, the others only shapes."""
     section, sharded = config.model, _sharded(config, ranks)
-    require_quantization(section.quantization, device)
     if sharded and ranks.rank:
-        return empty_base(section.name, revision=section.revision, dtype=dtype)
-    model, _ = load_base(
+        model = empty_base(section.name, revision=section.revision, dtype=dtype)
+        return model, load_tokenizer(section.name, revision=section.revision)
+    return load_base(
         section.name,
         revision=section.revision,
         dtype=dtype,
@@ -148,7 +136,6 @@ def _load_model(config: RunConfig, dtype: str, device: torch.device, ranks: Rank
         device=torch.device("cpu") if sharded else device,
         floats_only=sharded,
     )
-    return model
 
 
 def _resolve_sizes(
@@ -223,7 +210,7 @@ def _total(result: TrainingResult, run: Run, ranks: Ranks, device: torch.device)
         problem = TrainingError(
             "every adapter diverged: no loss stayed finite", where=run.folder, fix="lower optim.lr or optim.temperature"
         )
-        raise ranks.jointly(problem)
+        raise ranks.mark_shared(problem)
     return result
 
 

@@ -62,7 +62,7 @@ def test_the_gap_is_at_most_the_expected_bregman_term(neurons, temperature, dim)
     # exactly 1/N
     assert gap * neurons == pytest.approx(analogue.gap(1), rel=1e-12)
     # gap = (λ/N) KL + Bregman, so KL ≤ N gap/λ, which is theory.kl_bound
-    bregman = analogue.bregman(analogue.stationary(), neurons)
+    bregman = sum(analogue.prediction_split(analogue.stationary(), neurons)) / 2  # ½ E_z E (h_X − h_μ*)²
     assert gap == pytest.approx(temperature * analogue.kl() / neurons + bregman, rel=1e-12)
     assert analogue.kl() <= theory.kl_bound(gap, neurons, temperature)
 

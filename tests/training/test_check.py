@@ -208,3 +208,11 @@ def test_a_run_whose_rows_have_changed_is_refused_as_train_would(settings, train
     train_file.write_text(train_file.read_text().replace("cup", "mug"))
     with pytest.raises(RunError, match="training files have changed"):
         check(config(settings), device=CPU)
+
+
+def test_a_resumed_run_is_checked_in_the_dtype_it_began_with(settings):
+    train(config(settings, model__dtype="bfloat16"))
+    Path(settings["output"], "config.yaml").write_text(
+        Path(settings["output"], "config.yaml").read_text().replace("dtype: bfloat16", "dtype: auto")
+    )
+    assert check(config(settings), device=CPU)["base weights"] == "bfloat16"

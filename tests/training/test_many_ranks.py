@@ -151,7 +151,7 @@ def test_when_a_rank_dies_the_others_end_and_the_last_commit_stands(settings, tm
     with launch_patched(2, dying, tmp_path / "run.yaml", body) as ranks:
         (status, _, errors), (dead, _, _) = finish(ranks, within=60)
     assert (status, dead) == (1, 11)
-    assert "rank 1 failed: it is gone" in errors
+    assert "process 1 failed: its process has ended" in errors
     manifest = json.loads((tmp_path / "run/checkpoints/commit_00001/manifest.json").read_text())
     assert {state["step"] for state in manifest["adapters"].values()} == {2}
     with launch(2, dying, tmp_path / "run.yaml", "--resume") as ranks:
@@ -172,7 +172,7 @@ def test_ranks_with_other_settings_or_data_stop_before_they_train(settings, tmp_
     with processes(2, "-c", code, write(one, tmp_path / "a.yaml"), write(other, tmp_path / "b.yaml")) as ranks:
         ended = finish(ranks)
     assert [status for status, _, _ in ended] == [2, 2]
-    assert "optim.lr is 0.01 on rank 0, but 0.02 on rank 1" in ended[0][2]
+    assert "optim.lr is 0.01 in process 0, but 0.02 in process 1" in ended[0][2]
     assert not Path(settings["output"]).exists()
 
 
