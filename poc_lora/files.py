@@ -84,6 +84,22 @@ def _refusing_bad_places(path: Path) -> Iterator[None]:
         ) from problem
 
 
+def links_root(folder: Path) -> Path:
+    """The folder that links in `folder` may not lead out of: itself, or its repository in the Hub's cache.
+
+    The folder that `snapshot_download` returns, models--ORG--NAME/snapshots/COMMIT, holds links into blobs/.
+    """
+    real = folder.resolve()
+    return next(
+        (
+            repo.parent
+            for repo in real.parents
+            if repo.name == "snapshots" and repo.parent.name.startswith(("models--", "datasets--"))
+        ),
+        real,
+    )
+
+
 def free_bytes_at(path: Path) -> int:
     """Returns the free bytes on the disk of `path`, which need not exist yet."""
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())

@@ -1,7 +1,8 @@
 """What counts as the id of a Hugging Face Hub repository.
 
 An id is `org/name`. A base model's may also be a plain `name`, such as gpt2; an adapter's may end in `@revision`.
-What exists on this machine is a path and never an id.
+What exists on this machine, or would lie in a folder
+that does, is a path and never an id.
 """
 
 import re
@@ -33,4 +34,10 @@ def is_adapter_id(source: str | Path) -> bool:
     """Whether `source` is org/name or org/name@revision, and no path of this machine."""
     name, revision = split_revision(source)
     well_formed = is_repo_id(name) and (revision is None or bool(_REVISION.fullmatch(revision)))
-    return well_formed and not Path(source).exists()
+    return well_formed and not is_path_here(source)
+
+
+def is_path_here(source: str | Path) -> bool:
+    """Whether `source` exists here, or would lie in a folder that does: runs/demo is then a missing run, and no id."""
+    path = Path(source)
+    return path.exists() or (len(path.parts) > 1 and path.parent.is_dir())

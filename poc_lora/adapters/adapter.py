@@ -7,7 +7,7 @@ adapter_config.json and adapter_model.safetensors are opened.
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,13 +23,19 @@ from poc_lora.adapters.factors import DTYPES, Factors, check_name, check_shapes,
 from poc_lora.adapters.peft_config import check_config, module_scales, plain_targets
 from poc_lora.adapters.weights_file import PREFIX, LazyFactors, LazyModulesToSave, read_header
 from poc_lora.errors import AdapterError, PocLoraError
-from poc_lora.files import commit_folder, read_json, sync
+from poc_lora.files import commit_folder, links_root, read_json, sync
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+# What beside an adapter belongs to a tokenizer with more tokens, or another chat template, than the base's.
+TOKENIZER_FILES = (
+    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
 PICKLE_NAME = "adapter_model.bin"
 
 MAX_CONFIG_BYTES = 2**20
+MAX_TOKENIZER_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def read_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
 
     Args:
         folder: The adapter's folder.
-        root: The folder that symbolic links may not lead out of; by default `folder`.
+        root: The folder that symbolic links may not lead out of; by default `links_root(folder)`.
 
     Raises:
         AdapterError: A file is missing, damaged or too large, or the adapter is not plain LoRA.
@@ -88,7 +94,9 @@ def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
     """Like `read_adapter`, but each tensor is read from the file when it is accessed, and not kept."""
     folder = Path(folder)
     try:
-        config_path, weights_path = (_real_file(folder, name, root or folder) for name in (CONFIG_NAME, WEIGHTS_NAME))
+        config_path, weights_path = (
+            real_file(folder, name, root or links_root(folder)) for name in (CONFIG_NAME, WEIGHTS_NAME)
+        )
     except OSError as problem:
         raise AdapterError(f"cannot be read: {problem.strerror}", where=folder) from problem
     config = read_json(config_path, error=AdapterError, max_bytes=MAX_CONFIG_BYTES)
@@ -113,7 +121,7 @@ def write_adapter(
     folder: Path,
     *,
     dtype: torch.dtype = torch.float32,
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Write an adapter as a new PEFT adapter folder, atomically; the same adapter gives the same bytes.
 
@@ -124,7 +132,7 @@ def write_adapter(
         adapter: The adapter to write.
         folder: The folder to create.
         dtype: The dtype of the factors; parameters of modules_to_save keep theirs.
-        extra_files: The contents of further text files, by name.
+        extra_files: The contents of further files, by name.
 
     Raises:
         AdapterError: `folder` exists, or the adapter has no modules or cannot be written in `dtype`.
@@ -164,20 +172,44 @@ def write_adapter(
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    texts = {CONFIG_NAME: json.dumps(config, indent=2) + "\n", **(extra_files or {})}
+    texts: dict[str, str | bytes] = {CONFIG_NAME: json.dumps(config, indent=2) + "\n", **(extra_files or {})}
     try:
         with commit_folder(folder) as aside:
             # More metadata than this one key would be serialised in random order.
             save_file(tensors, aside / WEIGHTS_NAME, metadata={"format": "pt"})
             (aside / WEIGHTS_NAME).chmod(0o644)
             for name, text in texts.items():
-                (aside / name).write_text(text, encoding="utf-8")
+                (aside / name).write_bytes(text.encode() if isinstance(text, str) else text)
             with ThreadPoolExecutor(1) as pool:  # the disk is waited for anyway
                 on_disk = pool.submit(sync, aside / WEIGHTS_NAME)
                 _check_written(adapter, tensors, aside)
                 on_disk.result()
     except (OSError, SafetensorError) as problem:
         raise PocLoraError(f"the adapter could not be written: {problem}", where=folder) from problem
+
+
+def shared_tokenizer(folders: Sequence[tuple[Path, Path]]) -> dict[str, bytes]:
+    """The files of the tokenizer that lies beside adapters, by name, where it is the same beside all.
+
+    Args:
+        folders: The adapters' folders, each with the folder that links may not lead out of.
+
+    Raises:
+        AdapterError: Adapters were saved with different tokenizers, so their token ids may mean different tokens.
+    """
+    shared: dict[str, bytes] = {}
+    for name in TOKENIZER_FILES:
+        paths = [real_file(folder, name, root) for folder, root in folders if (folder / name).is_file()]
+        for path in paths:
+            if path.stat().st_size > MAX_TOKENIZER_BYTES:
+                raise AdapterError(f"{name} is larger than any tokenizer", where=path)
+        contents = {path.read_bytes() for path in paths}
+        if len(contents) > 1 and name in ("tokenizer.json", "added_tokens.json", "tokenizer.model"):
+            fix = "merge adapters of one tokenizer, or remove its files from all folders if the base's own is meant"
+            raise AdapterError(f"the adapters were saved with different tokenizers ({name})", where=paths[0], fix=fix)
+        if len(contents) == 1:
+            shared[name] = contents.pop()
+    return shared
 
 
 def target_modules(names: Iterable[str], known: Collection[str]) -> list[str]:
@@ -244,7 +276,7 @@ def _check_writable(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
         raise AdapterError("the folder to write exists already", where=folder, fix="choose another or remove this one")
 
 
-def _real_file(folder: Path, name: str, root: Path) -> Path:
+def real_file(folder: Path, name: str, root: Path) -> Path:
     """Returns the resolved path of a regular file; links may not lead out of `root`."""
     path = folder / name
     if not folder.is_dir():

@@ -12,6 +12,7 @@ from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.adapters.weights_file import MAX_WEIGHTS_BYTES
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.errors import AdapterError, first_line
+from poc_lora.files import links_root
 from poc_lora.hub_ids import is_adapter_id, split_revision
 
 
@@ -39,7 +40,10 @@ def find_sources(source: str | Path) -> list[Source]:
     try:
         if is_adapter_id(source):
             return [_fetch(*split_revision(source))]
-        return [Source(folder, _name(folder), path) for folder in find_adapters(path)]
+        return [
+            Source(folder, _name(folder), path if path.resolve() != folder.resolve() else links_root(folder))
+            for folder in find_adapters(path)
+        ]
     except OSError as problem:  # a name that is too long, a folder that may not be searched
         raise AdapterError(f"cannot be read: {problem.strerror}", where=source) from problem
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,6 +22,12 @@ MAX_WEIGHTS_BYTES = 32 * 2**30
 MAX_MODULES = 2**14
 
 _FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>(embedding_)?[AB])(?P<weight>\.weight)?")
+# PEFT's wrapper around a module that is trained whole: the trained copy, and the base's own.
+_WRAPPED = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.(?P<copy>modules_to_save|original_module)\.(?P<last>[^.]+)")
+# The tables that PEFT saves, without naming them in its configuration, once the vocabulary was resized.
+_TABLE = re.compile(
+    re.escape(PREFIX) + r"(.+\.)?(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared)\.weight"
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Header:
     layers: Mapping[str, LayerWeights]  # by module, sorted
     embeddings: frozenset[str]  # the modules that are embeddings
     modules_to_save: Mapping[str, tuple[int, ...]]  # the shapes of their parameters, by path
+    saved_keys: Mapping[str, tuple[str, ...]]  # their names in the file; two hold the same values
 
 
 def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
@@ -55,13 +63,20 @@ def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
     """
     found: dict[str, dict[str, str]] = {}
     saved: dict[str, tuple[int, ...]] = {}
+    saved_keys: dict[str, tuple[str, ...]] = {}
     with _opened(path) as stored:
         for key in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
             match = _FACTOR.fullmatch(key)
             if match and bool(match["weight"]) != match["factor"].startswith("embedding_"):
                 found.setdefault(match["module"], {})[match["factor"]] = key
-            elif key.startswith(PREFIX) and _is_of(key.removeprefix(PREFIX), modules_to_save):
-                saved[key.removeprefix(PREFIX)] = _check_saved(key, stored.get_slice(key), path)
+            elif (wrapped := _WRAPPED.fullmatch(key)) and _is_of(f"{wrapped['module']}.", modules_to_save):
+                if wrapped["copy"] == "modules_to_save":
+                    name = f"{wrapped['module']}.{wrapped['last']}"
+                    _add_saved(name, key, stored.get_slice(key), path, saved, saved_keys)
+            elif (key.startswith(PREFIX) and _is_of(key.removeprefix(PREFIX), modules_to_save)) or (
+                _TABLE.fullmatch(key) and len(stored.get_slice(key).get_shape()) == 2
+            ):
+                _add_saved(key.removeprefix(PREFIX), key, stored.get_slice(key), path, saved, saved_keys)
             else:
                 fix = f"only {PREFIX}<module>.lora_A.weight, .lora_B.weight and .lora_embedding_A, _B are understood"
                 if key.endswith(".base_layer.weight"):
@@ -77,7 +92,7 @@ def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
         what = f"modules_to_save names {missing[0][:MAX_NAME]!r}, which is not in the file"
         raise AdapterError(what, where=path, fix="save the adapter again, with PEFT's save_pretrained")
     embeddings = frozenset(module for module, keys in found.items() if "embedding_A" in keys)
-    return Header(path, layers, embeddings, dict(sorted(saved.items())))
+    return Header(path, layers, embeddings, dict(sorted(saved.items())), saved_keys)
 
 
 class LazyFactors(Mapping[str, Factors]):
@@ -127,7 +142,10 @@ class LazyModulesToSave(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         shape, path = self.header.modules_to_save[name], self.header.path
-        (tensor,) = self._tensors.read(PREFIX + name)
+        tensor, *twins = self._tensors.read(*self.header.saved_keys[name])
+        if any(not torch.equal(tensor, twin) for twin in twins):
+            fix = "save the adapter again, with PEFT's save_pretrained"
+            raise AdapterError(f"{name} is there twice, with different values", where=path, fix=fix)
         if tuple(tensor.shape) != shape:
             raise AdapterError("the file changed while it was being read", where=path)
         _refuse_not_finite(name, path, tensor)
@@ -219,6 +237,20 @@ def _check_layer(module: str, keys: dict[str, str], slice_of: Callable[[str], An
     (factor_A, A), (factor_B, B) = ((factor, tuple(part.get_shape())) for factor, part in sorted(parts.items()))
     check_shapes(module, A, B, where)
     return LayerWeights(keys[factor_A], keys[factor_B], A, B)
+
+
+def _add_saved(
+    name: str,
+    key: str,
+    part: Any,
+    where: Path,
+    saved: dict[str, tuple[int, ...]],
+    keys: dict[str, tuple[str, ...]],
+) -> None:
+    shape = _check_saved(key, part, where)
+    if saved.setdefault(name, shape) != shape:
+        raise AdapterError(f"{name} is there twice, with different shapes", where=where)
+    keys[name] = (*keys.get(name, ()), key)
 
 
 def _check_saved(key: str, part: Any, where: Path) -> tuple[int, ...]:

@@ -77,8 +77,8 @@ class Results(Artifact):
             their prompts cut.
         chance: The accuracy of guessing.
         best: The adapter of the largest average, chosen on `best_chosen_on`: a validation split, or, as in the paper,
-            the test questions themselves, which flatters it.
-        average: The mean over adapters.
+            the test questions themselves, which flatters it. Empty for a model without adapters.
+        average: The mean over adapters; for a model without adapters its own.
         merged: The run's merged/ or, with `exact_average`, the exact average of the adapters, which is in no folder.
             None for one adapter without a merge.
         ensemble: None for fewer than two adapters, and where there is only generated text.
@@ -119,7 +119,7 @@ class Results(Artifact):
         asked = self.questions.keys()
         if not asked & {benchmark.folder for benchmark in BENCHMARKS}:
             raise ValueError("no benchmark that is known")
-        if self.best not in self.adapters:
+        if self.best not in (self.adapters or {""}):  # a model without adapters has no best one
             raise ValueError("the best adapter is not among the adapters")
         rows = [self.base, self.average, self.merged, self.ensemble, self.control, *self.adapters.values()]
         known = [self.too_long.keys(), self.chance.keys(), *(row.benchmarks.keys() for row in rows if row)]

@@ -16,7 +16,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 def evaluate(
     targets: Annotated[
-        list[Path] | None, typer.Argument(help="One run folder, or adapter folders of one base model.")
+        list[Path] | None, typer.Argument(help="One run folder, one model's folder, or adapters of one base.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of BENCHMARK/test.json files.")] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks and exit.")] = False,
@@ -40,6 +40,10 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="The base model's dtype; default: the run's own, auto outside a run.")
+    ] = None,
+    quantization: Annotated[
+        Literal["nf4", "int8", "fp8"] | None,
+        typer.Option(help="Quantise the base model's linear layers; default: as the run did. Not for one that is so."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: RUN/eval.")] = None,
 ) -> None:
@@ -66,6 +70,7 @@ def evaluate(
         data=data,
         base=base,
         dtype=dtype,
+        quantization=quantization,
         benchmarks=None if benchmarks is None else [name.strip() for name in benchmarks.split(",")],
         protocol=protocol,
         beams=beams,

@@ -42,6 +42,10 @@ def merge(
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Merge adapters that name different base models.")
     ] = False,
+    modules_to_save: Annotated[
+        Literal["same", "mean"],
+        typer.Option(help="Modules trained whole: refuse different ones, or average them (labels in the same order!)."),
+    ] = "same",
 ) -> None:
     """Average the B·A products of adapters into one adapter, without a base model or a GPU.
 
@@ -65,6 +69,7 @@ def merge(
         seed=seed,
         dtype=getattr(torch, dtype),
         allow_base_mismatch=allow_base_mismatch,
+        modules_to_save=modules_to_save,
     )
     show_merge(report)
     if ranks:
@@ -81,9 +86,12 @@ def merge(
 
 
 def fold(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder, such as RUN/merged.")],
-    base: Annotated[str, typer.Option(help="The base model: a folder or a Hub id. It is not changed.")],
+    adapter: Annotated[str, typer.Argument(help="The adapter: a folder, such as RUN/merged, or a Hub id.")],
+    base: Annotated[str, typer.Option(help="The base model: a folder or a Hub id org/name@revision. Left as it is.")],
     out: Annotated[Path, typer.Option(help="The folder to create for the folded model.")],
+    untie_head: Annotated[
+        bool, typer.Option("--untie-head", help="Give a tied output head weights of its own, if they differ now.")
+    ] = False,
 ) -> None:
     """Write a copy of the base model with an adapter merged into its weights: a plain model, without adapters.
 
@@ -91,8 +99,11 @@ def fold(
     """
     from poc_lora.merging.fold import fold
 
-    done = fold(adapter, base, out)
+    done = fold(adapter, base, out, untie_head=untie_head)
     typer.echo(f"{done.modules} modules folded into {done.files} files of weights")
-    print_next(
-        f"the folded model: {done.folder}", f"load it with AutoModelForCausalLM.from_pretrained({str(done.folder)!r})"
-    )
+    if done.left_out:
+        typer.echo(f"left out, copy it from the base if you trust it: {', '.join(done.left_out)}")
+    how = "its own code is needed to load it (trust_remote_code)"
+    if done.loaded_by:
+        how = f"load it with {done.loaded_by}.from_pretrained({str(done.folder)!r})"
+    print_next(f"the folded model: {done.folder}", how)

@@ -32,6 +32,7 @@ def evaluate(
     base: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
+    quantization: str | None = None,
     benchmarks: Sequence[str] | None = None,
     protocol: str = "label",
     beams: int = 1,
@@ -51,11 +52,11 @@ def evaluate(
     variant, then results.json.
 
     Args:
-        targets: A run folder, or adapter folders and Hub ids. Without a merge, the exact average of several adapters
-            is scored as the merge.
+        targets: A run folder, the folder of a model (scored alone), or adapter folders and Hub ids. Without a merge,
+            the exact average of several adapters is scored as the merge.
         data: The folder of BENCHMARK/test.json files. None, for `harness` only, takes lm-eval's own tasks.
         base, revision: The base model; default: the run's, or the one that the adapters name.
-        dtype, prompt: Default: the run's, or `auto` and `clean`.
+        dtype, quantization, prompt: Default: the run's, or `auto`, None and `clean`.
         benchmarks: Folder names or the paper's short names; default: all eight.
         protocol: `label`, `generate` or `harness` (lm-eval).
         beams: For `generate`; 1 is greedy.
@@ -85,7 +86,14 @@ def evaluate(
         with ranks.raise_on_all():
             chosen = find_benchmarks(benchmarks)
             variants = find_variants(
-                targets, base=base, revision=revision, dtype=dtype, prompt=prompt, out=out, protocol=protocol
+                targets,
+                base=base,
+                revision=revision,
+                dtype=dtype,
+                quantization=quantization,
+                prompt=prompt,
+                out=out,
+                protocol=protocol,
             )
             _check_out(variants.out)
             if subsets and (len(variants.adapters) < 2 or protocol != "label"):

@@ -37,11 +37,14 @@ def summarise(
     validation = [item for item in items if item.split == "validation"]
     correct = {variant: scores.correct_by_benchmark(test, given) for variant, given in answers.items()}
     benchmarks = list(correct["base"])
-    mean_correct = {b: torch.stack([correct[adapter_key(a)][b] for a in adapters]).mean(0) for b in benchmarks}
+    members = [correct[adapter_key(a)] for a in adapters] or [correct["base"]]  # a model alone is its own average
+    mean_correct = {b: torch.stack([member[b] for member in members]).mean(0) for b in benchmarks}
     scored = {variant: _scored(parts) for variant, parts in correct.items()}
     chosen_on = {a: _scored(scores.correct_by_benchmark(validation or test, answers[adapter_key(a)])) for a in adapters}
-    best = max(adapters, key=lambda a: chosen_on[a].average.value)
-    rivals = {"best": correct[adapter_key(best)], "average": mean_correct}
+    best = max(adapters, key=lambda a: chosen_on[a].average.value, default="")
+    rivals = {"average": mean_correct}
+    if best:
+        rivals = {"best": correct[adapter_key(best)]} | rivals
     if control is not None:
         rivals["control"] = control.correct
     both = "merged" in answers and "ensemble" in answers

@@ -6,7 +6,9 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch.nn import Embedding
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
@@ -16,9 +18,11 @@ from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import load_config
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.errors import ModelError, RequestError, RunError, first_line
+from poc_lora.evaluation.whole_weights import check_fits, in_weights, named_as_in
 from poc_lora.files import sha256_file
 from poc_lora.hub_ids import is_adapter_id
 from poc_lora.lora.bank import AdapterBank
+from poc_lora.merging.compatible import check_compatible
 
 
 def adapter_key(name: str) -> str:
@@ -93,20 +97,48 @@ def activate_variants(
     Raises:
         AdapterError: For an adapter that does not fit the model; before the first step unless it is the merge.
     """
-    with _bank(model, variants.adapters.values()) as bank:
-        with bank.disabled():
-            yield ["base"]
-        yield from _activate_adapters(bank, variants.keys, packed)
+    adapters = [named_as_in(model, adapter) for adapter in variants.adapters.values()]
+    if not adapters:
+        yield ["base"]
+    elif all(_packs(model, adapter) for adapter in adapters):
+        with _bank(model, adapters) as bank:
+            with bank.disabled():
+                yield ["base"]
+            yield from _activate_adapters(bank, variants.keys, packed)
+            if variants.exact_average:
+                with bank.merged():
+                    yield ["merged"]
+            for name, slots in (subsets or {}).items():
+                with bank.merged(slots):
+                    yield [name]
+    else:
+        for adapter in adapters:  # before the first step
+            check_fits(model, adapter)
         if variants.exact_average:
-            with bank.merged():
-                yield ["merged"]
-        for name, slots in (subsets or {}).items():
-            with bank.merged(slots):
+            check_compatible(adapters, allow_base_mismatch=True)
+        yield ["base"]
+        averages = {"merged": adapters} if variants.exact_average else {}
+        averages |= {name: [adapters[slot] for slot in slots] for name, slots in (subsets or {}).items()}
+        for name, members in {**{k: [a] for k, a in zip(variants.keys, adapters, strict=True)}, **averages}.items():
+            with in_weights(model, members):
                 yield [name]
     if variants.merged is not None:
-        # A bank of its own: in the adapters' bank its rank, the sum of theirs, would pad every one of them.
-        with _bank(model, [variants.merged]) as bank:
-            yield from _activate_adapters(bank, ["merged"], packed)
+        merged = named_as_in(model, variants.merged)
+        if _packs(model, merged):
+            # A bank of its own: in the adapters' bank its rank, the sum of theirs, would pad every one of them.
+            with _bank(model, [merged]) as bank:
+                yield from _activate_adapters(bank, ["merged"], packed)
+        else:
+            with in_weights(model, [merged]):
+                yield ["merged"]
+
+
+def _packs(model: PreTrainedModel, adapter: Adapter) -> bool:
+    """Whether a bank can hold the adapter: it changes linear layers alone. One that fits no layer is refused there."""
+    layers = dict(model.named_modules())
+    return not adapter.modules_to_save and not any(
+        isinstance(layers.get(m), Conv1D | Embedding) for m in adapter.modules
+    )
 
 
 def _activate_adapters(bank: AdapterBank, names: list[str], packed: bool) -> Iterator[list[str]]:
@@ -152,6 +184,7 @@ def find_variants(
     base: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
+    quantization: str | None = None,
     prompt: str | None = None,
     out: Path | None = None,
     protocol: str = "label",
@@ -159,9 +192,9 @@ def find_variants(
     """Read the adapters of an evaluation.
 
     Args:
-        targets: One run folder, or adapter folders and Hub ids.
-        base, revision, dtype, prompt, out: As in `Variants`. Defaults come from the run's config.yaml; loose adapters
-            name their base, are asked with the template `clean`, and need `out`.
+        targets: One run folder, one model's folder, or adapter folders and Hub ids.
+        base, revision, dtype, quantization, prompt, out: As in `Variants`. Defaults come from the run's config.yaml;
+            loose adapters name their base, are asked with the template `clean`, and need `out`.
         protocol: Names the default folder for results.
 
     Raises:
@@ -172,15 +205,16 @@ def find_variants(
         raise RequestError(f"no prompt template is called {prompt!r}", fix=f"known: {', '.join(TEMPLATES)}")
     runs = [target for target in targets if RunFolder(target).is_run]
     for target in targets:
-        if target not in runs and not (target / CONFIG_NAME).is_file() and not is_adapter_id(target):
+        if not (target in runs or is_model(target) or (target / CONFIG_NAME).is_file() or is_adapter_id(target)):
             what = "no such folder" if not target.is_dir() else "neither a run nor an adapter"
             fix = "give a run folder (with config.yaml), or adapters: folders with adapter_config.json, or Hub ids"
             raise RequestError(what, where=target, fix=fix)
-    if not targets or (runs and len(targets) > 1):
+    models = [target for target in targets if target not in runs and is_model(target)]
+    if not targets or ((runs or models) and len(targets) > 1):
         raise RequestError(
-            "an evaluation takes one run, or adapters of one base model",
+            "an evaluation takes one run, one model, or adapters of one base model",
             where=", ".join(map(str, targets)) or None,
-            fix="evaluate runs one by one",
+            fix="evaluate runs and models one by one",
         )
     if runs:
         run = RunFolder(runs[0])
@@ -190,7 +224,7 @@ def find_variants(
             base=base or config.model.name,
             revision=revision or (config.model.revision if base is None else None),
             dtype=dtype or config.model.dtype,
-            quantization=config.model.quantization,
+            quantization=quantization or config.model.quantization,
             prompt=prompt or config.data.prompt,
             adapters={folder.name: read_adapter(folder) for folder in folders},
             merged=read_adapter(run.merged) if run.merged.is_dir() else None,
@@ -198,12 +232,21 @@ def find_variants(
         )
     if out is None:
         raise RequestError("adapters outside a run need a folder for the results", fix="add --out DIR")
+    if models:
+        if base is not None:
+            raise RequestError("a model without adapters is its own base", where=models[0], fix="leave out --base")
+        return Variants(str(models[0]), None, dtype or "auto", quantization, prompt or "clean", {}, None, out)
     sources = [source for target in targets for source in find_sources(target)]
     adapters = {name: read_adapter(source.folder, root=source.root) for name, source in _name_sources(sources).items()}
     if base is None:
         base, own_revision = _common_base(adapters)
         revision = revision or own_revision
-    return Variants(base, revision, dtype or "auto", None, prompt or "clean", adapters, None, out)
+    return Variants(base, revision, dtype or "auto", quantization, prompt or "clean", adapters, None, out)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether this is a model's folder, such as a folded one, and not an adapter's."""
+    return (folder / "config.json").is_file() and not (folder / CONFIG_NAME).is_file()
 
 
 def _check_merge_is_current(folders: Sequence[Path], run: RunFolder) -> None:

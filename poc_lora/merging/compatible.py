@@ -14,8 +14,12 @@ from poc_lora.hub_ids import is_base_model_id
 SAME_BASE = "merge only adapters of one base model"
 
 
-def check_compatible(adapters: Sequence[Adapter], *, allow_base_mismatch: bool = False) -> None:
+def check_compatible(
+    adapters: Sequence[Adapter], *, allow_base_mismatch: bool = False, modules_to_save: str = "same"
+) -> None:
     """Check that adapters can be averaged: same base model, same shapes, same parameters of modules_to_save.
+
+    With modules_to_save = "mean" only the shapes of those parameters must be the same.
 
     Factors are not read. Base models are compared by name only if they are Hub ids, and not if `allow_base_mismatch`.
 
@@ -42,7 +46,7 @@ def check_compatible(adapters: Sequence[Adapter], *, allow_base_mismatch: bool =
     if len(first_with) > MAX_MODULES:
         what = f"together the adapters have {len(first_with)} different modules, more than {MAX_MODULES}"
         raise AdapterError(what, fix=SAME_BASE)
-    _check_modules_to_save(adapters)
+    _check_modules_to_save(adapters, same=modules_to_save == "same")
 
 
 def checked_weights(weights: Sequence[float] | None, M: int) -> tuple[float, ...]:
@@ -61,17 +65,18 @@ def checked_weights(weights: Sequence[float] | None, M: int) -> tuple[float, ...
     return tuple(float(weight) for weight in weights)
 
 
-def _check_modules_to_save(adapters: Sequence[Adapter]) -> None:
-    """Parameters of modules_to_save must be the same in all: their average is not the average of the models."""
+def _check_modules_to_save(adapters: Sequence[Adapter], *, same: bool) -> None:
+    """Parameters of modules_to_save must be the same in all, or of the same shapes if they are averaged."""
     first = adapters[0]
     for adapter in adapters[1:]:
         for name in sorted(adapter.modules_to_save.keys() | first.modules_to_save.keys()):
-            if not _same(adapter.modules_to_save.get(name), first.modules_to_save.get(name)):
-                raise AdapterError(
-                    f"{name}, of modules_to_save, is not the same in {first.source}",
-                    where=adapter.source,
-                    fix="merge adapters that share it unchanged, or train without modules_to_save",
-                )
+            one, other = adapter.modules_to_save.get(name), first.modules_to_save.get(name)
+            if not (_same(one, other) if same else one is not None and other is not None and one.shape == other.shape):
+                fix = "merge adapters that share it unchanged, or train without modules_to_save"
+                if same and one is not None and other is not None and one.shape == other.shape:
+                    fix = "average it (--modules-to-save mean); a classifier's labels must stand in the same order"
+                what = f"{name}, of modules_to_save, is not {'the same' if same else 'of the same shape'}"
+                raise AdapterError(f"{what} in {first.source}", where=adapter.source, fix=fix)
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

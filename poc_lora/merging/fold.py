@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,17 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from poc_lora.adapters.adapter import Adapter, open_adapter
+from poc_lora.adapters.adapter import TOKENIZER_FILES, Adapter, open_adapter, real_file
 from poc_lora.adapters.factors import Factors
+from poc_lora.adapters.sources import Source, find_sources
 from poc_lora.errors import AdapterError, ModelError, PocLoraError, RequestError, first_line
-from poc_lora.files import commit_folder, read_json
-from poc_lora.hub_ids import is_base_model_id
-from poc_lora.models.load import empty_base
+from poc_lora.files import commit_folder, links_root, read_json
+from poc_lora.hub_ids import is_base_model_id, is_path_here, split_revision
+from poc_lora.merging.fold_plan import INDEX_NAME, FoldPlan, changed_texts, loading_class, plan_fold
 from poc_lora.progress import progress_bar
 
-INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -36,44 +35,54 @@ class Folded:
     folder: Path
     modules: int
     files: int  # weight files written
+    left_out: list[str]  # what the model needs and the folder does not have
+    loaded_by: str | None  # the class of transformers that loads it; None if none does without custom code
 
 
-def fold(adapter: Path, base: str, out: Path) -> Folded:
+def fold(adapter: str | Path, base: str, out: Path, *, untie_head: bool = False) -> Folded:
     """Write the base model with weights W + ΔW to the new folder `out`.
 
-    Files, tensors, dtypes and their order stay those of the base; tokenizer and configuration are copied. Sums are
-    computed in float32 (float64 for a float64 base) and rounded once. Memory holds one weight file at a time.
+    Files, tensors, dtypes and their order stay those of the base; tokenizer and configuration are copied, the tokenizer
+    from beside the adapter if one is there. Sums are computed in float32 (float64 for a float64 base) and rounded once.
+    Memory holds one weight file at a time.
 
     Args:
-        adapter: The adapter's folder.
-        base: The base model's folder or Hub id. It is not changed.
+        adapter: The adapter's folder or Hub id, which may end in @revision.
+        base: The base model's folder or Hub id, which may end in @revision; without one the adapter's own is used, if
+            it names this base. It is not changed.
         out: The folder to create.
+        untie_head: Give the output head weights of its own, if the adapter changes it or the embedding that it is tied
+            to.
 
     Raises:
         AdapterError: The adapter cannot be read, or was trained on another base.
         ModelError: The base cannot be found, is quantised, or is not in safetensors.
         RequestError: `out` exists.
     """
-    read = open_adapter(adapter)
-    folder, out = _base_folder(base), Path(out)
+    source = _one_source(adapter)
+    read, out = open_adapter(source.folder, root=source.root), Path(out)
+    folder = _base_folder(base, read)
     if out.exists() or out.is_symlink():
         raise RequestError("the output exists already", where=out, fix="choose a new folder")
-    transposed = _layout(read, folder, _read_config(folder))
+    config = _read_config(folder)
     files = _weight_files(folder)
-    _check_fits(read, transposed, files)
-    others = list(_other_files(folder))
+    plan = plan_fold(read, folder, config, files, untie_head=untie_head)
+    others = dict(_other_files(folder)) | dict(_tokenizer_beside(source))
+    texts = changed_texts(plan, folder, config, files)
     try:
         with commit_folder(out) as aside, progress_bar(len(files), f"folding into {len(files)} files") as bar:
-            for path in others:
-                shutil.copyfile(path, aside / path.name)
+            for name, path in others.items():
+                shutil.copyfile(path, aside / name)
+            for name, text in texts.items():
+                (aside / name).write_text(text, encoding="utf-8")
             for name, keys in files.items():
-                tensors, metadata = _folded(read, transposed, folder / name, keys)
+                tensors, metadata = _folded(read, plan, folder / name, keys)
                 save_file(tensors, aside / name, metadata=metadata)
                 (aside / name).chmod(0o644)
                 bar.advance()
     except (OSError, SafetensorError) as problem:
         raise PocLoraError(f"the model could not be written: {problem}", where=out) from problem
-    return Folded(out, len(read.modules), len(files))
+    return Folded(out, len(read.modules), len(files), _left_out(folder, config), loading_class(config))
 
 
 def updated(weight: Tensor, factors: Factors) -> Tensor:
@@ -83,14 +92,25 @@ def updated(weight: Tensor, factors: Factors) -> Tensor:
     return update.add_(weight.to(working)).to(weight.dtype)
 
 
-def _base_folder(base: str) -> Path:
+def _one_source(adapter: str | Path) -> Source:
+    sources = find_sources(adapter)
+    if len(sources) > 1:
+        what = f"{len(sources)} adapters, where one is folded"
+        raise AdapterError(what, where=adapter, fix="merge them first, or name one of them")
+    return sources[0]
+
+
+def _base_folder(base: str, adapter: Adapter) -> Path:
     path = Path(base).expanduser()
     if path.is_dir():
         return path
-    if not is_base_model_id(base):
+    name, revision = split_revision(base)
+    if is_path_here(base) or not is_base_model_id(name) or revision == "":
         raise ModelError(f"no base model at '{base}'", where="--base", fix="give a folder, or a Hub id org/name")
+    if revision is None and name == adapter.base_model:
+        revision = adapter.revision
     try:
-        return Path(snapshot_download(base, allow_patterns=["*.safetensors", *COPIED]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", *COPIED]))
     except Exception as problem:  # huggingface_hub raises many kinds
         raise ModelError(
             f"the base model '{base}' cannot be fetched: {first_line(problem)}", where="--base"
@@ -108,41 +128,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
             fix="fold into the unquantised model, and quantise the result",
         )
     return config
-
-
-def _layout(adapter: Adapter, folder: Path, config: Mapping[str, Any]) -> frozenset[str]:
-    """The adapter's modules whose weights the base keeps transposed, [d_in, d_out].
-
-    PEFT has one flag for all modules of an adapter, which cannot describe a base with both kinds of layers; so the
-    layers of the base decide. Raises AdapterError if the adapter changes an embedding that is tied to the output head.
-    """
-    try:
-        model = empty_base(str(folder))
-    except ModelError:  # not a causal language model: only its files are known
-        layers: dict[str, nn.Module] = {}
-        tables = {
-            name for name, tensor in adapter.modules_to_save.items() if tensor.shape[0] == config.get("vocab_size")
-        }
-        tied = config.get("tie_word_embeddings", True)
-        shared = {*adapter.embeddings, *(name.removesuffix(".weight") for name in tables)} if tied else set()
-    else:
-        layers = dict(model.named_modules())
-        tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        shared = {path for path, layer in layers.items() if tied and layer in ends}
-    for name in sorted(shared):
-        if name in adapter.modules or f"{name}.weight" in adapter.modules_to_save:
-            raise AdapterError(
-                f"the adapter changes {name}, which this base ties to its output head",
-                where=adapter.source,
-                fix="use the adapter without folding it",
-            )
-    return frozenset(
-        name
-        for name in adapter.modules
-        if name in adapter.embeddings
-        or (isinstance(layers[name], Conv1D) if name in layers else adapter.fan_in_fan_out)
-    )
 
 
 def _weight_files(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -170,59 +155,58 @@ def _weight_files(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     return files
 
 
-def _check_fits(
-    adapter: Adapter, transposed: Collection[str], files: Mapping[str, Mapping[str, tuple[int, ...]]]
-) -> None:
-    shapes = {key: shape for keys in files.values() for key, shape in keys.items()}
-    wanted: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in adapter.modules_to_save.items()}
-    for module in adapter.modules:
-        d_out, d_in = adapter.shape(module)
-        wanted[f"{module}.weight"] = (d_in, d_out) if module in transposed else (d_out, d_in)
-    for name, shape in wanted.items():
-        if shapes.get(name) != shape:
-            raise AdapterError(
-                f"the adapter changes {name} of shape {shape}, the base has {shapes.get(name) or 'no such weight'}",
-                where=adapter.source,
-                fix="fold it into the base model it was trained on; if its files name tensors differently from its "
-                "modules, use PEFT's merge_and_unload",
-            )
-
-
 def _folded(
-    adapter: Adapter, transposed: Collection[str], source: Path, keys: Mapping[str, Any]
+    adapter: Adapter, plan: FoldPlan, source: Path, keys: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """One file's tensors with their updates, and its metadata."""
     with _opened(source) as stored:
         metadata = stored.metadata()
         tensors = {key: stored.get_tensor(key) for key in keys}
+    if plan.untied and plan.untied[1] in tensors:
+        tensors[plan.untied[0]] = tensors[plan.untied[1]].clone()
     for key, tensor in tensors.items():
-        module = key.removesuffix(".weight") if key.endswith(".weight") else ""
-        if key not in adapter.modules_to_save and module not in adapter.modules:
+        if key not in plan.modules and key not in plan.whole:
             continue
         if tensor.dtype not in FLOATS:
             raise ModelError(f"{key} is {tensor.dtype}: quantised weights cannot be folded into", where=source)
-        if key in adapter.modules_to_save:
-            tensors[key] = adapter.modules_to_save[key].to(tensor.dtype)
-        elif module in transposed:
-            tensors[key] = updated(tensor.T, adapter.modules[module]).T.contiguous()
-        else:
-            tensors[key] = updated(tensor, adapter.modules[module])
+        if key in plan.whole:
+            tensors[key] = adapter.modules_to_save[plan.whole[key]].to(tensor.dtype)
+        if key in plan.modules:
+            factors, weight = adapter.modules[plan.modules[key]], tensors[key]
+            tensors[key] = (
+                updated(weight.T, factors).T.contiguous() if key in plan.transposed else updated(weight, factors)
+            )
         if not bool(torch.isfinite(tensors[key]).all()):
             raise AdapterError(f"the sum overflows in {key}", where=adapter.source, fix="use a wider base dtype")
     return tensors, metadata
 
 
-def _other_files(folder: Path) -> Iterator[Path]:
+def _left_out(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """The custom code of the base: it is not copied, since loading it would run it."""
+    code = sorted(path.name for path in folder.glob("*.py"))
+    if not code and config.get("auto_map"):
+        code = ["the custom code that config.json names (auto_map)"]
+    return code
+
+
+def _tokenizer_beside(source: Source) -> Iterator[tuple[str, Path]]:
+    """The files of a tokenizer in an adapter's folder, which may have more tokens, or another chat template."""
+    for name in TOKENIZER_FILES:
+        path = source.folder / name
+        if path.is_file():
+            yield name, real_file(source.folder, name, source.root)
+
+
+def _other_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Tokenizer, configuration and licence; links may not lead out of the folder, which is untrusted."""
-    real = folder.resolve()
-    root = real.parents[1] if real.parent.name == "snapshots" else real  # the Hub's cache has links to blobs/
+    root = links_root(folder)
     for pattern in COPIED:
         for path in sorted(folder.glob(pattern)):
             if path.is_file() and not any(path.match(weights) for weights in WEIGHT_FILES):
                 if not path.resolve().is_relative_to(root):
                     what = f"{path.name} is a link that leads out of its folder"
                     raise ModelError(what, where=path, fix="copy the file there, or remove the link")
-                yield path
+                yield path.name, path
 
 
 @contextlib.contextmanager

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import poc_lora
-from poc_lora.adapters.adapter import WEIGHTS_NAME, open_adapter, write_adapter
+from poc_lora.adapters.adapter import WEIGHTS_NAME, open_adapter, shared_tokenizer, write_adapter
 from poc_lora.adapters.sources import find_sources, refuse_duplicates
 from poc_lora.artifacts.merge_report import MergeReport, MergeSource, Versions
 from poc_lora.artifacts.run_folder import MERGE_REPORT
@@ -37,17 +37,18 @@ def merge_folders(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     allow_base_mismatch: bool = False,
+    modules_to_save: Literal["same", "mean"] = "same",
 ) -> MergeReport:
     """Merge adapters into the new folder `out`; the same inputs give the same bytes.
 
     Args:
         sources: Adapter folders, run folders (for their finished adapters in order) and Hub ids.
         out: The folder to create; it may exist if it is empty.
-        method, rank, rank_sweep, weights, canonical, seed, dtype, allow_base_mismatch: As in
-            `poc_lora.merging.merge.merge`.
+        method, rank, rank_sweep, weights, canonical, seed, dtype, allow_base_mismatch, modules_to_save: As
+            in `poc_lora.merging.merge.merge`.
 
     Returns:
-        The contents of merge.json.
+        The contents of merge.json. A tokenizer that lies beside all sources, the same, is carried too.
 
     Raises:
         AdapterError: A source cannot be read or merged, or `out` cannot be used. Nothing was written.
@@ -82,6 +83,7 @@ def merge_folders(
             seed=seed,
             dtype=dtype,
             allow_base_mismatch=allow_base_mismatch,
+            modules_to_save=modules_to_save,
             on_module=on_module,
         )
     statistics: dict[str, Any] = dict(merged.report)
@@ -109,11 +111,15 @@ def merge_folders(
         embeddings=sorted(merged.adapter.embeddings),
         **statistics,
     )
+    files: dict[str, str | bytes] = {
+        MERGE_REPORT: report.dumps(),
+        **shared_tokenizer([(source.folder, source.root) for source in found]),
+    }
     was_there = out.exists()  # and empty
     try:
         if was_there:
             out.rmdir()
-        write_adapter(merged.adapter, out, dtype=dtype, extra_files={MERGE_REPORT: report.dumps()})
+        write_adapter(merged.adapter, out, dtype=dtype, extra_files=files)
     except BaseException:
         if was_there:
             out.mkdir(exist_ok=True)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ def merge(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     allow_base_mismatch: bool = False,
+    modules_to_save: Literal["same", "mean"] = "same",
     on_module: Callable[[str], object] = lambda name: None,
 ) -> Merged:
     """Merge M adapters of one base model into one adapter, from their factors alone.
@@ -60,6 +61,8 @@ def merge(
         seed: Keys the random draws of method `random`.
         dtype: The dtype of the merged factors.
         allow_base_mismatch: Accept adapters whose base models have different Hub ids.
+        modules_to_save: `same` refuses parameters that differ; `mean` takes Σ_j w_j W_j, which is right for classifiers
+            whose labels stand in the same order: adapters do not tell that order.
         on_module: Called with each module's name once it is merged.
 
     Returns:
@@ -68,7 +71,7 @@ def merge(
     Raises:
         AdapterError: The adapters cannot be merged, or not with these options.
     """
-    check_compatible(adapters, allow_base_mismatch=allow_base_mismatch)
+    check_compatible(adapters, allow_base_mismatch=allow_base_mismatch, modules_to_save=modules_to_save)
     used = checked_weights(weights, len(adapters))
     plan = _Plan(find_method(method), rank, tuple(rank_sweep), used, canonical, seed, dtype)
     _check_plan(method, plan, adapters)
@@ -90,11 +93,24 @@ def merge(
         source="merge",
         embeddings=frozenset().union(*(adapter.embeddings for adapter in adapters)),
         fan_in_fan_out=any(adapter.fan_in_fan_out for adapter in adapters),
-        modules_to_save=adapters[0].modules_to_save,
+        modules_to_save=_mean_saved(adapters, used) if modules_to_save == "mean" else adapters[0].modules_to_save,
         task_type=tasks.pop() if len(tasks) == 1 else None,
         targets=frozenset().union(*(adapter.targets for adapter in adapters)),
     )
     return Merged(merged, _total_report(reports, inner, used))
+
+
+def _mean_saved(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:
+    """The weighted means of the parameters of modules_to_save, in their dtype."""
+    means = {}
+    for name, like in adapters[0].modules_to_save.items():
+        total = torch.zeros(like.shape, dtype=torch.float64, device=like.device)
+        for weight, adapter in zip(weights, adapters, strict=True):
+            total += weight * adapter.modules_to_save[name].to(total)
+        means[name] = total.to(like.dtype)
+        if not is_finite(means[name]):
+            _refuse_overflow(name)
+    return means
 
 
 @dataclass(frozen=True)

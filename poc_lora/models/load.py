@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -21,10 +22,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from poc_lora.envvars import flag, one_of, whole_number
 from poc_lora.errors import ConfigError, ModelError, first_line
-from poc_lora.hub_ids import is_base_model_id
+from poc_lora.hub_ids import is_base_model_id, is_path_here
 from poc_lora.models.float8 import quantize_float8, require_float8
 
 BITSANDBYTES = ("nf4", "int8")  # the quantisations that it does
+# The packages that read checkpoints which are quantised already, by quant_method.
+STORED_NEEDS = {
+    "aqlm": "aqlm", "auto-round": "auto-round", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes",
+    "bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors", "eetq": "kernels", "fbgemm_fp8": "fbgemm-gpu", "fp8": "kernels",
+    "gptq": "gptqmodel", "hqq": "hqq", "mxfp4": "kernels", "quanto": "optimum-quanto", "quark": "quark",
+    "spqr": "spqr-quant", "torchao": "torchao", "vptq": "vptq",
+}  # fmt: skip
 MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # accelerate's names
 
 
@@ -56,7 +65,7 @@ def load_base(
         revision: The branch, tag or commit on the Hub.
         dtype: A torch dtype's name, or `auto`; see `resolve_dtype`.
         quantization: None, or for linear layers but the head bitsandbytes' `nf4` or `int8`, computing in `dtype`, or
-            `fp8`; see `Float8Linear`.
+            `fp8`; see `Float8Linear`. A checkpoint that is quantised already takes only None.
         device: The device to load to; default: `default_device()`.
         floats_only: Store 4-bit weights in tensors of `dtype`, since FSDP shards only floating-point tensors.
 
@@ -71,12 +80,17 @@ def load_base(
     tokenizer = load_tokenizer(name, revision=revision)
     if not sys.stderr.isatty():
         disable_progress_bar()  # a bar in a log file is noise
+    own = stored_quantization(name, revision=revision)
+    if own is not None:
+        _require_stored(own, name, quantization)
+        packed = True
+    chosen = _quantization(quantization, resolve_dtype(dtype, device), floats_only=floats_only)
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision,
             dtype=getattr(torch, resolve_dtype(dtype, device)),
-            quantization_config=_quantization(quantization, resolve_dtype(dtype, device), floats_only=floats_only),
+            **({} if chosen is None else {"quantization_config": chosen}),  # None would hide the checkpoint's own
             device_map={"": device} if packed else None,
             use_safetensors=True,
             trust_remote_code=False,
@@ -127,6 +141,33 @@ def _quantization(kind: str | None, dtype: str, *, floats_only: bool) -> BitsAnd
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 
 
+def stored_quantization(name: str, *, revision: str | None = None) -> str | None:
+    """The method with which a checkpoint's weights are quantised, or None. Raises ModelError."""
+    name = _expand(name)
+    try:
+        config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    except Exception as problem:
+        raise _cannot_load(name, problem) from problem
+    parts = (config, config.get("text_config"))  # a model of images and text may keep it in either
+    own = next((part["quantization_config"] for part in parts if part and part.get("quantization_config")), None)
+    return None if own is None else str(own.get("quant_method") or "bitsandbytes")
+
+
+def _require_stored(method: str, name: str, quantization: str | None) -> None:
+    """Raises ModelError if the package of a checkpoint's quantisation is missing, or another one is asked for."""
+    if quantization is not None:
+        what = (
+            f"the weights of '{name}' are quantised already ({method}), so they cannot be quantised to {quantization}"
+        )
+        raise ModelError(what, where="model.quantization", fix="leave it out, or use the unquantised model")
+    package = STORED_NEEDS.get(method)
+    if package is not None and importlib.util.find_spec(package.replace("-", "_")) is None:
+        what = f"the weights of '{name}' are quantised with {method}, which needs the package {package}"
+        raise ModelError(what, where="model.name", fix=f"pip install {package}, or use the unquantised model")
+    if method == "bitsandbytes":
+        _quiet_bitsandbytes()
+
+
 def require_quantization(kind: str | None, device: torch.device) -> None:
     """Raises ModelError if bitsandbytes is needed and not installed, ConfigError if `device` has no float8."""
     if kind == "fp8":
@@ -137,7 +178,11 @@ def require_quantization(kind: str | None, device: torch.device) -> None:
         raise ModelError(
             f"quantization '{kind}' needs bitsandbytes", where="model.quantization", fix="pip install 'poc-lora[bnb]'"
         )
-    # bitsandbytes warns at every call of an int8 layer, and of a kernel that `keep_differentiable` turns off.
+    _quiet_bitsandbytes()
+
+
+def _quiet_bitsandbytes() -> None:
+    """It warns at every call of an int8 layer, and of a kernel that `keep_differentiable` turns off."""
     for module in ("autograd._functions", "backends.cpu.ops"):
         logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
 
@@ -192,7 +237,7 @@ def _expand(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(folder)
-    if not is_base_model_id(name):
+    if is_path_here(name) or not is_base_model_id(name):
         raise ModelError(
             f"no base model at '{name}'", where="model.name", fix="give a folder with config.json, or a Hub id org/name"
         )

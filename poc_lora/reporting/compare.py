@@ -169,7 +169,7 @@ def _points(name: str, known: Sequence[tuple[Path, RunConfig, Results]]) -> list
 def _scored(name: str, results: Results) -> Scored | None:
     return {
         "LoRA (average)": results.average,
-        "LoRA (best)": results.adapters[results.best],
+        "LoRA (best)": results.adapters.get(results.best),
         "PoC merge": results.merged,
         "prediction ensemble": results.ensemble,
     }[name]

@@ -17,6 +17,8 @@ def headline(files: RunFiles) -> tuple[str, list[tuple[str, Cell]]]:
     results = files.results
     if results is None:
         return "Nothing has been evaluated yet.", []
+    if not results.adapters:
+        return "The model was evaluated alone, without an adapter.", [("the model", accuracy(results.base.average))]
     best, merged, M = results.adapters[results.best].average, results.merged, len(results.adapters)
     shown = [("base", results.base.average)]
     shown += [("average adapter", results.average.average)] if M > 1 else []
@@ -138,8 +140,9 @@ def _averages(results: Results, chance: float) -> Chart:
         return [(100 * s.average.value, 100 * s.average.error) for s in scored]
 
     M = len(results.adapters)
-    adapters = (f"{M} adapters" if M > 1 else "LoRA", "adapter", points(*results.adapters.values()))
-    rows = [("base", "base", points(results.base)), adapters]
+    rows = [("base", "base", points(results.base))]
+    if M:
+        rows.append((f"{M} adapters" if M > 1 else "LoRA", "adapter", points(*results.adapters.values())))
     if M > 1:
         rows.append(("LoRA (average)", "adapter", points(results.average)))
         rows.append(("LoRA (best)", "best", points(results.adapters[results.best])))

@@ -356,7 +356,7 @@ def rewrite(folder: Path, **tensors: torch.Tensor | None) -> None:
         ({"A": torch.ones(4, 16, dtype=torch.int32)}, "I32"),
         ({"A": torch.full((4, 16), math.nan)}, "NaN"),
         ({"B": torch.full((16, 4), -math.inf)}, "infinity"),
-        ({"base_model.model.lm_head.weight": torch.ones(2, 2)}, "lm_head.weight.* is not a LoRA factor"),
+        ({"base_model.model.norm.weight": torch.ones(2, 2)}, "norm.weight.* is not a LoRA factor"),
         ({"base_model.model...lora_A.weight": torch.ones(2, 2)}, "not a module path"),
         ({f"base_model.model.{Q}.lora_magnitude_vector.weight": torch.ones(2)}, "not a LoRA factor"),
         ({"lora_A.weight": torch.ones(2, 2)}, "not a LoRA factor"),

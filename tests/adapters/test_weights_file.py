@@ -137,7 +137,7 @@ def test_a_tied_table_is_not_folded(tiny_model_dir, members, tmp_path):
     ("change", "words"),
     [
         (lambda t: t.pop("base_model.model.lm_head.weight"), "modules_to_save names 'lm_head'"),
-        (lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(2, 2)}), "not a LoRA factor"),
+        (lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(2)}), "not a LoRA factor"),
         (lambda t: t.update({"lm_head.weight": torch.ones(2, 2)}), "not a LoRA factor"),
         (lambda t: t.update({"base_model.model.../x.lm_head.weight": torch.ones(2, 2)}), "not a module path"),
         (lambda t: t.update({"base_model.model.lm_head.bias": torch.ones(2, dtype=torch.int8)}), "I8"),

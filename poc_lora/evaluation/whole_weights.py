@@ -1,0 +1,95 @@
+"""Adapters that no bank can hold, such as those with whole modules: added to the model's weights for a while."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from poc_lora.adapters.adapter import Adapter
+from poc_lora.errors import AdapterError
+from poc_lora.models.names import names_in_model
+
+
+def named_as_in(model: PreTrainedModel, adapter: Adapter) -> Adapter:
+    """The adapter with its modules named as the model names them; see `names_in_model`. Raises AdapterError."""
+    wanted = [f"{module}.weight" for module in adapter.modules] + list(adapter.modules_to_save)
+    names = names_in_model(model, wanted)
+    if all(name == found for name, found in names.items()):
+        return adapter
+    if len(set(names.values())) < len(wanted):
+        raise AdapterError("two of its modules are the same module of this base", where=adapter.source)
+    modules = {names[f"{m}.weight"].removesuffix(".weight"): factors for m, factors in adapter.modules.items()}
+    embeddings = frozenset(names[f"{m}.weight"].removesuffix(".weight") for m in adapter.embeddings)
+    saved = {names[name]: tensor for name, tensor in adapter.modules_to_save.items()}
+    return replace(adapter, modules=modules, embeddings=embeddings, modules_to_save=saved, targets=frozenset())
+
+
+def check_fits(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Raises AdapterError unless the adapter's updates have the shapes of floating-point weights of the model.
+
+    A table of tokens that replaces the model's own may have more or fewer rows.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tables = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    wanted = {f"{m}.weight": _shape(model, adapter, m) for m in adapter.modules}
+    wanted |= {name: tuple(tensor.shape) for name, tensor in adapter.modules_to_save.items()}
+    for name, shape in wanted.items():
+        found = parameters.get(name)
+        known = None if found is None else tuple(found.shape)
+        if known and name in adapter.modules_to_save and id(model.get_submodule(name.rpartition(".")[0])) in tables:
+            known, shape = known[1:], shape[1:]
+        if shape != known:
+            what = f"the adapter updates {name} of shape {shape}, the base model has {known or 'no such weight'}"
+            raise AdapterError(what, where=adapter.source, fix="use the base model that the adapter was trained on")
+        if found is not None and not found.is_floating_point():
+            what = f"{name} is quantised, so it cannot be changed as a whole"
+            raise AdapterError(what, where=adapter.source, fix="evaluate it on the unquantised base")
+
+
+@contextlib.contextmanager
+def in_weights(model: PreTrainedModel, adapters: Sequence[Adapter]) -> Iterator[None]:
+    """The mean of adapters in the model's weights within the block; a tied table is untied, as in PEFT.
+
+    Raises AdapterError if an adapter does not fit.
+    """
+    before: dict[str, nn.Parameter] = {}
+
+    def put(name: str, tensor: Tensor) -> None:
+        path, _, last = name.rpartition(".")
+        module, old = model.get_submodule(path), model.get_parameter(name)
+        before.setdefault(name, old)
+        setattr(module, last, nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=False))
+
+    for adapter in adapters:
+        check_fits(model, adapter)
+    try:
+        for name, tensor in adapters[0].modules_to_save.items():
+            put(name, tensor)
+        for module in dict.fromkeys(module for adapter in adapters for module in adapter.modules):
+            weight = model.get_parameter(f"{module}.weight")
+            total = torch.zeros(weight.shape, device=weight.device)
+            for adapter in adapters:
+                if module in adapter.modules:
+                    factors = adapter.modules[module]
+                    B, A = (factor.to(weight.device, torch.float32) for factor in (factors.B, factors.A))
+                    update = factors.scale / len(adapters) * (B @ A)
+                    total += update.T if _transposed(model, adapter, module) else update
+            put(f"{module}.weight", weight + total)
+        yield
+    finally:
+        for name, old in before.items():
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, old)
+
+
+def _transposed(model: PreTrainedModel, adapter: Adapter, module: str) -> bool:
+    return module in adapter.embeddings or isinstance(dict(model.named_modules()).get(module), Conv1D)
+
+
+def _shape(model: PreTrainedModel, adapter: Adapter, module: str) -> tuple[int, ...]:
+    d_out, d_in = adapter.shape(module)
+    return (d_in, d_out) if _transposed(model, adapter, module) else (d_out, d_in)

@@ -1,0 +1,42 @@
+"""Evaluations of what no bank can hold: models without an adapter, and adapters with modules trained whole."""
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from poc_lora.cli.app import app
+from poc_lora.errors import RequestError
+from poc_lora.evaluation.evaluate import evaluate
+from poc_lora.merging.fold import fold
+from tests.evaluation.test_evaluate import data  # noqa: F401
+
+
+@pytest.fixture
+def adapters(tiny_model_dir, tmp_path):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), settings)
+        head = next(p for name, p in model.named_parameters() if "lm_head.modules_to_save" in name)
+        head.data.add_(0.2 * head.data.roll(len(list(tmp_path.iterdir())), 0))
+        model.save_pretrained(folder, save_embedding_layers=False)
+    return folders
+
+
+def test_whole_modules_are_scored_as_the_folded_model_is(adapters, tiny_model_dir, data, tmp_path):  # noqa: F811
+    results = evaluate(adapters[:1], data=data, benchmarks=["piqa"], out=tmp_path / "eval")
+    assert list(results.adapters) == ["one"]
+    fold(adapters[0], str(tiny_model_dir), tmp_path / "folded", untie_head=True)
+    alone = evaluate([tmp_path / "folded"], data=data, benchmarks=["piqa"], out=tmp_path / "eval-folded")
+    assert (alone.adapters, alone.merged) == ({}, None)
+    assert alone.base.average.value == results.adapters["one"].average.value
+
+
+def test_a_model_alone_and_its_report(tiny_model_dir, data, tmp_path):  # noqa: F811
+    words = ["eval", str(tiny_model_dir), "--data", str(data), "--benchmarks", "piqa", "--out", str(tmp_path / "e")]
+    for command in (words, ["report", str(tmp_path / "e")]):
+        done = CliRunner().invoke(app, command, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    with pytest.raises(RequestError, match="its own base"):
+        evaluate([tiny_model_dir], data=data, base="gpt2", out=tmp_path / "f")
