@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.cli.terminal import numbers, print_next, show_merge
+from poc_lora.cli.terminal import numbers, print_next, show, show_merge
 from poc_lora.merging.methods import METHODS
 
 Method = StrEnum("Method", list(METHODS))  # type: ignore[misc]
@@ -76,7 +76,7 @@ def merge(
         from poc_lora.reporting.page import write_rank_sweep
 
         write_rank_sweep(report, out)
-        typer.echo(f"the same as a figure: {out / 'rank_sweep.svg'}")
+        show(f"the same as a figure: {out / 'rank_sweep.svg'}")
     runs = map(RunFolder, map(Path, sources))
     run = next((run.path for run in runs if run.is_run and out == run.merged), None)
     print_next(
@@ -100,9 +100,9 @@ def fold(
     from poc_lora.merging.fold import fold
 
     done = fold(adapter, base, out, untie_head=untie_head)
-    typer.echo(f"{done.modules} modules folded into {done.files} files of weights")
+    show(f"{done.modules} modules folded into {done.files} files of weights")
     if done.left_out:
-        typer.echo(f"left out, copy it from the base if you trust it: {', '.join(done.left_out)}")
+        show(f"left out, copy it from the base if you trust it: {', '.join(done.left_out)}")
     how = "its own code is needed to load it (trust_remote_code)"
     if done.loaded_by:
         how = f"load it with {done.loaded_by}.from_pretrained({str(done.folder)!r})"

@@ -254,7 +254,7 @@ def _check_merge_is_current(folders: Sequence[Path], run: RunFolder) -> None:
     report = MergeReport.read_if_there(run.merge_report)
     if report and {source.sha256 for source in report.sources} != {sha256_file(f / WEIGHTS_NAME) for f in folders}:
         raise RunError(
-            "the merge was the merge is out of date: the adapters of the run have changed",
+            "the merge is out of date: the adapters of the run have changed",
             where=run.merged,
             fix=f"remove it, then: poc-lora merge {run.path} --out {run.merged}",
         )

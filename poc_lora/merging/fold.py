@@ -17,8 +17,8 @@ from poc_lora.adapters.adapter import TOKENIZER_FILES, Adapter, open_adapter, re
 from poc_lora.adapters.factors import Factors
 from poc_lora.adapters.sources import Source, find_sources
 from poc_lora.errors import AdapterError, ModelError, PocLoraError, RequestError, first_line
-from poc_lora.files import commit_folder, links_root, read_json
-from poc_lora.hub_ids import is_base_model_id, is_path_here, split_revision
+from poc_lora.files import allow_as_usual, commit_folder, links_root, read_json, require_plain
+from poc_lora.hub_ids import is_base_model_id, split_revision
 from poc_lora.merging.fold_plan import INDEX_NAME, FoldPlan, changed_texts, loading_class, plan_fold
 from poc_lora.progress import progress_bar
 
@@ -78,7 +78,7 @@ def fold(adapter: str | Path, base: str, out: Path, *, untie_head: bool = False)
             for name, keys in files.items():
                 tensors, metadata = _folded(read, plan, folder / name, keys)
                 save_file(tensors, aside / name, metadata=metadata)
-                (aside / name).chmod(0o644)
+                allow_as_usual(aside / name)
                 bar.advance()
     except (OSError, SafetensorError) as problem:
         raise PocLoraError(f"the model could not be written: {problem}", where=out) from problem
@@ -105,7 +105,7 @@ def _base_folder(base: str, adapter: Adapter) -> Path:
     if path.is_dir():
         return path
     name, revision = split_revision(base)
-    if is_path_here(base) or not is_base_model_id(name) or revision == "":
+    if not is_base_model_id(name) or revision == "":
         raise ModelError(f"no base model at '{base}'", where="--base", fix="give a folder, or a Hub id org/name")
     if revision is None and name == adapter.base_model:
         revision = adapter.revision
@@ -212,6 +212,7 @@ def _other_files(folder: Path) -> Iterator[tuple[str, Path]]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        require_plain(path, error=ModelError)
         with safe_open(path, framework="pt") as stored:
             yield stored
     except (SafetensorError, OSError) as problem:
