@@ -48,3 +48,11 @@ def test_what_exists_here_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert not is_adapter_id("org/name")
+
+
+def test_what_would_lie_in_a_folder_that_is_here_is_a_missing_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert not is_adapter_id("runs/missing")
+    assert not is_base_model_id("runs/missing")
+    assert is_base_model_id("gpt2")

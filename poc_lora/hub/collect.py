@@ -20,7 +20,7 @@ from poc_lora.artifacts.run_info import RunInfo
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import AdapterError, RequestError, RunError
 from poc_lora.evaluation.variants import adapter_key
-from poc_lora.files import read_json, sha256_file
+from poc_lora.files import links_root, read_json, sha256_file
 from poc_lora.hub.public import public_config, refuse_metadata
 from poc_lora.hub_ids import is_base_model_id, is_repo_id
 from poc_lora.reporting.run_files import of_these_weights
@@ -90,10 +90,14 @@ class _Tree:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def link(self, path: Path) -> Path | None:
-        """The first part of a path that is a link."""
+        """The first part of a path that is a link, other than the Hub cache's own into its blobs."""
         parts = path.relative_to(self.root).parts
         below = (self.root.joinpath(*parts[: i + 1]) for i in range(len(parts)))
-        return next((part for part in below if part.is_symlink()), None)
+        return next((part for part in below if part.is_symlink() and not self._is_of_cache(part)), None)
+
+    def _is_of_cache(self, path: Path) -> bool:
+        allowed = links_root(self.root)
+        return allowed != self.root.resolve() and path.resolve().is_relative_to(allowed)
 
     def refuse_link(self, path: Path) -> None:
         if (link := self.link(path)) is not None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from poc_lora.adapters.adapter import open_adapter
 from poc_lora.errors import AdapterError
 from poc_lora.evaluation.whole_weights import in_weights, named_as_in
+from poc_lora.hub.collect import collect
 from poc_lora.merging.fold import fold
 from poc_lora.merging.folders import merge_folders
 
@@ -169,6 +170,7 @@ def test_a_snapshot_of_the_hub_s_cache_is_adapter_and_base(tmp_path):
     fold(where["adapter"], str(where["base"]), tmp_path / "folded")
     assert json.loads((tmp_path / "folded/config.json").read_text())["model_type"] == "llama"
     assert not any(path.is_symlink() for path in (tmp_path / "folded").iterdir())
+    collect(where["adapter"], base_model="org/base")
     merge_folders([where["adapter"]], tmp_path / "merged")
 
 
@@ -207,3 +209,23 @@ def test_peft_s_wrapped_names_and_plain_ones_are_one_table(tmp_path):
     save_file(tensors | wrapped | {f"{key}.modules_to_save.weight": table + 2}, path)
     with pytest.raises(AdapterError, match="twice"):
         open_adapter(tmp_path / "a").modules_to_save["lm_head.weight"]
+
+
+@pytest.mark.parametrize(("given", "fetched"), [("org/base", "v1"), ("org/base@v2", "v2"), ("org/other", None)])
+def test_a_base_from_the_hub_is_of_the_revision_asked_for_or_the_adapter_s(tmp_path, monkeypatch, given, fetched):
+    torch.manual_seed(0)
+    tied(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "org/base", "revision": "v1"}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    asked = []
+
+    def fetch(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        return tmp_path / "base"
+
+    monkeypatch.setattr("poc_lora.merging.fold.snapshot_download", fetch)
+    fold(tmp_path / "adapter", given, tmp_path / "folded")
+    assert asked == [(given.partition("@")[0], fetched)]
