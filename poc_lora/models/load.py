@@ -28,14 +28,20 @@ from poc_lora.hub_ids import is_base_model_id
 from poc_lora.models.float8 import quantize_float8, require_float8
 
 BITSANDBYTES = ("nf4", "int8")  # the quantisations that it does
-# The packages that read checkpoints which are quantised already, by quant_method.
+# The packages and modules that read checkpoints which are quantised already, by quant_method. Others, such as fp8 and
+# mxfp4, are dequantised by transformers where they cannot be computed with.
 STORED_NEEDS = {
-    "aqlm": "aqlm", "auto-round": "auto-round", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes",
-    "bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors", "eetq": "kernels", "fbgemm_fp8": "fbgemm-gpu", "fp8": "kernels",
-    "gptq": "gptqmodel", "hqq": "hqq", "mxfp4": "kernels", "quanto": "optimum-quanto", "quark": "quark",
-    "spqr": "spqr-quant", "torchao": "torchao", "vptq": "vptq",
-}  # fmt: skip
+    "aqlm": {"aqlm": "aqlm"},
+    "auto-round": {"auto-round": "auto_round"},
+    "awq": {"gptqmodel": "gptqmodel"},
+    "bitsandbytes": {"bitsandbytes": "bitsandbytes"},
+    "compressed-tensors": {"compressed-tensors": "compressed_tensors"},
+    "gptq": {"gptqmodel": "gptqmodel", "optimum": "optimum"},
+    "hqq": {"hqq": "hqq"},
+    "quanto": {"optimum-quanto": "optimum.quanto"},
+    "torchao": {"torchao": "torchao"},
+    "vptq": {"vptq": "vptq"},
+}
 MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # accelerate's names
 
 
@@ -163,12 +169,20 @@ def _require_stored(method: str, name: str, quantization: str | None) -> None:
             f"the weights of '{name}' are quantised already ({method}), so they cannot be quantised to {quantization}"
         )
         raise ModelError(what, where="model.quantization", fix="leave it out, or use the unquantised model")
-    package = STORED_NEEDS.get(method)
-    if package is not None and importlib.util.find_spec(package.replace("-", "_")) is None:
-        what = f"the weights of '{name}' are quantised with {method}, which needs the package {package}"
-        raise ModelError(what, where="model.name", fix=f"pip install {package}, or use the unquantised model")
+    missing = [package for package, module in STORED_NEEDS.get(method, {}).items() if not _is_there(module)]
+    if missing:
+        what = f"the weights of '{name}' are quantised with {method}, which needs the package {' and '.join(missing)}"
+        fix = f"pip install {' '.join(missing)}, or use the unquantised model"
+        raise ModelError(what, where="model.name", fix=fix)
     if method == "bitsandbytes":
         _quiet_bitsandbytes()
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 def require_quantization(kind: str | None, device: torch.device) -> None:

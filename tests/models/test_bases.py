@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from poc_lora.errors import ModelError
+from poc_lora.merging.fold_plan import loading_class
 from poc_lora.models.load import load_base
 from poc_lora.models.names import names_in_model
 
@@ -26,7 +27,9 @@ def test_a_checkpoint_that_is_quantised_already_is_loaded_as_it_is(tiny_model_di
         load_base(str(tmp_path / "base"), quantization="int8")
 
 
-@pytest.mark.parametrize(("method", "package"), [("gptq", "gptqmodel"), ("awq", "gptqmodel"), ("hqq", "hqq")])
+@pytest.mark.parametrize(
+    ("method", "package"), [("gptq", "gptqmodel and optimum"), ("awq", "gptqmodel"), ("quanto", "optimum-quanto")]
+)
 def test_a_missing_package_of_a_quantisation_is_named(tiny_model_dir, tmp_path, method, package):
     for path in tiny_model_dir.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -44,3 +47,17 @@ def test_names_of_files_are_mapped_into_the_model():
         "h.0.attn.c_attn.weight": name,
         "nothing": "nothing",
     }
+
+
+@pytest.mark.parametrize(
+    ("architecture", "loaded_by"),
+    [
+        ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("LlamaForCausalLM", "AutoModelForCausalLM"),
+        ("LlavaForConditionalGeneration", "AutoModelForImageTextToText"),
+        ("BertForMaskedLM", "BertForMaskedLM"),
+        ("TheirOwnModel", None),
+    ],
+)
+def test_the_class_that_loads_a_model_is_its_architecture_s(architecture, loaded_by):
+    assert loading_class({"architectures": [architecture]}) == loaded_by
