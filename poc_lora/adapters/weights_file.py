@@ -15,10 +15,11 @@ from poc_lora.adapters.factors import DTYPES, MAX_NAME, MAX_WIDTH, Factors, chec
 from poc_lora.errors import AdapterError
 
 PREFIX = "base_model.model."  # PEFT's wrapper around the base model, in every tensor name
+# Left in names by torch.compile, gradient checkpointing and FSDP.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_WEIGHTS_BYTES = 32 * 2**30
-MAX_MODULES = 2**14
 
 _FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>(embedding_)?[AB])(?P<weight>\.weight)?")
 
@@ -41,6 +42,7 @@ class Header:
     layers: Mapping[str, LayerWeights]  # by module, sorted
     embeddings: frozenset[str]  # the modules that are embeddings
     modules_to_save: Mapping[str, tuple[int, ...]]  # the shapes of their parameters, by path
+    saved_keys: Mapping[str, str]  # the names of these parameters in the file
 
 
 def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
@@ -55,21 +57,29 @@ def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
     """
     found: dict[str, dict[str, str]] = {}
     saved: dict[str, tuple[int, ...]] = {}
+    saved_keys: dict[str, str] = {}
+    in_file: dict[str, str] = {}
     with _opened(path) as stored:
         for key in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
-            match = _FACTOR.fullmatch(key)
+            plain = _unwrapped(key)
+            if plain in in_file:
+                what = f"{key[:MAX_NAME]!r} and {in_file[plain][:MAX_NAME]!r} are one tensor"
+                raise AdapterError(what, where=path, fix="save the adapter again, from the model without wrappers")
+            in_file[plain] = key
+            match = _FACTOR.fullmatch(plain)
             if match and bool(match["weight"]) != match["factor"].startswith("embedding_"):
                 found.setdefault(match["module"], {})[match["factor"]] = key
-            elif key.startswith(PREFIX) and _is_of(key.removeprefix(PREFIX), modules_to_save):
-                saved[key.removeprefix(PREFIX)] = _check_saved(key, stored.get_slice(key), path)
+            elif plain.startswith(PREFIX) and _is_of(plain.removeprefix(PREFIX), modules_to_save):
+                saved[plain.removeprefix(PREFIX)] = _check_saved(plain, stored.get_slice(key), path)
+                saved_keys[plain.removeprefix(PREFIX)] = key
             else:
                 fix = f"only {PREFIX}<module>.lora_A.weight, .lora_B.weight and .lora_embedding_A, _B are understood"
                 if key.endswith(".base_layer.weight"):
                     fix = "it is the base's own: save without it, save_pretrained(DIR, save_embedding_layers=False)"
                 what = f"the tensor {key[:MAX_NAME]!r} is not a LoRA factor of a linear layer or an embedding"
                 raise AdapterError(what, where=path, fix=fix)
-        if not 0 < len(found) <= MAX_MODULES or len(saved) > MAX_MODULES:
-            raise AdapterError(f"{len(found)} modules, where 1 to {MAX_MODULES} are read", where=path)
+        if not found:
+            raise AdapterError("there are no LoRA factors in the file", where=path)
         layers = {module: _check_layer(module, found[module], stored.get_slice, path) for module in sorted(found)}
     missing = [name for name in modules_to_save if not any(_is_of(key, [name]) for key in saved)]
     # PEFT lists both of these for every classifier, which has only one of them.
@@ -77,7 +87,7 @@ def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
         what = f"modules_to_save names {missing[0][:MAX_NAME]!r}, which is not in the file"
         raise AdapterError(what, where=path, fix="save the adapter again, with PEFT's save_pretrained")
     embeddings = frozenset(module for module, keys in found.items() if "embedding_A" in keys)
-    return Header(path, layers, embeddings, dict(sorted(saved.items())))
+    return Header(path, layers, embeddings, dict(sorted(saved.items())), saved_keys)
 
 
 class LazyFactors(Mapping[str, Factors]):
@@ -127,7 +137,7 @@ class LazyModulesToSave(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         shape, path = self.header.modules_to_save[name], self.header.path
-        (tensor,) = self._tensors.read(PREFIX + name)
+        (tensor,) = self._tensors.read(self.header.saved_keys[name])
         if tuple(tensor.shape) != shape:
             raise AdapterError("the file changed while it was being read", where=path)
         _refuse_not_finite(name, path, tensor)
@@ -164,6 +174,12 @@ class _Tensors:
             tensors = [self._stored.get_tensor(name) for name in names]
         self._left -= sum(tensor.nbytes for tensor in tensors)
         return tensors
+
+
+def _unwrapped(key: str) -> str:
+    """A tensor's name without the names of wrappers, which PEFT would not find in the base model."""
+    key = WRAPPERS.sub("", key).removeprefix("module.")  # module: DistributedDataParallel's
+    return PREFIX + key.removeprefix(PREFIX).removeprefix("module.") if key.startswith(PREFIX) else key
 
 
 def _refuse_not_finite(what: str, path: Path, *tensors: Tensor) -> None:
