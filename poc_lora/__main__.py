@@ -1,6 +1,8 @@
 """The entry point `poc-lora`, and `python -m poc_lora`, which `accelerate launch -m poc_lora` runs."""
 
+import io
 import os
+import sys
 
 from poc_lora.cli import app as cli
 
@@ -11,6 +13,9 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC
 def main() -> None:
     """Run the command line."""
     use_expandable_segments()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it may not be able to encode what names and tables hold
+            stream.reconfigure(errors="backslashreplace")
     cli.main()
 
 

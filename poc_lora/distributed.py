@@ -78,6 +78,10 @@ class Ranks:
         self.heartbeat(doing)
         return values
 
+    def barrier(self) -> None:
+        """Wait until every rank has come here. Raises as `gather`."""
+        self.gather(None)
+
     def channel(self, name: str) -> "Channel":
         """A separate channel for another thread; `name` must be the same on all ranks."""
         return Channel(self, name)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from poc_lora.errors import RequestError
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_DEPTH = 64
+READ_BYTES = 2**20
+_UMASK = os.umask(0o022)  # it can only be read by setting it
+os.umask(_UMASK)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -30,12 +34,17 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
-        os.chmod(aside, 0o644)
+        allow_as_usual(Path(aside))
         os.replace(aside, path)
         sync(path.parent)
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
+
+
+def allow_as_usual(path: Path) -> None:
+    """Give a new file or folder the permissions that the umask leaves; temporary ones are made private."""
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_UMASK)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,7 +63,7 @@ def commit_folder(path: Path) -> Iterator[Path]:
         aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield aside
-        os.chmod(aside, 0o755)  # noqa: S103  (mkdtemp makes folders private; results are not)
+        allow_as_usual(aside)
         publish_folder(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -100,7 +109,8 @@ def sync(path: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Returns the SHA-256 of a file, in hex."""
+    """Returns the SHA-256 of a file, in hex. Raises RequestError if it is no plain file."""
+    require_plain(path)
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -126,16 +136,31 @@ def read_json(path: Path, *, error: type[RequestError] = RequestError, max_bytes
 def read_text(path: Path, *, error: type[RequestError] = RequestError, max_bytes: int = MAX_JSON_BYTES) -> str:
     """Read a UTF-8 file of at most `max_bytes`. Raises `error`."""
     try:
-        size = path.stat().st_size
+        require_plain(path, error=error)
+        content, size = bytearray(), path.stat().st_size
+        with path.open("rb") as handle:  # in parts: some files, such as those of /proc, are longer than they say
+            while size <= max_bytes and (part := handle.read(READ_BYTES)):
+                content += part
+                size = max(size, len(content))
         if size > max_bytes:
             raise error(f"file of {size:,} bytes is larger than the {max_bytes:,} this reads", where=path)
-        return path.read_text(encoding="utf-8")
+        return content.decode()
     except FileNotFoundError as problem:
         raise error("no such file", where=path, fix="check the path") from problem
     except UnicodeDecodeError as problem:
         raise error(f"not UTF-8 text (byte {problem.start})", where=path) from problem
     except OSError as problem:
         raise error(f"cannot be read: {problem.strerror}", where=path) from problem
+
+
+def require_plain(path: Path, *, error: type[RequestError] = RequestError) -> None:
+    """Raise `error` for a pipe, a device and the like, which may never end; OSError if there is nothing.
+
+    A folder passes: opening it fails by itself.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise error("not a plain file", where=path, fix="give a file on disk")
 
 
 def _deeper_than(value: Any, limit: int) -> bool:

@@ -1,7 +1,7 @@
 """What counts as the id of a Hugging Face Hub repository.
 
 An id is `org/name`. A base model's may also be a plain `name`, such as gpt2; an adapter's may end in `@revision`.
-What exists on this machine is a path and never an id.
+What exists on this machine is a path and never an id, but where a repository is named to be written to.
 """
 
 import re
@@ -14,13 +14,13 @@ _REVISION = re.compile(r"[\w./-]+", re.ASCII)
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether `name` has the form org/name."""
+    """Whether `name` has the form org/name, whatever is on this machine."""
     return bool(_ORG_NAME.fullmatch(name))
 
 
 def is_base_model_id(name: str) -> bool:
-    """Whether `name` has the form of a base model's id: org/name, or a plain name such as gpt2."""
-    return is_repo_id(name) or bool(_PLAIN.fullmatch(name))
+    """Whether `name` is org/name, or a plain name such as gpt2, and no path of this machine."""
+    return bool(_ORG_NAME.fullmatch(name) or _PLAIN.fullmatch(name)) and not Path(name).exists()
 
 
 def split_revision(source: str | Path) -> tuple[str, str | None]:

@@ -10,6 +10,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from poc_lora.errors import visible
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -51,7 +53,7 @@ class _Bar:
         self.progress, self.task = progress, task
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        self.progress.update(self.task, advance=n, note=note)  # type: ignore[arg-type]
+        self.progress.update(self.task, advance=n, note=visible(note))  # type: ignore[arg-type]
 
     def report(self, note: str) -> None:
         self.advance(0, note)
@@ -81,4 +83,5 @@ class _Lines:
 
     def _print(self, *parts: str) -> None:
         self.last = time.monotonic()
-        print(self.title, ", ".join(filter(None, parts)), file=sys.stderr, flush=True)  # noqa: T201
+        with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal does not stop the work
+            print(self.title, visible(", ".join(filter(None, parts))), file=sys.stderr, flush=True)  # noqa: T201

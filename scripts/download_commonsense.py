@@ -42,10 +42,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poc_lora.data.commonsense import ANSWER_FORMAT, find_benchmarks
+from poc_lora.data.commonsense import ANSWER_FORMAT, BY_FOLDER, find_benchmarks
 from poc_lora.data.rows import MAX_DATA_BYTES
 from poc_lora.errors import DataError, PocLoraError, RequestError
-from poc_lora.evaluation.benchmarks import FACTS
 from poc_lora.files import read_json, sha256_file, write_atomic, write_json
 
 MIXTURE = "mixture.json"
@@ -55,7 +54,7 @@ LLM_ADAPTERS_ROWS = 170_420  # of commonsense_170k
 
 @dataclass(frozen=True)
 class Source:
-    """Where a benchmark's rows come from; FACTS names the data set, the split of the test rows and their number."""
+    """Where a benchmark's rows come from; BY_FOLDER names the data set, the split of the test rows and their number."""
 
     commit: str
     train_rows: int
@@ -310,15 +309,15 @@ class Part:
 
 def parts(benchmark: str) -> tuple[Part, Part]:
     """A benchmark's train and test files."""
-    source, facts = SOURCES[benchmark], FACTS[benchmark]
+    source, known = SOURCES[benchmark], BY_FOLDER[benchmark]
 
     def part(kind: str, configs: tuple[str | None, ...], split: str, rows: int) -> Part:
         file = f"{benchmark}/{kind}.json"
-        return Part(benchmark, file, facts.source, configs, split, source.commit, rows, facts.licence)
+        return Part(benchmark, file, known.source, configs, split, source.commit, rows, known.licence)
 
     return (
         part("train", source.train_configs, "train", source.train_rows),
-        part("test", source.test_configs, facts.split, facts.questions),
+        part("test", source.test_configs, known.split, known.questions),
     )
 
 

@@ -166,11 +166,11 @@ def hub(monkeypatch):
     for name, source in script.SOURCES.items():
         labels = EXAMPLES[name][1].rsplit(":", 1)[1].count("/") + 1
         monkeypatch.setitem(script.SOURCES, name, replace(source, train_rows=2 * len(source.train_configs)))
-        monkeypatch.setitem(script.FACTS, name, replace(script.FACTS[name], labels={labels: 2}))
+        monkeypatch.setitem(script.BY_FOLDER, name, replace(script.BY_FOLDER[name], labels={labels: 2}))
     by_source = {}
     for name, source in script.SOURCES.items():
         for config in {*source.train_configs, *source.test_configs}:
-            by_source[script.FACTS[name].source, config] = EXAMPLES[name][0]
+            by_source[script.BY_FOLDER[name].source, config] = EXAMPLES[name][0]
 
     def fetch(repository, config, commit, split):
         asked.append((repository, config, commit, split))
@@ -403,7 +403,7 @@ def test_the_real_files_come_out_byte_for_byte(path):
     rows = [original(name, row, number) for number, row in enumerate(json.loads(content))]
     assert script.spell(script.render(name, rows, str(path))) == content
     source = script.SOURCES[name]
-    assert len(rows) == (source.train_rows if path.stem == "train" else script.FACTS[name].questions)
+    assert len(rows) == (source.train_rows if path.stem == "train" else script.BY_FOLDER[name].questions)
     if name != "hellaswag":
         assert hashlib.sha256(content).hexdigest() == script.LLM_ADAPTERS[f"{name}/{path.name}"]
 

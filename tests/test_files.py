@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -142,3 +145,32 @@ def test_a_number_of_too_many_digits_is_refused(tmp_path):
     path.write_text("9" * 10_000)
     with pytest.raises(RequestError, match="cannot be read"):
         read_json(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("read", [read_text, read_json, sha256_file])
+def test_pipes_and_devices_are_refused_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(RequestError, match="not a plain file"):
+            read(path)
+
+
+def test_a_file_that_is_longer_than_it_says_is_not_read_to_its_end():
+    """Files of /proc say that they are empty."""
+    with pytest.raises(RequestError, match="larger than the 10"):
+        read_text(Path("/proc/self/status"), max_bytes=10)
+
+
+def test_what_is_written_has_the_permissions_that_the_umask_leaves(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from poc_lora.files import commit_folder, write_atomic
+out = Path(sys.argv[1])
+with commit_folder(out / "folder") as folder:
+    write_atomic(folder / "inside", "a")
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, umask=0o027)
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "folder" / "inside").stat().st_mode & 0o777 == 0o640

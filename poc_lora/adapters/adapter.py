@@ -23,7 +23,7 @@ from poc_lora.adapters.factors import DTYPES, Factors, check_name, check_shapes,
 from poc_lora.adapters.peft_config import auto_mapping, check_config, module_scales, plain_targets
 from poc_lora.adapters.weights_file import PREFIX, LazyFactors, LazyModulesToSave, read_header
 from poc_lora.errors import AdapterError, PocLoraError
-from poc_lora.files import commit_folder, read_json, sync
+from poc_lora.files import allow_as_usual, commit_folder, read_json, sync
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -175,7 +175,7 @@ def write_adapter(
         with commit_folder(folder) as aside:
             # More metadata than this one key would be serialised in random order.
             save_file(tensors, aside / WEIGHTS_NAME, metadata={"format": "pt"})
-            (aside / WEIGHTS_NAME).chmod(0o644)
+            allow_as_usual(aside / WEIGHTS_NAME)
             for name, text in texts.items():
                 (aside / name).write_text(text, encoding="utf-8")
             with ThreadPoolExecutor(1) as pool:  # the disk is waited for anyway

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from poc_lora.adapters.factors import DTYPES, MAX_NAME, MAX_WIDTH, Factors, check_name, check_shapes, is_finite
 from poc_lora.errors import AdapterError
+from poc_lora.files import require_plain
 
 PREFIX = "base_model.model."  # PEFT's wrapper around the base model, in every tensor name
 # Left in names by torch.compile, gradient checkpointing and FSDP.
@@ -213,6 +214,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _header_bytes(path: Path) -> int:
     """The length of a file's header; raises AdapterError if it or the file is too large."""
+    require_plain(path, error=AdapterError)
     size = path.stat().st_size
     with path.open("rb") as handle:
         start = handle.read(8)

@@ -10,7 +10,7 @@ import typer
 
 from poc_lora import __version__
 from poc_lora.cli import evaluation, hub, merging, mfnn, training
-from poc_lora.cli.terminal import as_error, show_error
+from poc_lora.cli.terminal import as_error, show, show_error
 from poc_lora.envvars import flag
 
 app = typer.Typer(
@@ -71,4 +71,4 @@ def env() -> None:
 
     for section in environment().values():
         for name, value in section.items():
-            typer.echo(f"{name:<16}{value}")
+            show(f"{name:<16}{value}")

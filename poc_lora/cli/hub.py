@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from poc_lora.cli.terminal import print_next
+from poc_lora.cli.terminal import print_next, show
 
 
 def push(
@@ -30,5 +30,5 @@ def push(
         adapter, repo_id, all=all, public=public, revision=revision, dry_run=dry_run, base_model=base, licence=license
     )
     for line in summary(done):
-        typer.echo(line)
+        show(line)
     print_next(*next_step(done))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.cli.terminal import numbers, print_next, show_merge
+from poc_lora.cli.terminal import numbers, print_next, show, show_merge
 from poc_lora.merging.methods import METHODS
 
 Method = StrEnum("Method", list(METHODS))  # type: ignore[misc]
@@ -71,7 +71,7 @@ def merge(
         from poc_lora.reporting.page import write_rank_sweep
 
         write_rank_sweep(report, out)
-        typer.echo(f"the same as a figure: {out / 'rank_sweep.svg'}")
+        show(f"the same as a figure: {out / 'rank_sweep.svg'}")
     runs = map(RunFolder, map(Path, sources))
     run = next((run.path for run in runs if run.is_run and out == run.merged), None)
     print_next(
@@ -92,7 +92,7 @@ def fold(
     from poc_lora.merging.fold import fold
 
     done = fold(adapter, base, out)
-    typer.echo(f"{done.modules} modules folded into {done.files} files of weights")
+    show(f"{done.modules} modules folded into {done.files} files of weights")
     print_next(
         f"the folded model: {done.folder}", f"load it with AutoModelForCausalLM.from_pretrained({str(done.folder)!r})"
     )

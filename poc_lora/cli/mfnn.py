@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from poc_lora.cli.terminal import print_next
+
 app = typer.Typer(
     help="The theory's experiments with mean-field networks: figures and CSV files.\n\n"
     "Example: poc-lora mfnn figure1 --quick",
@@ -72,6 +74,4 @@ def _run(name: str, quick: bool, out: Path | None, overrides: list[str] | None) 
     tables = ", ".join(path.name for path in sorted(out.glob(f"{name}*.csv")))
     following = NAMES[(NAMES.index(name) + 1) % len(NAMES)]
     command = f"poc-lora mfnn {name}" if quick else f"poc-lora mfnn {following}"
-    typer.echo(
-        f"\nthe figure: {shlex.quote(str(out / f'{name}.png'))} (also .svg; numbers in {tables})\nnext: {command}"
-    )
+    print_next(f"the figure: {shlex.quote(str(out / f'{name}.png'))} (also .svg; numbers in {tables})", command)

@@ -56,10 +56,16 @@ def show_error(error: PocLoraError, *, traceback: bool = False) -> None:
 
 
 def show(thing: Any) -> None:
-    """Print a line of text or a rich table."""
+    """Print a line of text or a rich table. Of text, characters that cannot be seen are escaped, line breaks too.
+
+    It may hold names of files and of adapters, which can be any text; tables escape theirs where they are made.
+    """
+    if isinstance(thing, str):
+        typer.echo(visible(thing))
+        return
     from rich.console import Console
 
-    Console().print(thing, markup=False, highlight=False)
+    Console().print(thing, highlight=False)
 
 
 def show_results(results: "Results") -> None:
@@ -75,10 +81,8 @@ def show_merge(report: "MergeReport") -> None:
     """Print the summary of a merge and its rank sweep, if any."""
     from poc_lora.reporting.summaries import merge_summary, rank_table
 
-    for line in merge_summary(report):
-        typer.echo(line)
-    if report.rank_sweep:
-        show("\n".join(rank_table(report)))
+    for line in merge_summary(report) + (rank_table(report) if report.rank_sweep else []):
+        show(line)
 
 
 def show_training(done: "TrainingResult") -> None:
@@ -86,7 +90,7 @@ def show_training(done: "TrainingResult") -> None:
     from poc_lora.reporting.summaries import training_summary
 
     for line in training_summary(done):
-        typer.echo(line)
+        show(line)
 
 
 def numbers(text: str, kind: Callable[[str], N], option: str, example: str) -> list[N]:
@@ -101,4 +105,5 @@ def numbers(text: str, kind: Callable[[str], N], option: str, example: str) -> l
 
 def print_next(result: str, command: str) -> None:
     """Print the last lines of every verb: where its result is, and the command to run next."""
-    typer.echo(f"\n{result}\nnext: {command}")
+    for line in ("", result, f"next: {command}"):
+        show(line)

@@ -1,8 +1,8 @@
 """The eight commonsense benchmarks, and their questions from local JSON files in the LLM-Adapters format."""
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,59 @@ ANSWER_FORMAT = "Answer format:"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark of the paper's table."""
+    """A benchmark of the paper's table, as LLM-Adapters tests on it.
 
-    folder: str  # its name on disk
-    short: str  # its name in the paper's table
+    folder: its name on disk.
+    short: its name in the paper's table.
+    name: in full.
+    lm_eval: the name of lm-eval's own task.
+    source: the data set on the Hugging Face Hub.
+    split: which of its splits the test questions are; where the labels of `test` are hidden, it is `validation`.
+    licence: as the data set's card states it; "unknown" where the card says so, or says nothing.
+    labels: number of labels of a question -> how many test questions have that number.
+    """
+
+    folder: str
+    short: str
     name: str
-    options: int  # the usual number of labels of a question
+    lm_eval: str
+    source: str
+    split: str
+    licence: str
+    labels: Mapping[int, int] = field(compare=False)
+
+    @property
+    def questions(self) -> int:
+        """How many test questions there are."""
+        return sum(self.labels.values())
+
+    @property
+    def chance(self) -> float:
+        """The expected accuracy of guessing: the mean of 1 / number of labels."""
+        return sum(count / labels for labels, count in self.labels.items()) / self.questions
 
 
+WINOGRANDE_LICENCE = "unknown (its authors: CC-BY)"  # nothing on the card; github.com/allenai/winogrande says CC-BY
+
+# fmt: off
 # In the paper's column order.
 BENCHMARKS = (
-    Benchmark("social_i_qa", "SIQA", "Social IQa", 3),
-    Benchmark("piqa", "PIQA", "Physical Interaction: Question Answering", 2),
-    Benchmark("winogrande", "WinoGrande", "WinoGrande", 2),
-    Benchmark("openbookqa", "OBQA", "OpenBookQA", 4),
-    Benchmark("ARC-Challenge", "ARC-c", "AI2 Reasoning Challenge, challenge set", 4),
-    Benchmark("ARC-Easy", "ARC-e", "AI2 Reasoning Challenge, easy set", 4),
-    Benchmark("boolq", "BoolQ", "Boolean Questions", 2),
-    Benchmark("hellaswag", "HellaSwag", "HellaSwag", 4),
+    Benchmark("social_i_qa", "SIQA", "Social IQa", "social_iqa", "allenai/social_i_qa", "validation", "CC-BY-4.0",
+              {3: 1954}),
+    Benchmark("piqa", "PIQA", "Physical Interaction: Question Answering", "piqa", "ybisk/piqa", "validation", "unknown",
+              {2: 1838}),
+    Benchmark("winogrande", "WinoGrande", "WinoGrande", "winogrande", "allenai/winogrande", "validation",
+              WINOGRANDE_LICENCE, {2: 1267}),
+    Benchmark("openbookqa", "OBQA", "OpenBookQA", "openbookqa", "allenai/openbookqa", "test", "unknown", {4: 500}),
+    Benchmark("ARC-Challenge", "ARC-c", "AI2 Reasoning Challenge, challenge set", "arc_challenge", "allenai/ai2_arc",
+              "test", "CC-BY-SA-4.0", {3: 4, 4: 1165, 5: 3}),
+    Benchmark("ARC-Easy", "ARC-e", "AI2 Reasoning Challenge, easy set", "arc_easy", "allenai/ai2_arc", "test",
+              "CC-BY-SA-4.0", {3: 7, 4: 2365, 5: 4}),
+    Benchmark("boolq", "BoolQ", "Boolean Questions", "boolq", "google/boolq", "validation", "CC-BY-SA-3.0", {2: 3270}),
+    Benchmark("hellaswag", "HellaSwag", "HellaSwag", "hellaswag", "Rowan/hellaswag", "validation", "MIT", {4: 10042}),
 )
+# fmt: on
+BY_FOLDER = {benchmark.folder: benchmark for benchmark in BENCHMARKS}
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,19 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.artifacts.results import Results, Subsets
 from poc_lora.artifacts.run_folder import PROTOCOLS, RESULTS
 from poc_lora.data.commonsense import Benchmark, chance_level, find_benchmarks, read_questions
-from poc_lora.distributed import open_ranks
+from poc_lora.distributed import Ranks, open_ranks
 from poc_lora.errors import Interrupted, RequestError, RunError
-from poc_lora.evaluation.answers import AnswerFile, Item
+from poc_lora.evaluation.answers import Answer, AnswerFile, Item
 from poc_lora.evaluation.control import read_control
 from poc_lora.evaluation.evaluator import Evaluator, Protocol
 from poc_lora.evaluation.protocols.harness import harness_answers
@@ -74,12 +77,7 @@ def evaluate(
             loaded where that can be known.
         Interrupted: After Ctrl-C or SIGTERM.
     """
-    if limit is not None and limit < 1:
-        raise RequestError(f"a limit of {limit} questions leaves nothing to score", fix="give a limit of 1 or more")
-    if protocol not in PROTOCOLS:
-        raise RequestError(f"there is no protocol '{protocol}'", fix=f"one of: {', '.join(PROTOCOLS)}")
-    if beams < 1 or (beams > 1 and protocol != "generate"):
-        raise RequestError(f"{beams} beams are not possible here", fix="1 or more, with the protocol generate")
+    _check_request(protocol, limit=limit, beams=beams, subsets=subsets, control=control)
     device = device or default_device()
     with open_ranks(device) as ranks, without_cudnn_attention():
         with ranks.raise_on_all():
@@ -88,29 +86,20 @@ def evaluate(
                 targets, base=base, revision=revision, dtype=dtype, prompt=prompt, out=out, protocol=protocol
             )
             _check_out(variants.out)
-            if subsets and (len(variants.adapters) < 2 or protocol != "label"):
-                raise RequestError("subsets need several adapters and the protocol label", where="--subsets")
-            settings = {
+            if subsets and len(variants.adapters) < 2:
+                raise RequestError("subsets need several adapters", where="--subsets")
+            examination: _ByHarness | _ByQuestion
+            if protocol == "harness":
+                examination = _ByHarness(chosen, data, limit, variants, ranks)
+            else:
+                how = Protocol(protocol, variants.prompt, beams)
+                examination = _ByQuestion(chosen, data, limit, variants, ranks, how)
+            settings = examination.settings | {
                 "base": base_digest(variants.base, variants.revision),
                 "dtype": resolve_dtype(variants.dtype, device),
                 "quantization": variants.quantization,
             }
-            if protocol == "harness":
-                if ranks.size > 1:
-                    raise RequestError("lm-eval runs in one process", where="--protocol harness")
-                if control is not None:
-                    raise RequestError("a control needs the protocol label", where="--protocol harness")
-                tasks = load_tasks(chosen, data=data, prompt=variants.prompt)
-                settings |= {"protocol": "harness", "prompt": variants.prompt if data else "lm-eval's own"}
-                compared = None
-            else:
-                if data is None:
-                    raise RequestError("there is no folder of questions", where="--data", fix="add --data DIR")
-                items = _read_items(data, chosen, limit)
-                test = [item for item in items if item.split == "test"]
-                how = Protocol(protocol, variants.prompt, beams)
-                settings |= how.settings
-                compared = None if control is None else read_control(control, protocol, settings, test)
+            compared = None if control is None else read_control(control, protocol, settings, examination.test)
             model, tokenizer = load_base(
                 variants.base,
                 revision=variants.revision,
@@ -124,18 +113,9 @@ def evaluate(
         if protocol == "generate":
             digests.pop("ensemble", None)
         settings_of = {name: settings | {"adapters": of} for name, of in digests.items()}
-        files: dict[str, AnswerFile] = {}
-        if protocol == "harness":
-            test, answers = harness_answers(model, tokenizer, tasks, variants, data=data, limit=limit, stop=ranks.stop)
-            items = test
-        else:
-            for name, own in settings_of.items():
-                asked = items if name in variants.keys else test  # validation questions only choose the best adapter
-                files[name] = AnswerFile(variants.out / f"{name}.jsonl", own, asked, rank=ranks.rank)
-            ranks.gather("read")  # no rank adds answers before all have read, so that all share the same questions
-            _answer_together(Evaluator(model, tokenizer, how, ranks), variants, files, subset_slots)
-            answers = {name: file.answers for name, file in files.items()}
-        if "ensemble" in digests:  # its file, where it has one, shares these answers
+        answers = examination.answer(model, tokenizer, settings_of, subset_slots)
+        test = examination.test
+        if "ensemble" in digests:  # `answers["ensemble"]` is the dictionary of its AnswerFile, so these are saved too
             members = [answers[key] for key in variants.keys]
             answers.setdefault("ensemble", {}).update({i: ensemble(i, [given[i] for given in members]) for i in test})
         points = None
@@ -146,7 +126,7 @@ def evaluate(
 
         results = summarise(
             answers,
-            items,
+            examination.items,
             adapters=list(variants.adapters),
             control=compared,
             seed=seed,
@@ -160,11 +140,79 @@ def evaluate(
         )
         if ranks.rank == 0:
             (variants.out / RESULTS).unlink(missing_ok=True)
-            for file in files.values():
-                file.finish()
+            examination.finish()
             write_results(variants, results, settings_of)
-        ranks.gather("written")
+        ranks.barrier()  # no process ends before the results are there
     return results
+
+
+@dataclass
+class _ByQuestion:
+    """The protocols `label` and `generate`: local questions, whose answers are saved as they are given."""
+
+    benchmarks: Sequence[Benchmark]
+    data: Path | None
+    limit: int | None
+    variants: Variants
+    ranks: Ranks
+    how: Protocol
+
+    def __post_init__(self) -> None:
+        if self.data is None:
+            raise RequestError("there is no folder of questions", where="--data", fix="add --data DIR")
+        self.items = _read_items(self.data, self.benchmarks, self.limit)
+        self.test = [item for item in self.items if item.split == "test"]
+        self.settings = self.how.settings
+        self.files: dict[str, AnswerFile] = {}
+
+    def answer(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings_of: Mapping[str, Mapping[str, Any]],
+        subset_slots: Mapping[str, Sequence[int]],
+    ) -> dict[str, dict[Item, Answer]]:
+        for name, settings in settings_of.items():
+            asked = self.items if name in self.variants.keys else self.test  # validation only chooses the best adapter
+            self.files[name] = AnswerFile(self.variants.out / f"{name}.jsonl", settings, asked, rank=self.ranks.rank)
+        self.ranks.barrier()  # no rank adds answers before all have read, so that all share the same questions
+        evaluator = Evaluator(model, tokenizer, self.how, self.ranks)
+        _answer_together(evaluator, self.variants, self.files, subset_slots)
+        return {name: file.answers for name, file in self.files.items()}
+
+    def finish(self) -> None:
+        for file in self.files.values():
+            file.finish()
+
+
+@dataclass
+class _ByHarness:
+    """The protocol `harness`: lm-eval puts the questions, which are known once it has."""
+
+    benchmarks: Sequence[Benchmark]
+    data: Path | None
+    limit: int | None
+    variants: Variants
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        if self.ranks.size > 1:
+            raise RequestError("lm-eval runs in one process", where="--protocol harness")
+        self.tasks = load_tasks(self.benchmarks, data=self.data, prompt=self.variants.prompt)
+        self.settings = {"protocol": "harness", "prompt": self.variants.prompt if self.data else "lm-eval's own"}
+        self.items = self.test = list[Item]()
+
+    def answer(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *_: Mapping[str, Any]
+    ) -> dict[str, dict[Item, Answer]]:
+        self.items, answers = harness_answers(
+            model, tokenizer, self.tasks, self.variants, data=self.data, limit=self.limit, stop=self.ranks.stop
+        )
+        self.test = self.items
+        return answers
+
+    def finish(self) -> None:
+        """lm-eval's own files are written as soon as a variant is scored."""
 
 
 def _answer_together(
@@ -214,11 +262,29 @@ def _answer(
                 progress.advance(len(batch) * len(own), note)
 
 
+def _check_request(protocol: str, *, limit: int | None, beams: int, subsets: bool, control: Path | None) -> None:
+    """Raises RequestError for arguments that do not fit together."""
+    if protocol not in PROTOCOLS:
+        raise RequestError(f"there is no protocol '{protocol}'", fix=f"one of: {', '.join(PROTOCOLS)}")
+    if limit is not None and limit < 1:
+        raise RequestError(f"the limit is {limit} questions", where="--limit", fix="give 1 or more")
+    if beams < 1:
+        raise RequestError(f"the number of beams is {beams}", where="--beams", fix="give 1 or more")
+    if beams > 1 and protocol != "generate":
+        raise RequestError(f"the protocol {protocol} has no beams", where="--beams", fix="add --protocol generate")
+    if subsets and protocol != "label":
+        raise RequestError("subsets need the protocol label", where="--subsets")
+    if control is not None and protocol == "harness":
+        raise RequestError("a control needs the protocol label or generate", where="--control")
+
+
 def _check_out(out: Path) -> None:
     """Raises RequestError where a file is in the way of the folder for the results."""
     for place in (out, *out.parents):
         if place.is_file():
-            raise RequestError("results go into a folder, and this is a file", where=place, fix="choose another --out")
+            raise RequestError(
+                "a file stands where the results' folder would be", where=place, fix="choose another --out"
+            )
 
 
 def _read_items(data: Path, benchmarks: Sequence[Benchmark], limit: int | None) -> list[Item]:

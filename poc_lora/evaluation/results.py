@@ -29,7 +29,7 @@ def summarise(
 
     Args:
         answers: By variant: `base`, the `adapter_key` of each adapter and, where there are such, `merged` and
-            `ensemble`. Those of adapters are to all `items`, the others to test questions.
+            `ensemble`. Adapters answer all `items`, the other variants only test questions.
         seed: The seed of the bootstrap.
         described: The fields of Results that do not depend on answers.
     """

@@ -104,7 +104,7 @@ def activate_variants(
             with bank.merged(slots):
                 yield [name]
     if variants.merged is not None:
-        # A bank of its own: in the adapters' bank its rank, the sum of theirs, would pad every one of them.
+        # A bank of its own: a bank pads its adapters to the largest rank, and the merge's rank is the sum of theirs.
         with _bank(model, [variants.merged]) as bank:
             yield from _activate_adapters(bank, ["merged"], packed)
 
@@ -211,7 +211,7 @@ def _check_merge_is_current(folders: Sequence[Path], run: RunFolder) -> None:
     report = MergeReport.read_if_there(run.merge_report)
     if report and {source.sha256 for source in report.sources} != {sha256_file(f / WEIGHTS_NAME) for f in folders}:
         raise RunError(
-            "the merge was the merge is out of date: the adapters of the run have changed",
+            "the merge is out of date: the adapters of the run have changed",
             where=run.merged,
             fix=f"remove it, then: poc-lora merge {run.path} --out {run.merged}",
         )

@@ -1,4 +1,4 @@
-"""The model card: a description of an adapter that states known facts only.
+"""The model card: a description of an adapter that states known benchmark only.
 
 The metadata follows https://huggingface.co/docs/hub/model-cards. An accuracy carries a data set's name only where
 exactly its test questions were asked; the micro-world's benchmarks, for example, share folder names with real ones,
@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.results import Results
 from poc_lora.artifacts.run_info import TOKENIZED_ROWS
+from poc_lora.data.commonsense import BY_FOLDER, Benchmark
 from poc_lora.errors import RequestError
-from poc_lora.evaluation.benchmarks import FACTS, BenchmarkFacts
 from poc_lora.hub.collect import Evaluation, File, Subject
 from poc_lora.hub.usage import PIPELINES, usage
 from poc_lora.hub_ids import is_repo_id
@@ -76,17 +76,15 @@ def eval_results_files(evaluation: Evaluation | None) -> list[File]:
     Values are accuracies in percent. The format: https://huggingface.co/docs/hub/eval-results
     """
     files = []
-    for facts, value, official in _values(evaluation) if evaluation else ():
+    for benchmark, value, official in _values(evaluation) if evaluation else ():
         if official and evaluation:
             entry = {
-                "dataset": {"id": facts.source, "task_id": _config(facts) or "default"},
+                "dataset": {"id": benchmark.source, "task_id": _config(benchmark) or "default"},
                 "value": value,
                 "notes": f"{evaluation.results.protocol} protocol, {evaluation.results.prompt} prompt",
             }
             files.append(
-                File(
-                    EVAL_RESULTS.format(facts.benchmark.folder.lower()), yaml.dump([entry], allow_unicode=True).encode()
-                )
+                File(EVAL_RESULTS.format(benchmark.folder.lower()), yaml.dump([entry], allow_unicode=True).encode())
             )
     return files
 
@@ -94,17 +92,17 @@ def eval_results_files(evaluation: Evaluation | None) -> list[File]:
 def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
     """The accuracies for `model-index`, in percent."""
     entries = []
-    for facts, value, official in _values(evaluation):
-        folder = facts.benchmark.folder
-        own = f"{evaluation.results.questions[folder]} questions in the format of {facts.benchmark.short}"
+    for benchmark, value, official in _values(evaluation):
+        folder = benchmark.folder
+        own = f"{evaluation.results.questions[folder]} questions in the format of {benchmark.short}"
         entries.append(
             EvalResult(
                 task_type="multiple-choice",
-                dataset_type=facts.source if official else "custom",
-                dataset_name=facts.benchmark.name if official else own,
-                dataset_split=facts.split if official else None,
+                dataset_type=benchmark.source if official else "custom",
+                dataset_name=benchmark.name if official else own,
+                dataset_split=benchmark.split if official else None,
                 # Results whose data sets differ in their names alone would become one in model-index.
-                dataset_config=_config(facts) if official else folder,
+                dataset_config=_config(benchmark) if official else folder,
                 metric_type="accuracy",
                 metric_name="accuracy (%)",
                 metric_value=value,
@@ -113,25 +111,25 @@ def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
     return entries
 
 
-def _values(evaluation: Evaluation) -> list[tuple[BenchmarkFacts, float, bool]]:
+def _values(evaluation: Evaluation) -> list[tuple[Benchmark, float, bool]]:
     """For each benchmark the adapter's accuracy in percent, rounded as in the tables, and whether it is official."""
     scored, official = evaluation.scored.benchmarks, _official(evaluation.results)
-    return [(FACTS[b], round(100 * scored[b].value, 2), b in official) for b in FACTS if b in scored]
+    return [(BY_FOLDER[b], round(100 * scored[b].value, 2), b in official) for b in BY_FOLDER if b in scored]
 
 
 def _official(results: Results) -> set[str]:
     """The benchmarks whose own test questions were asked, judged by their number and the level of chance."""
     return {
         folder
-        for folder, facts in FACTS.items()
-        if results.questions.get(folder) == facts.questions
-        and math.isclose(results.chance.get(folder, math.nan), facts.chance, rel_tol=1e-6)
+        for folder, benchmark in BY_FOLDER.items()
+        if results.questions.get(folder) == benchmark.questions
+        and math.isclose(results.chance.get(folder, math.nan), benchmark.chance, rel_tol=1e-6)
     }
 
 
-def _config(facts: BenchmarkFacts) -> str | None:
+def _config(benchmark: Benchmark) -> str | None:
     """Which part of its data set the benchmark is, where two of the eight share one."""
-    return facts.benchmark.folder if facts.source == "allenai/ai2_arc" else None
+    return benchmark.folder if benchmark.source == "allenai/ai2_arc" else None
 
 
 def _opening(subject: Subject, licence: str | None) -> str:
@@ -236,7 +234,7 @@ def _measured(evaluation: Evaluation) -> str:
     """The table of results.md, and a note which of its rows is this adapter."""
     results, official = evaluation.results, _official(evaluation.results)
     table = results_markdown(results).replace("\n## ", "\n### ").replace("# Evaluation", "## Evaluation", 1)
-    own = [facts.benchmark.short for b, facts in FACTS.items() if b in results.questions and b not in official]
+    own = [benchmark.short for b, benchmark in BY_FOLDER.items() if b in results.questions and b not in official]
     lines = [table.rstrip(), "", f"This adapter is the row {code(evaluation.row)}."]
     if own:
         lines.append(

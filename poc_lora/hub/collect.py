@@ -22,7 +22,7 @@ from poc_lora.errors import AdapterError, RequestError, RunError
 from poc_lora.evaluation.variants import adapter_key
 from poc_lora.files import read_json, sha256_file
 from poc_lora.hub.public import public_config, refuse_metadata
-from poc_lora.hub_ids import is_base_model_id
+from poc_lora.hub_ids import is_base_model_id, is_repo_id
 from poc_lora.reporting.run_files import of_these_weights
 from poc_lora.reporting.tables import results_markdown, table_rows
 
@@ -208,11 +208,11 @@ def _read(folder: Path, tree: _Tree) -> tuple[Adapter, tuple[int, ...]]:
 def _hub_name(adapter: Adapter, given: str | None, where: Path) -> str:
     """The base model's Hub id. Raises RequestError."""
     if given is not None:
-        if not is_base_model_id(given):
+        if not is_repo_id(given) and not is_base_model_id(given):
             raise RequestError(f"{given!r} is not a Hub id", where="--base-model", fix="such as org/name")
         return given
     name = adapter.base_model
-    if name is None or not is_base_model_id(name) or Path(name).exists():
+    if name is None or not is_base_model_id(name):
         what = "the adapter does not name its base model" if name is None else f"the base model is the folder {name}"
         raise RequestError(
             f"{what}, which others cannot load", where=where, fix="give its name on the Hub: --base-model ORG/NAME"

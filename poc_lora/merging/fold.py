@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from poc_lora.adapters.adapter import Adapter, open_adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.errors import AdapterError, ModelError, PocLoraError, RequestError, first_line
-from poc_lora.files import commit_folder, read_json
+from poc_lora.files import allow_as_usual, commit_folder, read_json, require_plain
 from poc_lora.hub_ids import is_base_model_id
 from poc_lora.models.load import empty_base
 from poc_lora.progress import progress_bar
@@ -69,7 +69,7 @@ def fold(adapter: Path, base: str, out: Path) -> Folded:
             for name, keys in files.items():
                 tensors, metadata = _folded(read, transposed, folder / name, keys)
                 save_file(tensors, aside / name, metadata=metadata)
-                (aside / name).chmod(0o644)
+                allow_as_usual(aside / name)
                 bar.advance()
     except (OSError, SafetensorError) as problem:
         raise PocLoraError(f"the model could not be written: {problem}", where=out) from problem
@@ -228,6 +228,7 @@ def _other_files(folder: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        require_plain(path, error=ModelError)
         with safe_open(path, framework="pt") as stored:
             yield stored
     except (SafetensorError, OSError) as problem:

@@ -53,7 +53,7 @@ class MergedFactors(NamedTuple):
 
     A: "Tensor"  # [r, d_in]
     B: "Tensor"  # [d_out, r]
-    error: float | None = None  # ‖average − B A‖ / ‖average‖ where the method knows it; `merge` computes it otherwise
+    error: float | None = None  # ‖average − B A‖ / ‖average‖; None: `merge` computes it
 
 
 Check = Callable[[Sequence["Adapter"], Sequence[float], int | None], None]

@@ -1,5 +1,6 @@
 """Load the frozen base model and its tokenizer, without running code from their repository."""
 
+import contextlib
 import importlib.util
 import logging
 import sys
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -21,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from poc_lora.envvars import flag, one_of, whole_number
 from poc_lora.errors import ConfigError, ModelError, first_line
+from poc_lora.files import require_plain
 from poc_lora.hub_ids import is_base_model_id
 from poc_lora.models.float8 import quantize_float8, require_float8
 
@@ -74,6 +77,7 @@ def load_base(
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(
             name,
+            config=_config(name, revision),
             revision=revision,
             dtype=getattr(torch, resolve_dtype(dtype, device)),
             quantization_config=_quantization(quantization, resolve_dtype(dtype, device), floats_only=floats_only),
@@ -168,13 +172,27 @@ def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32"
     """
     name = _expand(name)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        config = _config(name, revision)
         with torch.device("cpu" if detect_fake_mode() else "meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         model.requires_grad_(False).eval()
         return model
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be loaded
         raise _cannot_load(name, problem) from problem
+
+
+def _config(name: str, revision: str | None) -> PretrainedConfig:
+    """The base model's configuration. Raises ModelError if it asks for an attention kernel, which is code."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        kernel = getattr(part, "_attn_implementation", None)
+        if isinstance(kernel, str) and not kernel.isidentifier():
+            raise ModelError(
+                f"the base model's config.json asks for the attention kernel {kernel!r}, which is code from the Hub",
+                where=name,
+                fix="remove attn_implementation from its config.json",
+            )
+    return config
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -191,6 +209,9 @@ def _expand(name: str) -> str:
     """Returns the path of a folder that exists, or a Hub id as it is. Raises ModelError."""
     folder = Path(name).expanduser()
     if folder.is_dir():
+        for path in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a link to nothing, which is missed where it is needed
+                require_plain(path, error=ModelError)
         return str(folder)
     if not is_base_model_id(name):
         raise ModelError(
@@ -200,6 +221,8 @@ def _expand(name: str) -> str:
 
 
 def _cannot_load(name: str, problem: Exception) -> ModelError:
+    if isinstance(problem, ModelError):
+        return problem
     return ModelError(
         f"the base model '{name}' cannot be loaded: {first_line(problem)}",
         where="model.name",

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from poc_lora.artifacts.results import Difference, Results, Scored, Subsets
 from poc_lora.artifacts.run_folder import RESULTS_TABLE, RunFolder
-from poc_lora.data.commonsense import BENCHMARKS
-from poc_lora.evaluation.benchmarks import FACTS
+from poc_lora.data.commonsense import BENCHMARKS, BY_FOLDER
+from poc_lora.errors import visible
 from poc_lora.files import write_atomic
 from poc_lora.reporting.blocks import percent
 from poc_lora.reporting.escape import code, markdown, markdown_table
@@ -42,7 +42,7 @@ def terminal_table(results: Results) -> Table:
         table.add_column(NARROW.get(name, name), justify="right", no_wrap=True, vertical="bottom")
     table.add_row("chance level", *_chance(results), style="dim")
     for name, scored in table_rows(results):
-        table.add_row(name, *_cells(results, scored, "\n±"), style="bold" if name == "PoC merge" else "")
+        table.add_row(visible(name), *_cells(results, scored, "\n±"), style="bold" if name == "PoC merge" else "")
     return table
 
 
@@ -134,9 +134,9 @@ def benchmark_table() -> Table:
     for name in ("name", "questions", "chance %", "source on the Hub", "split", "licence"):
         number = name in ("questions", "chance %")
         table.add_column(name, justify="right" if number else "left", no_wrap=name != "licence", overflow="fold")
-    for folder, facts in FACTS.items():
-        size, chance = f"{facts.questions:,}", percent(facts.chance)
-        table.add_row(folder, size, chance, facts.source, facts.split, facts.licence)
+    for folder, benchmark in BY_FOLDER.items():
+        size, chance = f"{benchmark.questions:,}", percent(benchmark.chance)
+        table.add_row(folder, size, chance, benchmark.source, benchmark.split, benchmark.licence)
     return table
 
 

@@ -120,7 +120,8 @@ class TrainingLoop:
         """This rank's packs, each with the step that it starts from."""
         packs = []
         for placed in self.placement.rounds:
-            # With a sharded base, an idle rank repeats the forward passes of another rank's pack.
+            # All ranks must run a sharded base equally often: one without a pack of its own runs another rank's along,
+            # and neither records, commits nor validates it.
             adapters = placed[self.ranks.rank] or (next(filter(None, placed)) if self.sharded else [])
             if adapters:
                 states = [self.result.progress[a] for a in adapters]
@@ -145,7 +146,7 @@ class TrainingLoop:
             result.seconds += time.perf_counter() - began
             if done is None:
                 self._commit(own_pack)
-                return  # not reached: a rank was asked to stop, so the commit raises Interrupted
+                return  # never: a rank was asked to stop, and then `_commit` raises Interrupted
             self._steps_since_commit += 1
             if own_pack:
                 self._record(pack, done, step + 1)

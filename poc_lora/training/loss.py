@@ -22,8 +22,8 @@ def packed_loss(
 ) -> tuple[Tensor, Tensor]:
     """The share of one micro-batch in a step's loss.
 
-    tokens_per_slot [M]: supervised tokens of each adapter in the whole accumulation window, so that the
-    shares of a window's micro-batches add up to `Σ_j (1/n_j) Σ_t CE_jt`: one mean per adapter, summed.
+    tokens_per_slot [M]: supervised tokens n_j of each adapter in all micro-batches of the step, so that their shares
+    add up to `Σ_j (1/n_j) Σ_t CE_jt`: one mean per adapter, summed over adapters.
     plain_head: see `has_plain_head`; logits that are scaled or capped are computed all at once.
     Returns that share (a scalar to differentiate) and its part per adapter [M], detached.
     """

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from poc_lora.config import RunConfig
@@ -32,7 +32,7 @@ from poc_lora.errors import PocLoraError, first_line
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.models.compilation import compiled_parts, compiles, memory_of_kernel
 from poc_lora.models.float8 import float8_bytes, float8_layers
-from poc_lora.models.forward import has_plain_head
+from poc_lora.models.forward import has_plain_head, one_sequence_per_row
 from poc_lora.models.load import empty_base, resolve_dtype
 from poc_lora.models.recomputation import gradient_checkpointing
 from poc_lora.training.loss import chunk_rows, packed_loss
@@ -258,10 +258,12 @@ def resolve_sizes(
     ranks: int = 1,
     before: Mapping[str, Any],
 ) -> Sizes:
-    """The sizes that a run on `ranks` ranks asks for; what is `auto` stays as it was `before`, or is chosen to fit.
+    """The sizes of a run on `ranks` ranks. What is `auto` stays as it was `before`, or is chosen to fit.
 
-    `free` bytes of each rank's `device` (default: the model's) are counted with the base `model`, which may be shapes
-    only, not yet loaded.
+    Args:
+        model: The base model, or its shapes alone.
+        device: Default: the model's.
+        free: Bytes of each rank's device that are free before the base model is loaded.
     """
     device = device or model.device
     asked = _asked(config, before)
@@ -293,10 +295,10 @@ def _asked(config: RunConfig, before: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _most_bytes(config: RunConfig, model: PreTrainedModel, sizes: Sizes, longest: int) -> int:
-    """More than a run can take, found at once: for small models, which need no closer look.
+    """An upper bound of the bytes that a run takes, found at once: small models need no closer look.
 
-    Of each linear layer, four times what goes in and out, three times what a Llama was seen to take; and four times
-    the attention weights, which not every model needs.
+    It counts four times the inputs and outputs of every linear layer, where a Llama took a third of that, and four
+    times the attention weights, which not every model keeps.
     """
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     width = sum(m.in_features + m.out_features for m in linears)
@@ -320,16 +322,13 @@ def _halves(most: int, least: int) -> list[int]:
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """Within the block tensors have no data, in which transformers would look for several sequences in a row."""
-    look = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    """Within the block tensors have shapes but no data."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     silent, log.disabled = log.disabled, True  # what fails is raised as well
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with one_sequence_per_row(), FakeTensorMode(allow_non_fake_inputs=True):  # or transformers would read positions
             yield
     finally:
-        masking_utils.find_packed_sequence_indices = look
         log.disabled = silent
 
 

@@ -16,7 +16,7 @@ from poc_lora.config import RunConfig, flatten
 from poc_lora.distributed import Ranks, open_ranks
 from poc_lora.environment import changed_devices, describe_device, environment
 from poc_lora.envvars import whole_number
-from poc_lora.errors import TrainingError
+from poc_lora.errors import TrainingError, visible
 from poc_lora.lora.bank import matching_linears
 from poc_lora.models.compilation import why_not_compiled
 from poc_lora.models.forward import without_cudnn_attention
@@ -171,7 +171,7 @@ def _resolve_sizes(
 def _begin(run: Run, config: RunConfig, data: TrainingData, sizes: Sizes, *, devices: list[str], **info: Any) -> None:
     """Open the run folder, on rank 0."""
     for problem in run.problems:
-        print(f"a damaged commit is skipped: {problem}", file=sys.stderr)  # noqa: T201
+        print(visible(f"a damaged commit is skipped: {problem}"), file=sys.stderr)  # noqa: T201
     if run.info and run.commit and (change := changed_devices(run.info.devices, devices)):
         print(change, file=sys.stderr)  # noqa: T201
     run.begin(

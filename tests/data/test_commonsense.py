@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from poc_lora.data.commonsense import BENCHMARKS, Question, chance_level, find_benchmarks, read_questions
+from poc_lora.data.commonsense import BENCHMARKS, BY_FOLDER, Question, chance_level, find_benchmarks, read_questions
 from poc_lora.errors import DataError
 
 PIQA = find_benchmarks(["piqa"])[0]
@@ -105,3 +105,16 @@ def test_every_real_row_is_read():
     assert any(q.answer == "answer5" for q in easy)
     assert {len(q.labels) for q in easy} == {3, 4, 5}
     assert isinstance(easy[0], Question)
+
+
+def test_the_benchmarks_hold_the_papers_questions():
+    assert sum(benchmark.questions for benchmark in BENCHMARKS) == 22_419
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real benchmarks are not here")
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=list(BY_FOLDER))
+def test_what_is_known_of_a_benchmark_is_true_of_its_real_file(benchmark):
+    questions = read_questions(REAL, benchmark)
+    assert benchmark.questions == len(questions)
+    assert dict(benchmark.labels) == {n: sum(len(q.labels) == n for q in questions) for n in benchmark.labels}
+    assert benchmark.chance == pytest.approx(chance_level(questions), rel=1e-12)

@@ -234,7 +234,7 @@ def test_what_cannot_be_done_leaves_earlier_results_as_they_are(run, data, tmp_p
 def test_a_file_in_place_of_the_results_folder_is_refused_before_a_model_is_loaded(run, data, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for out in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "eval"):
-        with pytest.raises(RequestError, match=r"this is a file[\s\S]*notes.txt"):
+        with pytest.raises(RequestError, match=r"a file stands where the results' folder would be[\s\S]*notes.txt"):
             evaluate([run], data=data, benchmarks=["piqa"], out=out, base="/no/such/base")
 
 
@@ -260,7 +260,7 @@ def test_scores_that_are_not_numbers_are_an_error(run, data, tiny_model_dir):
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"limit": 0}, RequestError, "limit of 0"),
+        ({"limit": 0}, RequestError, "limit is 0"),
         ({"prompt": "fancy"}, RequestError, "no prompt template"),
         ({"base": "/no/such/base"}, ModelError, "/no/such/base"),
         ({"benchmarks": None}, DataError, "social_i_qa is missing"),
@@ -399,7 +399,7 @@ def test_subsets_are_the_merges_of_their_members(run, data, tmp_path, tiny_model
         shutil.copytree(run / "adapters" / f"{i:02d}", folder)
     loose = evaluate(long, data=data, benchmarks=["openbookqa"], subsets=True, prompt="bare", out=tmp_path / "long")
     assert loose.subsets.points == results.subsets.points
-    with pytest.raises(RequestError, match="several adapters"):
+    with pytest.raises(RequestError, match="need the protocol label"):
         evaluate([run], data=data, benchmarks=["piqa"], subsets=True, protocol="generate")
 
 

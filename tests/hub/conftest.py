@@ -11,7 +11,7 @@ from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
 from poc_lora.config import dump_yaml, validate
-from poc_lora.evaluation.benchmarks import FACTS
+from poc_lora.data.commonsense import BY_FOLDER
 from poc_lora.files import sha256_file
 from poc_lora.hub import push as pushing
 from poc_lora.merging.folders import merge_folders
@@ -48,7 +48,7 @@ def small_adapter(seed, rank=2, base="org/base", whole=None, task="CAUSAL_LM"):
 
 
 def scored(value):
-    return Scored(benchmarks={folder: Estimate(value, 0.01) for folder in FACTS}, average=Estimate(value, 0.004))
+    return Scored(benchmarks={folder: Estimate(value, 0.01) for folder in BY_FOLDER}, average=Estimate(value, 0.004))
 
 
 def some_results(adapters, *, real=True, base="org/base", merged=True):
@@ -58,9 +58,9 @@ def some_results(adapters, *, real=True, base="org/base", merged=True):
         base_model=base,
         prompt="clean",
         limit=None,
-        questions={folder: f.questions if real else 400 for folder, f in FACTS.items()},
-        too_long=dict.fromkeys(FACTS, 0),
-        chance={folder: f.chance for folder, f in FACTS.items()},
+        questions={folder: f.questions if real else 400 for folder, f in BY_FOLDER.items()},
+        too_long=dict.fromkeys(BY_FOLDER, 0),
+        chance={folder: f.chance for folder, f in BY_FOLDER.items()},
         base=scored(0.3),
         adapters={name: scored(0.7 + 0.01 * i) for i, name in enumerate(adapters)},
         best=adapters[-1],
@@ -93,8 +93,8 @@ def make_run(folder, *, base="org/base", evaluated=True, real=True):
         write_adapter(small_adapter(i, base=base), folder / "adapters" / f"{i:02d}")
     merge_folders([folder], folder / "merged")
     (folder / "config.yaml").write_text(dump_yaml(validate(config, where="test")))
-    facts = {"data_sha256": {"secret-project/train.jsonl": "ab" * 32, "tokenised rows": "cd" * 32}}
-    (folder / "run.json").write_text(json.dumps(facts))
+    benchmark = {"data_sha256": {"secret-project/train.jsonl": "ab" * 32, "tokenised rows": "cd" * 32}}
+    (folder / "run.json").write_text(json.dumps(benchmark))
     if evaluated:
         write_results(folder / "eval", some_results(["00", "01"], real=real, base=base))
         (folder / "eval" / "merged.jsonl").write_text("{}\n")

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.adapters.factors import Factors
+from poc_lora.data.commonsense import BY_FOLDER
 from poc_lora.errors import AdapterError, RequestError
-from poc_lora.evaluation.benchmarks import FACTS
 from poc_lora.hub.card import eval_results_files, model_card
 from poc_lora.hub.collect import collect
 from poc_lora.hub.usage import usage
@@ -33,7 +33,7 @@ def loaded(text, tmp_path):
     return ModelCard.load(tmp_path / "README.md")
 
 
-def facts(text):
+def benchmark(text):
     """The table of how an adapter was made."""
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text.partition("## Evaluation")[0], flags=re.MULTILINE)
     return {key: value for key, value in rows if key != "---"}
@@ -46,7 +46,7 @@ def test_the_library_reads_the_metadata(run, tmp_path):
     assert data.tags == ["lora", "poc-lora", "merge"]
     assert data.model_name == "demo"
     assert [(r.dataset_type, r.dataset_split, r.metric_type, r.metric_value) for r in data.eval_results] == [
-        (f.source, f.split, "accuracy", 81.17) for f in FACTS.values()
+        (f.source, f.split, "accuracy", 81.17) for f in BY_FOLDER.values()
     ]
     assert [r.dataset_config for r in data.eval_results if r.dataset_config] == ["ARC-Challenge", "ARC-Easy"]
 
@@ -61,7 +61,7 @@ def test_metadata_survive_the_library_s_round_trip(run, tmp_path):
 def test_eval_results_are_what_the_library_parses(run):
     files = eval_results_files(collect(run).evaluation)
     entries = [entry for file in files for entry in parse_eval_result_entries(yaml.safe_load(file.content))]
-    assert [e.dataset_id for e in entries] == [f.source for f in FACTS.values()]
+    assert [e.dataset_id for e in entries] == [f.source for f in BY_FOLDER.values()]
     assert {e.value for e in entries} == {81.17}
     assert len({file.path for file in files}) == len({(e.dataset_id, e.task_id) for e in entries}) == 8
     assert all(file.path.startswith(".eval_results/") and file.path.endswith(".yaml") for file in files)
@@ -74,7 +74,7 @@ def test_questions_of_ones_own_are_not_given_out_as_a_benchmark_s(tmp_path):
     results = loaded(text, tmp_path).data.eval_results
     assert {r.dataset_type for r in results} == {"custom"}
     assert [r.dataset_name for r in results] == [
-        f"400 questions in the format of {f.benchmark.short}" for f in FACTS.values()
+        f"400 questions in the format of {f.short}" for f in BY_FOLDER.values()
     ]
     assert "Not the benchmark's own test questions" in text
     assert "Not the benchmark's own test questions" not in card(make_run(tmp_path / "real"))
@@ -82,7 +82,7 @@ def test_questions_of_ones_own_are_not_given_out_as_a_benchmark_s(tmp_path):
 
 def test_how_it_was_made_is_what_the_run_says(run):
     text = card(run)
-    made = facts(text)
+    made = benchmark(text)
     assert made["adapters merged (M)"] == "2"
     assert made["λ (temperature of the noise)"] == "0.0003"
     assert (made["rank"], made["rank and alpha in training"], made["length"]) == ("4", "2 and 4", "7 steps")
@@ -101,7 +101,7 @@ def test_files_of_a_folder_are_told_apart(run):
     files = {f"secret-project/{name}/train.json": name * 32 for name in ("ab", "cd")}
     (run / "run.json").write_text(json.dumps({"data_sha256": files}))
     text = card(run)
-    assert "`ab/train.json` (SHA-256 `abababababababab`), `cd/train.json`" in facts(text)["data"]
+    assert "`ab/train.json` (SHA-256 `abababababababab`), `cd/train.json`" in benchmark(text)["data"]
     assert "secret-project" not in text
 
 
@@ -112,7 +112,7 @@ def test_training_without_noise_is_not_called_noisy(run):
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     text = card(run)
     assert "noisy" not in text
-    assert facts(text)["λ (temperature of the noise)"] == "0"
+    assert benchmark(text)["λ (temperature of the noise)"] == "0"
 
 
 def test_the_table_and_its_row_are_those_of_the_adapter(run):
@@ -123,14 +123,14 @@ def test_the_table_and_its_row_are_those_of_the_adapter(run):
     assert "| `00` | 70.00 ± 1.00 |" in member
     assert "value: 70.0\n" in member
     assert "81.17" not in member.partition("\n---\n")[0]
-    assert "adapters merged" not in facts(member)
+    assert "adapters merged" not in benchmark(member)
 
 
 def test_an_adapter_of_unknown_origin_has_no_story(tmp_path):
     write_adapter(small_adapter(0), tmp_path / "alone")
     text = card(tmp_path / "alone")
     assert "Its training is not recorded." in text
-    assert list(facts(text)) == ["rank"]
+    assert list(benchmark(text)) == ["rank"]
     assert not {"λ", "NoisyAdamW", "noisy", "## Evaluation"} & set(
         re.findall(r"λ|NoisyAdamW|noisy|## Evaluation", text)
     )
@@ -284,12 +284,12 @@ def test_a_classifier_is_loaded_with_its_number_of_classes(tmp_path):
 
 def test_a_weighted_merge_and_the_rank_asked_for_are_said(tmp_path):
     run = make_run(tmp_path / "run")
-    assert "weights" not in facts(card(run))
+    assert "weights" not in benchmark(card(run))
     shutil.rmtree(run / "merged")
     merge_folders([run], run / "merged", weights=[0.75, 0.25], rank=3)
     text = card(run)
     assert "exact or, with a rank, its best approximation, with the weights 0.75, 0.25" in text
-    made = facts(text)
+    made = benchmark(text)
     assert (made["weights"], made["rank asked for"], made["rank"]) == ("0.75, 0.25", "3", "3")
 
 
@@ -304,4 +304,4 @@ def test_the_same_run_has_the_same_card(run):
 def test_the_ranks_of_modules_that_differ_are_a_range(tmp_path):
     modules = {f"layers.{i}.q_proj": Factors(torch.ones(r, 4), torch.ones(5, r)) for i, r in enumerate((1, 3))}
     write_adapter(Adapter(modules, base_model="org/base"), tmp_path / "a")  # written with one rank
-    assert facts(card(tmp_path / "a"))["rank"] == "3"
+    assert benchmark(card(tmp_path / "a"))["rank"] == "3"

@@ -40,8 +40,18 @@ class Killer:
         self.passed += 1
 
     def arm(self) -> None:
-        """Put kill points into everything that makes a run's files, which commits write one at a time here."""
+        """Put kill points into everything that makes a run's files, which come in one order here.
+
+        Commits write one file at a time, and training waits for them.
+        """
         checkpoint.FILES_AT_ONCE = 1
+        start = checkpoint.Commits.start
+
+        def start_and_wait(commits, *arguments):
+            start(commits, *arguments)
+            commits.wait()
+
+        checkpoint.Commits.start = start_and_wait
         for name in ("fsync", "rename", "replace"):
             self._wrap(os, name)
         self._wrap_save(checkpoint, "_write_state")

@@ -35,7 +35,6 @@ def test_a_run_killed_inside_any_write_fsync_or_rename_goes_on_to_the_same_bits(
     assert kinds["in _write_state"] >= 4
     assert kinds["in save_file"] >= 2
     assert kinds["in write"] >= 5
-    # Commits are written beside the run, so the points come in another order from time to time.
     assert min(kinds["before fsync"], kinds["after fsync"]) >= 20
     assert min(kinds["before rename"], kinds["after rename"]) >= 3
     assert kinds["metrics"] >= 3

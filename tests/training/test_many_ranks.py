@@ -147,12 +147,14 @@ def test_a_diverging_adapter_leaves_its_neighbours_their_bits_on_every_rank(sett
 
 def test_when_a_rank_dies_the_others_end_and_the_last_commit_stands(settings, tmp_path, reference):
     dying = config(settings, adapters__count=5, output=str(tmp_path / "run"))
-    body = 'if number == 3 and os.environ["RANK"] == "1": os._exit(11)'
+    committed = tmp_path / "run/checkpoints/commit_00001/manifest.json"  # in the background
+    wait = f"[time.sleep(0.02) for _ in iter(lambda: os.path.exists({str(committed)!r}), True)]"
+    body = f'if number == 3 and os.environ["RANK"] == "1": import time; {wait}; os._exit(11)'
     with launch_patched(2, dying, tmp_path / "run.yaml", body) as ranks:
         (status, _, errors), (dead, _, _) = finish(ranks, within=60)
     assert (status, dead) == (1, 11)
     assert "process 1 failed: its process has ended" in errors
-    manifest = json.loads((tmp_path / "run/checkpoints/commit_00001/manifest.json").read_text())
+    manifest = json.loads(committed.read_text())
     assert {state["step"] for state in manifest["adapters"].values()} == {2}
     with launch(2, dying, tmp_path / "run.yaml", "--resume") as ranks:
         assert [status for status, _, _ in finish(ranks)] == [0, 0]

@@ -21,18 +21,6 @@ from poc_lora.evaluation.protocols.label import ANSWER_PREFIX
 
 TASKS_FOLDER = Path(__file__).with_name("tasks")  # for lm_eval --include_path
 
-# Folder name -> lm-eval's own task, whose data come from the Hub.
-HUB_TASKS = {
-    "social_i_qa": "social_iqa",
-    "piqa": "piqa",
-    "winogrande": "winogrande",
-    "openbookqa": "openbookqa",
-    "ARC-Challenge": "arc_challenge",
-    "ARC-Easy": "arc_easy",
-    "boolq": "boolq",
-    "hellaswag": "hellaswag",
-}
-
 
 def local_task(benchmark: Benchmark) -> str:
     """The name of the local task of a benchmark, such as poc_lora_siqa."""
@@ -64,7 +52,7 @@ def load_tasks(benchmarks: Sequence[Benchmark], *, data: Path | None, prompt: st
     with quiet_lm_eval():
         if data is None:
             manager = TaskManager()
-            return {b.folder: _load_hub_task(manager, HUB_TASKS[b.folder]) for b in benchmarks}
+            return {b.folder: _load_hub_task(manager, b.lm_eval) for b in benchmarks}
         metadata = {"data": str(data), "prompt": prompt}
         manager = TaskManager(include_path=TASKS_FOLDER, include_defaults=False, metadata=metadata)
         return {b.folder: manager.load([local_task(b)])["tasks"][local_task(b)] for b in benchmarks}

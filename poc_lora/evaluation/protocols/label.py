@@ -204,14 +204,13 @@ def _check_distinct(question: Question, sequences: list[list[int]]) -> None:
 
 
 def _rows_of(sequences: list[list[int]], slot: int) -> list[tuple[list[int], list[tuple[int, int, int]]]]:
-    """The fewest rows from which the log-probability of each sequence, after the tokens that all share, can be read.
+    """The fewest rows of tokens from which every label's log-probability can be read.
 
-    A sequence needs a row of all its tokens but the last. A row that begins another one is left out, so labels that
-    differ in their last token only need one row.
+    A label is scored on its tokens after those that all labels share. That takes a row of all tokens but the last. A
+    row that begins another row is left out, so labels that differ only in their last token need one row.
     """
-    # A label whose tokens begin another's ("answer1", "answer10") keeps its last token out of the shared part, so
-    # both are scored on it and the longer one on more: the longer is never above the shorter, as with any
-    # log-likelihood of continuations.
+    # "answer1" begins "answer10". The last token of the shorter label is not counted as shared, so both labels are
+    # scored on it, and the longer one on more tokens: its score is never above that of the shorter one.
     shared = min(_shared_length(sequences), min(map(len, sequences)) - 1)
     if shared < 1:
         raise DataError("the tokenizer leaves nothing before the label", fix="use a prompt with text in it")

@@ -15,11 +15,11 @@ import torch
 
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.factors import Factors
-from poc_lora.data.commonsense import BENCHMARKS, find_benchmarks, read_questions
+from poc_lora.data.commonsense import BENCHMARKS, BY_FOLDER, find_benchmarks, read_questions
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError
 from poc_lora.evaluation import statistics as scores
 from poc_lora.evaluation.protocols.harness import harness_answers, score_tasks
-from poc_lora.evaluation.protocols.harness_tasks import HUB_TASKS, TASKS_FOLDER, load_tasks, local_task
+from poc_lora.evaluation.protocols.harness_tasks import TASKS_FOLDER, load_tasks, local_task
 from poc_lora.evaluation.protocols.label import prepare, score_labels
 from poc_lora.evaluation.variants import Variants
 from poc_lora.lora.bank import AdapterBank
@@ -302,15 +302,15 @@ def test_lm_evals_own_tasks_are_scored_by_their_own_rules(base, monkeypatch):
     model, tokenizer = base
     before = random_state()
     tasks = load_tasks(BENCHMARKS, data=None)
-    assert [task.config.task for task in tasks.values()] == list(HUB_TASKS.values())
+    assert [task.config.task for task in tasks.values()] == [b.lm_eval for b in BENCHMARKS]
     found, results = score_tasks(model, tokenizer, tasks, limit=2)
     assert random_state() == before
     for folder, scored in found.items():
         assert scored.answers.tolist() == [1, 1]
         correct = scored.log_probs.argmax(-1) == scored.answers
-        metrics = results["results"][HUB_TASKS[folder]]
+        metrics = results["results"][BY_FOLDER[folder].lm_eval]
         assert metrics["acc,none"] == correct.double().mean().item(), folder
-        assert results["n-shot"][HUB_TASKS[folder]] == 0
+        assert results["n-shot"][BY_FOLDER[folder].lm_eval] == 0
     assert {f.log_probs.shape[1] for f in found.values()} == {2, 3, 4}
     assert "acc_norm,none" in results["results"]["hellaswag"]
 
