@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from poc_lora.adapters.factors import DTYPES, Factors, check_name, check_shapes, is_finite
-from poc_lora.adapters.peft_config import check_config, module_scales, plain_targets
+from poc_lora.adapters.peft_config import auto_mapping, check_config, module_scales, plain_targets
 from poc_lora.adapters.weights_file import PREFIX, LazyFactors, LazyModulesToSave, read_header
 from poc_lora.errors import AdapterError, PocLoraError
 from poc_lora.files import allow_as_usual, commit_folder, links_root, read_json, sync
@@ -34,7 +34,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 PICKLE_NAME = "adapter_model.bin"
 
-MAX_CONFIG_BYTES = 2**20
+_EXPERT = re.compile(r"(?<=\.experts)\.\d+\.", re.ASCII)
+
+MAX_CONFIG_BYTES = 16 * 2**20  # as much as the header of the weights: it may name every module
 MAX_TOKENIZER_BYTES = 2**28
 
 
@@ -52,6 +54,7 @@ class Adapter:
             has one flag for all modules, and corrects it for each layer of the base.
         modules_to_save: The parameters that replace the base's (PEFT's modules_to_save), by path (`lm_head.weight`).
         task_type: PEFT's task type, which selects its model class; None selects `PeftModel`, which fits any model.
+        auto_mapping: The base's class (`base_model_class`, `parent_library`), for PEFT's `AutoPeftModel`.
         targets: Module names (last parts of paths) known to match no other module of the base; see `target_modules`.
     """
 
@@ -63,6 +66,7 @@ class Adapter:
     fan_in_fan_out: bool = False
     modules_to_save: Mapping[str, Tensor] = field(default_factory=dict)
     task_type: str | None = None
+    auto_mapping: Mapping[str, str] | None = None
     targets: frozenset[str] = field(default=frozenset(), compare=False)
 
     def rank(self, module: str) -> int:
@@ -112,6 +116,7 @@ def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         modules_to_save=LazyModulesToSave(header),
         task_type=config.get("task_type") or None,
+        auto_mapping=auto_mapping(config),
         targets=plain_targets(config),
     )
 
@@ -156,6 +161,7 @@ def write_adapter(
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": adapter.task_type,
+        "auto_mapping": None if adapter.auto_mapping is None else dict(adapter.auto_mapping),
         "base_model_name_or_path": adapter.base_model,
         "revision": adapter.revision,
         "inference_mode": True,
@@ -215,8 +221,8 @@ def shared_tokenizer(folders: Sequence[tuple[Path, Path]]) -> dict[str, bytes]:
 def target_modules(names: Iterable[str], known: Collection[str]) -> list[str]:
     """Returns the `target_modules` with which PEFT attaches exactly the modules `names`.
 
-    These are last parts of paths, such as q_proj, if each is `known` to match no other module and matches one module in
-    each layer 0..L-1 of a single stack; otherwise the full paths, which are always right.
+    These are last parts of paths, such as q_proj, if each is `known` to match no other module and matches one module,
+    or one of each expert, in each layer 0..L-1 of a single stack; otherwise the full paths, which are always right.
     """
     names = sorted(names)
     layers_of: dict[str, dict[str, set[int]]] = {}  # suffix -> path with the layer left out -> layers
@@ -224,7 +230,7 @@ def target_modules(names: Iterable[str], known: Collection[str]) -> list[str]:
         match = re.match(r"(?P<stack>(?:[^.]+\.)*?)(?P<layer>\d+)\.(?P<rest>.+)", name, re.ASCII)
         if match is None:
             return names
-        path = f"{match['stack']}*.{match['rest']}"
+        path = f"{match['stack']}*.{_EXPERT.sub('.*.', match['rest'])}"
         layers_of.setdefault(name.rpartition(".")[2], {}).setdefault(path, set()).add(int(match["layer"]))
     stacks = [layers for paths in layers_of.values() for layers in paths.values()]
     regular = len(stacks) == len(layers_of) and all(layers == set(range(len(stacks[0]))) for layers in stacks)

@@ -107,6 +107,18 @@ def plain_targets(config: dict[str, Any]) -> frozenset[str]:
     return frozenset(target for target in targets if isinstance(target, str))
 
 
+def auto_mapping(config: dict[str, Any]) -> dict[str, str] | None:
+    """The base's class in transformers, by which PEFT's AutoPeftModel loads it; None for any other content."""
+    given = config.get("auto_mapping")
+    if not isinstance(given, dict) or given.keys() != {"base_model_class", "parent_library"}:
+        return None
+    name, library = str(given["base_model_class"]), str(given["parent_library"])
+    # PEFT imports the library by its name.
+    known = re.fullmatch(r"transformers(\.\w{1,80}){0,8}", library, re.ASCII)
+    named = re.fullmatch(r"[A-Za-z]\w{0,120}", name, re.ASCII)
+    return {"base_model_class": name, "parent_library": library} if known and named else None
+
+
 def _is_off(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
@@ -157,6 +169,10 @@ def _by_module(
     for key, value in [(default_key, default), *patterns.items()]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= largest:
             raise AdapterError(f"{key[:MAX_NAME]} is {str(value)[:80]}, not a number up to {largest:g}", where=where)
+    wrapper = re.compile(r"_orig_mod|_(checkpoint|fsdp)_wrapped_module")
+    if wrapped := next((key for key in patterns if wrapper.search(key)), None):
+        what = f"{wrapped[:80]!r} in {patterns_key} names a wrapper, which the base model does not have"
+        raise AdapterError(what, where=where, fix="save the adapter again, from the model without wrappers")
     compiled = _compile(patterns, names, where)
     return {
         name: next((patterns[key] for key, regex in compiled if regex.match(name)), patterns.get(name, default))

@@ -1,7 +1,8 @@
 """Find adapters in folders, runs and on the Hugging Face Hub."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,20 @@ def find_adapters(source: Path) -> list[Path]:
     if not finished:
         raise AdapterError("the run has no finished adapters", where=inside, fix="let it finish training first")
     return sorted(finished, key=lambda folder: (int(folder.name), folder.name))
+
+
+def tell_apart(sources: Sequence[Source]) -> list[Source]:
+    """Returns the sources with names that differ: of folders of one name, with as many parents as it takes."""
+    told = list(sources)
+    for depth in range(2, max((len(source.folder.resolve().parts) for source in told), default=0) + 1):
+        seen = Counter(source.name for source in told)
+        told = [
+            replace(source, name="/".join(source.folder.resolve().parts[-depth:]))
+            if seen[source.name] > 1 and source.revision is None and source.name.count("/") < depth - 1
+            else source
+            for source in told
+        ]
+    return told
 
 
 def refuse_duplicates(sources: Sequence[Source], hashes: Sequence[str]) -> None:

@@ -17,10 +17,11 @@ from poc_lora.errors import AdapterError
 from poc_lora.files import require_plain
 
 PREFIX = "base_model.model."  # PEFT's wrapper around the base model, in every tensor name
+# Left in names by torch.compile, gradient checkpointing and FSDP.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_WEIGHTS_BYTES = 32 * 2**30
-MAX_MODULES = 2**14
 
 _FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>(embedding_)?[AB])(?P<weight>\.weight)?")
 # PEFT's wrapper around a module that is trained whole: the trained copy, and the base's own.
@@ -65,27 +66,33 @@ def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
     found: dict[str, dict[str, str]] = {}
     saved: dict[str, tuple[int, ...]] = {}
     saved_keys: dict[str, tuple[str, ...]] = {}
+    in_file: dict[str, str] = {}
     with _opened(path) as stored:
         for key in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
-            match = _FACTOR.fullmatch(key)
+            plain = _unwrapped(key)
+            if plain in in_file:
+                what = f"{key[:MAX_NAME]!r} and {in_file[plain][:MAX_NAME]!r} are one tensor"
+                raise AdapterError(what, where=path, fix="save the adapter again, from the model without wrappers")
+            in_file[plain] = key
+            match = _FACTOR.fullmatch(plain)
             if match and bool(match["weight"]) != match["factor"].startswith("embedding_"):
                 found.setdefault(match["module"], {})[match["factor"]] = key
-            elif (wrapped := _WRAPPED.fullmatch(key)) and _is_of(f"{wrapped['module']}.", modules_to_save):
+            elif (wrapped := _WRAPPED.fullmatch(plain)) and _is_of(f"{wrapped['module']}.", modules_to_save):
                 if wrapped["copy"] == "modules_to_save":
                     name = f"{wrapped['module']}.{wrapped['last']}"
                     _add_saved(name, key, stored.get_slice(key), path, saved, saved_keys)
-            elif (key.startswith(PREFIX) and _is_of(key.removeprefix(PREFIX), modules_to_save)) or (
-                _TABLE.fullmatch(key) and len(stored.get_slice(key).get_shape()) == 2
+            elif (plain.startswith(PREFIX) and _is_of(plain.removeprefix(PREFIX), modules_to_save)) or (
+                _TABLE.fullmatch(plain) and len(stored.get_slice(key).get_shape()) == 2
             ):
-                _add_saved(key.removeprefix(PREFIX), key, stored.get_slice(key), path, saved, saved_keys)
+                _add_saved(plain.removeprefix(PREFIX), key, stored.get_slice(key), path, saved, saved_keys)
             else:
                 fix = f"only {PREFIX}<module>.lora_A.weight, .lora_B.weight and .lora_embedding_A, _B are understood"
                 if key.endswith(".base_layer.weight"):
                     fix = "it is the base's own: save without it, save_pretrained(DIR, save_embedding_layers=False)"
                 what = f"the tensor {key[:MAX_NAME]!r} is not a LoRA factor of a linear layer or an embedding"
                 raise AdapterError(what, where=path, fix=fix)
-        if not 0 < len(found) <= MAX_MODULES or len(saved) > MAX_MODULES:
-            raise AdapterError(f"{len(found)} modules, where 1 to {MAX_MODULES} are read", where=path)
+        if not found:
+            raise AdapterError("there are no LoRA factors in the file", where=path)
         layers = {module: _check_layer(module, found[module], stored.get_slice, path) for module in sorted(found)}
     missing = [name for name in modules_to_save if not any(_is_of(key, [name]) for key in saved)]
     # PEFT lists both of these for every classifier, which has only one of them.
@@ -183,6 +190,12 @@ class _Tensors:
             tensors = [self._stored.get_tensor(name) for name in names]
         self._left -= sum(tensor.nbytes for tensor in tensors)
         return tensors
+
+
+def _unwrapped(key: str) -> str:
+    """A tensor's name without the names of wrappers, which PEFT would not find in the base model."""
+    key = WRAPPERS.sub("", key).removeprefix("module.")  # module: DistributedDataParallel's
+    return PREFIX + key.removeprefix(PREFIX).removeprefix("module.") if key.startswith(PREFIX) else key
 
 
 def _refuse_not_finite(what: str, path: Path, *tensors: Tensor) -> None:

@@ -6,17 +6,17 @@ from typing import Any
 
 from safetensors import safe_open
 
-from poc_lora.adapters.peft_config import HARMLESS
+from poc_lora.adapters.peft_config import HARMLESS, auto_mapping
 from poc_lora.errors import AdapterError
 
-_PATTERN = re.compile(r"[\w.*+?|()\[\]\\^$:-]{1,4096}", re.ASCII)  # a module's name, or PEFT's pattern of several
+_PATTERN = re.compile(r"[\w.*+?|()\[\]{}\\^$:,=!<>-]{1,4096}", re.ASCII)  # a module, or PEFT's pattern of several
 
 # The fields that decide which update the factors are, and where PEFT attaches them.
 PATTERNS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 CONFIG_FIELDS = {
-    "alpha_pattern", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights",
-    "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision",
-    "task_type", "use_dora", "use_rslora", *PATTERNS,
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "peft_version", "r",
+    "rank_pattern", "revision", "task_type", "use_dora", "use_rslora", *PATTERNS,
 }  # fmt: skip
 
 
@@ -45,6 +45,11 @@ def public_config(
         if not all(isinstance(x, int) or _PATTERN.fullmatch(x) for x in _names(given)):
             what = f"{name} holds what is neither a module's name nor a pattern of names: {str(given)[:80]}"
             raise AdapterError(what, where=where, fix="name the modules plainly, for example q_proj")
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(public.get(name), str):
+            _check_pattern(name, public[name], where)
+    if public.get("auto_mapping") is not None and auto_mapping(config) is None:
+        del public["auto_mapping"]
     for name, kind, form in (
         ("task_type", str, r"[A-Z0-9_]{1,40}"),
         ("peft_version", str, r"[\w.+@-]{1,80}"),
@@ -56,7 +61,27 @@ def public_config(
         if value is not None and not (isinstance(value, kind) and re.fullmatch(form, str(value), re.ASCII)):
             del public[name]
     # Only dictionaries are reported: ordinary adapters have further fields with a plain value, such as megatron_core.
-    return public, [name for name in HARMLESS - CONFIG_FIELDS if isinstance(config.get(name), dict) and config[name]]
+    unknown = (HARMLESS - CONFIG_FIELDS) | ({"auto_mapping"} - public.keys())
+    return public, [name for name in unknown if isinstance(config.get(name), dict) and config[name]]
+
+
+def _check_pattern(name: str, pattern: str, where: Path) -> None:
+    """Raises AdapterError for a pattern that is none, or that repeats what repeats or varies: (a+)+, (a|ab)*.
+
+    Others load it, and matching such a one may take exponentially long.
+    """
+    fix = "name the modules plainly, for example q_proj"
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as problem:
+        raise AdapterError(f"{name} is not a pattern: {problem}", where=where, fix=fix) from problem
+    rest, before = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern), ""
+    rest = re.sub(r"\(\?([:=!]|<[=!]|P<\w+>)", "(", rest)
+    while rest != before:  # innermost groups first; + stands for one that repeats or varies
+        if re.search(r"\([^()]*[*+?{|][^()]*\)[*+{]", rest):
+            what = f"{name} repeats a group that repeats or varies, and could take very long to match: {pattern[:80]!r}"
+            raise AdapterError(what, where=where, fix=fix)
+        rest, before = re.sub(r"\(([^()]*)\)", lambda group: "+" if set("*+?{|") & set(group[1]) else "x", rest), rest
 
 
 def _names(value: Any) -> list[Any]:

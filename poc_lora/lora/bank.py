@@ -162,6 +162,8 @@ class AdapterBank:
 
     def _count_rows(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record how many rows the model is called with; its modules check their inputs against it."""
+        self.state.read.clear()
+        self.state.called.clear()
         main = kwargs.get(getattr(self.model, "main_input_name", ""))
         tensors = [x for x in (main, *args, *kwargs.values()) if isinstance(x, Tensor)]
         self.state.rows = next((len(x) for x in tensors if x.dim() > 1), None)
@@ -174,6 +176,14 @@ class AdapterBank:
     def _forget_rows(self, *_: Any) -> None:
         """Layers recomputed in the backward pass may belong to an earlier call, with another number of rows."""
         self.state.rows = None
+        skipped = self.state.read - self.state.called
+        if skipped and self.state.mode != "base":
+            path = next(path for path, module in self.modules.items() if module in skipped)
+            raise ModelError(
+                f"the model multiplies by the weight of '{path}' without calling that layer, so its update is skipped",
+                where="lora.targets",
+                fix=f"leave {path.rpartition('.')[2]} out of the targets",
+            )
 
     def _forget_shared_input(self, *_: Any) -> None:
         self.state.shared.forget()

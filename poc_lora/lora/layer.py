@@ -26,6 +26,9 @@ class ForwardState:
     members: list[int] = field(default_factory=list)
     dropout_keys: Tensor | None = None  # int64 [rows], set before a training pass
     rows: int | None = None  # rows of the model's input, during a call
+    # Layers whose weight was read and that were called, in a forward pass.
+    read: set["BankLinear"] = field(default_factory=set)
+    called: set["BankLinear"] = field(default_factory=set)
     shared: SharedInput = field(default_factory=SharedInput)
 
 
@@ -103,7 +106,18 @@ class BankLinear(nn.Module):
         self.dropout = dropout
         self.salt = rng.salt_words(salt, factors.A.device)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight. A model that multiplies by it itself, without calling the layer, skips the updates."""
+        self.state.read.add(self)
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
     def forward(self, x: Tensor) -> Tensor:
+        self.state.called.add(self)
         mode, factors = self.state.mode, self.factors
         y: Tensor
         if mode == "base":

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from poc_lora.adapters.adapter import Adapter
-from poc_lora.adapters.weights_file import MAX_MODULES
 from poc_lora.errors import AdapterError
 from poc_lora.hub_ids import is_base_model_id
 
@@ -43,9 +42,6 @@ def check_compatible(
             if (name in adapter.embeddings) != (name in other.embeddings):
                 what = f"{name} is an embedding here or in {other.source}, but not in both"
                 raise AdapterError(what, where=adapter.source, fix=SAME_BASE)
-    if len(first_with) > MAX_MODULES:
-        what = f"together the adapters have {len(first_with)} different modules, more than {MAX_MODULES}"
-        raise AdapterError(what, fix=SAME_BASE)
     _check_modules_to_save(adapters, same=modules_to_save == "same")
 
 

@@ -13,11 +13,12 @@ import torch
 
 import poc_lora
 from poc_lora.adapters.adapter import WEIGHTS_NAME, open_adapter, shared_tokenizer, write_adapter
-from poc_lora.adapters.sources import find_sources, refuse_duplicates
+from poc_lora.adapters.sources import find_sources, refuse_duplicates, tell_apart
 from poc_lora.artifacts.merge_report import MergeReport, MergeSource, Versions
 from poc_lora.artifacts.run_folder import MERGE_REPORT
 from poc_lora.errors import AdapterError
 from poc_lora.files import sha256_file
+from poc_lora.lora.peft_targets import attachable
 from poc_lora.merging.merge import merge, sweep_by_type
 from poc_lora.merging.methods import METHODS
 from poc_lora.progress import progress_bar
@@ -58,7 +59,7 @@ def merge_folders(
         raise AdapterError("the output exists already", where=out, fix="choose another folder or empty this one")
     if out.is_dir() and out.samefile(Path.cwd()):
         raise AdapterError("the output is the current folder", where=out, fix="name a folder inside it")
-    found = [source for given in sources for source in find_sources(given)]
+    found = tell_apart([source for given in sources for source in find_sources(given)])
     # Opened before hashing: a damaged file is reported as such, and only regular files are hashed.
     adapters = [open_adapter(source.folder, root=source.root) for source in found]
     with ThreadPoolExecutor() as pool:
@@ -101,10 +102,10 @@ def merge_folders(
                 name=source.name,
                 hub_commit=source.revision,
                 sha256=digest,
-                base_model=adapter.base_model,
-                base_revision=adapter.revision,
+                base_model=opened.base_model,
+                base_revision=opened.revision,
             )
-            for source, digest, adapter in zip(found, digests, adapters, strict=True)
+            for source, digest, opened in zip(found, digests, adapters, strict=True)
         ],
         versions=Versions(poc_lora=poc_lora.__version__, torch=version("torch"), safetensors=version("safetensors")),
         modules_to_save=sorted(merged.adapter.modules_to_save),
@@ -115,11 +116,12 @@ def merge_folders(
         MERGE_REPORT: report.dumps(),
         **shared_tokenizer([(source.folder, source.root) for source in found]),
     }
+    adapter = attachable(merged.adapter)
     was_there = out.exists()  # and empty
     try:
         if was_there:
             out.rmdir()
-        write_adapter(merged.adapter, out, dtype=dtype, extra_files=files)
+        write_adapter(adapter, out, dtype=dtype, extra_files=files)
     except BaseException:
         if was_there:
             out.mkdir(exist_ok=True)

@@ -85,6 +85,7 @@ def merge(
     bases = [adapter.base_model for adapter in adapters if adapter.base_model is not None]
     bases.sort(key=lambda name: not is_base_model_id(name))  # a Hub id, which others can fetch, before a local folder
     tasks = {adapter.task_type for adapter in adapters}
+    mappings = [adapter.auto_mapping for adapter in adapters]
     revisions = {adapter.revision for adapter in adapters}
     merged = Adapter(
         modules=modules,
@@ -95,6 +96,7 @@ def merge(
         fan_in_fan_out=any(adapter.fan_in_fan_out for adapter in adapters),
         modules_to_save=_mean_saved(adapters, used) if modules_to_save == "mean" else adapters[0].modules_to_save,
         task_type=tasks.pop() if len(tasks) == 1 else None,
+        auto_mapping=mappings[0] if all(mapping == mappings[0] for mapping in mappings) else None,
         targets=frozenset().union(*(adapter.targets for adapter in adapters)),
     )
     return Merged(merged, _total_report(reports, inner, used))

@@ -12,7 +12,6 @@ from poc_lora.config import RunConfig
 from poc_lora.data.batches import supervised_tokens
 from poc_lora.errors import RequestError
 from poc_lora.files import free_bytes_at
-from poc_lora.lora.bank import matching_linears
 from poc_lora.models.compilation import compiles, why_not_compiled
 from poc_lora.models.load import (
     context_length,
@@ -28,6 +27,7 @@ from poc_lora.training.memory import Footprint, free_bytes, snapshot_bytes
 from poc_lora.training.metrics import require_trackers
 from poc_lora.training.placement import Progress, place
 from poc_lora.training.run import Run, find_run, require_same_rows
+from poc_lora.training.targets import require_targets
 
 
 def check(config: RunConfig, *, device: torch.device | None = None, processes: int = 1) -> dict[str, Any]:
@@ -98,7 +98,8 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         f"memory on {device.type}: base model": size(memory.weights),
         f"memory on {device.type}: adapters and gradients": size(memory.bank),
         f"memory on {device.type}: optimizer": size(memory.optimizer),
-        f"memory on {device.type}: activations": size(memory.activations),
+        f"memory on {device.type}: activations": size(memory.activations)
+        + (f", an upper bound: {why}" if (why := footprint.not_simulated) else ""),
         f"memory on {device.type}: logits": size(memory.logits),
         "host memory while a commit is written": size(snapshot_bytes(sizes.per_device, P)),
         f"memory on {device.type}: peak": f"{size(memory.total)} of {size(free)} free"
@@ -131,7 +132,7 @@ def run_data(
     now: datetime | None,
 ) -> TrainingData:
     """Prepare the rows of a run. Raises if they differ from a resumed run's, or the targets match no layer."""
-    matching_linears(model, config.lora.targets)
+    require_targets(config)
     data = prepare_data(config, tokenizer, context=context_length(model), now=now)
     require_same_rows(run, data.files)
     return data

@@ -5,6 +5,7 @@ is counted. So any architecture is covered, with or without gradient checkpointi
 """
 
 import contextlib
+import logging
 import resource
 import sys
 import weakref
@@ -27,6 +28,7 @@ from poc_lora.config import RunConfig
 from poc_lora.data.batches import MicroBatch
 from poc_lora.devices import by_device
 from poc_lora.envvars import whole_number
+from poc_lora.errors import PocLoraError, first_line
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.models.compilation import compiled_parts, compiles, memory_of_kernel
 from poc_lora.models.float8 import float8_bytes, float8_layers
@@ -76,14 +78,20 @@ class Footprint:
     def __init__(self, config: RunConfig, device: torch.device, *, longest: int, ranks: int = 1):
         self.config, self.device, self.longest, self.ranks = config, device, longest, ranks
         self._measured: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+        self.not_simulated: str | None = None  # why activations were estimated by arithmetic
         self.compiled = compiles(config.train.compile, device)
         section = config.model
         self.dtype = resolve_dtype(section.dtype, device)
-        with _shapes_only():
+        with shapes_only():
             model = empty_base(section.name, revision=section.revision, dtype=self.dtype)
             head = model.get_output_embeddings()
             self.vocabulary: int = head.out_features
-            self.plain_head = has_plain_head(model)
+            try:
+                self.plain_head = has_plain_head(model)
+            except PocLoraError:
+                raise
+            except Exception as problem:  # as in `_activations`
+                self.plain_head, self.not_simulated = False, first_line(problem)
             self.can_recompute = any(isinstance(m, GradientCheckpointingLayer) for m in model.modules())
             self.weights, self.largest = _weight_bytes(model, section.quantization, device)
             if section.shard and ranks > 1:
@@ -148,23 +156,44 @@ class Footprint:
         Three peaks: of the model without its head, of head and loss but for the logits, and of the backward pass.
         """
         if (M, checkpointing) not in self._measured:
-            with _shapes_only():
-                section, lora = self.config.model, self.config.lora
-                model = empty_base(section.name, revision=section.revision, dtype=self.dtype)
-                bank = AdapterBank.blank(
-                    model, targets=lora.targets, rank=lora.rank, adapters=range(M), dropout=lora.dropout
-                )
-                for module in bank.modules.values():
-                    module.train()
-                with (
-                    compiled_parts(model, memory_of_kernel) if self.compiled else contextlib.nullcontext(),
-                    gradient_checkpointing(model) if checkpointing else contextlib.nullcontext(),
-                ):
-                    measured = zip(self._peaks(model, bank, M), self._peaks(model, bank, 2 * M), strict=True)
-            self._measured[M, checkpointing] = [
-                (2 * small - large + self.largest, (large - small) // (M * self.longest)) for small, large in measured
-            ]
+            try:
+                self._measured[M, checkpointing] = self._simulated(M, checkpointing)
+            except PocLoraError:
+                raise
+            except Exception as problem:  # many kinds: layers whose shapes depend on data, such as routed experts
+                self.not_simulated = first_line(problem)
+                self._measured[M, checkpointing] = [self._estimated(checkpointing)] * 3
         return self._measured[M, checkpointing]
+
+    def _simulated(self, M: int, checkpointing: bool) -> list[tuple[int, int]]:
+        with shapes_only():
+            section, lora = self.config.model, self.config.lora
+            model = empty_base(section.name, revision=section.revision, dtype=self.dtype)
+            bank = AdapterBank.blank(
+                model, targets=lora.targets, rank=lora.rank, adapters=range(M), dropout=lora.dropout
+            )
+            for module in bank.modules.values():
+                module.train()
+            with (
+                compiled_parts(model, memory_of_kernel) if self.compiled else contextlib.nullcontext(),
+                gradient_checkpointing(model) if checkpointing else contextlib.nullcontext(),
+            ):
+                measured = zip(self._peaks(model, bank, M), self._peaks(model, bank, 2 * M), strict=True)
+        return [(2 * small - large + self.largest, (large - small) // (M * self.longest)) for small, large in measured]
+
+    def _estimated(self, checkpointing: bool) -> tuple[int, int]:
+        """An upper bound by the widths of layers, as in `_most_bytes`; a token visits some of the routed experts."""
+        with shapes_only():
+            section = self.config.model
+            model = empty_base(section.name, revision=section.revision, dtype=self.dtype)
+            text = model.config.get_text_config()
+            width = sum(m.in_features + m.out_features for m in model.modules() if isinstance(m, nn.Linear))
+            routed = getattr(text, "num_experts_per_tok", None) or 1
+            width += routed * sum(sum(p.shape[1:]) for p in model.parameters() if p.ndim == 3)
+        layers = getattr(text, "num_hidden_layers", 1)
+        attention = self.longest * layers * getattr(text, "num_attention_heads", 1)
+        per_token = 16 * (width + attention)
+        return self.largest, per_token * 2 // layers if checkpointing and layers > 1 else per_token
 
     def _peaks(self, model: PreTrainedModel, bank: AdapterBank, rows: int) -> tuple[int, int, int]:
         T = self.longest
@@ -292,10 +321,15 @@ def _halves(most: int, least: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def _shapes_only() -> Iterator[None]:
+def shapes_only() -> Iterator[None]:
     """Within the block tensors have shapes but no data."""
-    with one_sequence_per_row(), FakeTensorMode(allow_non_fake_inputs=True):  # or transformers would read positions
-        yield
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    silent, log.disabled = log.disabled, True  # what fails is raised as well
+    try:
+        with one_sequence_per_row(), FakeTensorMode(allow_non_fake_inputs=True):  # or transformers would read positions
+            yield
+    finally:
+        log.disabled = silent
 
 
 def _weight_bytes(model: PreTrainedModel, quantization: str | None, device: torch.device) -> tuple[int, int]:

@@ -21,7 +21,7 @@ def config_of(run):
 
 def test_of_a_configuration_only_known_fields_are_uploaded(run):
     before = content(collect(run), "adapter_config.json")
-    odd = ("lora_dropout", "inference_mode", "use_dora")
+    odd = ("auto_mapping", "lora_dropout", "inference_mode", "use_dora")
     change(
         config_of(run),
         corda_config={"cache_file": "/home/alice/cache"},
@@ -101,3 +101,30 @@ def test_what_is_no_revision_is_refused(run, revision):
     change(config_of(run), revision=revision)
     with pytest.raises(AdapterError, match="revision"):
         collect(run)
+
+
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|k_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj)))"
+)
+
+
+@pytest.mark.parametrize("value", [UNSLOTH, r"(?!.*vision).*\.(q|v)_proj", r".*(?<!vision)\.layers\.\d{1,3}\.q_proj"])
+def test_patterns_with_counts_and_lookarounds_stay(run, value):
+    change(config_of(run), target_modules=value)
+    assert content(collect(run), "adapter_config.json")["target_modules"] == value
+
+
+@pytest.mark.parametrize("value", ["(a+)+b", "((a|b)x)*", "((?:a{1,}))+", "(?:(x.*)y){2,}", "(q", "a**"])
+def test_patterns_that_may_take_forever_or_are_none_are_refused(run, value):
+    change(config_of(run), target_modules=value)
+    with pytest.raises(AdapterError, match="target_modules "):
+        collect(run)
+
+
+def test_the_class_of_the_base_is_published_if_it_is_of_transformers(run):
+    mapping = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}
+    change(config_of(run), auto_mapping=mapping)
+    assert content(collect(run), "adapter_config.json")["auto_mapping"] == mapping
+    change(config_of(run), auto_mapping=mapping | {"parent_library": "os"})
+    assert "auto_mapping" not in content(collect(run), "adapter_config.json")

@@ -1,0 +1,95 @@
+"""Which modules PEFT attaches an adapter to: asked of PEFT itself, on shapes alone."""
+
+import warnings
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from transformers import PreTrainedModel
+
+from poc_lora.adapters.adapter import Adapter, target_modules
+from poc_lora.errors import AdapterError, ModelError, PocLoraError, first_line
+from poc_lora.models.load import empty_base
+
+
+def why_not_attached(model: PreTrainedModel, modules: Collection[str], known: Collection[str]) -> str | None:
+    """Returns None if PEFT attaches an adapter of `modules` to exactly these modules, or else what it does.
+
+    Routed experts are compared as a whole: PEFT converts those of older checkpoints to parameters.
+
+    Args:
+        model: The base on the meta device, which PEFT changes.
+        modules: The paths of the adapter's modules.
+        known: See `Adapter.targets`.
+    """
+    from peft import LoraConfig  # slow to import
+    from peft.tuners.lora import LoraModel
+
+    config = LoraConfig(r=1, target_modules=target_modules(modules, known))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuner = LoraModel(model, config, "default", low_cpu_mem_usage=True)
+    except Exception as problem:  # PEFT raises many kinds
+        return f"PEFT cannot attach the adapter: {first_line(problem)}"
+    ours = {path for path in modules if "experts" not in path.split(".")}
+    theirs, parameters = set(tuner.targeted_module_names), list(getattr(tuner, "targeted_parameter_names", []))
+    if ours - theirs:
+        return f"PEFT would not attach {min(ours - theirs)}" + (f", but {parameters[0]}" if parameters else "")
+    if more := sorted(theirs - set(modules)) or (parameters if len(ours) == len(modules) else []):
+        return f"PEFT would also attach {more[0]}"
+    return None
+
+
+def require_attached(model: PreTrainedModel, modules: Collection[str], targets: Collection[str]) -> None:
+    """Raises ModelError unless PEFT attaches adapters trained on `targets` to exactly `modules`; it changes `model`."""
+    if problem := why_not_attached(model, modules, targets):
+        raise ModelError(
+            f"{problem}; the trained adapter would not be the loaded one",
+            where="lora.targets",
+            fix="leave out the names that routed experts have too, or that PEFT refuses, for example"
+            " lora.targets=[q_proj, k_proj, v_proj, o_proj]",
+        )
+
+
+def attachable(adapter: Adapter) -> Adapter:
+    """Returns the adapter, with its modules named in full if PEFT attaches it exactly only so.
+
+    It is returned as it is if its base's config is not on this machine, or has other modules.
+
+    Raises:
+        AdapterError: PEFT would attach other modules.
+    """
+    known: Collection[str] = adapter.targets
+    problem = None
+    for named in (known, frozenset[str]()):
+        model = _base_at_hand(adapter)
+        plain = {path for path in adapter.modules if "experts" not in path.split(".")}
+        if model is None or not plain <= {path for path, _ in model.named_modules()}:
+            return adapter
+        problem = why_not_attached(model, list(adapter.modules), named)
+        if problem is None:
+            return replace(adapter, targets=frozenset(named))
+    raise AdapterError(
+        f"{problem}; the written adapter would not be the loaded one",
+        where=adapter.source,
+        fix="merge adapters without these modules, or with the version of transformers and PEFT that they are from",
+    )
+
+
+def _base_at_hand(adapter: Adapter) -> PreTrainedModel | None:
+    """The adapter's base on the meta device, if its config is on this machine and can be used."""
+    name = adapter.base_model
+    if not name:
+        return None
+    folder = Path(name).expanduser()
+    try:
+        if not (folder / "config.json").is_file():
+            cached = try_to_load_from_cache(name, "config.json", revision=adapter.revision)
+            if not isinstance(cached, str):
+                return None
+            folder = Path(cached).parent
+        return empty_base(str(folder))
+    except (PocLoraError, OSError, ValueError):  # another kind of model, a name that is no id
+        return None
