@@ -42,6 +42,7 @@ STORED_NEEDS = {
     "torchao": {"torchao": "torchao"},
     "vptq": {"vptq": "vptq"},
 }
+MAX_LAYERS = 10_000
 MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # accelerate's names
 
 
@@ -240,9 +241,16 @@ def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32"
 
 
 def _config(name: str, revision: str | None) -> PretrainedConfig:
-    """The base model's configuration. Raises ModelError if it asks for an attention kernel, which is code."""
+    """The base model's configuration.
+
+    Raises:
+        ModelError: It has more layers than any model, or asks for an attention kernel, which is code.
+    """
     config: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        layers = getattr(part, "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > MAX_LAYERS:
+            raise ModelError(f"the base model's config.json has {layers:,} layers, more than any model", where=name)
         kernel = getattr(part, "_attn_implementation", None)
         if isinstance(kernel, str) and not kernel.isidentifier():
             raise ModelError(

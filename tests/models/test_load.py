@@ -21,6 +21,15 @@ def test_an_attention_kernel_from_the_hub_is_refused(tiny_model_dir, tmp_path, k
             load(str(base))
 
 
+def test_a_base_of_a_billion_layers_is_refused_before_they_are_built(tiny_model_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    config = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": 10**7, "layer_types": None}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="10,000,000 layers"):
+        empty_base(str(base))
+
+
 def test_a_pipe_among_a_bases_files_is_refused_not_waited_for(tiny_model_dir, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)
