@@ -1,7 +1,9 @@
 """Which modules PEFT attaches an adapter to: asked of PEFT itself, on shapes alone."""
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +25,9 @@ def why_not_attached(model: PreTrainedModel, modules: Collection[str], known: Co
         modules: The paths of the adapter's modules.
         known: See `Adapter.targets`.
     """
-    from peft import LoraConfig  # slow to import
-    from peft.tuners.lora import LoraModel
+    with _quiet_import():
+        from peft import LoraConfig  # slow to import
+        from peft.tuners.lora import LoraModel
 
     config = LoraConfig(r=1, target_modules=target_modules(modules, known))
     try:
@@ -40,6 +43,18 @@ def why_not_attached(model: PreTrainedModel, modules: Collection[str], known: Co
     if more := sorted(theirs - set(modules)) or (parameters if len(ours) == len(modules) else []):
         return f"PEFT would also attach {more[0]}"
     return None
+
+
+@contextlib.contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Within the block bitsandbytes, which PEFT imports where it is installed, does not warn about kernels."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def require_attached(model: PreTrainedModel, modules: Collection[str], targets: Collection[str]) -> None:

@@ -1,5 +1,9 @@
 """PEFT attaches what was trained or merged, or it is refused: models with routed experts, state-space models."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
@@ -131,3 +135,14 @@ def test_a_merge_names_its_modules_in_full_where_peft_needs_it(tmp_path):
         write_adapter(adapter_of(model, paths, tmp_path / "base", ["q_proj"]), tmp_path / f"{i}")
     merge_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "merged")
     assert sorted(read_adapter(tmp_path / "merged").targets) == sorted(paths)
+
+
+def test_asking_peft_prints_nothing():
+    code = """
+from poc_lora.lora.peft_targets import why_not_attached
+from tests.conftest import build_llama
+paths = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+assert why_not_attached(build_llama(50), paths, ["q_proj"]) is None
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
