@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import peft.tuners.lora  # noqa: F401  (training imports it late; each fork would do so again)
 import torch
 
 from poc_lora.adapters import adapter
