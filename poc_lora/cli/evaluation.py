@@ -43,7 +43,9 @@ def evaluate(
     ] = None,
     quantization: Annotated[
         Literal["nf4", "int8", "fp8"] | None,
-        typer.Option(help="Quantise the base model's linear layers; default: as the run did. Not for one that is so."),
+        typer.Option(
+            help="Quantise the base model's linear layers; default: as the run did. Not for a base stored quantised."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: RUN/eval.")] = None,
 ) -> None:

@@ -68,7 +68,8 @@ def compiled_parts(
 def with_known_widths(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled for any number of rows and tokens, which change, but for the widths at hand, which do not.
 
-    Kernels that know widths and strides read wide: on an H200, training of an 8B shape took 8 % less time.
+    Kernels that know widths and strides read wide. On an H200, training of an 8B shape took 7 % less time where
+    torch.compile had found out the widths by itself, with twice as many compilations.
     """
     kernel = compiled(function)
     tokens = 2 if function.__name__ == ROTARY else 1  # which dimension; the rotary embedding's come after the heads

@@ -21,10 +21,7 @@ dropout, the loss on prompt and answer. A job's name says what differs.
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -276,45 +273,20 @@ class Study:
         return self._prepared[rendering]
 
 
-def work(study: Study, names: list[str], end: float) -> None:
-    """Run the jobs that no other worker has claimed and that are expected to end in time."""
-    per_step = 0.0  # seconds, as the last job took
+def study(model: str, rows: Path, out: Path, names: list[str], seconds: float) -> None:
+    """Run the jobs that have no results yet; one that is not expected to end in time is left out."""
+    end, per_step = time.monotonic() + seconds, 0.0  # as the slowest job so far took
+    out.mkdir(parents=True, exist_ok=True)
+    label.TOKENS_PER_BATCH["cuda"] = 32_768  # a small model: larger batches keep the GPU busy
+    loaded = Study(model, rows, out)
     for name in names:
-        job = JOBS[name]
-        if (study.out / f"{name}.json").exists() or time.time() + per_step * job.steps > end:
+        job, began = JOBS[name], time.monotonic()
+        if (out / f"{name}.json").exists() or began + per_step * job.steps > end:
             continue
-        try:
-            os.close(os.open(study.out / f"{name}.claimed", os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            continue
-        began = time.time()
-        study.run(job)
-        per_step = max(per_step, (time.time() - began) / max(job.steps, 300))
-        print(f"{name}: {time.time() - began:.0f} s", flush=True)
-
-
-def study(a: argparse.Namespace) -> None:
-    a.out.mkdir(parents=True, exist_ok=True)
-    end = time.time() + a.seconds if a.worker is None else a.end
-    if a.worker is not None:
-        label.TOKENS_PER_BATCH["cuda"] = 32_768  # a small model: larger batches keep the GPU busy
-        work(Study(a.model, a.rows, a.out), a.only, end)
-        return
-    for claim in a.out.glob("*.claimed"):
-        claim.unlink()
-    words = [*("study", a.model, "--rows", a.rows, "--out", a.out, "--only", *a.only), "--end", str(end)]
-    workers = [
-        subprocess.Popen([sys.executable, __file__, *map(str, words), "--worker", str(number)])
-        for number in range(a.workers)
-    ]
-    try:
-        for worker in workers:
-            worker.wait(max(1.0, end - time.time()))
-    except subprocess.TimeoutExpired:
-        print("out of time", flush=True)
-    finally:
-        for worker in workers:
-            worker.kill()
+        loaded.run(job)
+        took = time.monotonic() - began
+        per_step = max(per_step, took / max(job.steps, 300))
+        print(f"{name}: {took:.0f} s", flush=True)
 
 
 def summary(out: Path) -> str:
@@ -377,17 +349,14 @@ def main() -> None:
     run.add_argument("--rows", type=Path, required=True)
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--only", nargs="*", choices=JOBS, default=list(JOBS), metavar="JOB")
-    run.add_argument("--workers", type=int, default=1, help="processes; on one GPU they take turns, so one is best")
     run.add_argument("--seconds", type=float, default=1e9, help="for everything together")
-    run.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    run.add_argument("--end", type=float, help=argparse.SUPPRESS)
     show = verbs.add_parser("summary")
     show.add_argument("out", type=Path)
     a = parser.parse_args()
     if a.verb == "rows":
         write_rows(a.commonsense, a.out)
     elif a.verb == "study":
-        study(a)
+        study(a.model, a.rows, a.out, a.only, a.seconds)
     else:
         print(summary(a.out))
 

@@ -1,0 +1,40 @@
+"""scripts/benchmarks/real_model.py at its smallest, on the embedded model."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from poc_lora.data.commonsense import BENCHMARKS
+from poc_lora.microworld import DATA_DIR, MODEL_DIR
+
+FOLDER = Path(__file__).parents[1] / "scripts" / "benchmarks"
+
+
+@pytest.mark.slow
+def test_a_study_keeps_every_score_and_is_not_run_twice(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = importlib.import_module("real_model")
+    monkeypatch.setattr(script, "QUESTIONS", 3)
+    jobs = [
+        script.Job("choices_0", "choices", count=2, steps=2, batch=2),
+        script.Job("labels_longer", "labels", count=1, steps=3, batch=2),
+    ]
+    monkeypatch.setattr(script, "JOBS", {job.name: job for job in jobs})
+    script.write_rows(DATA_DIR, tmp_path / "rows")
+    for _ in range(2):
+        script.study(str(MODEL_DIR), tmp_path / "rows", tmp_path / "out", list(script.JOBS), 600)
+    assert capsys.readouterr().out.count("choices_0: ") == 1  # the second time it was there
+
+    with np.load(tmp_path / "out" / "choices_0.npz") as found:
+        names, scores = found["variants"].tolist(), found["scores"]
+    assert names == ["base", "adapter_0", "adapter_1", "merge_2_0", "ema_0", "ema_1", "ema_merge_2"]
+    assert scores.shape[:2] == (len(names), 3 * len(BENCHMARKS))
+    assert not np.array_equal(scores[1], scores[2])
+    losses = json.loads((tmp_path / "out" / "choices_0.json").read_text())["losses"]
+    assert [len(step) for step in losses] == [2, 2]
+    shown = script.summary(tmp_path / "out")
+    for name in ("base", "best", "ensemble", "merge_2", "labels_longer"):
+        assert name in shown
