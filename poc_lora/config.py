@@ -76,12 +76,19 @@ class DataSection(Section):
     """The prompt template of instruction rows. `bare`: the instruction alone."""
     max_length: Positive = 256
     """Longest row in tokens; longer rows are truncated."""
-    train_on_prompt: Flag = True
-    """Whether the loss includes the prompt's tokens, or only the answer's."""
+    learn: Literal["last", "assistant", "all"] = "all"
+    """Tokens with a loss: the answer (a chat's `last` turn), every turn of the `assistant`, or `all`."""
     group_by_length: Flag = True
     """Batch rows of similar length together, which saves padding."""
     validation: NonNegative = 120
     """Rows held out of training to measure the validation loss."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_what_to_learn(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "train_on_prompt" in raw:
+            raise ValueError("train_on_prompt is now `learn`: write learn: all for true, learn: last for false")
+        return raw
 
 
 class OptimSection(Section):

@@ -1,43 +1,17 @@
-"""Read training rows from files, folders or the Hub. Their columns decide between three formats:
-
-instruction / input / output     the LLM-Adapters and Alpaca format (`answer` and other columns are ignored)
-prompt / completion              text that is used as it is
-messages                         a chat, rendered by the tokenizer's template; the answer is the last turn
-"""
+"""Read training rows from files, folders or the Hub; data/formats.py tells what a row may be."""
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from poc_lora.data.formats import Row, parse_row
 from poc_lora.errors import DataError
 from poc_lora.files import read_json, read_text
 from poc_lora.hub_ids import is_repo_id
 
 MAX_DATA_BYTES = 4 * 2**30
 TRAIN_FILES = ("train.json", "train.jsonl")
-
-
-@dataclass(frozen=True)
-class InstructionRow:
-    instruction: str
-    input: str
-    output: str
-
-
-@dataclass(frozen=True)
-class CompletionRow:
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
-class ChatRow:
-    messages: tuple[dict[str, str], ...]
-
-
-Row = InstructionRow | CompletionRow | ChatRow
 
 
 def source_files(sources: Sequence[str]) -> list[Path]:
@@ -87,7 +61,7 @@ def read_file(path: Path) -> list[Row]:
         raise DataError("the file is not a list of rows", where=path, fix="write one JSON list, or .jsonl")
     if not raw:
         raise DataError("the file has no rows", where=path, fix="remove it from data.train or fill it")
-    return [_parse(row, f"{path}, row {number}") for number, row in enumerate(raw, 1)]
+    return [parse_row(row, f"{path}, row {number}") for number, row in enumerate(raw, 1)]
 
 
 def _json_lines(path: Path) -> Iterable[Any]:
@@ -101,51 +75,6 @@ def _json_lines(path: Path) -> Iterable[Any]:
                 raise DataError(
                     f"not valid JSON at line {number}: {reason}", where=path, fix="repair that line"
                 ) from problem
-
-
-def _parse(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise DataError("a row is not an object with columns", where=where)
-    if "messages" in row:
-        return _parse_chat(row["messages"], where)
-    if "prompt" in row or "completion" in row:
-        return CompletionRow(_text(row, "prompt", where), _text(row, "completion", where))
-    if "instruction" in row or "output" in row:
-        extra = row.get("input") or ""
-        if not _is_text(extra):
-            raise DataError("the column 'input' is not text", where=where)
-        return InstructionRow(_text(row, "instruction", where), extra, _text(row, "output", where))
-    raise DataError(
-        f"columns {', '.join(map(repr, row)) or 'none'} fit none of the formats",
-        where=where,
-        fix="rows have instruction/input/output, or prompt/completion, or messages",
-    )
-
-
-def _text(row: dict[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        raise DataError(f"the column '{column}' is missing", where=where, fix=f"its columns are {', '.join(row)}")
-    if not _is_text(row[column]) or not row[column]:
-        raise DataError(f"the column '{column}' is empty or not text", where=where)
-    text: str = row[column]
-    return text
-
-
-def _is_text(value: Any) -> bool:
-    """Whether `value` is text that UTF-8 can encode; JSON escapes may contain half of a surrogate pair."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
-
-
-def _parse_chat(messages: Any, where: str) -> ChatRow:
-    well_formed = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and _is_text(m.get("content")) for m in messages
-    )
-    if not well_formed or len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError("'messages' is not a list of {role, content} turns that ends with the assistant's", where=where)
-    return ChatRow(tuple({"role": m["role"], "content": m["content"]} for m in messages))
 
 
 def _read_hub(source: str) -> list[Row]:
@@ -164,4 +93,4 @@ def _read_hub(source: str) -> list[Row]:
             f"'{source}' is neither a file nor a folder, and cannot be loaded from the Hub: {problem}",
             where="data.train",
         ) from problem
-    return [_parse(row, f"{source}, row {number}") for number, row in enumerate(table, 1)]
+    return [parse_row(row, f"{source}, row {number}") for number, row in enumerate(table, 1)]

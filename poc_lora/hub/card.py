@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.results import Results
-from poc_lora.artifacts.run_info import TOKENIZED_ROWS
+from poc_lora.artifacts.run_info import NO_FILES
 from poc_lora.data.commonsense import BY_FOLDER, Benchmark
 from poc_lora.errors import RequestError
 from poc_lora.hub.collect import Evaluation, File, Subject
@@ -215,7 +215,7 @@ def _data(subject: Subject) -> list[str]:
 
 
 def _files_of_data(subject: Subject) -> dict[str, str]:
-    return {path: digest for path, digest in subject.run.data_sha256.items() if path != TOKENIZED_ROWS}
+    return {path: digest for path, digest in subject.run.data_sha256.items() if path not in NO_FILES}
 
 
 def _hub_datasets(subject: Subject) -> list[str]:

@@ -76,9 +76,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "rows shortened to max_length": data.truncated,
         "rows left out (whole answer cut off)": data.dropped,
         "tokens per epoch and adapter": tokens,
-        "supervised tokens per epoch and adapter": sum(
-            supervised_tokens(e, train_on_prompt=config.data.train_on_prompt) for e in data.train
-        ),
+        "supervised tokens per epoch and adapter": sum(supervised_tokens(e) for e in data.train),
         "rows per step": f"{rows:,}: {config.train.batch_size} of each adapter",
         "steps": data.total_steps,
         "tokens of the whole run, about": round(tokens / len(data.train) * rows * data.total_steps),

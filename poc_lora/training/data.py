@@ -3,11 +3,12 @@
 import hashlib
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from poc_lora import rng
-from poc_lora.artifacts.run_info import TOKENIZED_ROWS
+from poc_lora.artifacts.run_info import SUPERVISED_TOKENS, TOKENIZED_ROWS
 from poc_lora.config import RunConfig
 from poc_lora.data.batches import BatchOrder, padded_length
 from poc_lora.data.prompts import Example, encode_rows
@@ -26,7 +27,7 @@ class TrainingData:
     total_steps: int
     truncated: int
     dropped: int
-    files: dict[str, str]  # path, and TOKENIZED_ROWS -> sha256
+    files: dict[str, str]  # path, TOKENIZED_ROWS and SUPERVISED_TOKENS -> sha256
 
     @property
     def longest(self) -> int:
@@ -61,7 +62,12 @@ def prepare_data(
             fix=f"lower it to {context} or less",
         )
     encoded = encode_rows(
-        read_sources(section.train), tokenizer, template=section.prompt, max_length=section.max_length, now=now
+        read_sources(section.train),
+        tokenizer,
+        template=section.prompt,
+        max_length=section.max_length,
+        learn=section.learn,
+        now=now,
     )
     order = rng.permutation(len(encoded.examples), rng.key(config.adapters.seed, 0, "validation split"))
     if len(order) <= section.validation:
@@ -88,6 +94,11 @@ def prepare_data(
         dropped=encoded.dropped,
         files={
             **{str(path): sha256_file(path) for path in source_files(section.train)},
-            TOKENIZED_ROWS: hashlib.sha256(repr([e.ids for e in encoded.examples]).encode()).hexdigest(),
+            TOKENIZED_ROWS: _digest([e.ids for e in encoded.examples]),
+            SUPERVISED_TOKENS: _digest([e.supervised for e in encoded.examples]),
         },
     )
+
+
+def _digest(rows: list[tuple[Any, ...]]) -> str:
+    return hashlib.sha256(repr(rows).encode()).hexdigest()

@@ -138,7 +138,7 @@ class Pack:
         """Add up the gradients of one step's rows, micro-batch by micro-batch; None if `stop` returned True."""
         examples = self.data.train
         rows = [self.data.order.rows(adapter, step) for adapter in self.bank.adapters]
-        counts = [sum(self._supervised(i) for i in chosen) for chosen in rows]
+        counts = [sum(supervised_tokens(examples[i]) for i in chosen) for chosen in rows]
         tokens_per_slot = without_waiting(torch.tensor(counts, dtype=torch.float32), self.device)
         losses = torch.zeros_like(tokens_per_slot)
         tokens = padded_tokens = 0
@@ -161,9 +161,6 @@ class Pack:
             padded_tokens += batch.input_ids.numel()
         return losses, tokens, padded_tokens
 
-    def _supervised(self, example: int) -> int:
-        return supervised_tokens(self.data.train[example], train_on_prompt=self.config.data.train_on_prompt)
-
     def _micro_batches(
         self, examples: Sequence[Example], rows: Sequence[Sequence[int]], at_least: int = 1
     ) -> Iterator[MicroBatch]:
@@ -172,7 +169,6 @@ class Pack:
             rows,
             tokens=self._tokens,
             at_least=at_least,
-            train_on_prompt=self.config.data.train_on_prompt,
             pad_id=self._pad_id,
             device=self.device,
         )
@@ -194,8 +190,7 @@ class Pack:
         None if `stop`, which is asked before every micro-batch, returned True before all of them had been processed.
         """
         self.model.eval()
-        learn_prompt = self.config.data.train_on_prompt
-        count = sum(supervised_tokens(e, train_on_prompt=learn_prompt) for e in examples)
+        count = sum(supervised_tokens(e) for e in examples)
         tokens = torch.tensor([float(count)], device=self.device)
         shares = []
         for batch in self._micro_batches(examples, [range(len(examples))]):

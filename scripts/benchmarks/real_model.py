@@ -61,7 +61,7 @@ class Job:
     rank: int = 32
     lr: float = 1e-3
     temperature: float = 1e-5
-    train_on_prompt: bool = True
+    learn: str = "all"
 
 
 def _jobs() -> Iterator[Job]:
@@ -78,13 +78,13 @@ def _jobs() -> Iterator[Job]:
     yield Job("labels_larger_batch", "labels", count=1, batch=128)
     yield Job("labels_2", "labels", seed=2)
     yield Job("choices_lr_3e-3", "choices", lr=3e-3)
-    yield Job("choices_answers_only", "choices", train_on_prompt=False)
+    yield Job("choices_answers_only", "choices", learn="last")
     yield Job("choices_lambda_0", "choices", temperature=0.0)
     yield Job("choices_lambda_1e-4", "choices", temperature=1e-4)
     yield Job("choices_lr_3e-4", "choices", lr=3e-4)
     yield Job("labels_rank_256", "labels", count=1, rank=256)
     yield Job("labels_lr_3e-3", "labels", lr=3e-3)
-    yield Job("labels_answers_only", "labels", train_on_prompt=False)
+    yield Job("labels_answers_only", "labels", learn="last")
 
 
 JOBS = {job.name: job for job in _jobs()}
@@ -183,7 +183,7 @@ class Study:
             "data": {
                 "train": [str(self.rows / job.rendering / "train.json")],
                 "prompt": "bare",
-                "train_on_prompt": job.train_on_prompt,
+                "learn": job.learn,
             },
             "optim": {"lr": job.lr, "temperature": job.temperature, "warmup_steps": job.steps // 10},
             "train": {

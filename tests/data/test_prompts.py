@@ -3,8 +3,8 @@
 import pytest
 from tokenizers import processors
 
+from poc_lora.data.formats import ChatRow, CompletionRow, InstructionRow
 from poc_lora.data.prompts import TEMPLATES, encode_rows, render_prompt
-from poc_lora.data.rows import ChatRow, CompletionRow, InstructionRow
 from poc_lora.errors import DataError, ModelError
 from tests.conftest import build_tokenizer, instruction_rows
 
@@ -26,14 +26,16 @@ def fresh_tokenizer():
     return build_tokenizer(["some words to merge into tokens"] * 5)
 
 
-def encode(tokenizer, *rows, template="clean", max_length=512):
-    return encode_rows(rows, tokenizer, template=template, max_length=max_length)
+def encode(tokenizer, *rows, template="clean", max_length=512, learn="last"):
+    return encode_rows(rows, tokenizer, template=template, max_length=max_length, learn=learn)
 
 
 def parts(tokenizer, example):
     """The text of the prompt tokens and of the answer tokens."""
     decode = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # noqa: E731
-    return decode(example.ids[: example.answer_start]), decode(example.ids[example.answer_start :])
+    ((start, end),) = example.supervised
+    assert end == len(example.ids)
+    return decode(example.ids[:start]), decode(example.ids[start:])
 
 
 def test_braces_in_a_row_are_left_alone():
@@ -75,7 +77,7 @@ def test_the_first_token_is_never_an_answer(fresh_tokenizer):
     merged = fresh_tokenizer("some")["input_ids"]
     assert len(merged) == 1  # without BOS, prompt and answer are one token
     (example,) = encode(fresh_tokenizer, CompletionRow("so", "me")).examples
-    assert example.answer_start == 1
+    assert example.supervised == ((1, len(example.ids)),)
 
 
 def eos_adding(tokenizer):
@@ -101,7 +103,7 @@ def test_a_tokenizer_without_a_pad_token_is_enough(tokenizer):
 def test_rows_at_the_limit_are_whole_and_longer_ones_are_counted(tokenizer):
     row = InstructionRow("Which thing?", "", "the correct answer is answer1")
     (whole,) = encode(tokenizer, row).examples
-    size, start = len(whole.ids), whole.answer_start
+    size, start = len(whole.ids), whole.supervised[0][0]
 
     at_limit = encode(tokenizer, row, max_length=size)
     assert (at_limit.examples, at_limit.truncated, at_limit.dropped) == ([whole], 0, 0)

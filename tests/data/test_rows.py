@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from poc_lora.data.rows import ChatRow, CompletionRow, InstructionRow, read_file, read_sources, source_files
+from poc_lora.data.formats import ChatRow, CompletionRow, InstructionRow
+from poc_lora.data.rows import read_file, read_sources, source_files
 from poc_lora.errors import DataError
 
 INSTRUCTION = {"instruction": "Add.", "input": "1 2", "output": "3", "answer": "3"}
@@ -87,21 +88,23 @@ def test_a_row_that_is_not_an_object_is_refused(write, row):
 
 
 @pytest.mark.parametrize(
-    "messages",
+    ("messages", "what"),
     [
-        TURNS[:1],
-        TURNS[1:],
-        [],
-        "text",
-        None,
-        [TURNS[0], "text"],
-        [*TURNS, {"role": "user", "content": "and?"}],
-        [TURNS[0], {"role": "assistant"}],
-        [TURNS[0], {"role": "assistant", "content": "\ud800"}],
+        (TURNS[:1], "ends with the assistant's; this has 1 of them, the last the user's"),
+        (TURNS[1:], "at least two turns"),
+        ([], "this has none"),
+        ("text", "'messages' is text, not a list"),
+        (None, "'messages' is null or missing"),
+        ([TURNS[0], "text"], "turn 2 is text"),
+        ([*TURNS, {"role": "user", "content": "and?"}], "the last the user's"),
+        ([TURNS[0], {"role": "assistant"}], "content of turn 2 is null or missing"),
+        ([TURNS[0], {"role": "assistant", "content": ""}], "last turn, the assistant's, is empty"),
+        ([TURNS[0], {"role": "assistant", "content": "\ud800"}], "turn 2 holds text that is not valid"),
+        ([{"speaker": "a", "text": "b"}, TURNS[1]], "turn 1 has no role; its keys are speaker, text"),
     ],
 )
-def test_a_chat_is_turns_that_end_with_the_assistant(write, messages):
-    assert "ends with the assistant's" in refusal(write([{"messages": messages}])).what
+def test_a_chat_is_turns_that_end_with_the_assistant(write, messages, what):
+    assert what in refusal(write([{"messages": messages}])).what
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])

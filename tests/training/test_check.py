@@ -85,7 +85,7 @@ def test_the_tokens_it_counts_are_those_that_are_trained_on(settings):
     assert facts["tokens per epoch and adapter"] * 3 == done.tokens
     assert facts["tokens of the whole run, about"] == done.tokens
     assert facts["supervised tokens per epoch and adapter"] == facts["tokens per epoch and adapter"] - 54
-    masked = check(config(settings, output="other", data__train_on_prompt=False), device=CPU)
+    masked = check(config(settings, output="other", data__learn="last"), device=CPU)
     assert masked["supervised tokens per epoch and adapter"] < facts["supervised tokens per epoch and adapter"]
 
 

@@ -1,0 +1,175 @@
+"""Chats through real chat templates (those that TRL ships): which tokens are learnt, and what is refused."""
+
+from importlib import resources
+
+import pytest
+
+from poc_lora.data.formats import parse_row
+from poc_lora.data.prompts import encode_rows
+from poc_lora.errors import DataError
+from tests.conftest import build_tokenizer
+
+TEMPLATES = resources.files("trl") / "chat_templates"
+ROLES = dict(u="user", a="assistant", s="system", t="tool")
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Looks outside.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}},
+    },
+}
+ANSWER = {"role": "tool", "tool_call_id": "call_1", "name": "weather", "content": "17 degrees"}
+SPECIAL = (
+    "<|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|end|> <|user|> <|assistant|> "
+    "<|start|> <|return|> <|message|> <|channel|> <start_of_turn> <end_of_turn>"
+).split()
+
+
+@pytest.fixture
+def tokenizer():
+    tokenizer = build_tokenizer(["some words to merge into tokens"] * 5)
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    return tokenizer
+
+
+def turns(*given):
+    """("u", "text") or ("a", "text", dict(weight=0))"""
+    return [{"role": ROLES[role], "content": text, **(more[0] if more else {})} for role, text, *more in given]
+
+
+FOUR = turns(("u", "one"), ("a", "two"), ("u", "three"), ("a", "four"))
+
+
+def use(tokenizer, template, eos=None):
+    tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
+    tokenizer.eos_token = eos or tokenizer.eos_token
+    return tokenizer
+
+
+def encode(tokenizer, messages, learn, max_length=10_000, **columns):
+    row = parse_row({"messages": messages, **columns}, "rows.json, row 1")
+    return encode_rows([row], tokenizer, template="clean", max_length=max_length, learn=learn)
+
+
+def learnt(tokenizer, messages, learn, **columns):
+    """The text of each span of tokens with a loss."""
+    (example,) = encode(tokenizer, messages, learn, **columns).examples
+    return [tokenizer.decode(example.ids[start:end]) for start, end in example.supervised]
+
+
+def refusal(tokenizer, messages, learn="last", **columns):
+    with pytest.raises(DataError) as caught:
+        encode(tokenizer, messages, learn, **columns)
+    assert caught.value.where == "rows.json, row 1"
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "end"),
+    [
+        ("qwen2_5", "<|im_end|>", "<|im_end|>"),
+        ("qwen3_training", "<|im_end|>", "<|im_end|>"),
+        ("qwen3_instruct_2507", "<|im_end|>", "<|im_end|>"),
+        ("llama3", "<|eot_id|>", "<|eot_id|>"),
+        ("llama3_1", "<|eot_id|>", "<|eot_id|>"),
+        ("gemma3", "<end_of_turn>", "<end_of_turn>"),
+        ("phi3", "</s>", "<|end|>"),  # which writes EOS at the end of a chat, not of a turn
+    ],
+)
+def test_every_turn_of_the_assistant_is_learnt_up_to_its_end(tokenizer, template, eos, end):
+    use(tokenizer, template, eos)
+    first, last = learnt(tokenizer, FOUR, "assistant")
+    assert first.removeprefix("<think>\n\n</think>\n\n") == "two" + end
+    assert [last] == learnt(tokenizer, FOUR, "last")
+    assert last.removeprefix("<think>\n\n</think>\n\n").startswith("four" + end)
+    assert last.endswith(eos)
+    assert last.count(eos) == 1
+    (everything,) = learnt(tokenizer, FOUR, "all")
+    assert "one" in everything
+
+
+@pytest.mark.parametrize(
+    "template", sorted(p.name.removesuffix(".jinja") for p in TEMPLATES.iterdir() if p.name.endswith(".jinja"))
+)
+def test_the_learnt_turns_are_the_same_as_one_by_one_or_are_refused_by_name(tokenizer, template):
+    """The reference: each turn as the last of a chat that ends there."""
+    use(tokenizer, template)
+    try:
+        found = learnt(tokenizer, FOUR, "assistant")
+    except DataError as problem:
+        known = ("otherwise once other turns follow", "refuses the row", "does not write 'content'")
+        assert any(words in problem.what for words in known)  # noqa: PT017
+        assert problem.where == "rows.json, row 1"  # noqa: PT017
+        return
+    alone = [learnt(tokenizer, FOUR[:n], "last")[0] for n in (2, 4)]
+    assert found[1] == alone[1]
+    assert found[0].rstrip("\n") in (alone[0], alone[0].removesuffix("</s>").rstrip("\n"))
+    assert "one" not in "".join(found)
+    assert "three" not in "".join(found)
+
+
+@pytest.mark.parametrize("template", ["qwen3", "qwen3_6", "gptoss"])
+def test_a_template_that_writes_earlier_turns_otherwise_is_refused_with_a_way_out(tokenizer, template):
+    use(tokenizer, template, "<|return|>" if template == "gptoss" else "<|im_end|>")
+    problem = refusal(tokenizer, FOUR, "assistant")
+    assert "turn 2 (assistant) otherwise once other turns follow" in problem.what
+    assert "data.learn: last" in problem.fix
+    assert "four" in learnt(tokenizer, FOUR, "last")[0]
+
+
+def test_a_turn_of_weight_0_is_read_and_not_learnt(tokenizer):
+    use(tokenizer, "qwen2_5", "<|im_end|>")
+    messages = turns(("u", "one"), ("a", "two", dict(weight=0)), ("u", "three"), ("a", "four", dict(weight=1)))
+    assert learnt(tokenizer, messages, "assistant") == ["four<|im_end|>"] == learnt(tokenizer, messages, "last")
+    same = encode(tokenizer, messages, "last").examples[0].ids
+    assert same == encode(tokenizer, FOUR, "last").examples[0].ids
+    messages = turns(("u", "one"), ("a", "two"), ("u", "three"), ("a", "four", dict(weight=0)))
+    assert learnt(tokenizer, messages, "assistant") == ["two<|im_end|>"]
+    assert encode(tokenizer, messages, "assistant").examples[0].ids == same
+    assert "last turn has weight 0" in refusal(tokenizer, messages, "last").what
+    problem = refusal(tokenizer, messages, "all")
+    assert "turn 4 (assistant) has weight 0" in problem.what
+    assert "data.learn: assistant" in problem.fix
+
+
+def test_a_chat_with_nothing_to_learn_is_refused(tokenizer):
+    use(tokenizer, "qwen2_5")
+    messages = turns(("u", "one"), ("a", "two", dict(weight=0)))
+    assert "nothing is to be learnt" in refusal(tokenizer, messages, "assistant").what
+    begun = turns(("a", "hello"), ("u", "one"), ("a", "two"))
+    assert "begins with the assistant's turn" in refusal(tokenizer, begun, "assistant").what
+    begun[0]["weight"] = 0
+    assert learnt(tokenizer, begun, "assistant") == ["two<|im_end|></s>"]
+
+
+@pytest.mark.parametrize("weight", [0.5, 2, "0", -1])
+def test_a_weight_is_0_or_1(tokenizer, weight):
+    use(tokenizer, "qwen2_5")
+    messages = turns(("u", "one"), ("a", "two", dict(weight=weight)))
+    assert "neither 0 nor 1" in refusal(tokenizer, messages, "assistant").what
+
+
+def test_truncation_clips_what_is_learnt(tokenizer):
+    use(tokenizer, "qwen2_5", "<|im_end|>")
+    (whole,) = encode(tokenizer, FOUR, "assistant").examples
+    (first, second) = whole.supervised
+    assert second[1] == len(whole.ids)
+    cut = encode(tokenizer, FOUR, "assistant", max_length=second[0] + 1)
+    assert cut.examples[0].supervised == (first, (second[0], second[0] + 1))
+    cut = encode(tokenizer, FOUR, "assistant", max_length=second[0])
+    assert (cut.examples[0].supervised, cut.truncated) == ((first,), 1)
+    cut = encode(tokenizer, FOUR, "assistant", max_length=first[1] - 1)
+    assert cut.examples[0].supervised == ((first[0], first[1] - 1),)
+    gone = encode(tokenizer, FOUR, "assistant", max_length=first[0])
+    assert (gone.examples, gone.dropped) == ([], 1)
+
+
+def test_rows_without_turns_have_one_answer_whatever_is_learnt(tokenizer):
+    row = parse_row({"prompt": "some words", "completion": " to merge"}, "")
+    last, assistant = (
+        encode_rows([row], tokenizer, template="clean", max_length=99, learn=learn).examples
+        for learn in ("last", "assistant")
+    )
+    assert last == assistant
