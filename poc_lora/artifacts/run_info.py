@@ -22,6 +22,7 @@ class RunInfo(Artifact):
         steps: Optimizer steps in all.
         data_sha256: SHA-256 of every file of training rows by its path, and under `NO_FILES` of the tokenized rows and
             of which tokens have a loss.
+        skipped_rows: Rows that were left out because they could not be used.
         started_at: When the run was first started, in ISO format.
         dtype: The dtype of the base model.
         processes: The number of ranks.
@@ -42,6 +43,7 @@ class RunInfo(Artifact):
     seed: int | None = None
     steps: int | None = None
     data_sha256: dict[str, str] = Field(default_factory=dict)
+    skipped_rows: int | None = None
     per_device: int | None = None
     tokens_per_microbatch: int | None = None
     gradient_checkpointing: bool | None = None

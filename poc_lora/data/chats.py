@@ -31,13 +31,12 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._unused: dict[Any, list[str]] = {}  # by what a template can tell turns apart by
 
-    def render(self, row: ChatRow, learn: Learn, where: str) -> RenderedRow:
+    def render(self, row: ChatRow, learn: Learn) -> RenderedRow:
         """Render a chat.
 
         Args:
             row: The chat.
             learn: Which turns are answers: the last, or each of the assistant's; with `all`, the last.
-            where: The row's place, for errors.
 
         Raises:
             ModelError: The tokenizer has no chat template.
@@ -45,14 +44,14 @@ class ChatTemplate:
                 otherwise once others follow, so that its place cannot be told.
         """
         if self._tokenizer.chat_template is None:
-            raise ModelError("the rows are chats but the tokenizer has no chat template", where=where)
-        learned = _learned_turns(row, learn, where)
+            raise ModelError("the rows are chats but the tokenizer has no chat template", where=row.where)
+        learned = _learned_turns(row, learn)
         try:
             whole = self._text(row, row.messages)
         except Exception as problem:  # a template runs on the row, and can fail in any way
-            raise DataError(f"the tokenizer's chat template refuses the row: {problem}", where=where) from problem
-        self._require_used(row, whole, where)
-        spans = tuple(self._place(row, i, whole, where) for i in learned)
+            raise DataError(f"the tokenizer's chat template refuses the row: {problem}", where=row.where) from problem
+        self._require_used(row, whole)
+        spans = tuple(self._place(row, i, whole) for i in learned)
         return RenderedRow(whole[: max(spans[-1][1], len(whole.rstrip("\n")))], spans)
 
     def _text(self, row: ChatRow, turns: Sequence[Turn], *, prompt: bool = False) -> str:
@@ -72,7 +71,7 @@ class ChatTemplate:
                 self._tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=prompt, **options)
             )
 
-    def _place(self, row: ChatRow, i: int, whole: str, where: str) -> tuple[int, int]:
+    def _place(self, row: ChatRow, i: int, whole: str) -> tuple[int, int]:
         """The span of turn i's answer in the text: after the prompt for it, up to and with the mark of its end."""
         turns, name = row.messages, _name(row, i)
         try:
@@ -82,7 +81,7 @@ class ChatTemplate:
         except Exception as problem:
             raise DataError(
                 f"the chat template cannot write the chat up to {name}, so its place cannot be told: {problem}",
-                where=where,
+                where=row.where,
                 fix="give the turn weight 0, or set data.learn: last",
             ) from problem
         start, end = common_prefix(prompt, whole), through.rstrip("\n")
@@ -95,20 +94,20 @@ class ChatTemplate:
         if start < own or not end or not whole.startswith(end):
             raise DataError(
                 f"the chat template writes {name} otherwise once other turns follow, so its place cannot be told",
-                where=where,
+                where=row.where,
                 fix="set data.learn: last and give each of the assistant's turns a row of its own, or give the "
                 "tokenizer a template that does not look ahead, such as those of TRL's get_training_chat_template",
             )
         if _squeezed(content) not in _squeezed(whole[own : len(end)]):
             raise DataError(
                 f"the chat template leaves out a part of the content of {name}, which is to be learnt",
-                where=where,
+                where=row.where,
                 fix="take out of the rows what the template leaves out, such as <think>...</think>, or give the "
                 "tokenizer a template that writes it",
             )
         return start, max(start, len(end))
 
-    def _require_used(self, row: ChatRow, whole: str, where: str) -> None:
+    def _require_used(self, row: ChatRow, whole: str) -> None:
         """Refuse what carries content and can be changed without changing the text."""
         turns, found = row.messages, []
         for i, turn in enumerate(turns):
@@ -122,7 +121,7 @@ class ChatTemplate:
             key, i = found[0]
             raise DataError(
                 f"the chat template does not write '{key}' of {_name(row, i)}",
-                where=where,
+                where=row.where,
                 fix=f"use a chat template that does, or leave it out: {leave_out([f'messages.{key}'])}"
                 if key != "content"
                 else "use a chat template that does, or take it out of the row",
@@ -133,7 +132,7 @@ class ChatTemplate:
             if self._unused["tools"]:
                 raise DataError(
                     "the chat template does not write the row's tools",
-                    where=where,
+                    where=row.where,
                     fix=f"use a chat template that does, or leave them out: {leave_out(['tools'])}",
                 )
 
@@ -175,22 +174,22 @@ def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     return min(len(a), len(b))
 
 
-def _learned_turns(row: ChatRow, learn: Learn, where: str) -> list[int]:
+def _learned_turns(row: ChatRow, learn: Learn) -> list[int]:
     last, weightless = len(row.messages) - 1, sorted(row.unlearned)
     fix = "set data.learn: assistant, which learns the assistant's turns but those with weight 0"
     if learn == "all" and weightless:
-        raise DataError(f"{_name(row, weightless[0])} has weight 0, but data.learn is all", where=where, fix=fix)
+        raise DataError(f"{_name(row, weightless[0])} has weight 0, but data.learn is all", where=row.where, fix=fix)
     if learn == "last" and last in row.unlearned:
-        raise DataError("the last turn has weight 0, but data.learn is last", where=where, fix=fix)
+        raise DataError("the last turn has weight 0, but data.learn is last", where=row.where, fix=fix)
     if learn != "assistant":
         return [last]
     learned = [i for i, turn in enumerate(row.messages) if turn["role"] == "assistant" and i not in row.unlearned]
     if not learned:
-        raise DataError("every turn of the assistant has weight 0, so nothing is to be learnt", where=where)
+        raise DataError("every turn of the assistant has weight 0, so nothing is to be learnt", where=row.where)
     if learned[0] == 0:
         raise DataError(
             "the chat begins with the assistant's turn, so there is no prompt for it",
-            where=where,
+            where=row.where,
             fix="give that turn weight 0, or set data.learn: last",
         )
     return learned

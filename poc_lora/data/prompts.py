@@ -13,6 +13,7 @@ from transformers.utils import chat_template_utils
 
 from poc_lora.data.chats import ChatTemplate, Learn, RenderedRow, common_prefix
 from poc_lora.data.formats import ChatRow, InstructionRow, Row
+from poc_lora.data.rows import BadRows
 from poc_lora.errors import DataError, ModelError
 
 # Template name -> for training and for evaluation -> without an input and with one. `llm-adapters` is what that project
@@ -59,6 +60,7 @@ def encode_rows(
     max_length: int,
     learn: Learn = "all",
     now: datetime | None = None,
+    bad: BadRows | None = None,
 ) -> Encoded:
     """Tokenise rows as prompt + answer + EOS.
 
@@ -72,21 +74,27 @@ def encode_rows(
         max_length: Rows are truncated to this many tokens, and dropped if that removes all their answers.
         learn: The tokens with a loss: those of the `last` answer, of every turn of the `assistant`, or `all`.
         now: The time for chat templates that write a date, so that rows do not depend on the day; default: now.
+        bad: Where rows that the chat template does not fit are added.
 
     Raises:
         ModelError: The tokenizer has no EOS token, or no chat template for rows that are chats.
-        DataError: There are no rows, or the chat template does not fit one.
+        DataError: There are no rows; without `bad`, also if the chat template does not fit one.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no EOS token, so an answer could not end", where="model.name")
-    chat_template = ChatTemplate(tokenizer)
+    if not rows:
+        raise DataError("there are no training rows", where="data.train")
+    chat_template, problems = ChatTemplate(tokenizer), BadRows() if bad is None else bad
     texts, chats = [], []
     with _stopped_clock(now or datetime.now()):
-        for number, row in enumerate(rows, 1):
-            texts.append(_render(row, chat_template, template, learn, row.where or f"data.train, row {number}"))
-            chats.append(isinstance(row, ChatRow))
-    if not texts:
-        raise DataError("there are no training rows", where="data.train")
+        for row in rows:
+            try:
+                texts.append(_render(row, chat_template, template, learn))
+                chats.append(isinstance(row, ChatRow))
+            except DataError as problem:
+                problems.add(problem)
+    if bad is None:
+        problems.raise_if_any()
     examples, truncated, dropped = [], 0, 0
     for ids, spans in _tokenise(tokenizer, texts, chats):
         if spans[0][0] >= max_length:
@@ -116,9 +124,9 @@ def _stopped_clock(now: datetime) -> Iterator[None]:
         library.datetime = original
 
 
-def _render(row: Row, chat_template: ChatTemplate, template: str, learn: Learn, where: str) -> RenderedRow:
+def _render(row: Row, chat_template: ChatTemplate, template: str, learn: Learn) -> RenderedRow:
     if isinstance(row, ChatRow):
-        return chat_template.render(row, learn, where)
+        return chat_template.render(row, learn)
     if isinstance(row, InstructionRow):
         prompt, answer = render_prompt(row.instruction, row.input, template, purpose="training"), row.output
     else:

@@ -75,6 +75,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "validation rows": len(data.validation),
         "rows shortened to max_length": data.truncated,
         "rows left out (whole answer cut off)": data.dropped,
+        "rows left out (data.skip_bad_rows)": data.skipped,
         "tokens per epoch and adapter": tokens,
         "supervised tokens per epoch and adapter": sum(supervised_tokens(e) for e in data.train),
         "rows per step": f"{rows:,}: {config.train.batch_size} of each adapter",

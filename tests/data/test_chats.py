@@ -1,11 +1,13 @@
 """Chats through real chat templates (those that TRL ships): which tokens are learnt, and what is refused."""
 
+import json
 from importlib import resources
 
 import pytest
 
 from poc_lora.data.formats import parse_row
 from poc_lora.data.prompts import encode_rows
+from poc_lora.data.rows import BadRows
 from poc_lora.errors import DataError
 from tests.conftest import build_tokenizer
 
@@ -173,3 +175,103 @@ def test_rows_without_turns_have_one_answer_whatever_is_learnt(tokenizer):
         for learn in ("last", "assistant")
     )
     assert last == assistant
+
+
+CALLS = [
+    *turns(("u", "one"), ("a", "", dict(tool_calls=[CALL]))),
+    ANSWER,
+    *turns(("a", "two")),
+]
+
+
+def test_tools_and_calls_are_written_by_the_template(tokenizer):
+    use(tokenizer, "qwen2_5", "<|im_end|>")
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>'
+    assert learnt(tokenizer, CALLS, "assistant", tools=[TOOL]) == [call, "two<|im_end|>"]
+    assert learnt(tokenizer, CALLS[:2], "last", tools=json.dumps([TOOL])) == [call]
+    (whole,) = learnt(tokenizer, CALLS, "all", tools=[TOOL])
+    assert "Looks outside." in whole
+    assert "17 degrees" in whole
+
+
+def test_arguments_are_text_for_templates_that_take_text(tokenizer):
+    use(tokenizer, "deepseekv3")
+    assert '{"city": "Paris"}' in learnt(tokenizer, CALLS[:2], "last")[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "columns", "what", "fix"),
+    [
+        ("llama3", FOUR, dict(tools=[TOOL]), "does not write the row's tools", "{tools: null}"),
+        ("llama3", CALLS, {}, "does not write 'tool_calls' of turn 2 (assistant)", "{messages.tool_calls: null}"),
+        ("phi3", [*FOUR[:2], ANSWER, *FOUR[2:]], {}, "does not write 'content' of turn 3 (tool)", "take it out"),
+        (
+            "llama3_1",
+            [FOUR[0], {**CALLS[1], "content": "let me see"}, *CALLS[2:]],
+            {},
+            "does not write 'content' of turn 2 (assistant)",
+            "take it out",
+        ),
+        (
+            "llama3",
+            [*FOUR[:3], {**FOUR[3], "reasoning_content": "count on"}],
+            {},
+            "does not write 'reasoning_content' of turn 4 (assistant)",
+            "{messages.reasoning_content: null}",
+        ),
+        ("qwen2_5", [{**FOUR[0], "name": "Ann"}, *FOUR[1:]], {}, "does not write 'name' of turn 1 (user)", "null"),
+        ("qwen2_5", [*FOUR[:3], {**FOUR[3], "train": False}], {}, "does not write 'train' of turn 4", "null"),
+        ("qwen2_5", [*FOUR[:3], {**FOUR[3], "function_call": CALL}], {}, "'function_call' of turn 4", "null"),
+    ],
+)
+def test_what_the_template_does_not_write_is_refused_by_name(tokenizer, template, messages, columns, what, fix):
+    use(tokenizer, template)
+    problem = refusal(tokenizer, messages, **columns)
+    assert what in problem.what
+    assert fix in problem.fix
+
+
+def test_the_second_of_two_calls_counts_too(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    assert learnt(tokenizer, CALLS[:2], "last") == ["weather</s>"]
+    twice = [CALLS[0], {**CALLS[1], "tool_calls": [CALL, {"name": "time", "arguments": {}}]}]
+    assert "does not write 'tool_calls' of turn 2" in refusal(tokenizer, twice).what
+
+
+def test_reasoning_is_written_where_the_template_writes_it(tokenizer):
+    use(tokenizer, "qwen3", "<|im_end|>")
+    messages = [FOUR[0], {**FOUR[1], "reasoning_content": "one and one"}, FOUR[2], FOUR[3]]
+    assert "one and one" in learnt(tokenizer, messages[:2], "last")[0]
+    # The template takes earlier reasoning out of a chat that goes on, as where the model is used.
+    assert "one and one" not in learnt(tokenizer, messages, "all")[0]
+
+
+def test_a_learnt_turn_that_the_template_cuts_is_refused(tokenizer):
+    thinking = turns(("u", "one"), ("a", "<think>one and one</think>two"))
+    use(tokenizer, "qwen3", "<|im_end|>")
+    assert "one and one" in learnt(tokenizer, thinking, "last")[0]
+    use(tokenizer, "deepseek_r1_distill")
+    problem = refusal(tokenizer, thinking)
+    assert "leaves out a part of the content of turn 2 (assistant)" in problem.what
+    assert "<think>" in problem.fix
+
+
+def test_metadata_of_turns_is_let_through(tokenizer):
+    use(tokenizer, "qwen2_5", "<|im_end|>")
+    messages = [{**turn, "id": i, "timestamp": "now"} for i, turn in enumerate(FOUR)]
+    assert learnt(tokenizer, messages, "last") == ["four<|im_end|>"]
+
+
+def test_every_turn_is_checked_wherever_it_stands(tokenizer):
+    """What was found about one turn is kept for those of its kind only."""
+    use(tokenizer, "phi3")
+    fine = parse_row({"messages": FOUR}, "row 1")
+    lost = parse_row({"messages": [*FOUR[:2], ANSWER, *FOUR[2:]]}, "row 2")
+    bad = BadRows()
+    encoded = encode_rows([fine, lost, fine, lost], tokenizer, template="clean", max_length=999, bad=bad)
+    assert len(encoded.examples) == 2
+    assert [problem.where for problem in bad.first] == ["row 2", "row 2"]

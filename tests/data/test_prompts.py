@@ -148,10 +148,10 @@ def test_chats_and_other_rows_may_be_mixed(fresh_tokenizer):
 
 def test_a_chat_that_the_template_refuses_is_named_by_its_row(fresh_tokenizer):
     fresh_tokenizer.chat_template = CHAT_TEMPLATE
-    chat = ChatRow(({"role": "system", "content": "one"}, {"role": "assistant", "content": "two"}))
+    chat = ChatRow(({"role": "system", "content": "one"}, {"role": "assistant", "content": "two"}), where="row 2")
     with pytest.raises(DataError, match="no system role") as caught:
         encode(fresh_tokenizer, CompletionRow("a", "b"), chat)
-    assert "row 2" in caught.value.where
+    assert caught.value.where == "row 2"
 
 
 def test_a_chat_needs_a_template(fresh_tokenizer):
