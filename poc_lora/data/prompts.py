@@ -89,7 +89,7 @@ def encode_rows(
     with _stopped_clock(now or datetime.now()):
         for row in rows:
             try:
-                texts.append(_render(row, chat_template, template, learn))
+                texts.append(_render(row, chat_template, template, learn, str(tokenizer.eos_token)))
                 chats.append(isinstance(row, ChatRow))
             except DataError as problem:
                 problems.add(problem)
@@ -124,13 +124,15 @@ def _stopped_clock(now: datetime) -> Iterator[None]:
         library.datetime = original
 
 
-def _render(row: Row, chat_template: ChatTemplate, template: str, learn: Learn) -> RenderedRow:
+def _render(row: Row, chat_template: ChatTemplate, template: str, learn: Learn, eos: str) -> RenderedRow:
     if isinstance(row, ChatRow):
         return chat_template.render(row, learn)
     if isinstance(row, InstructionRow):
         prompt, answer = render_prompt(row.instruction, row.input, template, purpose="training"), row.output
     else:
         prompt, answer = row.prompt, row.completion
+    if answer.rstrip("\n").endswith(eos):  # rendered beforehand, with the line end that chat templates write after EOS
+        answer = answer.rstrip("\n")
     return RenderedRow(prompt + answer, ((len(prompt), len(prompt + answer)),))
 
 
@@ -139,7 +141,7 @@ def _tokenise(
 ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
     """Yields each row's tokens, EOS at the end, and the spans of its answers.
 
-    No special tokens are added to chats, whose templates write their own.
+    No special tokens are added to chats, whose templates write their own, and none to texts that have them already.
     """
     pieces = []  # whole texts, and up to where answers start and end inside them
     for row in rows:
@@ -151,12 +153,16 @@ def _tokenise(
         if chosen:
             encoded = tokenizer(chosen, add_special_tokens=not chat)["input_ids"]
             ids |= {(text, chat): list(tokens) for text, tokens in zip(chosen, encoded, strict=True)}
+    front, behind = _added_tokens(tokenizer)
     for row, chat in zip(rows, chats, strict=True):
         whole = ids[row.text, chat]
+        own = len(front) if front and not chat and whole[len(front) : 2 * len(front)] == front else 0
+        ends = len(behind) if behind and not chat and whole[-2 * len(behind) : -len(behind)] == behind else 0
+        whole = whole[own : len(whole) - ends]  # a text that was rendered beforehand has its own
         spans = []
         for first, last in row.answers:
-            start = common_prefix(ids[row.text[:first], chat], whole)
-            through = ids[row.text[:last], chat]
+            start = common_prefix(ids[row.text[:first], chat][own:], whole)
+            through = ids[row.text[:last], chat][own:]
             end = common_prefix(through, whole)
             spans.append((max(1, start), end + (end < len(through))))  # a token with the end of the answer is its own
         if whole[-1:] != [tokenizer.eos_token_id]:
@@ -164,3 +170,12 @@ def _tokenise(
         if row.answers[-1][1] == len(row.text):
             spans[-1] = (spans[-1][0], len(whole))
         yield whole, spans
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer adds in front of a text, and behind it."""
+    bare, whole = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (False, True))
+    for at in range(len(whole) - len(bare) + 1):
+        if bare and whole[at : at + len(bare)] == bare:
+            return whole[:at], whole[at + len(bare) :]
+    return [], []

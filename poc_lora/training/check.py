@@ -22,6 +22,7 @@ from poc_lora.models.load import (
     require_quantization,
     resolve_dtype,
 )
+from poc_lora.models.vocabulary import require_embeddings
 from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.memory import Footprint, free_bytes, snapshot_bytes
 from poc_lora.training.metrics import require_trackers
@@ -130,9 +131,10 @@ def run_data(
     *,
     now: datetime | None,
 ) -> TrainingData:
-    """Prepare the rows of a run. Raises if they differ from a resumed run's, or the targets match no layer."""
+    """Prepare the rows of a run. Raises if they differ from a resumed run's, or do not fit the base model."""
     require_targets(config)
     data = prepare_data(config, tokenizer, context=context_length(model), now=now)
+    require_embeddings(model, tokenizer, (e.ids for e in (*data.train, *data.validation)), where="data.train")
     require_same_rows(run, data.files)
     return data
 

@@ -73,7 +73,6 @@ class TrainingLoop:
     model: PreTrainedModel
     data: TrainingData
     sizes: Sizes
-    pad_id: int  # any token id
     result: TrainingResult  # progress at the start; `run` brings it up to date
 
     def __post_init__(self) -> None:
@@ -105,7 +104,6 @@ class TrainingLoop:
                     self.data,
                     adapters,
                     sizes=self.sizes,
-                    pad_id=self.pad_id,
                     sharded=self.sharded,
                 )
                 if start > 0:

@@ -48,7 +48,6 @@ class Pack:
         data: Tokenised rows and the order in which each adapter draws them.
         adapters: Ids of the adapters to train together.
         sizes: The micro-batch size, and whether layers are recomputed in the backward pass.
-        pad_id: Any token id; padding is never attended to.
         sharded: Whether ranks share the base model. They must then run it equally often, and stop together.
     """
 
@@ -60,12 +59,11 @@ class Pack:
         adapters: Sequence[int],
         *,
         sizes: Sizes,
-        pad_id: int = 0,
         sharded: bool = False,
     ):
         self.config, self.model, self.data = config, model, data
         self.sharded = sharded
-        self._tokens, self._pad_id, self.device = sizes.tokens_per_microbatch, pad_id, model.device
+        self._tokens, self.device = sizes.tokens_per_microbatch, model.device
         self._plain_head = has_plain_head(model)
         self._undo = contextlib.ExitStack()
         if compiles(config.train.compile, model.device):
@@ -169,7 +167,6 @@ class Pack:
             rows,
             tokens=self._tokens,
             at_least=at_least,
-            pad_id=self._pad_id,
             device=self.device,
         )
 

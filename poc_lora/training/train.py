@@ -103,7 +103,6 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
             model=model,
             data=data,
             sizes=sizes,
-            pad_id=tokenizer.pad_token_id or 0,
             result=TrainingResult(
                 run.folder,
                 progress,

@@ -8,10 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poc_lora.data.batches import BatchOrder, cut_rows, micro_batches, supervised_tokens
+from poc_lora.data.batches import PAD, BatchOrder, cut_rows, micro_batches, supervised_tokens
 from poc_lora.data.prompts import Example
-
-PAD = 0
 
 
 def lengths(n, seed=0):
@@ -104,7 +102,7 @@ def examples(n, seed=0):
 
 def pack(rows, per_slot, tokens):
     device = torch.device("cpu")
-    return list(micro_batches(rows, per_slot, tokens=tokens, pad_id=PAD, device=device))
+    return list(micro_batches(rows, per_slot, tokens=tokens, device=device))
 
 
 def predictions(batches):

@@ -186,3 +186,40 @@ def test_the_llm_adapters_template_has_that_projects_bytes():
     }
     for (purpose, text), prompt in expected.items():
         assert render_prompt("DO", text, "llm-adapters", purpose=purpose) == prompt
+
+
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_a_row_rendered_beforehand_is_the_chat_that_the_template_renders(fresh_tokenizer, adds_eos):
+    """One BOS and one EOS, although the tokenizer would add them to any other text."""
+    tokenizer = eos_adding(fresh_tokenizer) if adds_eos else fresh_tokenizer
+    tokenizer.chat_template = CHAT_TEMPLATE
+    turns = ({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"})
+    chat = encode(tokenizer, ChatRow(turns)).examples
+    prompt = tokenizer.apply_chat_template(list(turns[:1]), tokenize=False, add_generation_prompt=True)
+    assert prompt.startswith("<s>")
+    for completion in ("two", "two</s>", "two</s>\n"):
+        assert encode(tokenizer, CompletionRow(prompt, completion)).examples == chat
+    (bare,) = encode(tokenizer, InstructionRow(prompt.removesuffix("[assistant]"), "", "two"), template="bare").examples
+    assert bare.ids[:2] == chat[0].ids[:2]
+    mixed = encode(tokenizer, CompletionRow("one", " two"), CompletionRow(prompt, "two")).examples
+    assert mixed[1] == chat[0]
+    assert [e.ids.count(0) for e in mixed] == [1, 1]
+    assert [e.ids.count(1) for e in mixed] == [1, 2]  # the template ends the question with one too
+
+
+def test_a_tokenizer_may_add_several_tokens_in_front(fresh_tokenizer):
+    fresh_tokenizer.add_special_tokens({"additional_special_tokens": ["[gMASK]"]})
+    mask = fresh_tokenizer.convert_tokens_to_ids("[gMASK]")
+    fresh_tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <s> $A", special_tokens=[("[gMASK]", mask), ("<s>", 0)]
+    )
+    own, given = encode(fresh_tokenizer, CompletionRow("one", " two"), CompletionRow("[gMASK]<s>one", " two")).examples
+    assert own == given
+    (half,) = encode(fresh_tokenizer, CompletionRow("<s>one", " two")).examples
+    assert half.ids[:3] == (mask, 0, 0)  # not what the tokenizer adds, so it stays
+
+
+def test_a_tokenizer_that_adds_nothing_leaves_a_text_as_it_is(fresh_tokenizer):
+    fresh_tokenizer._tokenizer.post_processor = processors.ByteLevel()
+    (example,) = encode(fresh_tokenizer, CompletionRow("<s><s>one", " two")).examples
+    assert example.ids[:2] == (0, 0)

@@ -101,7 +101,7 @@ def test_packed_loss_equals_means_over_whole_models(name, learn_all):
     chosen = [[0, 1], [2, 3], [4, 5]]
     counts = [sum(len(rows[i].ids) - rows[i].supervised[0][0] for i in own) for own in chosen]
     losses = torch.zeros(3)
-    for batch in micro_batches(rows, chosen, tokens=16 * 3, pad_id=0, device=torch.device("cpu")):
+    for batch in micro_batches(rows, chosen, tokens=16 * 3, device=torch.device("cpu")):
         loss, per_slot = packed_loss(model, batch, torch.tensor(counts, dtype=torch.float32), plain_head=plain)
         loss.backward()
         torch.testing.assert_close(per_slot.sum(), loss.detach())
