@@ -147,7 +147,12 @@ def _file_rows(path: Path) -> Iterable[Any]:
         return _json_lines(path)
     if name.endswith(".gz"):
         raise DataError("a packed file that is no .jsonl.gz", where=path, fix="unpack it")
-    rows = read_json(path, error=DataError, max_bytes=MAX_DATA_BYTES)
+    try:
+        rows = read_json(path, error=DataError, max_bytes=MAX_DATA_BYTES)
+    except DataError as problem:
+        if getattr(problem.__cause__, "msg", "") != "Extra data":
+            raise
+        return _json_lines(path)  # in a file called .json, as often on the Hub
     if not isinstance(rows, list):
         raise DataError("the file is not a list of rows", where=path, fix="write one JSON list, or .jsonl")
     return rows

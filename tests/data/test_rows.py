@@ -120,6 +120,12 @@ def test_a_json_file_holds_a_list(write):
     assert "not a list" in refusal(write({"rows": [INSTRUCTION]})).what
 
 
+def test_a_json_file_may_hold_lines(write):
+    lines = f"{json.dumps(COMPLETION)}\n{json.dumps(INSTRUCTION)}\n"
+    assert read_file(write(lines)) == [CompletionRow("1 + 2 =", " 3"), InstructionRow("Add.", "1 2", "3")]
+    assert "line 2" in refusal(write(f"{json.dumps(COMPLETION)}\n{{")).what
+
+
 def test_broken_json_is_located_by_line(write):
     assert "line 3" in refusal(write('[\n{"prompt": "a"},\n{"prompt" "b"}\n]')).what
 
