@@ -44,7 +44,7 @@ adapters.count=12
 adapters.per_device=4
 adapters.seed=1
 data.train=[my/train.jsonl]
-data.columns={question:instruction,hints:null}
+data.columns={question: instruction, hints: null}
 data.skip_bad_rows=true
 data.prompt=llm-adapters
 data.max_length=512
@@ -70,7 +70,7 @@ checkpoint.every_steps=50
 checkpoint.keep=3
 track=[tensorboard]
 output=runs/mine
-""".split()
+""".strip().splitlines()
 
 
 def configuration_page() -> str:
@@ -111,7 +111,7 @@ def values(field: dict[str, Any]) -> str:
             return f"list of {len(field['prefixItems'])}: {values(field['prefixItems'][0])}"
         return f"list of {values(field['items'])}" + (", at least one" if field.get("minItems") else "")
     if field["type"] == "object":
-        return f"text: {values(field['additionalProperties'])}"
+        return f"mapping of text to {values(field['additionalProperties'])}"
     words = {
         "string": "text",
         "boolean": "`true` or `false`",
