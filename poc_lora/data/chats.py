@@ -13,7 +13,7 @@ from poc_lora.errors import DataError, ModelError
 
 Turn = dict[str, Any]
 # Keys that tie a tool's answer to its call, which most templates leave to the order of the turns.
-LINKS = {"tool": frozenset({"name", "tool_call_id"})}
+LINKS = dict.fromkeys(("tool", "function", "ipython"), frozenset({"name", "tool_call_id"}))
 
 
 @dataclass(frozen=True)
