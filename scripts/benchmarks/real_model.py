@@ -17,8 +17,8 @@ pack of 8 adapters, or one rival each. It then measures the loss per token of th
 adapter, the merges, and on lines from adapters to the merge; and it asks all questions by the label protocol: the
 score of an option is its log-probability after "the correct answer is". It keeps every score in OUT/JOB.npz
 ([variants, questions, options]) and losses and settings in OUT/JOB.json. Finished jobs are skipped, so it can be
-started again; a job that is not expected to end within --seconds is not begun. `summary` prints tables of these files:
-means over packs, and the half-widths of 95 % t-intervals over packs.
+started again; a job that is not expected to end within --seconds is not begun. `summary` prints a table of the JSON
+files: means over packs, and the half-widths of 95 % t-intervals over packs.
 
 Every adapter: q, k, v, up, down; rank 32, alpha 64, batches of 16 rows, linear decay after a tenth of the steps, no
 dropout, the loss on prompt and answer (docstrings: on the answer). A job's name says what differs.
@@ -201,12 +201,8 @@ class Study:
             trained = time.monotonic()
             average /= 1 - EMA_DECAY**job.steps
             heldout = self._heldout(pack, job)
-            measured = time.monotonic()
-            if job.task != "docstrings":
-                path = self.out / f"{job.name}.npz"
-                partial = path.with_suffix(".part.npz")
-                np.savez_compressed(partial, **self._scores(pack, job))
-                partial.rename(path)
+            compared = time.monotonic()
+            asked = self._ask(pack, job) if job.task != "docstrings" else {}
             pack.bank.weights.copy_(average)
             heldout |= {f"ema_{name}": loss for name, loss in self._heldout(pack, job, lines=False).items()}
         found = {
@@ -216,10 +212,11 @@ class Study:
             "total_rows": len(data.train),
             "tokens": tokens,
             "train_s": round(trained - began, 1),
-            "heldout_s": round(measured - trained, 1),
-            "scored_s": round(time.monotonic() - measured, 1),
+            "heldout_s": round(compared - trained, 1),
+            "scored_s": round(time.monotonic() - compared, 1),
             "diverged": sorted(pack.bank.dropped),
             "heldout": heldout,
+            "asked": asked,
             "losses": losses,
         }
         write_atomic(self.out / f"{job.name}.json", json.dumps(found) + "\n")
@@ -274,6 +271,15 @@ class Study:
                         found[f"line_{slot}_{share}"] = pack.loss(rows)
         pack.config = trained
         return found
+
+    def _ask(self, pack: Pack, job: Job) -> dict[str, dict[str, float]]:
+        """Keep the scores of all questions, and return what they come to."""
+        path = self.out / f"{job.name}.npz"
+        partial = path.with_suffix(".part.npz")
+        found = self._scores(pack, job)
+        np.savez_compressed(partial, **found)
+        partial.rename(path)
+        return measured(found, job)
 
     def _scores(self, pack: Pack, job: Job) -> dict[str, Any]:
         """Each variant's scores, the right answers, and where each benchmark's questions lie."""
@@ -342,12 +348,9 @@ def summary(out: Path) -> str:
     for path in sorted(out.glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         job = Job(**found["job"])
-        scores = path.with_suffix(".npz")
         values = {name: {"loss": loss} for name, loss in found["heldout"].items()}
-        if scores.exists():
-            with np.load(scores) as file:
-                for name, measured in _measured({key: file[key] for key in file.files}, job).items():
-                    values.setdefault(name, {}).update(measured)
+        for name, row in found["asked"].items():
+            values.setdefault(name, {}).update(row)
         for name, packs in _by_pack(values, job).items():
             cells = "".join(f"{_interval([pack.get(key) for pack in packs]):>16}" for key in COLUMNS)
             lines.append(f"{path.stem:26}{name:13}{cells}")
@@ -403,14 +406,13 @@ def _by_pack(values: dict[str, dict[str, float]], job: Job) -> dict[str, list[di
     return grouped
 
 
-def _measured(found: dict[str, Any], job: Job) -> dict[str, dict[str, float]]:
+def measured(found: dict[str, Any], job: Job) -> dict[str, dict[str, float]]:
     """Accuracy in percent and NLL of every variant that was asked, and of each pack's ensemble."""
     scored = dict(zip(found["variants"].tolist(), found["scores"], strict=True))
     if job.members > 1:
         for first in range(0, job.count, job.members):
-            each = [np.exp(log_softmax(scored[f"adapter_{slot}"])) for slot in range(first, first + job.members)]
-            with np.errstate(divide="ignore"):  # where there is no such option
-                scored[f"ensemble_{first}"] = np.log(np.mean(each, 0))
+            each = [log_softmax(scored[f"adapter_{slot}"]) for slot in range(first, first + job.members)]
+            scored[f"ensemble_{first}"] = np.logaddexp.reduce(each)  # the mean of p but for a constant
     names = sorted(set(found["benchmarks"].tolist()))
     inside = np.array([name in TRAINED for name in names])
     result = {}
