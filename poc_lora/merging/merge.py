@@ -161,8 +161,8 @@ def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[
         mean_cosine=gram.mean_cosine(inner),
         pair_cosines=gram.pair_cosines(inner),
         norms=gram.norms(inner),
-        spread=gram.spread(inner),
-        error_bar=gram.merge_variance(inner, plan.weights),
+        variance=gram.variance(inner),
+        merge_variance=gram.merge_variance(inner, plan.weights),
         sweep={rank: exact.decomposition.error(rank) for rank in plan.rank_sweep},
     )
     return factors, report, inner

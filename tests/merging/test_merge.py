@@ -76,12 +76,12 @@ def test_a_module_that_an_adapter_lacks_counts_as_zero(mixed):
         assert merged.report.modules[UP].absent == [j for j, adapter in enumerate(mixed) if UP not in adapter.modules]
 
 
-def test_spread_is_the_same_exact_and_truncated(mixed):
+def test_variance_is_the_same_exact_and_truncated(mixed):
     exact, truncated = merge(mixed).report, merge(mixed, rank=2).report
     rows = torch.stack([torch.cat([dense(a.modules[name]).flatten() for name in SHAPES]) for a in mixed])
-    assert exact.spread == pytest.approx(float(((rows - rows.mean(0)) ** 2).sum()) / 2, rel=1e-10)
-    assert exact.error_bar == pytest.approx(exact.spread / 3)
-    assert truncated.spread == pytest.approx(exact.spread, rel=1e-10)
+    assert exact.variance == pytest.approx(float(((rows - rows.mean(0)) ** 2).sum()) / 2, rel=1e-10)
+    assert exact.merge_variance == pytest.approx(exact.variance / 3)
+    assert truncated.variance == pytest.approx(exact.variance, rel=1e-10)
     assert truncated.norm == pytest.approx(exact.norm, rel=1e-10)
 
 
@@ -94,7 +94,7 @@ def test_the_report_compares_the_adapters_module_by_module_and_as_a_whole(mixed)
         module = report.modules[name]
         assert module.pair_cosines == pytest.approx([float(units[i] @ units[j]) for i, j in ((0, 1), (0, 2), (1, 2))])
         assert module.norms == pytest.approx(rows.norm(dim=1).tolist())
-        assert module.spread == pytest.approx(float(((rows - rows.mean(0)) ** 2).sum()) / 2)
+        assert module.variance == pytest.approx(float(((rows - rows.mean(0)) ** 2).sum()) / 2)
         values.append(torch.linalg.svdvals(average(mixed, name)))
     values = torch.cat(values)
     assert report.effective_rank == pytest.approx(float(values.square().sum() ** 2 / values.pow(4).sum()))
@@ -196,7 +196,7 @@ def test_every_method_reports_its_distance_from_the_average():
             assert module.error == pytest.approx(float((found - mean).norm() / mean.norm()), rel=1e-5)
             lost, whole = lost + (module.error * module.norm) ** 2, whole + module.norm**2
         assert result.report.error == pytest.approx((lost / whole) ** 0.5)
-        assert result.report.spread == pytest.approx(exact.report.spread)
+        assert result.report.variance == pytest.approx(exact.report.variance)
 
 
 def test_truncation_and_rounding_are_told_apart():
