@@ -16,11 +16,11 @@ def similarity(files: RunFiles) -> Section:
         section.omitted.append("It takes a merge of two adapters or more, whose merge.json contains their cosines.")
         return section
     names = labels(source_names(merge))
-    if merge.mean_cosine is not None and merge.relative_error_bar is not None:
+    if merge.mean_cosine is not None and merge.relative_standard_error is not None:
         section.paragraphs.append(
             f"The mean cosine between two adapters' updates is {merge.mean_cosine:.3f}. From how far they lie apart, "
-            f"the merge is about {percent(merge.relative_error_bar, 0)} % of its own norm away from the merge of ever "
-            "more such adapters"
+            f"the merge is about {percent(merge.relative_standard_error, 0)} % of its own norm away from the merge of "
+            "ever more such adapters"
             + (f"; one more would move it by {percent(merge.next_move, 1)} %." if merge.next_move is not None else ".")
         )
     if len(names) > figures.MAX_CURVES:

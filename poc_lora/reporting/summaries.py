@@ -2,7 +2,7 @@
 
 from poc_lora.adapters.serving import serving_advice
 from poc_lora.artifacts.merge_report import MergeReport
-from poc_lora.training.check import size
+from poc_lora.files import size
 from poc_lora.training.loop import TrainingResult
 
 IDENTICAL = 0.9999  # a larger cosine suggests the same seed
@@ -35,10 +35,10 @@ def merge_summary(report: MergeReport) -> list[str]:
         f"{M} adapters merged into one of rank {report.rank}, {report.method}: relative error "
         f"{report.error:.1e}, and {report.cast_error:.1e} from rounding to {report.dtype}"
     ]
-    if report.relative_error_bar is not None:
+    if report.relative_standard_error is not None:
         lines.append(
             f"mean cosine of the updates {report.mean_cosine:.3f}; "
-            f"the merge is about {report.relative_error_bar:.0%} of its norm from the limit of many adapters"
+            f"the merge is about {report.relative_standard_error:.0%} of its norm from the limit of many adapters"
         )
     if report.next_move is not None:
         lines.append(f"one more adapter would move the merge by about {report.next_move:.1%}")
