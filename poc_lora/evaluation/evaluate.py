@@ -23,6 +23,7 @@ from poc_lora.evaluation.results import summarise, write_results
 from poc_lora.evaluation.statistics import ensemble
 from poc_lora.evaluation.subsets import name_subsets, subset_points, variance_law
 from poc_lora.evaluation.variants import Variants, activate_variants, base_digest, find_variants
+from poc_lora.files import require_place
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_base, resolve_dtype
 from poc_lora.progress import progress_bar
@@ -287,12 +288,10 @@ def _check_request(protocol: str, *, limit: int | None, beams: int, subsets: boo
 
 
 def _check_out(out: Path) -> None:
-    """Raises RequestError where a file is in the way of the folder for the results."""
-    for place in (out, *out.parents):
-        if place.is_file():
-            raise RequestError(
-                "a file stands where the results' folder would be", where=place, fix="choose another --out"
-            )
+    """Raises RequestError where the results could not be written."""
+    require_place(out)
+    if out.is_file():
+        raise RequestError("a file stands where the results' folder would be", where=out, fix="choose another --out")
 
 
 def _read_items(data: Path, benchmarks: Sequence[Benchmark], limit: int | None) -> list[Item]:

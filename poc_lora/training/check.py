@@ -11,7 +11,7 @@ from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import RunConfig
 from poc_lora.data.batches import supervised_tokens
 from poc_lora.errors import RequestError
-from poc_lora.files import free_bytes_at, size
+from poc_lora.files import free_bytes_at, require_place, size
 from poc_lora.models.compilation import compiles, why_not_compiled
 from poc_lora.models.load import (
     context_length,
@@ -46,6 +46,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     """
     require_processes(config, processes)
     device, folder = device or default_device(), Path(config.output)
+    require_place(folder)
     in_use = RunFolder(folder).is_run
     run, config = preflight(config, device, resume=in_use)
     compiled = compiles(config.train.compile, device)

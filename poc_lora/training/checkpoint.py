@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from poc_lora.artifacts.schema import Artifact, Schema
 from poc_lora.distributed import Ranks
-from poc_lora.errors import CheckpointError, PocLoraError, RequestError, first_line
+from poc_lora.errors import CheckpointError, PocLoraError, RequestError, first_line, system_problem
 from poc_lora.files import free_bytes_at, publish_folder, sha256_file, sync
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.optim.noisy_adamw import NoisyAdamW
@@ -173,13 +173,16 @@ class Commits:
             self._channel.barrier()
         except (OSError, SafetensorError, RequestError, CheckpointError) as problem:
             self._clear(aside)
-            reason = problem.what if isinstance(problem, PocLoraError) else str(problem)
+            reason = problem.what if isinstance(problem, PocLoraError) else system_problem(problem)[0]
+            fix = "make room or repair the folder; --resume continues from the previous commit"
+            if not self.root.parent.is_dir():
+                fix = "the run folder was moved or removed while the run was in it: start again"
             needed = sum(tensor.nbytes for state in states.values() for tensor in state.values())
             raise CheckpointError(
                 f"commit {number} could not be written: {reason}"
                 f" (it takes {needed:,} bytes, {free_bytes_at(self.root):,} are free)",
                 where=folder,
-                fix="make room or repair the folder; --resume continues from the previous commit",
+                fix=fix,
             ) from problem
         self._last = folder
         if self._ranks.rank == 0:
@@ -188,7 +191,8 @@ class Commits:
 
     def _write_files(self, aside: Path, states: dict[int, State], waiting: list[int]) -> dict[str, FileEntry]:
         """Write this rank's files in parallel and verify them; returns their entries of the manifest."""
-        aside.mkdir(parents=True, exist_ok=True)  # all ranks write to one folder
+        self.root.mkdir(exist_ok=True)  # but not a run folder that was removed
+        aside.mkdir(exist_ok=True)  # all ranks write to one folder
         files = {_file_name(adapter): self._files[_file_name(adapter)] for adapter in waiting}
         for name in files:
             _link(self._last / name, aside / name)

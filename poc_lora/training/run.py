@@ -19,7 +19,7 @@ from poc_lora.artifacts.run_info import TOKENIZED_ROWS, RunInfo
 from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
 from poc_lora.environment import environment
 from poc_lora.errors import CheckpointError, RunError
-from poc_lora.files import sync, write_atomic
+from poc_lora.files import require_place, sync, system_errors_as, write_atomic
 from poc_lora.training.checkpoint import Commit, newest_commit
 from poc_lora.training.placement import Progress
 
@@ -75,7 +75,9 @@ class Run:
             raise CheckpointError(
                 f"{len(text):,} bytes could not be added: {problem.strerror}",
                 where=self.paths.metrics,
-                fix="make room or repair the folder; --resume continues from the last commit",
+                fix="the run folder was moved or removed while the run was in it: start again"
+                if not self.folder.is_dir()
+                else "make room or repair the folder; --resume continues from the last commit",
             ) from problem
 
     def sync_metrics(self) -> None:
@@ -113,29 +115,27 @@ def run_lock(folder: Path) -> Iterator[None]:
     The lock ends with the process, however that ends.
 
     Raises:
-        RunError: Another process holds the lock, or the folder cannot be created.
+        RequestError: Another process holds the lock, or the folder cannot be created.
     """
     paths = RunFolder(folder)
-    try:
+    require_place(folder)
+    with system_errors_as(RunError, "cannot be written", folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(paths.lock, blocking=False)
-        lock.acquire()
-    except Timeout as problem:
-        raise RunError(
-            "another process trains in this run folder",
-            where=folder,
-            fix="wait for it, or set output to another folder",
-        ) from problem
-    except OSError as problem:
-        raise RunError(
-            f"cannot be written: {problem.strerror}", where=folder, fix="choose a folder that can be written to"
-        ) from problem
+        try:
+            lock.acquire()
+        except Timeout as problem:
+            raise RunError(
+                "another process trains in this run folder",
+                where=folder,
+                fix="wait for it, or set output to another folder",
+            ) from problem
     try:
         yield
     finally:
-        if not paths.is_run:  # no run came to be
-            paths.lock.unlink()
-            with contextlib.suppress(OSError):  # not empty
+        with contextlib.suppress(OSError):  # not empty, or removed while the run was in it
+            if not paths.is_run:  # no run came to be
+                paths.lock.unlink(missing_ok=True)
                 folder.rmdir()
         lock.release()
 
@@ -155,6 +155,7 @@ def find_run(config: RunConfig, *, resume: bool) -> Run:
         CheckpointError: The run has commits, but none is intact.
     """
     folder = Path(config.output)
+    require_place(folder)
     paths = RunFolder(folder)
     if not resume or not paths.is_run:
         if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir())):
