@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.artifacts.metrics_line import MetricsLine, read_metrics
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.artifacts.run_info import TOKENIZED_ROWS, RunInfo
+from poc_lora.artifacts.run_info import NO_FILES, RunInfo
 from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
 from poc_lora.environment import environment
 from poc_lora.errors import CheckpointError, RunError
@@ -186,13 +186,13 @@ def require_same_rows(run: Run, files: Mapping[str, str]) -> None:
 
     Args:
         run: The run to resume.
-        files: Checksums by path, and of the tokenised rows under the key `TOKENIZED_ROWS`.
+        files: Checksums by path, and of the tokenised rows under the keys `NO_FILES`.
     """
     if run.info is None or run.info.data_sha256 == files:
         return
     before = run.info.data_sha256
     changed = sorted(path for path in before.keys() | files.keys() if before.get(path) != files.get(path))
-    changed_files = [path for path in changed if path != TOKENIZED_ROWS]
+    changed_files = [path for path in changed if path not in NO_FILES]
     if changed_files:
         what = f"the training files have changed since the run began: {', '.join(changed_files)}"
         fix = "restore them, or start a new run"
@@ -204,7 +204,8 @@ def require_same_rows(run: Run, files: Mapping[str, str]) -> None:
             if then.get(name) != now.get(name)
         ]
         what = (
-            "the training files are unchanged, but their tokens are not those that the run began with: the tokenizer,"
+            "the training files are unchanged, but their tokens, or which of them have a loss, are not those that the"
+            " run began with: the tokenizer,"
             f" its chat template or a data set of the Hub has changed{'; ' + ', '.join(others) if others else ''}"
         )
         fix = "restore the tokenizer and the versions recorded in run.json, or start a new run"
