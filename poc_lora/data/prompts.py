@@ -35,11 +35,12 @@ class Example:
     supervised: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encoded:
     """The examples of a data set, and how many rows did not fit."""
 
     examples: list[Example]
+    answers: list[Example]  # the same with a loss on the answers alone, whatever is learnt
     truncated: int  # rows truncated to max_length that keep a part of what is learnt
     dropped: int  # rows left out because truncation removes all answers
 
@@ -95,16 +96,17 @@ def encode_rows(
                 problems.add(problem)
     if bad is None:
         problems.raise_if_any()
-    examples, truncated, dropped = [], 0, 0
+    found = Encoded([], [], 0, 0)
     for ids, spans in _tokenise(tokenizer, texts, chats):
         if spans[0][0] >= max_length:
-            dropped += 1
+            found.dropped += 1
             continue
-        truncated += len(ids) > max_length
-        spans = [(1, len(ids))] if learn == "all" else spans
-        kept = tuple((start, min(end, max_length)) for start, end in spans if start < max_length)
-        examples.append(Example(tuple(ids[:max_length]), kept))
-    return Encoded(examples, truncated, dropped)
+        found.truncated += len(ids) > max_length
+        kept = tuple(ids[:max_length])
+        answers = tuple((start, min(end, max_length)) for start, end in spans if start < max_length)
+        found.examples.append(Example(kept, ((1, len(kept)),) if learn == "all" else answers))
+        found.answers.append(Example(kept, answers))
+    return found
 
 
 @contextlib.contextmanager

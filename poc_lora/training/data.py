@@ -22,7 +22,7 @@ class TrainingData:
     """Tokenised rows, split into training and validation, and the order in which they are drawn."""
 
     train: list[Example]
-    validation: list[Example]
+    validation: list[Example]  # with a loss on the answers alone
     order: BatchOrder
     total_steps: int
     truncated: int
@@ -94,7 +94,7 @@ def prepare_data(
     steps = config.train.max_steps or max(1, round(batches.steps_per_epoch * (config.train.epochs or 0)))
     return TrainingData(
         train=train,
-        validation=[encoded.examples[i] for i in sorted(order[: section.validation])],
+        validation=[encoded.answers[i] for i in sorted(order[: section.validation])],
         order=batches,
         total_steps=steps,
         truncated=encoded.truncated,

@@ -120,10 +120,13 @@ def test_the_disk_is_asked_for_the_adapters_that_wait(settings, monkeypatch):
 def test_the_cost_of_validation_is_told(settings, every, times, monkeypatch):
     run = config(settings, train__validate_every=every)
     seen = []
-    original = Pack.loss
-    monkeypatch.setattr(
-        Pack, "loss", lambda pack, rows, *rest: (seen.extend(len(e.ids) for e in rows), original(pack, rows, *rest))[1]
-    )
+    original = Pack.row_losses
+
+    def row_losses(pack, rows, *rest):
+        seen.extend(len(e.ids) for e in rows)
+        return original(pack, rows, *rest)
+
+    monkeypatch.setattr(Pack, "row_losses", row_losses)
     told = check(run, device=CPU)["validation, about"]
     train(run)
     assert told == f"{sum(seen):,} tokens: 6 rows × 5 models × {times} validations per pack"
