@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.cli.terminal import interruptible, numbers, print_next, show, show_merge
+from poc_lora.cli.terminal import interruptible, numbers, print_next, show, show_merge, show_verdicts
 from poc_lora.errors import WriteError
 from poc_lora.merging.methods import METHODS
 
@@ -74,6 +74,9 @@ def merge(
             modules_to_save=modules_to_save,
         )
     show_merge(report)
+    trained = RunFolder(Path(sources[0])) if len(sources) == 1 else None
+    if trained and trained.is_run and method == AVERAGE and chosen is None:
+        show_verdicts(trained.path)
     if ranks:
         from poc_lora.reporting.page import write_rank_sweep
 

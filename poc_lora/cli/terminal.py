@@ -4,6 +4,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from traceback import format_exception
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -118,11 +119,20 @@ def show_merge(report: "MergeReport") -> None:
 
 
 def show_training(done: "TrainingResult") -> None:
-    """Print the summary of a training run."""
+    """Print the summary of a training run, and what its merge is worth on the held-out rows."""
     from poc_lora.reporting.summaries import training_summary
 
     for line in training_summary(done):
         show(line)
+    show_verdicts(done.folder)
+
+
+def show_verdicts(run: Path) -> None:
+    """Print what the merge of each pack of a run is worth on the held-out rows."""
+    from poc_lora.reporting.held_out import read_held_out, verdict
+
+    for found in read_held_out(run):
+        show(verdict(found))
 
 
 def numbers(text: str, kind: Callable[[str], N], option: str, example: str) -> list[N]:
