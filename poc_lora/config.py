@@ -67,6 +67,7 @@ class AdaptersSection(Section):
     """The seed of all random draws of the run."""
 
 
+Learn = Literal["last", "assistant", "all"]
 COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "tools", "system")  # of the formats
 
 
@@ -84,7 +85,7 @@ class DataSection(Section):
     """The prompt template of instruction rows. `bare`: the instruction alone."""
     max_length: Positive = 256
     """Longest row in tokens; longer rows are truncated."""
-    learn: Literal["last", "assistant", "all"] = "all"
+    learn: Learn = "all"
     """Tokens with a loss: the answer (a chat's `last` turn), every turn of the `assistant`, or `all`."""
     group_by_length: Flag = True
     """Batch rows of similar length together, which saves padding."""

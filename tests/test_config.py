@@ -310,3 +310,13 @@ def test_every_field_is_a_known_key():
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_weights_that_cannot_be_sharded_are_refused(kind):
     assert f"{kind} weights cannot be sharded" in refusal(model__quantization=kind, model__shard=True)
+
+
+def test_columns_are_mapped_to_those_of_the_formats(load):
+    assert "'reply' to 'answer', which is none of instruction, input" in refusal(data__columns={"reply": "answer"})
+    kept = {"reply": "output", "hints": None, "messages.who": "role"}
+    assert load("", "data.columns={reply: output, hints: null, messages.who: role}").data.columns == kept
+
+
+def test_the_old_name_of_learn_is_told():
+    assert "learn: last for false" in refusal(data__train_on_prompt=False)

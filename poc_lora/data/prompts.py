@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from poc_lora.data.chats import ChatTemplate, Learn, RenderedRow, common_prefix
+from poc_lora.config import Learn
+from poc_lora.data.chats import ChatTemplate, RenderedRow, common_prefix
 from poc_lora.data.formats import ChatRow, InstructionRow, Row
 from poc_lora.data.rows import BadRows
 from poc_lora.errors import DataError, ModelError
@@ -79,11 +80,11 @@ def encode_rows(
 
     Raises:
         ModelError: The tokenizer has no EOS token, or no chat template for rows that are chats.
-        DataError: There are no rows; without `bad`, also if the chat template does not fit one.
+        DataError: There are no rows, nor bad ones; without `bad`, also if the chat template does not fit one.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no EOS token, so an answer could not end", where="model.name")
-    if not rows:
+    if not rows and not (bad and bad.count):
         raise DataError("there are no training rows", where="data.train")
     chat_template, problems = ChatTemplate(tokenizer), BadRows() if bad is None else bad
     texts, chats = [], []

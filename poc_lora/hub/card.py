@@ -223,11 +223,12 @@ def _hub_datasets(subject: Subject) -> list[str]:
     if subject.config is None or not subject.run.data_sha256:
         return []
     files = [Path(path) for path in _files_of_data(subject)]
-    return [
+    found = [
         source.partition(":")[0]  # without the split
         for source in subject.config.data.train
         if is_dataset_id(source) and not any(Path(source) in (path, *path.parents) for path in files)
     ]
+    return list(dict.fromkeys(found))
 
 
 def _measured(evaluation: Evaluation) -> str:

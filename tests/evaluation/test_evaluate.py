@@ -534,3 +534,20 @@ def test_the_eight_real_benchmarks_are_scored(run):
     results = evaluate([run], data=REAL, limit=3)
     assert len(results.questions) == 8
     assert set(results.questions.values()) == {3}
+
+
+@pytest.mark.parametrize("protocol", ["label", "generate", "harness"])
+def test_a_token_without_an_embedding_is_named_before_anything_runs(run, data, padded_model_dir, protocol):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["name"] = str(padded_model_dir)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    path = data / "piqa" / "test.json"
+    rows = json.loads(path.read_text())
+    rows[3]["instruction"] = f"[PAD] {rows[3]['instruction']}"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(ModelError, match=r"'\[PAD\]', is beyond the base model's \d+ embeddings"):
+        evaluate([run], data=data, benchmarks=["piqa"], protocol=protocol)
+    assert not list(run.glob("eval*/results.json"))
+    rows[3]["instruction"] = rows[3]["instruction"].removeprefix("[PAD] ")
+    path.write_text(json.dumps(rows))
+    evaluate([run], data=data, benchmarks=["piqa"], protocol=protocol)
