@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+from poc_lora.data.limits import require_length
 from poc_lora.data.rows import ChatRow, CompletionRow, InstructionRow, Row
 from poc_lora.errors import DataError, ModelError
 
@@ -77,6 +78,8 @@ def encode_rows(
         pairs = [_texts(row, tokenizer, template, f"data.train, row {number}") for number, row in enumerate(rows, 1)]
     if not pairs:
         raise DataError("there are no training rows", where="data.train")
+    for number, texts in enumerate(pairs, 1):
+        require_length("".join(texts), f"data.train, row {number}")
     chats = [isinstance(row, ChatRow) for row in rows]
     prompt_ids = _tokenise(tokenizer, [prompt for prompt, _ in pairs], chats)
     whole_ids = _tokenise(tokenizer, [prompt + answer for prompt, answer in pairs], chats)

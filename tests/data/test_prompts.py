@@ -184,3 +184,11 @@ def test_the_llm_adapters_template_has_that_projects_bytes():
     }
     for (purpose, text), prompt in expected.items():
         assert render_prompt("DO", text, "llm-adapters", purpose=purpose) == prompt
+
+
+@pytest.mark.parametrize("row", [InstructionRow("a " * 2**21, "", "b"), CompletionRow("a", "b" * 2**22)])
+def test_a_text_that_would_take_the_tokenizer_minutes_is_refused(tokenizer, row, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: pytest.fail("tokenised"))
+    with pytest.raises(DataError, match="4,194,304 are the most") as problem:
+        encode(tokenizer, CompletionRow("a", "b"), row)
+    assert problem.value.where == "data.train, row 2"
