@@ -44,7 +44,14 @@ STORED_NEEDS = {
 }
 MAX_LAYERS = 500  # three times as many as the deepest have; each is simulated
 # The most bytes of a base's files that are no weights, by how their names end.
-MAX_BYTES = {"config.json": 2**22, ".jinja": 2**20, ".json": 2**28, ".txt": 2**28, ".model": 2**28}
+MAX_BYTES = {
+    "tokenizer_config.json": 2**24,
+    "config.json": 2**20,
+    ".jinja": 2**20,
+    ".json": 2**28,
+    ".txt": 2**28,
+    ".model": 2**28,
+}
 MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # accelerate's names
 
 
