@@ -267,7 +267,7 @@ def read_text(path: Path, *, error: type[RequestError] = RequestError, max_bytes
                 size = max(size, len(content))
         if size > max_bytes:
             raise error(f"file of {size:,} bytes is larger than the {max_bytes:,} this reads", where=path)
-        return content.decode()
+        return content.decode("utf-8-sig")  # some programs write a byte order mark
     except FileNotFoundError as problem:
         raise error("no such file", where=path, fix="check the path") from problem
     except UnicodeDecodeError as problem:

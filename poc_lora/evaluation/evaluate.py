@@ -185,6 +185,8 @@ class _ByQuestion:
             asked = self.items if name in self.variants.keys else self.test  # validation only chooses the best adapter
             self.files[name] = AnswerFile(self.variants.out / f"{name}.jsonl", settings, asked, rank=self.ranks.rank)
         self.ranks.barrier()  # no rank adds answers before all have read, so that all share the same questions
+        with self.ranks.raise_on_all():
+            self.how.require_embeddings(model, tokenizer, self.items)
         evaluator = Evaluator(model, tokenizer, self.how, self.ranks)
         _answer_together(evaluator, self.variants, self.files, subset_slots)
         return {name: file.answers for name, file in self.files.items()}

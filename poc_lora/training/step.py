@@ -1,9 +1,8 @@
 """One optimizer step of a pack: adapters at the same step, trained together on one base model."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,7 +47,6 @@ class Pack:
         data: Tokenised rows and the order in which each adapter draws them.
         adapters: Ids of the adapters to train together.
         sizes: The micro-batch size, and whether layers are recomputed in the backward pass.
-        pad_id: Any token id; padding is never attended to.
         sharded: Whether ranks share the base model. They must then run it equally often, and stop together.
     """
 
@@ -60,12 +58,11 @@ class Pack:
         adapters: Sequence[int],
         *,
         sizes: Sizes,
-        pad_id: int = 0,
         sharded: bool = False,
     ):
         self.config, self.model, self.data = config, model, data
         self.sharded = sharded
-        self._tokens, self._pad_id, self.device = sizes.tokens_per_microbatch, pad_id, model.device
+        self._tokens, self.device = sizes.tokens_per_microbatch, model.device
         self._plain_head = has_plain_head(model)
         self._undo = contextlib.ExitStack()
         if compiles(config.train.compile, model.device):
@@ -138,7 +135,7 @@ class Pack:
         """Add up the gradients of one step's rows, micro-batch by micro-batch; None if `stop` returned True."""
         examples = self.data.train
         rows = [self.data.order.rows(adapter, step) for adapter in self.bank.adapters]
-        counts = [sum(self._supervised(i) for i in chosen) for chosen in rows]
+        counts = [sum(supervised_tokens(examples[i]) for i in chosen) for chosen in rows]
         tokens_per_slot = without_waiting(torch.tensor(counts, dtype=torch.float32), self.device)
         losses = torch.zeros_like(tokens_per_slot)
         tokens = padded_tokens = 0
@@ -161,9 +158,6 @@ class Pack:
             padded_tokens += batch.input_ids.numel()
         return losses, tokens, padded_tokens
 
-    def _supervised(self, example: int) -> int:
-        return supervised_tokens(self.data.train[example], train_on_prompt=self.config.data.train_on_prompt)
-
     def _micro_batches(
         self, examples: Sequence[Example], rows: Sequence[Sequence[int]], at_least: int = 1
     ) -> Iterator[MicroBatch]:
@@ -172,8 +166,6 @@ class Pack:
             rows,
             tokens=self._tokens,
             at_least=at_least,
-            train_on_prompt=self.config.data.train_on_prompt,
-            pad_id=self._pad_id,
             device=self.device,
         )
 
@@ -188,21 +180,22 @@ class Pack:
         return without_waiting(torch.tensor(keys, dtype=torch.int64), self.device)
 
     @torch.no_grad()
-    def loss(self, examples: Sequence[Example], stop: Callable[[], bool] = lambda: False) -> float | None:
-        """Return the mean loss per supervised token of `examples` under the bank's present view.
+    def row_losses(self, examples: Sequence[Example], stop: Callable[[], bool] = lambda: False) -> list[float] | None:
+        """Return the loss of each example, summed over its supervised tokens, under the bank's present view.
 
         None if `stop`, which is asked before every micro-batch, returned True before all of them had been processed.
         """
         self.model.eval()
-        learn_prompt = self.config.data.train_on_prompt
-        count = sum(supervised_tokens(e, train_on_prompt=learn_prompt) for e in examples)
-        tokens = torch.tensor([float(count)], device=self.device)
-        shares = []
+        losses = [0.0] * len(examples)
         for batch in self._micro_batches(examples, [range(len(examples))]):
             if all_reduce_max([stop()])[0] if self.sharded else stop():
                 return None
-            shares.append(float(packed_loss(self.model, batch, tokens, plain_head=self._plain_head)[1]))
-        return math.fsum(shares)
+            by_row = replace(batch, slot=batch.row)
+            ones = torch.ones(len(batch.examples), device=self.device)
+            found = packed_loss(self.model, by_row, ones, plain_head=self._plain_head)[1]
+            for example, loss in zip(batch.examples, found.tolist(), strict=True):
+                losses[example] = loss
+        return losses
 
     def close(self) -> None:
         """Give the base model its own modules back."""
