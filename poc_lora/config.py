@@ -16,6 +16,7 @@ from poc_lora.config_files import (
     Positive,
     PositiveFloat,
     Section,
+    Seed,
     apply_overrides,
     read_config,
     validate_as,
@@ -46,7 +47,7 @@ class ModelSection(Section):
 class LoraSection(Section):
     """The update W x + (alpha / rank) B A x of every target module."""
 
-    rank: Positive = 32
+    rank: Annotated[Positive, Field(le=4096)] = 32
     """The rank of each adapter."""
     alpha: PositiveFloat = 64.0
     """The update is scaled by alpha / rank."""
@@ -59,11 +60,11 @@ class LoraSection(Section):
 class AdaptersSection(Section):
     """How many adapters, and the seed that all their draws descend from."""
 
-    count: Positive = 8
+    count: Annotated[Positive, Field(le=4096)] = 8
     """M, the number of adapters. It may grow when a run is resumed."""
     per_device: Literal["auto"] | Positive = "auto"
     """Adapters trained at once on a device. `auto`: as many as fit in its memory."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """The seed of all random draws of the run."""
 
 
@@ -131,7 +132,7 @@ class OptimSection(Section):
 class TrainSection(Section):
     """Length of training; `batch_size` counts rows per adapter and optimizer step."""
 
-    epochs: PositiveFloat | None = None
+    epochs: Annotated[PositiveFloat, Field(le=1e6)] | None = None
     """Passes over the training rows. If neither this nor `max_steps` is given: 3."""
     max_steps: Positive | None = None
     """Optimizer steps per adapter, instead of `epochs`."""

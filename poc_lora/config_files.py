@@ -12,13 +12,16 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from poc_lora.errors import ConfigError
+from poc_lora.errors import MAX_DETAILS, ConfigError
 from poc_lora.files import read_text
 
-MAX_CONFIG_BYTES = 2**20
+MAX_CONFIG_BYTES = 2**18
+MAX_COUNT = 2**31 - 1  # of steps, rows, tokens and the like
+MAX_SEED = 2**63 - 1
 
-Positive = Annotated[int, Field(gt=0, strict=True)]
-NonNegative = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[int, Field(gt=0, le=MAX_COUNT, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, le=MAX_COUNT, strict=True)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED, strict=True)]
 NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
@@ -68,7 +71,9 @@ def validate_as(schema: type[S], raw: dict[str, Any], *, where: str | Path) -> S
     try:
         return schema.model_validate(raw)
     except ValidationError as problem:
-        lines = [_describe(schema, error) for error in problem.errors()]
+        errors = problem.errors(include_url=False)
+        lines = [_describe(schema, error) for error in errors[:MAX_DETAILS]]
+        lines += [""] * (len(errors) - len(lines))  # counted, but not described: each takes a search among all keys
         raise ConfigError("the configuration is not valid:", details=lines, where=where) from problem
 
 

@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from poc_lora.adapters.factors import MAX_RANK
 from poc_lora.config import RunConfig, changed_keys, dump_yaml, flatten, load_config, validate
 from poc_lora.config_files import all_keys, parse_yaml
-from poc_lora.errors import ConfigError
+from poc_lora.errors import MAX_DETAILS, ConfigError
 
 MINIMAL = {"model": {"name": "base"}, "data": {"train": ["rows.json"]}, "output": "runs/x"}
 MINIMAL_YAML = "model: {name: base}\ndata: {train: [rows.json]}\noutput: runs/x\n"
@@ -320,3 +321,37 @@ def test_columns_are_mapped_to_those_of_the_formats(load):
 
 def test_the_old_name_of_learn_is_told():
     assert "learn: last for false" in refusal(data__train_on_prompt=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("adapters__count", 10**9),
+        ("lora__rank", 4097),
+        ("train__max_steps", 2**31),
+        ("checkpoint__keep", 10**400),
+        ("optim__warmup_steps", 10**400),
+        ("adapters__seed", 2**63),
+    ],
+)
+def test_a_number_that_no_run_can_have_is_refused_before_any_work(key, value):
+    assert f"{key.replace('__', '.')}: Input should be less than or equal to" in refusal(**{key: value})
+
+
+def test_of_many_problems_the_first_are_described_and_all_are_counted(monkeypatch):
+    described = 0
+
+    def nearest(schema, dotted):
+        nonlocal described
+        described += 1
+
+    monkeypatch.setattr("poc_lora.config_files._nearest_key", nearest)
+    message = refusal(**{f"key{i}": 0 for i in range(60_000)})
+    assert described == MAX_DETAILS
+    assert message.count("no such key") == MAX_DETAILS
+    assert f"and {60_000 - MAX_DETAILS:,} more" in message
+
+
+def test_a_rank_that_no_adapter_may_have_is_no_rank_of_a_run():
+    assert refusal(lora__rank=MAX_RANK + 1)
+    assert validate({**MINIMAL, "lora": {"rank": MAX_RANK}}, where="test").lora.rank == MAX_RANK

@@ -46,7 +46,7 @@ class SubsetPoint(Schema):
     """All merges of m of the adapters: see `poc_lora.evaluation.subsets`."""
 
     m: Public[Annotated[int, Field(gt=0, le=2**31)]]
-    subsets: Public[int]
+    subsets: Public[Count]
     accuracy: Public[Share]
     error: Public[StandardError]
     distance: Public[Number | None]
@@ -105,7 +105,7 @@ class Results(Artifact):
     merged: Public[Scored | None]
     ensemble: Public[Scored | None]
     comparisons: Public[dict[str, Difference]]
-    agreement: Public[float | None]
+    agreement: Public[OrNan | None]
     protocol: Public[str] = "label"
     best_chosen_on: Public[str] = "test"
     unread: Public[dict[str, OrNan]] = Field(default_factory=dict)

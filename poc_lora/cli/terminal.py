@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from poc_lora.errors import Interrupted, PocLoraError, RequestError, system_problem, visible
+from poc_lora.errors import Interrupted, PocLoraError, RequestError, WriteError, system_problem, visible
+from poc_lora.files import system_errors_as
 
 if TYPE_CHECKING:
     from poc_lora.artifacts.merge_report import MergeReport
@@ -93,12 +94,13 @@ def show(thing: Any) -> None:
 
     It may hold names of files and of adapters, which can be any text; tables escape theirs where they are made.
     """
-    if isinstance(thing, str):
-        typer.echo(visible(thing))
-        return
-    from rich.console import Console
+    with system_errors_as(WriteError, "cannot be written", "standard output"):
+        if isinstance(thing, str):
+            typer.echo(visible(thing))
+            return
+        from rich.console import Console
 
-    Console().print(thing, highlight=False)
+        Console().print(thing, highlight=False)
 
 
 def show_results(results: "Results") -> None:

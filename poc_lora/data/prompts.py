@@ -14,6 +14,7 @@ from transformers.utils import chat_template_utils
 from poc_lora.config import Learn
 from poc_lora.data.chats import ChatTemplate, RenderedRow, common_prefix
 from poc_lora.data.formats import ChatRow, InstructionRow, Row
+from poc_lora.data.limits import require_length
 from poc_lora.data.rows import BadRows
 from poc_lora.errors import DataError, ModelError
 
@@ -91,7 +92,9 @@ def encode_rows(
     with _stopped_clock(now or datetime.now()):
         for row in rows:
             try:
-                texts.append(_render(row, chat_template, template, learn, str(tokenizer.eos_token)))
+                rendered = _render(row, chat_template, template, learn, str(tokenizer.eos_token))
+                require_length(rendered.text, row.where)
+                texts.append(rendered)
                 chats.append(isinstance(row, ChatRow))
             except DataError as problem:
                 problems.add(problem)
