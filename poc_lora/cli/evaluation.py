@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from poc_lora.cli.terminal import print_next, show, show_results
+from poc_lora.cli.terminal import print_next, show
 from poc_lora.errors import RequestError
 
 Protocol = Literal["label", "generate", "harness"]
@@ -65,7 +65,7 @@ def evaluate(
 
     from poc_lora.distributed import is_first_rank
     from poc_lora.evaluation.evaluate import evaluate
-    from poc_lora.reporting.tables import write_report
+    from poc_lora.reporting.tables import results_summary, write_report
 
     results = evaluate(
         targets,
@@ -85,7 +85,7 @@ def evaluate(
     if not is_first_rank():
         return
     written = write_report(out or targets[0], results)
-    show_results(results)
+    show(*results_summary(results))
     print_next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")
 
 
@@ -111,14 +111,14 @@ def report(
     from poc_lora.reporting.compare import write_comparison
     from poc_lora.reporting.page import write_page
     from poc_lora.reporting.run_files import read_run
-    from poc_lora.reporting.tables import write_report
+    from poc_lora.reporting.tables import results_summary, write_report
 
     evaluations = read_run(run).evaluations
     page = write_page(run, compare=others)
     for results in evaluations:
         write_report(run, results)
         if not compare:
-            show_results(results)
+            show(*results_summary(results))
     if compare:
         show(write_comparison(runs))
     print_next(f"the report: {page}", "open it in a browser")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.cli.terminal import numbers, print_next, show, show_merge
+from poc_lora.cli.terminal import numbers, print_next, show
 from poc_lora.merging.methods import METHODS
 
 Method = StrEnum("Method", list(METHODS))  # type: ignore[misc]
@@ -57,6 +57,7 @@ def merge(
     import torch
 
     from poc_lora.merging.folders import merge_folders
+    from poc_lora.reporting.summaries import merge_summary
 
     report = merge_folders(
         sources,
@@ -71,12 +72,13 @@ def merge(
         allow_base_mismatch=allow_base_mismatch,
         modules_to_save=modules_to_save,
     )
-    show_merge(report)
+    show(*merge_summary(report))
     if ranks:
         from poc_lora.reporting.page import write_rank_sweep
+        from poc_lora.reporting.summaries import rank_table
 
         write_rank_sweep(report, out)
-        show(f"the same as a figure: {out / 'rank_sweep.svg'}")
+        show(*rank_table(report), f"the same as a figure: {out / 'rank_sweep.svg'}")
     runs = map(RunFolder, map(Path, sources))
     run = next((run.path for run in runs if run.is_run and out == run.merged), None)
     print_next(

@@ -5,13 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import load_config
 from poc_lora.errors import RunError
-from poc_lora.evaluation.answers import AnswerFile, Item
-from poc_lora.evaluation.statistics import correct_by_benchmark
+from poc_lora.evaluation.answers import Answer, AnswerFile, Item
 from poc_lora.files import read_json
 
 
@@ -20,7 +17,7 @@ class Control:
     """The merge of another run."""
 
     name: str  # how it was trained, such as `λ = 0`
-    correct: dict[str, Tensor]  # for each benchmark 1.0 or 0.0 per question [n]
+    answers: dict[Item, Answer]  # to the test questions
 
 
 def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: Sequence[Item]) -> Control:
@@ -53,4 +50,4 @@ def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: S
             what = f"its merge was not asked {item.benchmark}, row {item.row}, or not in these words"
             raise RunError(what, where=folder, fix=fix)
     temperature = load_config(RunFolder(run).config).optim.temperature
-    return Control(f"λ = {temperature:g}", correct_by_benchmark(items, answers))
+    return Control(f"λ = {temperature:g}", answers)

@@ -19,8 +19,7 @@ from poc_lora.evaluation.control import read_control
 from poc_lora.evaluation.evaluator import Evaluator, Protocol
 from poc_lora.evaluation.protocols.harness import harness_answers
 from poc_lora.evaluation.protocols.harness_tasks import load_tasks
-from poc_lora.evaluation.results import summarise, write_results
-from poc_lora.evaluation.statistics import ensemble
+from poc_lora.evaluation.scores import ensemble, summarise, write_results
 from poc_lora.evaluation.subsets import name_subsets, subset_points, variance_law
 from poc_lora.evaluation.variants import Variants, activate_variants, base_digest, find_variants
 from poc_lora.models.forward import without_cudnn_attention
@@ -133,10 +132,10 @@ def evaluate(
             points = subset_points(by_slots | {slots: answers.pop(name) for name, slots in subset_slots.items()}, test)
 
         results = summarise(
-            answers,
+            answers | ({"control": compared.answers} if compared else {}),
             examination.items,
             adapters=list(variants.adapters),
-            control=compared,
+            control_name=compared and compared.name,
             seed=seed,
             base_model=variants.base,
             protocol=protocol,

@@ -9,7 +9,7 @@ from torch import Tensor
 from poc_lora import rng
 from poc_lora.artifacts.results import SubsetPoint, VarianceLaw
 from poc_lora.evaluation.answers import Answer, Item
-from poc_lora.evaluation.statistics import correct_by_benchmark, macro_average, mean
+from poc_lora.evaluation.scores import correct_by_benchmark, macro_average, mean
 
 DRAWS = 2  # random orders of the adapters, each cut into disjoint subsets of every size
 

@@ -219,7 +219,13 @@ def find_variants(
     if runs:
         run = RunFolder(runs[0])
         config, folders = load_config(run.config), find_adapters(run.path)
-        _check_merge_is_current(folders, run)
+        report = MergeReport.read_if_there(run.merge_report)
+        if report and not is_merge_of(report, folders):
+            raise RunError(
+                "the merge is out of date: the adapters of the run have changed",
+                where=run.merged,
+                fix=f"remove it, then: poc-lora merge {run.path} --out {run.merged}",
+            )
         return Variants(
             base=base or config.model.name,
             revision=revision or (config.model.revision if base is None else None),
@@ -249,15 +255,9 @@ def is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / CONFIG_NAME).is_file()
 
 
-def _check_merge_is_current(folders: Sequence[Path], run: RunFolder) -> None:
-    """Refuse a merge made before the run was extended; one without merge.json is accepted unchecked."""
-    report = MergeReport.read_if_there(run.merge_report)
-    if report and {source.sha256 for source in report.sources} != {sha256_file(f / WEIGHTS_NAME) for f in folders}:
-        raise RunError(
-            "the merge is out of date: the adapters of the run have changed",
-            where=run.merged,
-            fix=f"remove it, then: poc-lora merge {run.path} --out {run.merged}",
-        )
+def is_merge_of(report: MergeReport, adapters: Sequence[Path]) -> bool:
+    """Whether a merge is current: of these adapters, with the weights that they have now."""
+    return {source.sha256 for source in report.sources} == {sha256_file(path / WEIGHTS_NAME) for path in adapters}
 
 
 def _name_sources(sources: Sequence[Source]) -> dict[str, Source]:

@@ -18,7 +18,7 @@ from poc_lora.artifacts.run_info import TOKENIZED_ROWS
 from poc_lora.data.commonsense import BY_FOLDER, Benchmark
 from poc_lora.errors import RequestError
 from poc_lora.hub.collect import Evaluation, File, Subject
-from poc_lora.hub.usage import PIPELINES, usage
+from poc_lora.hub.usage import TASKS, UNKNOWN_TASK, usage
 from poc_lora.hub_ids import is_repo_id
 from poc_lora.merging.methods import METHODS
 from poc_lora.reporting.escape import code, markdown, markdown_table
@@ -51,7 +51,7 @@ def model_card(subject: Subject, repo_id: str, *, revision: str | None = None, l
         base_model=subject.base_model,
         base_model_relation="adapter",
         library_name="peft",
-        pipeline_tag=PIPELINES.get(subject.task or ""),
+        pipeline_tag=TASKS.get(subject.task or "", UNKNOWN_TASK)[1],
         license=licence,
         datasets=_hub_datasets(subject) or None,
         tags=["lora", "poc-lora", *(["merge"] if subject.merge else [])],

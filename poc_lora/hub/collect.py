@@ -19,8 +19,8 @@ from poc_lora.artifacts.run_folder import MERGE_REPORT, RESULTS, RESULTS_TABLE, 
 from poc_lora.artifacts.run_info import RunInfo
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import AdapterError, RequestError, RunError
-from poc_lora.evaluation.variants import adapter_key
-from poc_lora.files import links_root, read_json, sha256_file
+from poc_lora.evaluation.variants import adapter_key, is_merge_of
+from poc_lora.files import links_root, read_json
 from poc_lora.hub.public import public_config, refuse_metadata
 from poc_lora.hub_ids import is_base_model_id, is_repo_id
 from poc_lora.reporting.run_files import of_these_weights
@@ -142,7 +142,7 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
     if tree.has(folder / MERGE_REPORT):
         merge = MergeReport.read(folder / MERGE_REPORT).public(names)
         files.append(File(MERGE_REPORT, merge.dumps().encode()))
-    trained_here = run is not None and (folder in siblings or _is_merge_of(merge, siblings))
+    trained_here = run is not None and (folder in siblings or (merge is not None and is_merge_of(merge, siblings)))
     evaluation = _evaluation(folder, run, siblings if trained_here else [], names, tree)
     if evaluation:
         files.append(File(RESULTS, evaluation.results.dumps().encode()))
@@ -230,13 +230,6 @@ def _public_config(folder: Path, adapter: Adapter, base: str, tree: _Tree) -> di
     for name in sorted(more):
         tree.left_out[f"{name} of {folder.name}/{CONFIG_NAME}"] = "not needed to load the adapter"
     return config
-
-
-def _is_merge_of(merge: MergeReport | None, siblings: Sequence[Path]) -> bool:
-    """Whether the merge is of the run's adapters as they are now."""
-    if merge is None:
-        return False
-    return {source.sha256 for source in merge.sources} == {sha256_file(folder / WEIGHTS_NAME) for folder in siblings}
 
 
 def _evaluation(

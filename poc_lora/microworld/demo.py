@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from poc_lora.artifacts.results import Results
 from poc_lora.artifacts.run_folder import RunFolder
@@ -14,7 +13,7 @@ from poc_lora.merging.folders import merge_folders
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 from poc_lora.reporting.page import write_page, write_rank_sweep
 from poc_lora.reporting.summaries import merge_summary, training_summary
-from poc_lora.reporting.tables import notes, terminal_table, write_report
+from poc_lora.reporting.tables import results_summary, write_report
 from poc_lora.training.train import train
 
 _HERE = Path(__file__).parent
@@ -23,14 +22,14 @@ _CONFIGS = (_HERE / "demo.yaml", _HERE.parents[1] / "configs" / "demo.yaml")
 
 
 def run_demo(
-    out: Path, overrides: Sequence[str] = (), *, show: Callable[[Any], None], limit: int | None = None
+    out: Path, overrides: Sequence[str] = (), *, show: Callable[..., None], limit: int | None = None
 ) -> Results:
     """Trains the adapters of configs/demo.yaml, merges and evaluates them, and writes the report.
 
     Args:
         out: The run folder, which must not exist or be empty.
         overrides: Settings that replace those of the file, except for the model, the data and the output.
-        show: Called with each line and table for the terminal.
+        show: Called with lines and tables for the terminal.
         limit: Evaluate only the first `limit` questions of each benchmark.
 
     Returns:
@@ -49,20 +48,14 @@ def run_demo(
         f"Training {config.adapters.count} LoRA adapters of rank {config.lora.rank} on the embedded micro-world: "
         "a tiny base model with eight small benchmarks in the style of the real ones."
     )
-    for line in training_summary(train(config)):
-        show(line)
+    show(*training_summary(train(config)))
     max_rank = config.lora.rank * config.adapters.count
     merged = merge_folders([out], RunFolder(out).merged, rank_sweep=[2**k for k in range(max_rank.bit_length())])
     write_rank_sweep(merged, RunFolder(out).merged)
-    for line in merge_summary(merged):
-        show(line)
+    show(*merge_summary(merged))
     results = evaluate([out], data=DATA_DIR, limit=limit)
     write_report(out, results)
-    show(terminal_table(results))
-    for note in notes(results):
-        show(note)
-    for sentence in conclusion(results):
-        show(sentence)
+    show(*results_summary(results), *conclusion(results))
     write_page(out)
     return results
 

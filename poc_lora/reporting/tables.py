@@ -46,6 +46,11 @@ def terminal_table(results: Results) -> Table:
     return table
 
 
+def results_summary(results: Results) -> list[Table | str]:
+    """Returns what the command line prints after an evaluation: the table and its notes."""
+    return [terminal_table(results), *notes(results)]
+
+
 def results_markdown(results: Results) -> str:
     """Returns results.md: the table, its notes, and a table of all adapters."""
     head = ["", *columns(results).values(), "average"]
