@@ -54,7 +54,7 @@ def evaluate(
     Example: poc-lora eval runs/demo --data ../commonsense --benchmarks openbookqa,boolq --limit 200
     """
     if show_list:
-        from poc_lora.reporting.tables import benchmark_table
+        from poc_lora.reporting.results_tables import benchmark_table
 
         show(benchmark_table())
         print_next("the benchmarks as LLM-Adapters renders them", "python scripts/download_commonsense.py --out DIR")
@@ -65,7 +65,7 @@ def evaluate(
 
     from poc_lora.distributed import is_first_rank
     from poc_lora.evaluation.evaluate import evaluate
-    from poc_lora.reporting.tables import results_summary, write_report
+    from poc_lora.reporting.results_tables import results_summary, write_report
 
     results = evaluate(
         targets,
@@ -110,8 +110,8 @@ def report(
 
     from poc_lora.reporting.compare import write_comparison
     from poc_lora.reporting.page import write_page
+    from poc_lora.reporting.results_tables import results_summary, write_report
     from poc_lora.reporting.run_files import read_run
-    from poc_lora.reporting.tables import results_summary, write_report
 
     evaluations = read_run(run).evaluations
     page = write_page(run, compare=others)

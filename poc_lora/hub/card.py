@@ -21,8 +21,9 @@ from poc_lora.hub.collect import Evaluation, File, Subject
 from poc_lora.hub.usage import TASKS, UNKNOWN_TASK, usage
 from poc_lora.hub_ids import is_repo_id
 from poc_lora.merging.methods import METHODS
-from poc_lora.reporting.escape import code, markdown, markdown_table
-from poc_lora.reporting.tables import results_markdown
+from poc_lora.reporting.escape import code, markdown
+from poc_lora.reporting.results_tables import results_markdown
+from poc_lora.reporting.tables import Table, markdown_table
 
 EVAL_RESULTS = ".eval_results/poc-lora-{}.yaml"
 MAX_LISTED = 32
@@ -183,7 +184,8 @@ def _making(subject: Subject) -> str:
             "seed": str(config.adapters.seed),
             "data": ", ".join(_data(subject)),
         }
-    lines = ["## How it was made", "", *markdown_table(["", ""], list(rows.items()), numbers=False)]
+    table = Table("How it was made", ["", ""], list(rows.items()), texts=[""])
+    lines = [f"## {table.caption}", "", *markdown_table(table, str)]  # the texts are Markdown already
     if config is None:
         lines += [
             "",

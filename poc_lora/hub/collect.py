@@ -23,8 +23,8 @@ from poc_lora.evaluation.variants import adapter_key, is_merge_of
 from poc_lora.files import links_root, read_json
 from poc_lora.hub.public import public_config, refuse_metadata
 from poc_lora.hub_ids import is_base_model_id, is_repo_id
+from poc_lora.reporting.results_tables import results_markdown, table_rows
 from poc_lora.reporting.run_files import of_these_weights
-from poc_lora.reporting.tables import results_markdown, table_rows
 
 FIGURES = (".png", ".svg")
 

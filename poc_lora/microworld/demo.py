@@ -12,8 +12,8 @@ from poc_lora.evaluation.evaluate import evaluate
 from poc_lora.merging.folders import merge_folders
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 from poc_lora.reporting.page import write_page, write_rank_sweep
+from poc_lora.reporting.results_tables import results_summary, write_report
 from poc_lora.reporting.summaries import merge_summary, training_summary
-from poc_lora.reporting.tables import results_summary, write_report
 from poc_lora.training.train import train
 
 _HERE = Path(__file__).parent

@@ -3,9 +3,9 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import rich.box
 import rich.table
 
 from poc_lora.artifacts.results import Results, Scored
@@ -14,11 +14,13 @@ from poc_lora.config import RunConfig, flatten
 from poc_lora.errors import RunError
 from poc_lora.files import write_atomic
 from poc_lora.reporting import figures
-from poc_lora.reporting.blocks import Cell, Section, Table, accuracy, chart
-from poc_lora.reporting.escape import markdown, markdown_table, short
+from poc_lora.reporting.blocks import Section, chart
+from poc_lora.reporting.escape import short
 from poc_lora.reporting.run_files import RunFiles, read_run
+from poc_lora.reporting.tables import Table, Value, markdown_table, terminal_table
 
 SWEPT = ("optim.temperature", "adapters.seed", "output")
+# The rows of an evaluation's table that are compared, with their roles in `plotting.COLOURS`.
 ROLES = {"LoRA (average)": "adapter", "LoRA (best)": "best", "PoC merge": "merge", "prediction ensemble": "ensemble"}
 
 
@@ -80,31 +82,14 @@ def write_comparison(folders: Sequence[Path]) -> rich.table.Table:
         RunError: As `comparison`.
     """
     section = comparison(list(map(read_run, folders)))
-    write_atomic(RunFolder(folders[0]).comparison, _markdown(section))
-    return _terminal(section)
-
-
-def _terminal(section: Section) -> rich.table.Table:
-    """Returns the table in 80 columns: errors below their values, and no intervals."""
     (table,) = section.tables
-    shown = rich.table.Table(title=table.caption, box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("λ", "seed", *ROLES, "merge − best"):
-        shown.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True, vertical="bottom")
-    for _, level, seed, _, *cells, gain in table.rows:
-        shown.add_row(*(_text(cell, "\n±") for cell in (level, seed, *cells)), _text(gain).partition(" ")[0])
-    return shown
-
-
-def _markdown(section: Section) -> str:
-    """Returns the paragraphs and the table as Markdown."""
-    (table,) = section.tables
-    rows = [[markdown(_text(cell, " ± ")) for cell in row] for row in table.rows]
-    lines = markdown_table(table.head, rows)
-    return "\n".join([f"# {section.title}", "", *section.paragraphs, "", f"{table.caption}.", "", *lines]) + "\n"
-
-
-def _text(cell: Cell | str, separator: str = "") -> str:
-    return cell if isinstance(cell, str) else cell.joined(separator)
+    lines = [f"# {section.title}", "", *section.paragraphs, "", f"{table.caption}.", "", *markdown_table(table)]
+    write_atomic(RunFolder(folders[0]).comparison, "\n".join(lines) + "\n")
+    # In 80 columns there is no room for names of runs, numbers of adapters and intervals.
+    columns = ["λ", "seed", *ROLES, "merge − best"]
+    rows = [[level, seed, *cells, str(gain).partition(" ")[0]] for _, level, seed, _, *cells, gain in table.rows]
+    narrow = {title: title.replace(" ", "\n") for title in columns}
+    return terminal_table(replace(table, columns=columns, rows=rows), narrow)
 
 
 def _checked(run: RunFiles) -> tuple[RunConfig, Results]:
@@ -139,15 +124,12 @@ def _differences(described: Sequence[Mapping[str, object]]) -> list[str]:
     return [f"Besides λ and the seed, the runs differ in {', '.join(differing)}: λ may not explain their difference."]
 
 
-def _row(name: str, config: RunConfig, results: Results) -> list[Cell | str]:
-    cells: list[Cell | str] = []
-    for role in ROLES:
-        scored = _scored(role, results)
-        cells.append("" if scored is None else accuracy(scored.average))
+def _row(name: str, config: RunConfig, results: Results) -> list[Value]:
+    scored = [_scored(role, results) for role in ROLES]
     d = results.comparisons.get("best")
     gain = "" if d is None else f"{100 * d.value:+.2f} ({100 * d.low:+.2f} to {100 * d.high:+.2f})"
-    settings = f"{config.optim.temperature:g}", str(config.adapters.seed), str(len(results.adapters))
-    return [short(name), *settings, *cells, gain]
+    settings: list[Value] = [f"{config.optim.temperature:g}", str(config.adapters.seed), len(results.adapters)]
+    return [short(name), *settings, *(one.average if one else "" for one in scored), gain]
 
 
 def _points(name: str, known: Sequence[tuple[Path, RunConfig, Results]]) -> list[tuple[float, float, float]]:

@@ -15,7 +15,7 @@ from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.errors import visible
 from poc_lora.files import write_atomic
 from poc_lora.plotting import render
-from poc_lora.reporting.blocks import Cell, Section
+from poc_lora.reporting.blocks import Section
 from poc_lora.reporting.compare import comparison
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.figures import rank_sweep_figure
@@ -23,6 +23,7 @@ from poc_lora.reporting.run_files import RunFiles, read_run
 from poc_lora.reporting.sections_merge import ranks, similarity
 from poc_lora.reporting.sections_results import benchmarks, headline, subsets
 from poc_lora.reporting.sections_training import noise, provenance, training, what_was_run
+from poc_lora.reporting.tables import shown
 
 SWEEP_FILE = "rank_sweep"
 
@@ -77,7 +78,7 @@ def render_page(run: RunFiles, compared: Section | None = None) -> str:
         sentence=sentence,
         tiles=tiles,
         sections=sections,
-        cell=lambda value: value if isinstance(value, Cell) else Cell(value),
+        shown=shown,
         styles=Markup(styles),  # noqa: S704  (our own file)
         digest=base64.b64encode(hashlib.sha256(styles.encode()).digest()).decode(),
         version=__version__,

@@ -4,9 +4,10 @@ from itertools import takewhile
 
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.reporting import figures
-from poc_lora.reporting.blocks import Section, Table, chart, percent
+from poc_lora.reporting.blocks import Section, chart
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.run_files import RunFiles
+from poc_lora.reporting.tables import Table, percent
 
 
 def similarity(files: RunFiles) -> Section:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from poc_lora.config import RunConfig, flatten
 from poc_lora.reporting import figures
-from poc_lora.reporting.blocks import Chart, Section, Table, chart
+from poc_lora.reporting.blocks import Chart, Listing, Section, chart
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.run_files import RunFiles
 from poc_lora.training.check import size
@@ -17,7 +17,7 @@ def what_was_run(files: RunFiles) -> Section:
         section.omitted.append("The folder holds an evaluation only: without a config.yaml, its training is not known.")
     else:
         section.paragraphs.append(_sentence(config, files))
-        section.tables.append(_settings(config))
+        section.listings.append(_settings(config))
     if metrics is not None:
         steps = files.info.steps if files.info else None
         if steps and metrics.last_step < steps:
@@ -98,7 +98,7 @@ def provenance(files: RunFiles) -> Section:
     if info is None:
         section.omitted.append("There is no run.json, which contains versions, hardware and wall time.")
     else:
-        facts: dict[str, object] = {
+        described: dict[str, object] = {
             "seed": info.seed,
             "optimizer steps": info.steps,
             "time in optimizer steps": None if info.train_seconds is None else f"{info.train_seconds:,.1f} s",
@@ -110,16 +110,16 @@ def provenance(files: RunFiles) -> Section:
             "dtype of the base": info.dtype,
             **{name: ", ".join(x) if isinstance(x, list) else x for name, x in info.machine.items()},
         }
-        rows = [[name, short(str(value))] for name, value in facts.items() if value not in (None, "")]
-        section.tables.append(Table("How and on what it ran", ["", "value"], rows, facts=True))
-        versions = [[short(name), short(version)] for name, version in info.versions.items()]
-        section.tables.append(Table("Versions", ["", "version"], versions, facts=True))
-        data = [[short(name, 400), digest] for name, digest in info.data_sha256.items()]
-        section.tables.append(Table("Training data", ["", "SHA-256"], data, facts=True))
+        rows = [(name, short(str(value))) for name, value in described.items() if value not in (None, "")]
+        section.listings += [
+            Listing("How and on what it ran", rows),
+            Listing("Versions", [(short(name), short(version)) for name, version in info.versions.items()]),
+            Listing("Training data", [(short(name, 400), digest) for name, digest in info.data_sha256.items()]),
+        ]
     if merge is not None:
-        sources = [[short(source.name, 400), short(source.sha256)] for source in merge.sources]
-        section.tables.append(Table("Merged adapters", ["", "SHA-256 of the weights"], sources, facts=True))
-    section.tables = [table for table in section.tables if table.rows]
+        sources = [(short(source.name, 400), short(source.sha256)) for source in merge.sources]
+        section.listings.append(Listing("Merged adapters", sources))
+    section.listings = [listing for listing in section.listings if listing.rows]
     return section
 
 
@@ -144,14 +144,14 @@ def _error(error: float) -> str:
     return f"a relative error of {error:.1e}" if error else "no error"
 
 
-def _settings(config: RunConfig) -> Table:
+def _settings(config: RunConfig) -> Listing:
     """Lists every setting. Values that `auto` chose are listed under provenance."""
     rows = [
-        [key, short(", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value), 400)]
+        (key, short(", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value), 400))
         for key, value in flatten(config).items()
         if value is not None
     ]
-    return Table("Every setting", ["", "value"], rows, facts=True)
+    return Listing("Every setting", rows)
 
 
 def _curves(

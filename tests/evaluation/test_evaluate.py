@@ -22,7 +22,7 @@ from poc_lora.evaluation.protocols import harness
 from poc_lora.evaluation.protocols.label import prepare, score_labels
 from poc_lora.evaluation.variants import adapter_digest
 from poc_lora.models.load import load_base
-from poc_lora.reporting.tables import notes
+from poc_lora.reporting.results_tables import notes
 from tests.launch import finish, processes
 
 TARGETS = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.up_proj": (32, 48)}

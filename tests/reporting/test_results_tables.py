@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
-from poc_lora.reporting.tables import notes, results_markdown, table_rows, terminal_table, write_report
+from poc_lora.reporting.results_tables import notes, results_markdown, results_summary, table_rows, write_report
 
 FOLDERS = "social_i_qa piqa winogrande openbookqa ARC-Challenge ARC-Easy boolq hellaswag".split()
 
@@ -41,7 +41,7 @@ def results():
 
 def printed(results, width=80):
     out = io.StringIO()
-    Console(file=out, width=width).print(terminal_table(results))
+    Console(file=out, width=width).print(results_summary(results)[0])
     return out.getvalue()
 
 
