@@ -162,7 +162,6 @@ def _curves(
     limit: tuple[str, float] | None = None,
 ) -> Chart:
     mean = figures.mean_curve(curves)
-    values = [value for curve in curves.values() for _, value in curve]
     longest = max(map(len, curves.values()))
     (first, start), (last, end) = mean[0], mean[-1]
     description = (
@@ -172,5 +171,5 @@ def _curves(
         caption += " Neighbouring steps are averaged."
     if len(curves) > figures.MAX_CURVES:
         caption += f" The first {figures.MAX_CURVES} of {len(curves)} adapters are drawn."
-    figure = figures.curves_figure(curves, label=label, log=figures.spans_decades(values), limit=limit)
+    figure = figures.curves_figure(curves, label=label, limit=limit)
     return chart(figure, f"{title} of each adapter", description, f"{caption} {description}")
