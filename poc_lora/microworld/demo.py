@@ -13,6 +13,7 @@ from poc_lora.merging.folders import merge_folders
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 from poc_lora.reporting.page import write_page, write_rank_sweep
 from poc_lora.reporting.results_tables import results_summary, write_report
+from poc_lora.reporting.sections_results import headline
 from poc_lora.reporting.summaries import merge_summary, training_summary
 from poc_lora.training.train import train
 
@@ -55,23 +56,7 @@ def run_demo(
     show(*merge_summary(merged))
     results = evaluate([out], data=DATA_DIR, limit=limit)
     write_report(out, results)
-    show(*results_summary(results), *conclusion(results))
+    show(*results_summary(results), headline(results)[0])
+    show("The merge is one adapter and costs what one adapter costs; the prediction ensemble runs all of them.")
     write_page(out)
     return results
-
-
-def conclusion(results: Results) -> list[str]:
-    """Summarises the table in two sentences."""
-    merged = results.merged
-    if merged is None or len(results.adapters) < 2:
-        return []
-    best = results.adapters[results.best].average.value
-    over_best = 100 * (merged.average.value - best)
-    over_average = 100 * (merged.average.value - results.average.average.value)
-    verb = "beats" if over_best > 0 else "does not beat"
-    where = "on the test itself" if results.best_chosen_on == "test" else "on validation questions"
-    return [
-        f"The merge of {len(results.adapters)} adapters scores {100 * merged.average.value:.2f} %: {over_average:+.2f} "
-        f"points against the average adapter, and it {verb} the best one ({over_best:+.2f}), which was picked {where}.",
-        "It is one adapter and costs what one adapter costs; the prediction ensemble beside it runs all of them.",
-    ]

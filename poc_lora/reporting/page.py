@@ -63,7 +63,7 @@ def render_page(run: RunFiles, compared: Section | None = None) -> str:
         ranks(run),
         provenance(run),
     ]
-    sentence, tiles = headline(run)
+    sentence, tiles = headline(run.results)
     styles = resources("poc_lora.reporting").joinpath("report.css").read_text(encoding="utf-8")
     environment = Environment(
         loader=PackageLoader("poc_lora", "reporting"),

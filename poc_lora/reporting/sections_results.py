@@ -12,9 +12,8 @@ from poc_lora.reporting.results_tables import accuracy_table, adapters_table, co
 from poc_lora.reporting.run_files import RunFiles
 
 
-def headline(files: RunFiles) -> tuple[str, list[tuple[str, Estimate]]]:
-    """Returns the outcome in a sentence, and the average accuracies to show first."""
-    results = files.results
+def headline(results: Results | None) -> tuple[str, list[tuple[str, Estimate]]]:
+    """Returns the outcome of an evaluation in a sentence, and the average accuracies to show first."""
     if results is None:
         return "Nothing has been evaluated yet.", []
     if not results.adapters:

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from poc_lora.errors import RunError
-from poc_lora.microworld.demo import conclusion, run_demo
+from poc_lora.microworld.demo import run_demo
+from poc_lora.reporting.sections_results import headline
 
 SMALL = ["adapters.count=3", "train.max_steps=12", "lora.rank=4"]
 
@@ -35,9 +36,8 @@ def test_it_leaves_a_whole_run(demo):
 
 def test_it_shows_the_papers_rows_and_two_sentences(demo):
     _, results, shown = demo
-    said = conclusion(results)
-    assert len(said) == 2
-    assert said == shown[-2:]
+    assert shown[-2] == headline(results)[0]
+    assert "costs what one adapter costs" in shown[-1]
     rows = (demo[0] / "eval/results.md").read_text()
     for name in ("base", "LoRA (best)", "LoRA (average)", "PoC merge", "prediction ensemble"):
         assert f"| {name} |" in rows
