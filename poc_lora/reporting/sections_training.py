@@ -7,6 +7,7 @@ from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Chart, Listing, Section, chart
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.run_files import RunFiles
+from poc_lora.reporting.summaries import merge_outcome
 from poc_lora.training.check import size
 
 
@@ -25,11 +26,7 @@ def what_was_run(files: RunFiles) -> Section:
         for name, step in sorted(metrics.diverged.items()):
             section.paragraphs.append(f"Adapter {name} diverged at step {step:,} and is left out of the merge.")
     if merge is not None:
-        section.paragraphs.append(
-            f"{len(merge.sources)} adapters were merged by the method “{short(merge.method)}” into one of rank "
-            f"{merge.rank:,}, kept in {short(merge.dtype)}, with {_error(merge.error)} from its rank and "
-            f"{_error(merge.cast_error)} from rounding."
-        )
+        section.paragraphs.append(merge_outcome(merge))
     elif config is not None:
         section.omitted.append("There is no merge yet: poc-lora merge RUN --out RUN/merged.")
     return section
@@ -138,10 +135,6 @@ def _sentence(config: RunConfig, files: RunFiles) -> str:
         f"{length} of {train.batch_size} rows with NoisyAdamW: learning rate {optim.lr:g}, {noise}, "
         f"run seed {adapters.seed}. Trained on {short(', '.join(config.data.train), 300)}."
     )
-
-
-def _error(error: float) -> str:
-    return f"a relative error of {error:.1e}" if error else "no error"
 
 
 def _settings(config: RunConfig) -> Listing:
