@@ -24,8 +24,6 @@ def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: S
     """Read how the merge of another run answered the same questions.
 
     Args:
-        run: The run folder, which holds the results of an evaluation.
-        protocol: Of that evaluation.
         settings: What answers depend on apart from question and adapter, as in `AnswerFile`.
         items: The test questions.
 

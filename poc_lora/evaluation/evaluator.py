@@ -20,7 +20,7 @@ from poc_lora.evaluation.variants import Variants, activate_variants
 from poc_lora.progress import progress_bar
 
 QUESTIONS_PER_BATCH = 256  # answered, then saved: what an interruption costs
-BATCHES_PER_RANK = 2  # at least, where there are several ranks: none is left without work for long
+BATCHES_PER_RANK = 2  # at least, with several ranks: none is left without work for long
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ class Evaluator:
         """Answer the questions of `files`, this rank its share, and add the answers of all ranks to `files`.
 
         Args:
-            variants: What to evaluate.
-            files: By variant and subset, its questions and the answers that are known; of the ensemble nothing is done.
+                files: By variant and subset, its questions and the answers that are known; the ensemble is left alone.
             subset_slots: By the name of a subset, the slots of its adapters.
 
         Raises:

@@ -73,7 +73,7 @@ def summarise(
 
 
 def write_results(variants: Variants, results: Results, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write a JSON file for each variant, then results.json, which thus proves the others complete.
+    """Write a JSON file for each variant, then results.json: if it is there, the others are complete.
 
     Args:
         settings: By variant, what its answers depend on besides the questions; its `adapters` are digests.
@@ -101,16 +101,9 @@ def write_results(variants: Variants, results: Results, settings: Mapping[str, M
 
 
 def correct_by_benchmark(items: Sequence[Item], answers: Mapping[Item, Answer]) -> dict[str, Tensor]:
-    """Whether each question was answered correctly.
+    """For each benchmark 1.0 (correct) or 0.0 per question, float64 [n], in the order of `items`.
 
-    A question that was too long, or whose answer holds no label, counts as wrong.
-
-    Args:
-        items: Questions, all of them in `answers`.
-        answers: The answers of one variant.
-
-    Returns:
-        For each benchmark 1.0 (correct) or 0.0 per question, float64 [n], in the order of `items`.
+    A question that was too long, or whose answer has no label, counts as wrong.
     """
     found: dict[str, list[bool]] = {}
     for item in items:
@@ -125,7 +118,7 @@ def mean(values: Tensor) -> Estimate:
 
 
 def macro_average(parts: Mapping[str, Estimate]) -> Estimate:
-    """The unweighted mean over benchmarks; as they are independent samples, its error is sqrt(Σ error²) / number."""
+    """The unweighted mean over benchmarks, which are independent samples: its error is sqrt(Σ error²) / number."""
     total = math.fsum(part.value for part in parts.values())
     error = math.sqrt(math.fsum(part.error**2 for part in parts.values()))
     return Estimate(total / len(parts), error / len(parts))
@@ -135,10 +128,6 @@ def ensemble(item: Item, members: Sequence[Answer]) -> Answer:
     """The prediction ensemble's answer: the label with the largest mean probability over the members.
 
     Each member's label probabilities are normalised to sum to one before the mean is taken.
-
-    Args:
-        item: The question.
-        members: The members' answers to it, with `log_probs`.
 
     Returns:
         The answer with the logarithms of the mean probabilities, or one marked `too_long` if a member has none.
@@ -159,8 +148,7 @@ def paired_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], 
     one resample added to each side so that it is never zero.
 
     Args:
-        ours: For each benchmark a value per question [n].
-        theirs: Values of the same questions in the same order.
+        ours, theirs: For each benchmark a value per question [n], in the same order.
         seed: Of the bootstrap.
     """
     resampled = np.zeros(RESAMPLES)

@@ -86,7 +86,6 @@ def activate_variants(
 
     Args:
         model: The loaded base model, without a bank; closing the iterator restores it.
-        variants: What to compute.
         subsets: Names of further variants, and the slots of the adapters that they average.
         packed: Compute all adapters in one step, in which every batch must be repeated for each of them
             (adapter-major); otherwise one adapter per step.
@@ -251,7 +250,7 @@ def find_variants(
 
 
 def is_model(folder: Path) -> bool:
-    """Whether this is a model's folder, such as a folded one, and not an adapter's."""
+    """Whether the folder has a model, such as a folded one, and not an adapter."""
     return (folder / "config.json").is_file() and not (folder / CONFIG_NAME).is_file()
 
 

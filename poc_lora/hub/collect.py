@@ -53,33 +53,20 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapter to upload, and the facts known about it; unknown ones are None or empty.
+    """An adapter to upload, and what is known about it; the rest is None or empty."""
 
-    Attributes:
-        files: All files of the upload but the card.
-        base_model: The base model's Hub id.
-        task: PEFT's task_type.
-        ranks: The ranks of its modules, each once, ascending.
-        modules_to_save: The shapes of parameters that were trained in full.
-        members: The names of the single adapters uploaded with it.
-        merge: Its public merge.json.
-        config: The configuration that all its adapters were trained with.
-        run: The run.json of that training.
-        left_out: Files and fields that are not uploaded, with the reason.
-    """
-
-    files: tuple[File, ...]
-    base_model: str
+    files: tuple[File, ...]  # all of the upload but the card
+    base_model: str  # its Hub id
     base_revision: str | None
-    task: str | None
-    ranks: tuple[int, ...]
-    modules_to_save: dict[str, tuple[int, ...]]
-    members: tuple[str, ...] = ()
-    merge: MergeReport | None = None
-    config: RunConfig | None = None
-    run: RunInfo = field(default_factory=RunInfo)
+    task: str | None  # PEFT's task_type
+    ranks: tuple[int, ...]  # of its modules, each once, ascending
+    modules_to_save: dict[str, tuple[int, ...]]  # the shapes of parameters that were trained in full
+    members: tuple[str, ...] = ()  # the names of the single adapters uploaded with it
+    merge: MergeReport | None = None  # its public part
+    config: RunConfig | None = None  # that all its adapters were trained with
+    run: RunInfo = field(default_factory=RunInfo)  # of that training
     evaluation: Evaluation | None = None
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)  # files and fields that are not uploaded, with the reason
 
 
 @dataclass(frozen=True)
@@ -113,10 +100,9 @@ class _Tree:
 
 
 def collect(source: Path, *, members: bool = False, base_model: str | None = None) -> Subject:
-    """Select the files to upload for an adapter's folder, or for a run, which stands for its merged adapter.
+    """Select the files to upload for an adapter's folder, or for the merged adapter of a run's folder.
 
     Args:
-        source: The folder.
         members: Whether to add the run's single adapters, as adapters/00 and so on.
         base_model: The base model's Hub id, for adapters that name a local folder.
 
@@ -235,7 +221,7 @@ def _public_config(folder: Path, adapter: Adapter, base: str, tree: _Tree) -> di
 def _evaluation(
     folder: Path, run: RunFolder | None, siblings: Sequence[Path], names: dict[str, str], tree: _Tree
 ) -> Evaluation | None:
-    """The evaluation in the run or beside the adapter, if it is of this adapter."""
+    """The evaluation in the run or in the adapter's folder, if it is of this adapter."""
     places = run.evaluations if run else [folder, RunFolder(folder).evaluation()]
     place = next((p for p in places if tree.has(p / RESULTS)), None)
     if place is None:

@@ -29,7 +29,6 @@ def public_config(
         config: A configuration that `open_adapter` accepts.
         base: The base model's Hub id.
         keep_revision: Whether the revision is one of that repository.
-        where: The file, for errors.
 
     Returns:
         The public configuration, and the names of the fields with content that it lacks.

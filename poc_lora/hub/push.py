@@ -87,17 +87,12 @@ def push(
         all: Whether to upload the run's single adapters too, to adapters/00 and so on.
         public: Whether the repository may be public. A new one is then created public.
         revision: The branch, created if it does not exist. Default: main.
-        dry_run: Whether to only return the plan. Needs no network and no token.
+        dry_run: Only return the plan, which needs no network and no token.
         base_model: The base model's Hub id, required if the adapter names a local folder.
         licence: An identifier such as apache-2.0. By default the card states none.
 
-    Returns:
-        What was uploaded.
-
     Raises:
-        AdapterError: An adapter is invalid. Nothing is sent.
-        ConfigError: The run's config.yaml is invalid. Nothing is sent.
-        RunError: The run has no merged adapter, or a file of it is damaged. Nothing is sent.
+        AdapterError, ConfigError, RunError: The adapter or a file of the run is invalid or missing. Nothing is sent.
         RequestError: An argument, the token or the repository is refused.
         HubError: The Hub cannot be reached or keeps failing.
     """

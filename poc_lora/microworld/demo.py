@@ -28,16 +28,10 @@ def run_demo(
     """Trains the adapters of configs/demo.yaml, merges and evaluates them, and writes the report.
 
     Args:
-        out: The run folder, which must not exist or be empty.
+        out: The run folder; one that is not empty raises RunError.
         overrides: Settings that replace those of the file, except for the model, the data and the output.
         show: Called with lines and tables for the terminal.
-        limit: Evaluate only the first `limit` questions of each benchmark.
-
-    Returns:
-        The results of the evaluation.
-
-    Raises:
-        RunError: The folder is not empty.
+        limit: Evaluate only the first questions of each benchmark.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError("the demo's folder is not empty", where=out, fix="remove it, or give another one with --out")

@@ -20,14 +20,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure as an image.
-
-    Args:
-        title: The heading.
-        image: A data URL.
-        description: The text alternative.
-        caption: The text below.
-    """
+    """A figure as a data URL; `description` is its text alternative, `caption` the text below it."""
 
     title: str
     image: str

@@ -83,11 +83,7 @@ def comparison(runs: Sequence[RunFiles]) -> Section:
 
 
 def write_comparison(folders: Sequence[Path]) -> rich.table.Table:
-    """Writes the comparison of the runs to comparison.md in the first; returns the table for a terminal.
-
-    Raises:
-        RunError: As `comparison`.
-    """
+    """Writes the comparison of the runs to comparison.md in the first; returns the table for a terminal."""
     section = comparison(list(map(read_run, folders)))
     (table,) = section.tables
     lines = [f"# {section.title}", "", *section.paragraphs, "", f"{table.caption}.", "", *markdown_table(table)]

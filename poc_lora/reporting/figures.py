@@ -58,13 +58,7 @@ def averages_figure(rows: Sequence[tuple[str, str, Sequence[tuple[float, float]]
 
 @style()
 def curves_figure(curves: Mapping[str, Curve], *, label: str, limit: tuple[str, float] | None = None) -> Figure:
-    """Draws one thin line per adapter and their mean against the optimizer step.
-
-    Args:
-        curves: (step, value) pairs by adapter.
-        label: The label of the value axis.
-        limit: Name and value of a dashed line.
-    """
+    """Draws a thin line per adapter and their mean against the step; `limit` is the name and value of a dashed line."""
     thin = {name: _grouped(curve) for name, curve in curves.items()}
     figure, axes = _figure(2.9)
     _each_adapter(axes, thin, "-")
@@ -168,12 +162,7 @@ def rank_sweep_figure(sweep: Mapping[str, Mapping[int, float]]) -> Figure:
 
 @style()
 def subsets_figure(points: Sequence[tuple[int, float, float]], best: float) -> Figure:
-    """Draws average accuracy against m, the number of adapters merged.
-
-    Args:
-        points: (m, mean over subsets in percent, its standard error).
-        best: The accuracy of the best adapter in percent.
-    """
+    """Draws (m, mean accuracy of the merges of m adapters, its standard error) and the best adapter, in percent."""
     figure, axes = _figure(2.7)
     m, values, errors = zip(*points, strict=True)
     axes.errorbar(m, values, yerr=errors, marker="o", color=COLOURS["merge"], capsize=2.5, label="merge of m")
@@ -186,12 +175,7 @@ def subsets_figure(points: Sequence[tuple[int, float, float]], best: float) -> F
 
 @style()
 def distance_figure(points: Sequence[tuple[int, float]], law: tuple[float, float, int] | None) -> Figure:
-    """Draws the squared distance of label logits from the merge of all adapters against m.
-
-    Args:
-        points: (m, distance).
-        law: c, floor and M of the fitted c (1/m − 1/M) + floor.
-    """
+    """Draws (m, squared distance of label logits from the merge of all); `law` is c, floor and M of the fit."""
     figure, axes = _figure(2.7)
     axes.plot(*_xy(points), "o", color=COLOURS["merge"], label="measured")
     if law is not None:

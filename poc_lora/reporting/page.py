@@ -31,14 +31,7 @@ SWEEP_FILE = "rank_sweep"
 def write_page(folder: Path, *, compare: Sequence[Path] = ()) -> Path:
     """Writes report.html into a run, or into a folder of results. The same files give the same bytes.
 
-    Sections whose data is missing are left out, and the page says why.
-
-    Args:
-        folder: The run or the folder of results.
-        compare: Other runs, compared with this one by λ.
-
-    Returns:
-        The path of the page.
+    Sections whose data is missing are left out, and the page says why. The runs in `compare` are compared by λ.
 
     Raises:
         RunError: The folder is neither, a file of it is damaged, or the runs cannot be compared.

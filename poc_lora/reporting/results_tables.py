@@ -92,12 +92,7 @@ def results_markdown(results: Results) -> str:
 
 
 def notes(results: Results, *, paired: bool = True) -> list[str]:
-    """Returns the notes under the table: how the best adapter was chosen, what was truncated or left out.
-
-    Args:
-        results: The evaluation.
-        paired: Whether to include the paired differences.
-    """
+    """Returns the notes below the table: the choice of the best adapter, differences if `paired`, what was left out."""
     lines = []
     if len(results.adapters) > 1:
         where = "the test questions themselves, as in the paper"

@@ -50,8 +50,8 @@ def merge_distance(report: MergeReport) -> str | None:
     )
     return (
         f"The mean cosine between two adapters' updates is {report.mean_cosine:.3f}. By how far they are apart, the "
-        f"merge is about {percent(report.relative_error_bar, 0)} % of its own norm away from that of ever more such adapters"
-        f"{move}."
+        f"merge is about {percent(report.relative_error_bar, 0)} % of its own norm away from that of ever more such "
+        f"adapters{move}."
     )
 
 

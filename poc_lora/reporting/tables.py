@@ -55,9 +55,7 @@ def percent(share: float, digits: int = 2) -> str:
 def terminal_table(table: Table, narrow: Mapping[str, str] | None = None) -> rich.table.Table:
     """Returns the table for a terminal, with standard errors below their values.
 
-    Args:
-        table: The table.
-        narrow: Titles on several lines, in place of the ones in `table`, so that 80 columns are enough.
+    `narrow` maps titles to shorter ones or to ones on several lines, so that 80 columns are enough.
     """
     made = rich.table.Table(title=table.caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     titles = [(narrow or {}).get(title, title) for title in table.columns]
@@ -72,12 +70,7 @@ def terminal_table(table: Table, narrow: Mapping[str, str] | None = None) -> ric
 
 
 def markdown_table(table: Table, text: Callable[[str], str] = markdown) -> list[str]:
-    """Returns the lines of the table in Markdown, without its caption.
-
-    Args:
-        table: The table.
-        text: Turns the texts of the rows into Markdown.
-    """
+    """Returns the lines of the table in Markdown, without its caption; `text` turns texts into Markdown."""
     rule = ["---" if left else "---:" for left in table.left]
     rows = [[text(value) if isinstance(value, str) else _joined(value, " ± ") for value in row] for row in table.rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (table.columns, rule, *rows)]

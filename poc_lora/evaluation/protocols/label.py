@@ -125,7 +125,7 @@ def score_labels(model: PreTrainedModel, prepared: PreparedQuestions, *, copies:
             (adapter-major), otherwise 1.
 
     Returns:
-        Log-probabilities, float32 on the CPU [copies, n, k]; -inf where there is no label or no score.
+        Log-probabilities, float32 on the CPU [copies, n, k]; -inf for labels that do not exist or have no score.
     """
     n, k = prepared.label_exists.shape
     if model.device.type == "cpu":
