@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from poc_lora.errors import RequestError
 
 MAX_JSON_BYTES = 64 * 2**20
@@ -56,8 +58,9 @@ def write_json(path: Path, value: Any) -> None:
 def commit_folder(path: Path) -> Iterator[Path]:
     """Yield a folder beside `path` to fill; on success it is renamed to `path`, on an error removed.
 
-    Raises RequestError if the folder cannot be made, or if `path` exists when the block ends.
+    Raises RequestError if the folder cannot be made, or as `require_new` does, before the block and after it.
     """
+    require_new(path)
     with _refusing_bad_places(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -73,14 +76,21 @@ def commit_folder(path: Path) -> Iterator[Path]:
 def publish_folder(aside: Path, path: Path) -> None:
     """Rename a filled folder to its final name, once all its content is on the disk.
 
-    Raises RequestError if `path` exists.
+    Raises RequestError as `require_new` does.
     """
     for written in (*aside.rglob("*"), aside):
         sync(written)
-    if path.exists():
-        raise RequestError(f"{path} exists already", where=path, fix="choose another folder or remove this one")
-    os.rename(aside, path)
+    require_new(path)
+    os.rename(aside, path)  # in place of an empty folder, if there is one
     sync(path.parent)
+
+
+def require_new(path: Path) -> None:
+    """Raise RequestError unless `path` can become a new folder: nothing is there, or an empty folder."""
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise RequestError("the output exists already", where=path, fix="choose another folder, or remove this one")
+    if path.is_dir() and path.samefile(Path.cwd()):
+        raise RequestError("the output is the current folder", where=path, fix="name a folder inside it")
 
 
 @contextlib.contextmanager
@@ -131,6 +141,26 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def open_safetensors(path: Path, *, error: type[RequestError]) -> Iterator[Any]:
+    """Open a safetensors file within the block. Raises `error` for what goes wrong in opening or reading it."""
+    with refusing_damage(path, error=error):
+        require_plain(path, error=error)
+        with safe_open(path, framework="pt") as stored:
+            yield stored
+
+
+@contextlib.contextmanager
+def refusing_damage(path: Path, *, error: type[RequestError]) -> Iterator[None]:
+    """Raise `error` for what goes wrong in reading a safetensors file within the block."""
+    try:
+        yield
+    except RequestError:  # a ValueError too
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
+        raise error(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from problem
+
+
 def read_json(path: Path, *, error: type[RequestError] = RequestError, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Parse a JSON file of bounded size and depth. Raises `error`, which names the file and line."""
     text = read_text(path, error=error, max_bytes=max_bytes)
@@ -177,6 +207,14 @@ def require_plain(path: Path, *, error: type[RequestError] = RequestError) -> No
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise error("not a plain file", where=path, fix="give a file on disk")
+
+
+def size(nbytes: int) -> str:
+    """Format a number of bytes; 1.5 GB is 1.5e9 bytes."""
+    for unit, width in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= width:
+            return f"{nbytes / width:.1f} {unit}"
+    return f"{nbytes / 1e3:.0f} kB"
 
 
 def _deeper_than(value: Any, limit: int) -> bool:

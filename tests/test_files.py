@@ -81,10 +81,26 @@ def test_commit_folder_vanishes_when_the_block_fails(tmp_path, problem):
 
 
 def test_commit_folder_never_replaces_a_folder(tmp_path):
+    def appear_while_filled(path):
+        with commit_folder(path) as aside:
+            (aside / "a").write_text("a")
+            (path / "mine").mkdir(parents=True)
+
+    with pytest.raises(RequestError, match="exists already"):
+        appear_while_filled(tmp_path / "one")
+    assert [p.name for p in tmp_path.rglob("*")] == ["one", "mine"]
+    with pytest.raises(RequestError, match="exists already"), commit_folder(tmp_path / "one"):
+        raise AssertionError("refused before the work")
+
+
+def test_commit_folder_takes_the_place_of_an_empty_folder(tmp_path):
     (tmp_path / "one").mkdir()
-    with pytest.raises(RequestError, match="exists already"), commit_folder(tmp_path / "one") as aside:
+    with commit_folder(tmp_path / "one") as aside:
         (aside / "a").write_text("a")
-    assert [p.name for p in tmp_path.rglob("*")] == ["one"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["one", "a"]
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(RequestError, match="exists already"), commit_folder(tmp_path / "link"):
+        pass
 
 
 def test_sha256_is_of_the_bytes(tmp_path):

@@ -22,8 +22,8 @@ from torch.nn import functional
 from poc_lora.adapters.factors import DTYPES, Factors, check_name, check_shapes, is_finite
 from poc_lora.adapters.peft_config import auto_mapping, check_config, module_scales, plain_targets
 from poc_lora.adapters.weights_file import PREFIX, LazyFactors, LazyModulesToSave, read_header
-from poc_lora.errors import AdapterError, PocLoraError
-from poc_lora.files import allow_as_usual, commit_folder, links_root, read_json, sync
+from poc_lora.errors import AdapterError, PocLoraError, RequestError
+from poc_lora.files import allow_as_usual, commit_folder, links_root, read_json, require_new, sync
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -140,7 +140,8 @@ def write_adapter(
         extra_files: The contents of further files, by name.
 
     Raises:
-        AdapterError: `folder` exists, or the adapter has no modules or cannot be written in `dtype`.
+        RequestError: `folder` exists and is not empty, or `dtype` is none that adapters have.
+        AdapterError: The adapter has no modules, or does not fit in `dtype`.
         PocLoraError: The disk could not be written to.
     """
     folder = Path(folder)
@@ -275,11 +276,10 @@ def _check_written(adapter: Adapter, tensors: Mapping[str, Tensor], folder: Path
 
 def _check_writable(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
     if dtype not in DTYPES.values():
-        raise AdapterError(f"an adapter cannot be written in {dtype}", fix="use float32, bfloat16 or float16")
+        raise RequestError(f"an adapter cannot be written in {dtype}", fix="use float32, bfloat16 or float16")
     if not adapter.modules:
         raise AdapterError("an adapter without modules cannot be written", where=adapter.source)
-    if folder.exists():
-        raise AdapterError("the folder to write exists already", where=folder, fix="choose another or remove this one")
+    require_new(folder)
 
 
 def real_file(folder: Path, name: str, root: Path) -> Path:

@@ -22,8 +22,8 @@ class ModuleReport(Schema):
     mean_cosine: Public[Number | None]
     pair_cosines: Public[list[Number]]  # of the adapters i < j: (0, 1), (0, 2), ..., (1, 2), ...
     norms: Public[list[Finite]]  # of each adapter's update
-    spread: Public[Finite | None]
-    error_bar: Public[Finite | None]
+    variance: Public[Finite | None]
+    merge_variance: Public[Finite | None]
     sweep: Public[dict[int, Finite]]  # rank: the error that truncation to it would have
 
 
@@ -70,9 +70,9 @@ class MergeStatistics(Schema):
     cast_error: Public[Number]
     effective_rank: Public[Number]  # of all modules' updates as one block-diagonal matrix
     mean_cosine: Public[Number | None]
-    spread: Public[Finite | None]  # S²
-    error_bar: Public[Finite | None]  # S² Σ w_j², S²/M for equal weights
-    relative_error_bar: Public[Number | None]  # its square root over the norm
+    variance: Public[Finite | None]  # S²
+    merge_variance: Public[Finite | None]  # S² Σ w_j², S²/M for equal weights
+    relative_standard_error: Public[Number | None]  # its square root over the norm
     next_move: Public[Number | None]  # how far one more adapter would move the average of equal weights, over its norm
     cosines: Public[list[list[Number]]]  # [M, M], of the whole updates
     norms: Public[list[Finite]]  # of each adapter's update

@@ -23,6 +23,7 @@ from poc_lora.files import sha256_file
 from poc_lora.hub_ids import is_adapter_id
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.merging.compatible import check_compatible
+from poc_lora.models.load import resolve_base
 
 
 def adapter_key(name: str) -> str:
@@ -165,7 +166,7 @@ def adapter_digest(folder: Path) -> str:
 
 def base_digest(name: str, revision: str | None = None) -> str:
     """Identify a base model by a Hub id's commit, or by the sizes and times of a folder's files. Raises ModelError."""
-    folder = Path(name).expanduser()
+    folder = Path(resolve_base(name))
     if not folder.is_dir():
         try:
             config = cached_file(name, "config.json", revision=revision)

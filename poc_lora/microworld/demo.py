@@ -7,8 +7,8 @@ from pathlib import Path
 from poc_lora.artifacts.results import Results
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import load_config
-from poc_lora.errors import RunError
 from poc_lora.evaluation.evaluate import evaluate
+from poc_lora.files import require_new
 from poc_lora.merging.folders import merge_folders
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 from poc_lora.reporting.page import write_page, write_rank_sweep
@@ -28,13 +28,12 @@ def run_demo(
     """Trains the adapters of configs/demo.yaml, merges and evaluates them, and writes the report.
 
     Args:
-        out: The run folder; one that is not empty raises RunError.
+        out: The run folder; one that is not empty raises RequestError.
         overrides: Settings that replace those of the file, except for the model, the data and the output.
         show: Called with lines and tables for the terminal.
         limit: Evaluate only the first questions of each benchmark.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError("the demo's folder is not empty", where=out, fix="remove it, or give another one with --out")
+    require_new(out)
     path = next(path for path in _CONFIGS if path.is_file())
     # JSON, so that YAML reads a path with a comma or a bracket as one string.
     name, data, output = (json.dumps(x) for x in (str(MODEL_DIR), [str(DATA_DIR)], str(out)))

@@ -85,7 +85,7 @@ def load_base(
     device = device or default_device()
     require_quantization(quantization, device)
     packed = quantization in BITSANDBYTES  # while it is read, and straight to the device
-    name = _expand(name)
+    name = resolve_base(name)
     tokenizer = load_tokenizer(name, revision=revision)
     if not sys.stderr.isatty():
         disable_progress_bar()  # a bar in a log file is noise
@@ -153,7 +153,7 @@ def _quantization(kind: str | None, dtype: str, *, floats_only: bool) -> BitsAnd
 
 def stored_quantization(name: str, *, revision: str | None = None) -> str | None:
     """The method with which a checkpoint's weights are quantised, or None. Raises ModelError."""
-    name = _expand(name)
+    name = resolve_base(name)
     try:
         config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     except Exception as problem:
@@ -217,7 +217,7 @@ def keep_differentiable(model: nn.Module) -> None:
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base model. Raises ModelError."""
-    name = _expand(name)
+    name = resolve_base(name)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as problem:
@@ -229,7 +229,7 @@ def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32"
 
     Within a FakeTensorMode it is on the CPU, whose tensors are fake then.
     """
-    name = _expand(name)
+    name = resolve_base(name)
     try:
         config = _config(name, revision)
         with torch.device("cpu" if detect_fake_mode() else "meta"):
@@ -271,8 +271,8 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted({path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)})
 
 
-def _expand(name: str) -> str:
-    """Returns the path of a folder that exists, or a Hub id as it is. Raises ModelError."""
+def resolve_base(name: str) -> str:
+    """Returns the path of a base model's folder, or its Hub id as it is. Raises ModelError if it is neither."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         for path in folder.iterdir():

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 
 from poc_lora.config import RunConfig, flatten
+from poc_lora.files import size
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Chart, Listing, Section, chart
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.run_files import RunFiles
 from poc_lora.reporting.summaries import merge_outcome
-from poc_lora.training.check import size
 
 
 def what_was_run(files: RunFiles) -> Section:

@@ -2,9 +2,9 @@
 
 from poc_lora.adapters.serving import serving_advice
 from poc_lora.artifacts.merge_report import MergeReport
+from poc_lora.files import size
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.tables import percent
-from poc_lora.training.check import size
 from poc_lora.training.loop import TrainingResult
 
 IDENTICAL = 0.9999  # a larger cosine suggests the same seed
@@ -43,15 +43,14 @@ def merge_outcome(report: MergeReport) -> str:
 
 def merge_distance(report: MergeReport) -> str | None:
     """Says how similar the adapters are, and how far the merge is from that of many; None for one adapter."""
-    if report.mean_cosine is None or report.relative_error_bar is None:
+    if report.mean_cosine is None or report.relative_standard_error is None:
         return None
-    move = (
-        "" if report.next_move is None else f"; one more would move the merge by about {percent(report.next_move, 1)} %"
-    )
+    distance = percent(report.relative_standard_error, 0)
+    next_move = None if report.next_move is None else percent(report.next_move, 1)
     return (
         f"The mean cosine between two adapters' updates is {report.mean_cosine:.3f}. By how far they are apart, the "
-        f"merge is about {percent(report.relative_error_bar, 0)} % of its own norm away from that of ever more such "
-        f"adapters{move}."
+        f"merge is about {distance} % of its own norm away from that of ever more such adapters"
+        + (f"; one more would move the merge by about {next_move} %." if next_move else ".")
     )
 
 

@@ -117,7 +117,7 @@ def test_scale_is_folded_in_with_one_rounding(tmp_path):
     ],
 )
 def test_what_cannot_be_written_leaves_no_folder(tmp_path, adapter, dtype, words):
-    with pytest.raises(AdapterError, match=words):
+    with pytest.raises(RequestError, match=words):
         write_adapter(adapter, tmp_path / "a", dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 

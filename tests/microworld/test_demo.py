@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from poc_lora.errors import RunError
+from poc_lora.errors import RequestError
 from poc_lora.microworld.demo import run_demo
 from poc_lora.reporting.sections_results import headline
 
@@ -66,7 +66,7 @@ def test_the_same_seed_gives_the_same_result(demo, tmp_path):
 
 
 def test_it_refuses_a_folder_with_something_in_it(demo):
-    with pytest.raises(RunError, match="--out"):
+    with pytest.raises(RequestError, match="exists already"):
         run(demo[0])
 
 

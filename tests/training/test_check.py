@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from poc_lora.errors import ConfigError, DataError, ModelError, RequestError, RunError
+from poc_lora.files import size
 from poc_lora.models import compilation
 from poc_lora.models.load import load_tokenizer
 from poc_lora.training import check as plan
-from poc_lora.training.check import check, size
+from poc_lora.training.check import check
 from poc_lora.training.step import Pack
 from poc_lora.training.train import train
 from tests.training.conftest import config, stop_after

@@ -46,7 +46,7 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(settings, monkeypatch):
     shown = curves(done.folder)
     assert shown == written(done.folder)
     assert {"loss/0", "noise_norm/2", "lr/1", "validation_loss/base", "validation_loss/2"} < shown.keys()
-    assert {"validation_loss/merge", "relative_error_bar/merge", "mean_cosine/merge"} < shown.keys()
+    assert {"validation_loss/merge", "relative_standard_error/merge", "mean_cosine/merge"} < shown.keys()
     assert [step for step, _ in shown["loss/1"]] == [1, 2, 3, 4, 5, 6]
     files = [path for path in done.folder.rglob("*") if path.is_file()]
     assert any("tfevents" in path.name for path in files)

@@ -25,7 +25,7 @@ from poc_lora.training.step import Pack
 from poc_lora.training.train import train
 from tests.training.conftest import config, metrics, stop_after, weights
 
-SUMMARY = {"mean_cosine", "spread", "error_bar", "relative_error_bar"}
+SUMMARY = {"mean_cosine", "variance", "merge_variance", "relative_standard_error"}
 
 
 def validations(folder, step):
@@ -75,7 +75,7 @@ def test_the_similarity_is_that_of_the_written_adapters(settings):
     torch.testing.assert_close(torch.tensor(line["cosines"], dtype=torch.float64), cosine(inner), rtol=1e-6, atol=1e-7)
     expected = summary(inner)
     assert line.items() >= {name: pytest.approx(value, rel=1e-6) for name, value in expected.items()}.items()
-    assert expected["spread"] > 0
+    assert expected["variance"] > 0
 
 
 def test_a_single_adapter_has_no_spread(settings):
