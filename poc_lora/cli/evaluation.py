@@ -104,7 +104,7 @@ def report(
     """
     run, *others = runs
     if bool(others) != compare:
-        what = "--compare needs runs to compare with" if compare else "a report is of one run"
+        what = "--compare needs runs to compare with" if compare else "a report describes one run"
         fix = f"for example: poc-lora report {shlex.quote(str(run))} --compare OTHER_RUN"
         raise RequestError(what, where=", ".join(map(str, runs)), fix=fix)
 

@@ -156,7 +156,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parsed(line: Mapping[str, Any], question: Question) -> Answer | None:
-    """The answer on a line; None if it is not a valid one to this question."""
+    """The answer on a line; None if it is not a valid answer to this question."""
     choice, text, found, too_long = (line.get(name) for name in ("choice", "text", "log_probs", "too_long"))
     if (choice is not None and choice not in question.labels) or not isinstance(too_long, bool):
         return None

@@ -1,4 +1,4 @@
-"""The control: another run's merge, evaluated before on the same questions with the same settings."""
+"""The control: the merge of another run, which was evaluated on the same questions with the same settings."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: S
     answers = AnswerFile(folder / "merged.jsonl", theirs, items).answers
     for item in items:
         if item not in answers:
-            what = f"its merge was not asked {item.benchmark}, row {item.row}, or not in these words"
+            what = f"its merge did not answer {item.benchmark}, row {item.row}, or that question has changed"
             raise RunError(what, where=folder, fix=fix)
     temperature = load_config(RunFolder(run).config).optim.temperature
     return Control(f"λ = {temperature:g}", answers)

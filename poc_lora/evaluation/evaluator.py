@@ -60,7 +60,7 @@ class Evaluator:
     def answer(
         self, variants: Variants, files: Mapping[str, AnswerFile], subset_slots: Mapping[str, Sequence[int]]
     ) -> None:
-        """Answer the questions of `files`, this rank its share, and add the answers of all ranks to `files`.
+        """Answer the questions of `files`, which the ranks share, and add the answers of all ranks to `files`.
 
         Args:
                 files: By variant and subset, its questions and the answers that are known; the ensemble is left alone.

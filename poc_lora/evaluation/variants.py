@@ -63,7 +63,7 @@ class Variants:
         return self.merged is None and len(self.adapters) > 1
 
     def digests(self, subsets: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[str]]:
-        """For every variant, and every named subset, how it is combined from which adapters, by their digests."""
+        """For every variant and named subset, the digests of its adapters, after how they are combined."""
         alone = {adapter_key(name): [adapter_digest(Path(a.source))] for name, a in self.adapters.items()}
         every = [digest for digests in alone.values() for digest in digests]
         found: dict[str, list[str]] = {"base": []}
@@ -134,7 +134,7 @@ def activate_variants(
 
 
 def _packs(model: PreTrainedModel, adapter: Adapter) -> bool:
-    """Whether a bank can hold the adapter: it changes linear layers alone. One that fits no layer is refused there."""
+    """Whether a bank can hold the adapter, which must change linear layers alone. The bank checks that it fits."""
     layers = dict(model.named_modules())
     return not adapter.modules_to_save and not any(
         isinstance(layers.get(m), Conv1D | Embedding) for m in adapter.modules
@@ -261,7 +261,7 @@ def is_merge_of(report: MergeReport, adapters: Sequence[Path]) -> bool:
 
 
 def _name_sources(sources: Sequence[Source]) -> dict[str, Source]:
-    """Name loose adapters after their folders or repositories, numbered if two names are equal."""
+    """Name adapters after their folders or repositories, with a number if two names are equal."""
     resolved = [source.folder.resolve() for source in sources]
     if len(set(resolved)) < len(resolved):
         raise RequestError("the same adapter is named twice", where=", ".join(source.name for source in sources))

@@ -1,4 +1,4 @@
-"""The model card: a description of an adapter that states known benchmark only.
+"""The model card: a description of an adapter that states only what is known.
 
 The metadata follows https://huggingface.co/docs/hub/model-cards. An accuracy carries a data set's name only where
 exactly its test questions were asked; the micro-world's benchmarks, for example, share folder names with real ones,
@@ -7,13 +7,13 @@ but not questions.
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from poc_lora.artifacts.merge_report import MergeReport
-from poc_lora.artifacts.results import Results
 from poc_lora.artifacts.run_info import TOKENIZED_ROWS
 from poc_lora.data.commonsense import BY_FOLDER, Benchmark
 from poc_lora.errors import RequestError
@@ -112,24 +112,21 @@ def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
     return entries
 
 
-def _values(evaluation: Evaluation) -> list[tuple[Benchmark, float, bool]]:
-    """For each benchmark the adapter's accuracy in percent, rounded as in the tables, and whether it is official."""
-    scored, official = evaluation.scored.benchmarks, _official(evaluation.results)
-    return [(BY_FOLDER[b], round(100 * scored[b].value, 2), b in official) for b in BY_FOLDER if b in scored]
+def _values(evaluation: Evaluation) -> Iterator[tuple[Benchmark, float, bool]]:
+    """For each benchmark the adapter's accuracy in percent, rounded as in the tables, and whether it is official.
 
-
-def _official(results: Results) -> set[str]:
-    """The benchmarks whose own test questions were asked, judged by their number and the level of chance."""
-    return {
-        folder
-        for folder, benchmark in BY_FOLDER.items()
-        if results.questions.get(folder) == benchmark.questions
-        and math.isclose(results.chance.get(folder, math.nan), benchmark.chance, rel_tol=1e-6)
-    }
+    That is, whether exactly the benchmark's own test questions were asked, as their number and the chance level show.
+    """
+    results = evaluation.results
+    for folder, benchmark in BY_FOLDER.items():
+        if folder in results.questions:
+            same_chance = math.isclose(results.chance[folder], benchmark.chance, rel_tol=1e-6)
+            official = results.questions[folder] == benchmark.questions and same_chance
+            yield benchmark, round(100 * evaluation.scored.benchmarks[folder].value, 2), official
 
 
 def _config(benchmark: Benchmark) -> str | None:
-    """Which part of its data set the benchmark is, where two of the eight share one."""
+    """The configuration of its data set, for the two benchmarks that share one."""
     return benchmark.folder if benchmark.source == "allenai/ai2_arc" else None
 
 
@@ -233,10 +230,9 @@ def _hub_datasets(subject: Subject) -> list[str]:
 
 
 def _measured(evaluation: Evaluation) -> str:
-    """The table of results.md, and a note which of its rows is this adapter."""
-    results, official = evaluation.results, _official(evaluation.results)
-    table = results_markdown(results).replace("\n## ", "\n### ").replace("# Evaluation", "## Evaluation", 1)
-    own = [benchmark.short for b, benchmark in BY_FOLDER.items() if b in results.questions and b not in official]
+    """The table of results.md, and which of its rows is this adapter."""
+    table = results_markdown(evaluation.results).replace("\n## ", "\n### ").replace("# Evaluation", "## Evaluation", 1)
+    own = [benchmark.short for benchmark, _, official in _values(evaluation) if not official]
     lines = [table.rstrip(), "", f"This adapter is the row {code(evaluation.row)}."]
     if own:
         lines.append(

@@ -71,13 +71,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class _Tree:
-    """The files below `root`; those behind links are not there, and the optional ones are noted in `left_out`."""
+    """The files below `root`, without those behind links. `left_out` lists the optional files that are left out."""
 
     root: Path
     left_out: dict[str, str] = field(default_factory=dict)
 
     def link(self, path: Path) -> Path | None:
-        """The first part of a path that is a link, other than the Hub cache's own into its blobs."""
+        """The first part of a path that is a link, except for the Hub cache's links to its blobs."""
         parts = path.relative_to(self.root).parts
         below = (self.root.joinpath(*parts[: i + 1]) for i in range(len(parts)))
         return next((part for part in below if part.is_symlink() and not self._is_of_cache(part)), None)
@@ -92,7 +92,7 @@ class _Tree:
             raise AdapterError(what, where=self.root, fix="replace the link by a copy of its target")
 
     def has(self, path: Path) -> bool:
-        """Whether there is such a file; one behind a link is noted."""
+        """Whether the file exists; one behind a link is left out."""
         if self.link(path) is not None:
             self.left_out["/".join(path.parts[-2:])] = "a link"
             return False
@@ -170,7 +170,7 @@ def _adapter_and_run(source: Path, members: bool) -> tuple[Path, RunFolder | Non
 
 
 def _singles(run: RunFolder, tree: _Tree, *, required: bool) -> list[Path]:
-    """The folders of the run's single adapters; without `required`, none where they are gone or links."""
+    """The folders of the run's single adapters; without `required`, none if they are missing or links."""
     try:
         tree.refuse_link(run.adapters)
         found = find_adapters(run.path)
@@ -244,10 +244,10 @@ def _evaluation(
         # The evaluation does not name its weights. The times are all that is left, though a copy may have new ones.
         same = (place / RESULTS).stat().st_mtime_ns >= (folder / WEIGHTS_NAME).stat().st_mtime_ns
     if not same:
-        tree.left_out[f"{place.name}/{RESULTS}"] = "of other weights than the adapter has now: evaluate again"
+        tree.left_out[f"{place.name}/{RESULTS}"] = "the weights have changed since: evaluate again"
         return None
     # The table lists single adapters by their names; a single one has a row of another name.
-    rows = [row for row, one in table_rows(results) if one is scored]
+    rows = [row for row, _, one in table_rows(results) if one is scored]
     row = rows[0] if variant == "merged" or len(results.adapters) == 1 else name
     return Evaluation(results, scored, row)
 

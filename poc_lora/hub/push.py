@@ -219,7 +219,7 @@ def _settings() -> Iterator[None]:
 
 
 def _as_error(problem: BaseException, repo_id: str) -> tuple[PocLoraError, bool]:
-    """Returns the error to raise for one of the library, and whether a retry may help."""
+    """Returns the error to raise for an error of the library, and whether a retry may help."""
     chain = [problem]  # failed uploads of large files come wrapped, with the answer in their cause
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)

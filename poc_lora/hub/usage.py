@@ -54,11 +54,11 @@ model = PeftModel.from_pretrained(base, {repo}{at})
 def _serving(subject: Subject, repo_id: str) -> str:
     """The command for vLLM, or the reason why vLLM cannot serve the adapter."""
     if len(subject.ranks) > 1 or subject.modules_to_save:
-        return "vLLM takes adapters of one rank without modules_to_save, so not this one."
+        return "vLLM cannot serve this adapter: it takes adapters of one rank without modules_to_save."
     rank, served = subject.ranks[-1], f"{repo_id.rpartition('/')[2]}={repo_id}"
     command = vllm_command(shlex.quote(subject.base_model), rank)
     if command is None:
-        return f"vLLM takes ranks up to {VLLM_RANKS[-1]}, so not this adapter of rank {rank}."
+        return f"vLLM cannot serve this adapter of rank {rank}: it takes ranks up to {VLLM_RANKS[-1]}."
     return f"With vLLM:\n\n```sh\n{command} --lora-modules {shlex.quote(served)}\n```"
 
 

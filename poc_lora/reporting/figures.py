@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ def averages_figure(rows: Sequence[tuple[str, str, Sequence[tuple[float, float]]
                 axes.annotate(f"{value:.2f}", (value, y), (0, 6), textcoords="offset points", ha="center", size=8)
     if chance is not None and chance > min(v for _, _, estimates in rows for v, _ in estimates) - 15:
         axes.axvline(chance, color=COLOURS["muted"], linewidth=1, linestyle=":")
-    axes.set_yticks(range(len(rows)), [name for name, _, _ in reversed(rows)])
+    names = [textwrap.fill(name.replace(" = ", "\u00a0=\u00a0"), 14) for name, _, _ in reversed(rows)]
+    axes.set_yticks(range(len(rows)), names)
     axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
     axes.set_ylim(-0.5, len(rows) - 0.25)
     axes.margins(x=0.12)
@@ -87,7 +89,7 @@ def validation_figure(base: Curve, adapters: Mapping[str, Curve], merges: Mappin
 
 @style()
 def heatmap_figure(cosines: Sequence[Sequence[float]], names: Sequence[str]) -> Figure:
-    """Draws the pairwise cosines on a scale from 0 to 1, or from -1 where one is below -0.05."""
+    """Draws the pairwise cosines on a scale from 0 to 1, or from -1 if one is below -0.05."""
     values = np.array(cosines)
     M = len(values)
     low = -1.0 if values.min() < -0.05 else 0.0

@@ -25,8 +25,6 @@ from poc_lora.reporting.sections_results import benchmarks, headline, subsets
 from poc_lora.reporting.sections_training import noise, provenance, training, what_was_run
 from poc_lora.reporting.tables import shown
 
-SWEEP_FILE = "rank_sweep"
-
 
 def write_page(folder: Path, *, compare: Sequence[Path] = ()) -> Path:
     """Writes report.html into a run, or into a folder of results. The same files give the same bytes.
@@ -82,5 +80,5 @@ def write_rank_sweep(report: MergeReport, folder: Path) -> None:
     """Draws the `rank_sweep` of a merge.json as rank_sweep.svg and rank_sweep.png."""
     figure = rank_sweep_figure(report.rank_sweep)
     title = "Relative error and retained energy of the merge against its rank"
-    write_atomic(folder / f"{SWEEP_FILE}.svg", render(figure, "svg", title=title))
-    write_atomic(folder / f"{SWEEP_FILE}.png", render(figure, "png"))
+    write_atomic(folder / "rank_sweep.svg", render(figure, "svg", title=title))
+    write_atomic(folder / "rank_sweep.png", render(figure, "png"))

@@ -18,15 +18,21 @@ from poc_lora.reporting.tables import Table, Value, markdown_table, percent, ter
 NARROW = {"WinoGrande": "Wino\nGrande", "HellaSwag": "Hella\nSwag", "average": "aver-\nage"}
 
 
-def table_rows(results: Results) -> list[tuple[str, Scored]]:
-    """Returns the rows of the table from top to bottom. A single adapter has a row of its own."""
+def table_rows(results: Results) -> list[tuple[str, str, Scored]]:
+    """Returns the rows of the table: name, role in `plotting.COLOURS`, accuracies. A single adapter has its own row."""
     if len(results.adapters) > 1:
-        adapters = [("LoRA (best)", results.adapters[results.best]), ("LoRA (average)", results.average)]
+        best = results.adapters[results.best]
+        adapters = [("LoRA (best)", "best", best), ("LoRA (average)", "adapter", results.average)]
     else:
-        adapters = [(f"LoRA {name}", scored) for name, scored in results.adapters.items()]
-    rows = [("base", results.base), *adapters, ("PoC merge", results.merged)]
-    rows += [(f"PoC merge, {results.control_name}", results.control), ("prediction ensemble", results.ensemble)]
-    return [(name, scored) for name, scored in rows if scored is not None]
+        adapters = [(f"LoRA {name}", "adapter", scored) for name, scored in results.adapters.items()]
+    rows = [
+        ("base", "base", results.base),
+        *adapters,
+        ("PoC merge", "merge", results.merged),
+        (f"PoC merge, {results.control_name}", "violet", results.control),
+        ("prediction ensemble", "ensemble", results.ensemble),
+    ]
+    return [(name, role, scored) for name, role, scored in rows if scored is not None]
 
 
 def columns(results: Results) -> dict[str, str]:
@@ -35,11 +41,11 @@ def columns(results: Results) -> dict[str, str]:
 
 
 def accuracy_table(results: Results, of: str = "") -> Table:
-    """Returns the paper's table: accuracies of the variants; `of` tells it from the tables of other evaluations."""
+    """Returns the paper's table: accuracies of the variants; `of` ends its caption if there are other evaluations."""
     chance = [results.chance[b] for b in columns(results)]
     asked = [results.questions[b] for b in columns(results)]
     levels = [Estimate(level, math.nan) for level in [*chance, statistics.fmean(chance)]]
-    rows = [_row(results, name, scored) for name, scored in table_rows(results)]
+    rows = [_row(results, name, scored) for name, _, scored in table_rows(results)]
     return Table(
         f"Accuracy (%) ± standard error{of}",
         ["", *columns(results).values(), "average"],

@@ -15,7 +15,7 @@ def similarity(files: RunFiles) -> Section:
     section = Section("similarity", "Similarity of the adapters")
     merge = files.merge
     if merge is None or len(merge.sources) < 2:
-        section.omitted.append("It takes a merge of two adapters or more, whose merge.json contains their cosines.")
+        section.omitted.append("There is no merge.json of two or more adapters, which contains their cosines.")
         return section
     names = labels(source_names(merge))
     if distance := merge_distance(merge):

@@ -8,7 +8,7 @@ from poc_lora.artifacts.results import Estimate, Results, Scored
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Chart, Section, chart
 from poc_lora.reporting.escape import short
-from poc_lora.reporting.results_tables import accuracy_table, adapters_table, columns, notes, paired_table
+from poc_lora.reporting.results_tables import accuracy_table, adapters_table, columns, notes, paired_table, table_rows
 from poc_lora.reporting.run_files import RunFiles
 
 
@@ -50,8 +50,7 @@ def benchmarks(files: RunFiles) -> Section:
         protocol = f", protocol {short(results.protocol, 20)}" if len(files.evaluations) > 1 else ""
         if changed := files.changed[i]:
             section.paragraphs.append(
-                f"This evaluation{protocol} is of other weights than the run has now for {', '.join(changed)}: "
-                "evaluate again."
+                f"The weights of {', '.join(changed)} have changed since this evaluation{protocol}: evaluate again."
             )
         _evaluation(section, results, protocol)
     return section
@@ -120,24 +119,12 @@ def _averages(results: Results) -> Chart:
     def points(*scored: Scored) -> list[tuple[float, float]]:
         return [(100 * s.average.value, 100 * s.average.error) for s in scored]
 
-    M = len(results.adapters)
     chance = statistics.fmean(results.chance[b] for b in columns(results))
-    rows = [("base", "base", points(results.base))]
-    if M:
-        rows.append((f"{M} adapters" if M > 1 else "LoRA", "adapter", points(*results.adapters.values())))
-    if M > 1:
-        rows.append(("LoRA (average)", "adapter", points(results.average)))
-        rows.append(("LoRA (best)", "best", points(results.adapters[results.best])))
-    if results.merged is not None:
-        rows.append(("PoC merge", "merge", points(results.merged)))
-    if results.control is not None:
-        rows.append((f"merge, {short(results.control_name or '', 12)}", "violet", points(results.control)))
-    if results.ensemble is not None:
-        rows.append(("prediction\nensemble", "ensemble", points(results.ensemble)))
+    rows = [(short(name, 28), role, points(scored)) for name, role, scored in table_rows(results)]
+    if (M := len(results.adapters)) > 1:
+        rows.insert(1, (f"{M} adapters", "adapter", points(*results.adapters.values())))
     description = "; ".join(
-        f"{name.replace(chr(10), ' ')} {values[0][0]:.2f} %"
-        if len(values) == 1
-        else f"{name} {min(values)[0]:.2f} to {max(values)[0]:.2f} %"
+        f"{name} {values[0][0]:.2f} %" if len(values) == 1 else f"{name} {min(values)[0]:.2f} to {max(values)[0]:.2f} %"
         for name, _, values in rows
     )
     return chart(

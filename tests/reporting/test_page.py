@@ -174,17 +174,19 @@ def test_a_setting_is_not_read_off_from_lines_that_are_missing(tmp_path):
 
 
 def test_an_evaluation_of_other_weights_is_told(run):
-    assert "of other weights" not in page_of(run).text
+    assert "have changed since" not in page_of(run).text
     for thing, folder in [("merged", "merged"), ("adapter-00", "adapters/00"), ("adapter-01", "adapters/01")]:
         (run / folder).mkdir(parents=True, exist_ok=True)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             (run / folder / name).write_text(thing)
         told = {"adapter_digest": adapter_digest(run / folder)}
         (run / "eval" / f"{thing}.json").write_text(json.dumps(told))
-    assert "of other weights" not in page_of(run).text
+    assert "have changed since" not in page_of(run).text
     for folder in ("merged", "adapters/01"):
         (run / folder / "adapter_model.safetensors").write_text("made anew")
-    assert "of other weights than the run has now for the merge, adapter 01: evaluate again" in page_of(run).text
+    assert (
+        "The weights of the merge, adapter 01 have changed since this evaluation: evaluate again" in page_of(run).text
+    )
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_one_adapter_without_a_merge_stands_for_itself(results):
     single = results.model_copy(
         update=dict(adapters={"a": scored(0.7)}, best="a", merged=None, ensemble=None, comparisons={}, agreement=None)
     )
-    assert [name for name, _ in table_rows(single)] == ["base", "LoRA a"]
+    assert [name for name, *_ in table_rows(single)] == ["base", "LoRA a"]
     assert "chosen" not in "\n".join(notes(single))
     assert "Every adapter" not in results_markdown(single)
 

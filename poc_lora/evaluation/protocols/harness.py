@@ -131,7 +131,7 @@ def _right_choice(task: Any, sample: dict[str, Any]) -> int:
 
 
 def _items(data: Path | None, scores: Mapping[str, TaskScores]) -> list[Item]:
-    """The questions that were asked; of lm-eval's own tasks only the numbers of their labels are known here."""
+    """The questions that were asked; for lm-eval's own tasks, stand-ins with as many labels."""
     items = []
     for folder, found in scores.items():
         if data is not None:
