@@ -67,21 +67,43 @@ class AdaptersSection(Section):
     """The seed of all random draws of the run."""
 
 
+COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "tools", "system")  # of the formats
+
+
 class DataSection(Section):
     """Training rows and how they become tokens."""
 
     train: Annotated[tuple[Name, ...], Field(min_length=1)]
-    """Sources of training rows: `.json` or `.jsonl` files, folders of `train.json` files, or Hub data sets."""
+    """Sources of rows: files (`.json`, `.jsonl`, `.jsonl.gz`, `.csv`, `.parquet`), folders of `train.json` files, or
+    Hub data sets (`org/name`, or `org/name:split`)."""
+    columns: dict[Name, Name | None] = Field(default={})
+    """Columns of the rows, renamed to the format's, or left out by `null`. `messages.KEY`: a key of a chat's turns."""
+    skip_bad_rows: Flag = False
+    """Leave out rows that cannot be used, and count them, instead of refusing them."""
     prompt: Literal["clean", "llm-adapters", "bare"] = "clean"
     """The prompt template of instruction rows. `bare`: the instruction alone."""
     max_length: Positive = 256
     """Longest row in tokens; longer rows are truncated."""
-    train_on_prompt: Flag = True
-    """Whether the loss includes the prompt's tokens, or only the answer's."""
+    learn: Literal["last", "assistant", "all"] = "all"
+    """Tokens with a loss: the answer (a chat's `last` turn), every turn of the `assistant`, or `all`."""
     group_by_length: Flag = True
     """Batch rows of similar length together, which saves padding."""
     validation: NonNegative = 120
     """Rows held out of training to measure the validation loss."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_what_to_learn(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "train_on_prompt" in raw:
+            raise ValueError("train_on_prompt is now `learn`: write learn: all for true, learn: last for false")
+        return raw
+
+    @model_validator(mode="after")
+    def _columns_are_ours(self) -> "DataSection":
+        for theirs, ours in self.columns.items():
+            if ours is not None and "." not in theirs and ours not in COLUMNS:
+                raise ValueError(f"columns maps '{theirs}' to '{ours}', which is none of {', '.join(COLUMNS)}")
+        return self
 
 
 class OptimSection(Section):

@@ -44,9 +44,11 @@ adapters.count=12
 adapters.per_device=4
 adapters.seed=1
 data.train=[my/train.jsonl]
+data.columns={question:instruction,hints:null}
+data.skip_bad_rows=true
 data.prompt=llm-adapters
 data.max_length=512
-data.train_on_prompt=false
+data.learn=last
 data.group_by_length=false
 data.validation=0
 optim.lr=2e-4
@@ -108,6 +110,8 @@ def values(field: dict[str, Any]) -> str:
         if "prefixItems" in field:
             return f"list of {len(field['prefixItems'])}: {values(field['prefixItems'][0])}"
         return f"list of {values(field['items'])}" + (", at least one" if field.get("minItems") else "")
+    if field["type"] == "object":
+        return f"text: {values(field['additionalProperties'])}"
     words = {
         "string": "text",
         "boolean": "`true` or `false`",

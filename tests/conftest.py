@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # A model of any family with Llama's names for its parts.
 SMALL = dict(
@@ -75,6 +75,17 @@ def tiny_model_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-llama")
     tokenizer = build_tokenizer([row["instruction"] + " " + row["output"] for row in instruction_rows(60)])
     build_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def padded_model_dir(tiny_model_dir, tmp_path):
+    """The same with a [PAD] token that it has no embedding of, as many models on the Hub."""
+    folder = tmp_path / "padded"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    LlamaForCausalLM.from_pretrained(tiny_model_dir).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -21,7 +21,7 @@ def test_a_study_keeps_every_score_and_is_not_run_twice(monkeypatch, tmp_path, c
     jobs = [
         script.Job("choices", "choices", members=2, packs=2, steps=2, batch=2),
         script.Job("labels_longer", "labels", members=1, packs=2, steps=3, batch=2),
-        script.Job("docstrings", "docstrings", members=2, packs=1, steps=1, batch=2, train_on_prompt=False),
+        script.Job("docstrings", "docstrings", members=2, packs=1, steps=1, batch=2, learn="last"),
     ]
     monkeypatch.setattr(script, "JOBS", {job.name: job for job in jobs})
     script.write_rows(DATA_DIR, tmp_path / "rows")

@@ -142,7 +142,7 @@ def test_a_count_is_a_positive_integer(value):
 
 @pytest.mark.parametrize("value", ["true", 1, 0, "yes", None])
 def test_a_switch_is_true_or_false(value):
-    assert "data.train_on_prompt" in refusal(data__train_on_prompt=value)
+    assert "data.group_by_length" in refusal(data__group_by_length=value)
 
 
 @pytest.mark.parametrize("value", [1.0, -0.1, float("nan")])

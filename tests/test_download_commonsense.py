@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from poc_lora.data.commonsense import BENCHMARKS, find_benchmarks, read_questions
-from poc_lora.data.rows import InstructionRow, read_file, source_files
+from poc_lora.data.formats import InstructionRow
+from poc_lora.data.rows import read_file, source_files
 from poc_lora.errors import DataError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "download_commonsense.py"

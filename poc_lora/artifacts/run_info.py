@@ -7,7 +7,9 @@ from pydantic import Field
 
 from poc_lora.artifacts.schema import Artifact, Finite, Number
 
-TOKENIZED_ROWS = "tokenised rows"  # the key in data_sha256 that is no file
+TOKENIZED_ROWS = "tokenised rows"
+SUPERVISED_TOKENS = "tokens with a loss"
+NO_FILES = (TOKENIZED_ROWS, SUPERVISED_TOKENS)  # the keys in data_sha256 that are none
 
 
 class RunInfo(Artifact):
@@ -18,7 +20,9 @@ class RunInfo(Artifact):
         machine: Platform, processor, threads and GPUs of rank 0.
         seed: The seed of the run.
         steps: Optimizer steps in all.
-        data_sha256: SHA-256 of every file of training rows by its path, and of the tokenized rows.
+        data_sha256: SHA-256 of every file of training rows by its path, and under `NO_FILES` of the tokenized rows and
+            of which tokens have a loss.
+        skipped_rows: Rows that were left out because they could not be used.
         started_at: When the run was first started, in ISO format.
         dtype: The dtype of the base model.
         processes: The number of ranks.
@@ -39,6 +43,7 @@ class RunInfo(Artifact):
     seed: int | None = None
     steps: int | None = None
     data_sha256: dict[str, str] = Field(default_factory=dict)
+    skipped_rows: int | None = None
     per_device: int | None = None
     tokens_per_microbatch: int | None = None
     gradient_checkpointing: bool | None = None

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -87,6 +88,8 @@ def _plain(value: Any, names: Mapping[str, str] | None = None) -> Any:
         fields = type(value).model_fields
         shown = (n for n in fields if n in value.model_fields_set and (names is None or PUBLIC in fields[n].metadata))
         return {name: _plain(getattr(value, name), names) for name in shown}
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value), names)
     if isinstance(value, dict):
         return {str(key): _plain(inner, names) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,13 +1,16 @@
 """What the verbs print, errors included, and how they parse lists of numbers."""
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from traceback import format_exception
+from types import FrameType
 from typing import Any, TypeVar
 
 import typer
 
-from poc_lora.errors import PocLoraError, RequestError, visible
+from poc_lora.errors import Interrupted, PocLoraError, RequestError, system_problem, visible
 
 N = TypeVar("N", int, float)
 
@@ -25,7 +28,8 @@ def as_error(problem: Exception) -> PocLoraError | None:
             fix="in training, lower train.tokens_per_microbatch or adapters.per_device",
         )
     elif isinstance(problem, OSError):  # a full disk, a folder that went away
-        error = PocLoraError(str(problem))
+        what, fix = system_problem(problem)
+        error = PocLoraError(what, where=problem.filename, fix=fix)
     else:
         return None
     error.__cause__ = problem
@@ -39,6 +43,34 @@ def _is_out_of_memory(problem: Exception) -> bool:
         or (torch is not None and isinstance(problem, torch.OutOfMemoryError))
         or (isinstance(problem, RuntimeError) and any(words in str(problem) for words in CPU_OUT_OF_MEMORY))
     )
+
+
+@contextlib.contextmanager
+def interruptible(outcome: str) -> Iterator[None]:
+    """Within the block Ctrl-C and SIGTERM raise KeyboardInterrupt, and then the block raises Interrupted.
+
+    That holds for whatever error comes of it too: torch turns a KeyboardInterrupt that reaches some of its functions
+    into a ValueError, which would read as a damaged file.
+
+    Args:
+        outcome: What such an end leaves, for the message.
+    """
+    received: list[str] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number).name)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except BaseException as problem:
+        if not received:
+            raise
+        raise Interrupted(f"stopped by {received[0]}; {outcome}", fix="the same command starts again") from problem
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def show_error(error: PocLoraError, *, traceback: bool = False) -> None:

@@ -13,6 +13,7 @@ from poc_lora.devices import without_waiting
 
 BUCKET_STEPS = 16  # a bucket of rows of similar length is enough for this many steps
 PAD_MULTIPLE = 8
+PAD = 0  # never attended to, so any token that every base model has will do
 
 
 class BatchOrder:
@@ -77,8 +78,6 @@ def micro_batches(
     *,
     tokens: int,
     at_least: int = 1,
-    train_on_prompt: bool,
-    pad_id: int,
     device: torch.device,
 ) -> Iterator[MicroBatch]:
     """Yields one step's rows as micro-batches; see `cut_rows` for their sizes.
@@ -88,13 +87,11 @@ def micro_batches(
         rows_per_slot: The indices of each adapter's rows in this step, equally many for each.
         tokens: The most tokens of a micro-batch, with padding.
         at_least: The least number of micro-batches.
-        train_on_prompt: Whether prompts have a loss too.
-        pad_id: The token that rows are padded with.
         device: The device of the tensors.
     """
     for part in cut_rows(examples, rows_per_slot, tokens=tokens, at_least=at_least):
         chosen = [i for rows in part for i in rows]
-        yield _pack(examples, chosen, len(part[0]), train_on_prompt=train_on_prompt, pad_id=pad_id, device=device)
+        yield _pack(examples, chosen, len(part[0]), device=device)
 
 
 def cut_rows(
@@ -117,28 +114,22 @@ def cut_rows(
     return [[rows[start:end] for rows in by_length] for start, end in pairwise(bounds)]
 
 
-def supervised_tokens(example: Example, *, train_on_prompt: bool) -> int:
-    """The number of an example's tokens that have a loss; the first token never has one."""
-    return len(example.ids) - (1 if train_on_prompt else example.answer_start)
+def supervised_tokens(example: Example) -> int:
+    """The number of an example's tokens that have a loss."""
+    return sum(end - start for start, end in example.supervised)
 
 
-def _pack(
-    examples: Sequence[Example],
-    chosen: list[int],
-    rows_per_adapter: int,
-    *,
-    train_on_prompt: bool,
-    pad_id: int,
-    device: torch.device,
-) -> MicroBatch:
+def _pack(examples: Sequence[Example], chosen: list[int], rows_per_adapter: int, *, device: torch.device) -> MicroBatch:
     lengths = torch.tensor([len(examples[i].ids) for i in chosen])[:, None]
-    first = 1 if train_on_prompt else torch.tensor([examples[i].answer_start for i in chosen])[:, None]
     T = padded_length(int(lengths.max()))
-    position = torch.arange(T)
-    filled = position < lengths
-    input_ids = torch.full((len(chosen), T), pad_id)
+    filled = torch.arange(T) < lengths
+    supervised = torch.zeros_like(filled)
+    for row, i in enumerate(chosen):
+        for start, end in examples[i].supervised:
+            supervised[row, start:end] = True
+    input_ids = torch.full((len(chosen), T), PAD)
     input_ids[filled] = torch.tensor([token for i in chosen for token in examples[i].ids])
-    rows, columns = ((position >= first) & filled).nonzero(as_tuple=True)
+    rows, columns = supervised.nonzero(as_tuple=True)
     parts = [input_ids.flatten(), rows, columns - 1, input_ids[rows, columns], rows // rows_per_adapter]
     ids, row, column, target, slot = without_waiting(torch.cat(parts), device).split([len(part) for part in parts])
     return MicroBatch(ids.view(len(chosen), T), row, column, target, slot, chosen, int(lengths.sum()))

@@ -8,11 +8,12 @@ from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from poc_lora.data.rows import ChatRow, CompletionRow, InstructionRow, Row
+from poc_lora.data.chats import ChatTemplate, Learn, RenderedRow, common_prefix
+from poc_lora.data.formats import ChatRow, InstructionRow, Row
+from poc_lora.data.rows import BadRows
 from poc_lora.errors import DataError, ModelError
 
 # Template name -> for training and for evaluation -> without an input and with one. `llm-adapters` is what that project
@@ -24,10 +25,14 @@ TEMPLATES: dict[str, dict[str, dict[str, str]]] = json.loads(
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row; `ids[answer_start:]` is the answer, which ends with EOS unless it was truncated."""
+    """One tokenised row, which ends with EOS unless it was truncated.
+
+    ids: its tokens.
+    supervised: the spans of tokens that have a loss, as (start, end), in order; token 0 never has one.
+    """
 
     ids: tuple[int, ...]
-    answer_start: int
+    supervised: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,8 @@ class Encoded:
     """The examples of a data set, and how many rows did not fit."""
 
     examples: list[Example]
-    truncated: int  # rows truncated to max_length that keep a part of their answer
-    dropped: int  # rows left out because truncation removes their whole answer
+    truncated: int  # rows truncated to max_length that keep a part of what is learnt
+    dropped: int  # rows left out because truncation removes all answers
 
 
 def render_prompt(instruction: str, input: str, template: str, *, purpose: str = "evaluation") -> str:
@@ -53,43 +58,52 @@ def encode_rows(
     *,
     template: str,
     max_length: int,
+    learn: Learn = "all",
     now: datetime | None = None,
+    bad: BadRows | None = None,
 ) -> Encoded:
     """Tokenise rows as prompt + answer + EOS.
 
-    The answer starts at the first token where prompt + answer differs from the prompt alone, so a token with the end
-    of the prompt and the start of the answer belongs to the answer.
+    An answer starts at the first token where the text up to its end differs from the text before it, so a token with
+    the end of the prompt and the start of the answer belongs to the answer.
 
     Args:
         rows: The rows.
         tokenizer: The base model's tokenizer.
         template: The prompt template's name, a key of `TEMPLATES`.
-        max_length: Rows are truncated to this many tokens, and dropped if that removes their whole answer.
+        max_length: Rows are truncated to this many tokens, and dropped if that removes all their answers.
+        learn: The tokens with a loss: those of the `last` answer, of every turn of the `assistant`, or `all`.
         now: The time for chat templates that write a date, so that rows do not depend on the day; default: now.
+        bad: Where rows that the chat template does not fit are added.
 
     Raises:
         ModelError: The tokenizer has no EOS token, or no chat template for rows that are chats.
-        DataError: There are no rows, or the chat template refuses one.
+        DataError: There are no rows; without `bad`, also if the chat template does not fit one.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no EOS token, so an answer could not end", where="model.name")
-    with _stopped_clock(now or datetime.now()):
-        pairs = [_texts(row, tokenizer, template, f"data.train, row {number}") for number, row in enumerate(rows, 1)]
-    if not pairs:
+    if not rows:
         raise DataError("there are no training rows", where="data.train")
-    chats = [isinstance(row, ChatRow) for row in rows]
-    prompt_ids = _tokenise(tokenizer, [prompt for prompt, _ in pairs], chats)
-    whole_ids = _tokenise(tokenizer, [prompt + answer for prompt, answer in pairs], chats)
+    chat_template, problems = ChatTemplate(tokenizer), BadRows() if bad is None else bad
+    texts, chats = [], []
+    with _stopped_clock(now or datetime.now()):
+        for row in rows:
+            try:
+                texts.append(_render(row, chat_template, template, learn, str(tokenizer.eos_token)))
+                chats.append(isinstance(row, ChatRow))
+            except DataError as problem:
+                problems.add(problem)
+    if bad is None:
+        problems.raise_if_any()
     examples, truncated, dropped = [], 0, 0
-    for prompt, whole in zip(prompt_ids, whole_ids, strict=True):
-        start = max(1, _common_prefix(prompt, whole))  # the first token cannot be predicted
-        if whole[-1:] != [tokenizer.eos_token_id]:
-            whole = [*whole, tokenizer.eos_token_id]
-        if start >= max_length:
+    for ids, spans in _tokenise(tokenizer, texts, chats):
+        if spans[0][0] >= max_length:
             dropped += 1
             continue
-        truncated += len(whole) > max_length
-        examples.append(Example(tuple(whole[:max_length]), start))
+        truncated += len(ids) > max_length
+        spans = [(1, len(ids))] if learn == "all" else spans
+        kept = tuple((start, min(end, max_length)) for start, end in spans if start < max_length)
+        examples.append(Example(tuple(ids[:max_length]), kept))
     return Encoded(examples, truncated, dropped)
 
 
@@ -110,37 +124,58 @@ def _stopped_clock(now: datetime) -> Iterator[None]:
         library.datetime = original
 
 
-def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, template: str, where: str) -> tuple[str, str]:
+def _render(row: Row, chat_template: ChatTemplate, template: str, learn: Learn, eos: str) -> RenderedRow:
+    if isinstance(row, ChatRow):
+        return chat_template.render(row, learn)
     if isinstance(row, InstructionRow):
-        return render_prompt(row.instruction, row.input, template, purpose="training"), row.output
-    if isinstance(row, CompletionRow):
-        return row.prompt, row.completion
-    if tokenizer.chat_template is None:
-        raise ModelError("the rows are chats but the tokenizer has no chat template", where="data.train")
-    turns = list(row.messages)
-    try:
-        prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except TemplateError as problem:  # templates refuse unknown roles and orders of roles
-        raise DataError(f"the tokenizer's chat template refuses the row: {problem}", where=where) from problem
-    shared = _common_prefix(prompt, whole)
-    return whole[:shared], whole[shared:].rstrip("\n")
+        prompt, answer = render_prompt(row.instruction, row.input, template, purpose="training"), row.output
+    else:
+        prompt, answer = row.prompt, row.completion
+    if answer.rstrip("\n").endswith(eos):  # rendered beforehand, with the line end that chat templates write after EOS
+        answer = answer.rstrip("\n")
+    return RenderedRow(prompt + answer, ((len(prompt), len(prompt + answer)),))
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str], chats: list[bool]) -> list[list[int]]:
-    """Token ids of each text; no special tokens are added to chats, whose templates write their own."""
-    ids: list[list[int]] = [[] for _ in texts]
+def _tokenise(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[RenderedRow], chats: Sequence[bool]
+) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """Yields each row's tokens, EOS at the end, and the spans of its answers.
+
+    No special tokens are added to chats, whose templates write their own, and none to texts that have them already.
+    """
+    pieces = []  # whole texts, and up to where answers start and end inside them
+    for row in rows:
+        places = {place for span in row.answers for place in span} - {len(row.text)}
+        pieces.append([row.text, *(row.text[:place] for place in sorted(places))])
+    ids: dict[tuple[str, bool], list[int]] = {}
     for chat in (False, True):
-        chosen = [i for i, is_chat in enumerate(chats) if is_chat == chat]
+        chosen = [text for texts, is_chat in zip(pieces, chats, strict=True) if is_chat == chat for text in texts]
         if chosen:
-            encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=not chat)["input_ids"]
-            for i, tokens in zip(chosen, encoded, strict=True):
-                ids[i] = list(tokens)
-    return ids
+            encoded = tokenizer(chosen, add_special_tokens=not chat)["input_ids"]
+            ids |= {(text, chat): list(tokens) for text, tokens in zip(chosen, encoded, strict=True)}
+    front, behind = _added_tokens(tokenizer)
+    for row, chat in zip(rows, chats, strict=True):
+        whole = ids[row.text, chat]
+        own = len(front) if front and not chat and whole[len(front) : 2 * len(front)] == front else 0
+        ends = len(behind) if behind and not chat and whole[-2 * len(behind) : -len(behind)] == behind else 0
+        whole = whole[own : len(whole) - ends]  # a text that was rendered beforehand has its own
+        spans = []
+        for first, last in row.answers:
+            start = common_prefix(ids[row.text[:first], chat][own:], whole)
+            through = ids[row.text[:last], chat][own:]
+            end = common_prefix(through, whole)
+            spans.append((max(1, start), end + (end < len(through))))  # a token with the end of the answer is its own
+        if whole[-1:] != [tokenizer.eos_token_id]:
+            whole = [*whole, tokenizer.eos_token_id]
+        if row.answers[-1][1] == len(row.text):
+            spans[-1] = (spans[-1][0], len(whole))
+        yield whole, spans
 
 
-def _common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer adds in front of a text, and behind it."""
+    bare, whole = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (False, True))
+    for at in range(len(whole) - len(bare) + 1):
+        if bare and whole[at : at + len(bare)] == bare:
+            return whole[:at], whole[at + len(bare) :]
+    return [], []

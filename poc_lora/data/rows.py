@@ -1,43 +1,57 @@
-"""Read training rows from files, folders or the Hub. Their columns decide between three formats:
+"""Read training rows from files, folders or the Hub; data/formats.py tells what a row may be."""
 
-instruction / input / output     the LLM-Adapters and Alpaca format (`answer` and other columns are ignored)
-prompt / completion              text that is used as it is
-messages                         a chat, rendered by the tokenizer's template; the answer is the last turn
-"""
-
+import csv
+import glob
+import gzip
+import io
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from poc_lora.errors import DataError
-from poc_lora.files import read_json, read_text
+from poc_lora.data.formats import Row, parse_row
+from poc_lora.errors import DataError, first_line
+from poc_lora.files import read_json, read_text, require_plain
 from poc_lora.hub_ids import is_repo_id
 
 MAX_DATA_BYTES = 4 * 2**30
+MAX_SHOWN = 10
 TRAIN_FILES = ("train.json", "train.jsonl")
+SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".csv", ".parquet")
 
 
-@dataclass(frozen=True)
-class InstructionRow:
-    instruction: str
-    input: str
-    output: str
+class BadRows:
+    """Rows that cannot be used: how many, and what is wrong with the first ten."""
 
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[DataError] = []
 
-@dataclass(frozen=True)
-class CompletionRow:
-    prompt: str
-    completion: str
+    def add(self, problem: DataError) -> None:
+        self.count += 1
+        if len(self.first) < MAX_SHOWN:
+            self.first.append(problem)
 
-
-@dataclass(frozen=True)
-class ChatRow:
-    messages: tuple[dict[str, str], ...]
-
-
-Row = InstructionRow | CompletionRow | ChatRow
+    def raise_if_any(self) -> None:
+        """Raise the one problem there is, or one DataError that tells the first of them and their number."""
+        if not self.count:
+            return
+        skip = "data.skip_bad_rows: true leaves such rows out"
+        fixes = list(dict.fromkeys(problem.fix for problem in self.first if problem.fix))
+        if self.count == 1:
+            (problem,) = self.first
+            fix = "; ".join([*fixes, skip])
+            raise DataError(problem.what, where=problem.where, fix=fix) from problem
+        lines = [f"{problem.where}: {problem.what}" for problem in self.first]
+        if self.count > len(lines):
+            lines.append(f"and {self.count - len(lines):,} more")
+        raise DataError(
+            f"{self.count:,} rows cannot be used:",
+            details=lines,
+            where="data.train",
+            fix="; ".join([*(fixes if len(fixes) == 1 else []), skip]),
+        ) from self.first[0]
 
 
 def source_files(sources: Sequence[str]) -> list[Path]:
@@ -60,108 +74,172 @@ def source_files(sources: Sequence[str]) -> list[Path]:
             files += found
         elif path.is_file():
             files.append(path)
-        elif not is_repo_id(source) or source.endswith((".json", ".jsonl")):
+        elif not is_dataset_id(source):
             raise DataError("no such file or folder", where=source, fix="check data.train")
     return files
 
 
-def read_sources(sources: Sequence[str]) -> list[Row]:
-    """Read the rows of files, folders and Hub ids, in this order: local ones first. Raises DataError."""
-    rows: list[Row] = []
-    for path in source_files(sources):
-        rows += read_file(path)
-    for source in sources:
-        if not Path(source).expanduser().exists():
-            rows += _read_hub(source)
+def is_dataset_id(source: str) -> bool:
+    """Whether a source has the form of a Hub data set, org/name or org/name:split, and not that of a file."""
+    return is_repo_id(source.partition(":")[0]) and not source.endswith(SUFFIXES)
+
+
+def read_sources(
+    sources: Sequence[str], *, columns: Mapping[str, str | None] | None = None, bad: BadRows | None = None
+) -> list[Row]:
+    """Read the rows of files, folders and Hub ids, in this order: local ones first.
+
+    Args:
+        sources: The configuration's `data.train`.
+        columns: Its `data.columns`.
+        bad: Where rows that cannot be used are added.
+
+    Raises:
+        DataError: A source cannot be read, or no row has a column that `columns` names; without `bad`, also if a row
+            cannot be used.
+    """
+    problems = BadRows() if bad is None else bad
+    columns = columns or {}
+    rows, unseen = [], {name.partition(".")[0] for name in columns} | set(columns)
+    for place, raw in _parts(sources):
+        number = 0
+        for number, row in enumerate(raw, 1):
+            if isinstance(row, dict):
+                unseen -= row.keys()
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                rows.append(parse_row(row, f"{place}, row {number}", columns))
+            except DataError as problem:
+                problems.add(problem)
+        if not number:
+            raise DataError("the file has no rows", where=place, fix="remove it from data.train or fill it")
+    for name in columns:
+        if name in unseen and name.partition(".")[0] in unseen:
+            raise DataError(f"no row has the column {name!r}", where="data.columns", fix="correct it, or take it out")
+    if bad is None:
+        problems.raise_if_any()
     return rows
 
 
 def read_file(path: Path) -> list[Row]:
-    """Read the rows of a .json file (a list) or .jsonl file (one object a line). Raises DataError."""
-    raw = (
-        list(_json_lines(path))
-        if path.suffix == ".jsonl"
-        else read_json(path, error=DataError, max_bytes=MAX_DATA_BYTES)
-    )
-    if not isinstance(raw, list):
+    """Read the rows of one file. Raises DataError."""
+    return read_sources([str(path)])
+
+
+def _parts(sources: Sequence[str]) -> Iterator[tuple[str | Path, Iterable[Any]]]:
+    """Yields the files and Hub data sets of the sources, with the rows of each as plain values."""
+    for path in source_files(sources):
+        yield path, _file_rows(path)
+    for source in sources:
+        if not Path(source).expanduser().exists():
+            yield source, _hub_rows(source)
+
+
+def _file_rows(path: Path) -> Iterable[Any]:
+    """The rows of a file as plain values; a line that cannot be read is a DataError in its row's place."""
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return _table_rows(path, "parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
+    if name.endswith(".csv"):
+        return _csv_rows(path)
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return _json_lines(path)
+    if name.endswith(".gz"):
+        raise DataError("a packed file that is no .jsonl.gz", where=path, fix="unpack it")
+    try:
+        rows = read_json(path, error=DataError, max_bytes=MAX_DATA_BYTES)
+    except DataError as problem:
+        if getattr(problem.__cause__, "msg", "") != "Extra data":
+            raise
+        return _json_lines(path)  # in a file called .json, as often on the Hub
+    if not isinstance(rows, list):
         raise DataError("the file is not a list of rows", where=path, fix="write one JSON list, or .jsonl")
-    if not raw:
-        raise DataError("the file has no rows", where=path, fix="remove it from data.train or fill it")
-    return [_parse(row, f"{path}, row {number}") for number, row in enumerate(raw, 1)]
+    return rows
 
 
-def _json_lines(path: Path) -> Iterable[Any]:
+def _json_lines(path: Path) -> Iterator[Any]:
+    text = _unzipped(path) if path.suffix.lower() == ".gz" else _text(path)
     # Not splitlines(), which also splits at characters, such as U+2028, that a JSON string may contain.
-    for number, line in enumerate(read_text(path, error=DataError, max_bytes=MAX_DATA_BYTES).split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as problem:
                 reason = getattr(problem, "msg", problem)
-                raise DataError(
-                    f"not valid JSON at line {number}: {reason}", where=path, fix="repair that line"
-                ) from problem
+                yield DataError(f"not valid JSON at line {number}: {reason}", where=path, fix="repair that line")
 
 
-def _parse(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise DataError("a row is not an object with columns", where=where)
-    if "messages" in row:
-        return _parse_chat(row["messages"], where)
-    if "prompt" in row or "completion" in row:
-        return CompletionRow(_text(row, "prompt", where), _text(row, "completion", where))
-    if "instruction" in row or "output" in row:
-        extra = row.get("input") or ""
-        if not _is_text(extra):
-            raise DataError("the column 'input' is not text", where=where)
-        return InstructionRow(_text(row, "instruction", where), extra, _text(row, "output", where))
-    raise DataError(
-        f"columns {', '.join(map(repr, row)) or 'none'} fit none of the formats",
-        where=where,
-        fix="rows have instruction/input/output, or prompt/completion, or messages",
-    )
-
-
-def _text(row: dict[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        raise DataError(f"the column '{column}' is missing", where=where, fix=f"its columns are {', '.join(row)}")
-    if not _is_text(row[column]) or not row[column]:
-        raise DataError(f"the column '{column}' is empty or not text", where=where)
-    text: str = row[column]
-    return text
-
-
-def _is_text(value: Any) -> bool:
-    """Whether `value` is text that UTF-8 can encode; JSON escapes may contain half of a surrogate pair."""
+def _csv_rows(path: Path) -> Iterator[Any]:
+    """Every value is text as it stands: the libraries that guess types read the answers "007" and "NA" as others."""
+    before = csv.field_size_limit(MAX_DATA_BYTES)
     try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
+        table = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+        header = next(table, [])
+        if len(set(header)) < len(header):
+            raise DataError("a column's name stands twice in the first line", where=path)
+        for values in table:
+            if len(values) == len(header):
+                yield dict(zip(header, values, strict=True))
+            elif values:
+                yield DataError(
+                    f"{len(values)} values for {len(header)} columns at line {table.line_num}",
+                    where=path,
+                    fix='values are separated by commas; those with commas or line ends stand in "..."',
+                )
+    except csv.Error as problem:
+        raise DataError(f"not valid CSV at line {table.line_num}: {problem}", where=path) from problem
+    finally:
+        csv.field_size_limit(before)
 
 
-def _parse_chat(messages: Any, where: str) -> ChatRow:
-    well_formed = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and _is_text(m.get("content")) for m in messages
-    )
-    if not well_formed or len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError("'messages' is not a list of {role, content} turns that ends with the assistant's", where=where)
-    return ChatRow(tuple({"role": m["role"], "content": m["content"]} for m in messages))
+def _text(path: Path) -> str:
+    return read_text(path, error=DataError, max_bytes=MAX_DATA_BYTES)
 
 
-def _read_hub(source: str) -> list[Row]:
+def _unzipped(path: Path) -> str:
+    require_plain(path, error=DataError)
+    try:
+        with gzip.open(path, "rb") as handle:
+            content = handle.read(MAX_DATA_BYTES + 1)
+        if len(content) > MAX_DATA_BYTES:
+            raise DataError(f"more than {MAX_DATA_BYTES:,} bytes, the most this reads", where=path)
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise DataError(f"not UTF-8 text (byte {problem.start})", where=path) from problem
+    except (OSError, EOFError, zlib.error) as problem:
+        raise DataError(f"cannot be unpacked: {problem}", where=path) from problem
+
+
+def _hub_rows(source: str) -> Iterable[Any]:
+    name, _, split = source.partition(":")
+    return _table_rows(source, name, split=split or "train")
+
+
+def _table_rows(source: str | Path, *names: str, **options: Any) -> Iterator[Any]:
+    """The rows of a table that the datasets library loads."""
+    what = "this is a parquet file" if isinstance(source, Path) else "neither a file nor a folder has this name"
     try:
         import datasets
     except ImportError as problem:
         raise DataError(
-            f"'{source}' is neither a file nor a folder, and reading the Hub needs the datasets library",
-            where="data.train",
+            f"{what}, and reading that needs the datasets library",
+            where=source,
             fix="check the path, or pip install 'poc-lora[hub]'",
         ) from problem
     try:
-        table = datasets.load_dataset(source, split="train")
+        for row in datasets.load_dataset(*names, **options):
+            yield _without_nulls(row)
     except Exception as problem:  # datasets raises many kinds
         raise DataError(
-            f"'{source}' is neither a file nor a folder, and cannot be loaded from the Hub: {problem}",
-            where="data.train",
+            f"{what}, and the datasets library cannot load it: {first_line(problem)}",
+            where=source,
+            fix=None if isinstance(source, Path) else "check the path; a Hub data set is org/name or org/name:split",
         ) from problem
-    return [_parse(row, f"{source}, row {number}") for number, row in enumerate(table, 1)]
+
+
+def _without_nulls(value: Any) -> Any:
+    """A table's value without the keys that only other rows have: their columns are null in this one."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

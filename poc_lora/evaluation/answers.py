@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from poc_lora.data.commonsense import Question
-from poc_lora.errors import AdapterError, ModelError
-from poc_lora.files import write_atomic
+from poc_lora.errors import AdapterError, ModelError, WriteError
+from poc_lora.files import system_errors_as, write_atomic
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,17 @@ class AnswerFile:
         for item, answer in zip(items, answers, strict=True):
             self.answers[item] = answer
             lines.append(json.dumps(self._line(item, answer), ensure_ascii=False) + "\n")
-        self._part.parent.mkdir(parents=True, exist_ok=True)
+        with system_errors_as(WriteError, "the answers could not be saved", self._part):
+            self._part.parent.mkdir(parents=True, exist_ok=True)
+            self._add("".join(lines).encode())
+
+    def _add(self, lines: bytes) -> None:
         with self._part.open("ab+") as out:
             if out.tell():
                 out.seek(-1, os.SEEK_END)
                 if out.read() != b"\n":  # the last line was cut short by a kill; it must not swallow the next
                     out.write(b"\n")
-            out.write("".join(lines).encode())
+            out.write(lines)
             out.flush()
             os.fsync(out.fileno())
 

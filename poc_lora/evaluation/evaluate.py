@@ -19,6 +19,7 @@ from poc_lora.evaluation.protocols.harness_tasks import load_tasks
 from poc_lora.evaluation.scores import ensemble, summarise, write_results
 from poc_lora.evaluation.subsets import name_subsets, subset_points, variance_law
 from poc_lora.evaluation.variants import base_digest, find_variants
+from poc_lora.files import require_place
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_base, resolve_dtype
 
@@ -129,6 +130,8 @@ def evaluate(
                 asked = items if name in variants.keys else _test(items)  # validation only chooses the best adapter
                 files[name] = AnswerFile(variants.out / f"{name}.jsonl", its_settings, asked, rank=ranks.rank)
             ranks.barrier()  # no rank adds answers before all have read, so that all share the same questions
+            with ranks.raise_on_all():
+                how.require_embeddings(model, tokenizer, items)
             Evaluator(model, tokenizer, how, ranks).answer(variants, files, subset_slots)
             answers = {name: file.answers for name, file in files.items()}
         test = _test(items)
@@ -181,12 +184,10 @@ def _check_request(protocol: str, *, limit: int | None, beams: int, subsets: boo
 
 
 def _check_out(out: Path) -> None:
-    """Raises RequestError where a file is in the way of the folder for the results."""
-    for place in (out, *out.parents):
-        if place.is_file():
-            raise RequestError(
-                "a file stands where the results' folder would be", where=place, fix="choose another --out"
-            )
+    """Raises RequestError if the results could not be written."""
+    require_place(out)
+    if out.is_file():
+        raise RequestError("a file stands where the results' folder would be", where=out, fix="choose another --out")
 
 
 def _test(items: Sequence[Item]) -> list[Item]:

@@ -10,13 +10,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.artifacts.run_folder import RESULTS
-from poc_lora.data.prompts import TEMPLATES
+from poc_lora.data.prompts import TEMPLATES, render_prompt
 from poc_lora.distributed import Ranks
 from poc_lora.errors import Interrupted, RunError
 from poc_lora.evaluation.answers import Answer, AnswerFile, Item, check_numbers
 from poc_lora.evaluation.protocols.generate import NEW_TOKENS, generate_answers
-from poc_lora.evaluation.protocols.label import ANSWER_PREFIX, label_answers
+from poc_lora.evaluation.protocols.label import ANSWER_PREFIX, encode, label_answers
 from poc_lora.evaluation.variants import Variants, activate_variants
+from poc_lora.models.vocabulary import may_exceed, require_embeddings
 from poc_lora.progress import progress_bar
 
 QUESTIONS_PER_BATCH = 256  # answered, then saved: what an interruption costs
@@ -39,6 +40,18 @@ class Protocol:
         if self.name == "generate":
             return generate_answers(model, tokenizer, questions, prompt=self.prompt, beams=self.beams, copies=copies)
         return label_answers(model, tokenizer, questions, prompt=self.prompt, copies=copies)
+
+    def require_embeddings(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+    ) -> None:
+        """Raise ModelError, which names the token, if a question has a token without an embedding in the model."""
+        if not may_exceed(model, tokenizer):
+            return
+        prompts = [render_prompt(item.question.instruction, item.question.input, self.prompt) for item in items]
+        if self.name == "label":
+            labels = [item.question.labels for item in items]
+            prompts = [f"{p}{ANSWER_PREFIX} {label}" for p, own in zip(prompts, labels, strict=True) for label in own]
+        require_embeddings(model, tokenizer, encode(tokenizer, prompts), where="--data")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -14,12 +14,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from poc_lora.artifacts.merge_report import MergeReport
-from poc_lora.artifacts.run_info import TOKENIZED_ROWS
+from poc_lora.artifacts.run_info import NO_FILES
 from poc_lora.data.commonsense import BY_FOLDER, Benchmark
+from poc_lora.data.rows import is_dataset_id
 from poc_lora.errors import RequestError
 from poc_lora.hub.collect import Evaluation, File, Subject
 from poc_lora.hub.usage import TASKS, UNKNOWN_TASK, usage
-from poc_lora.hub_ids import is_repo_id
 from poc_lora.merging.methods import METHODS
 from poc_lora.reporting.escape import code, markdown
 from poc_lora.reporting.results_tables import results_markdown
@@ -214,7 +214,7 @@ def _data(subject: Subject) -> list[str]:
 
 
 def _files_of_data(subject: Subject) -> dict[str, str]:
-    return {path: digest for path, digest in subject.run.data_sha256.items() if path != TOKENIZED_ROWS}
+    return {path: digest for path, digest in subject.run.data_sha256.items() if path not in NO_FILES}
 
 
 def _hub_datasets(subject: Subject) -> list[str]:
@@ -223,9 +223,9 @@ def _hub_datasets(subject: Subject) -> list[str]:
         return []
     files = [Path(path) for path in _files_of_data(subject)]
     return [
-        source
+        source.partition(":")[0]  # without the split
         for source in subject.config.data.train
-        if is_repo_id(source) and not any(Path(source) in (path, *path.parents) for path in files)
+        if is_dataset_id(source) and not any(Path(source) in (path, *path.parents) for path in files)
     ]
 
 

@@ -8,15 +8,22 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from poc_lora.adapters.adapter import TOKENIZER_FILES, Adapter, open_adapter, real_file
 from poc_lora.adapters.factors import Factors
 from poc_lora.adapters.sources import Source, find_sources
-from poc_lora.errors import AdapterError, ModelError, PocLoraError, first_line
-from poc_lora.files import allow_as_usual, commit_folder, links_root, open_safetensors, read_json, require_new
+from poc_lora.errors import AdapterError, ModelError, first_line
+from poc_lora.files import (
+    allow_as_usual,
+    commit_folder,
+    links_root,
+    open_safetensors,
+    read_json,
+    require_new,
+    system_errors_as,
+)
 from poc_lora.hub_ids import split_revision
 from poc_lora.merging.fold_plan import INDEX_NAME, FoldPlan, changed_texts, loading_class, plan_fold
 from poc_lora.models.load import resolve_base
@@ -58,6 +65,7 @@ def fold(adapter: str | Path, base: str, out: Path, *, untie_head: bool = False)
         AdapterError: The adapter cannot be read, or was trained on another base.
         ModelError: The base cannot be found, is quantised, or is not in safetensors.
         RequestError: `out` exists, and is not an empty folder.
+        WriteError: The disk could not be written to.
     """
     source = _one_source(adapter)
     read, out = open_adapter(source.folder, root=source.root), Path(out)
@@ -68,19 +76,16 @@ def fold(adapter: str | Path, base: str, out: Path, *, untie_head: bool = False)
     plan = plan_fold(read, folder, config, files, untie_head=untie_head)
     others = dict(_other_files(folder)) | dict(_tokenizer_beside(source))
     texts = changed_texts(plan, folder, config, files)
-    try:
-        with commit_folder(out) as aside, progress_bar(len(files), f"folding into {len(files)} files") as bar:
-            for name, path in others.items():
-                shutil.copyfile(path, aside / name)
-            for name, text in texts.items():
-                (aside / name).write_text(text, encoding="utf-8")
-            for name, keys in files.items():
-                tensors, metadata = _folded(read, plan, folder / name, keys)
-                save_file(tensors, aside / name, metadata=metadata)
-                allow_as_usual(aside / name)
-                bar.advance()
-    except (OSError, SafetensorError) as problem:
-        raise PocLoraError(f"the model could not be written: {problem}", where=out) from problem
+    with commit_folder(out) as aside, progress_bar(len(files), f"folding into {len(files)} files") as bar:
+        for name, path in others.items():
+            _copy(path, aside / name)
+        for name, text in texts.items():
+            (aside / name).write_text(text, encoding="utf-8")
+        for name, keys in files.items():
+            tensors, metadata = _folded(read, plan, folder / name, keys)
+            save_file(tensors, aside / name, metadata=metadata)
+            allow_as_usual(aside / name)
+            bar.advance()
     return Folded(out, len(read.modules), len(files), _left_out(folder, config), loading_class(config))
 
 
@@ -100,10 +105,12 @@ def _one_source(adapter: str | Path) -> Source:
 
 
 def _base_folder(base: str, adapter: Adapter) -> Path:
-    if Path(base).expanduser().is_dir():
-        return Path(resolve_base(base))
-    name, revision = split_revision(base)
-    resolve_base(name if revision != "" else base)
+    with system_errors_as(ModelError, "cannot be read", base):
+        is_folder = Path(base).expanduser().is_dir()
+    name, revision = (base, None) if is_folder else split_revision(base)
+    found = resolve_base(base if revision == "" else name)
+    if is_folder:
+        return Path(found)
     if revision is None and name == adapter.base_model:
         revision = adapter.revision
     try:
@@ -176,6 +183,13 @@ def _folded(
         if not bool(torch.isfinite(tensors[key]).all()):
             raise AdapterError(f"the sum overflows in {key}", where=adapter.source, fix="use a wider base dtype")
     return tensors, metadata
+
+
+def _copy(source: Path, target: Path) -> None:
+    with system_errors_as(ModelError, "cannot be read", source):
+        handle = source.open("rb")
+    with handle, target.open("wb") as out:
+        shutil.copyfileobj(handle, out)
 
 
 def _left_out(folder: Path, config: Mapping[str, Any]) -> list[str]:

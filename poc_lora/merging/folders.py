@@ -53,7 +53,7 @@ def merge_folders(
     Raises:
         AdapterError: A source cannot be read or merged. Nothing was written, here and below.
         RequestError: The options do not go together, or `out` exists and is not an empty folder.
-        PocLoraError: The disk could not be written to.
+        WriteError: The disk could not be written to.
     """
     out = Path(out)
     require_new(out)

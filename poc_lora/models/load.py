@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from poc_lora.envvars import flag, one_of, whole_number
 from poc_lora.errors import ConfigError, ModelError, first_line
-from poc_lora.files import require_plain
+from poc_lora.files import require_plain, system_errors_as
 from poc_lora.hub_ids import is_base_model_id
 from poc_lora.models.float8 import quantize_float8, require_float8
 
@@ -273,13 +273,15 @@ def linear_names(model: nn.Module) -> list[str]:
 
 def resolve_base(name: str) -> str:
     """Returns the path of a base model's folder, or its Hub id as it is. Raises ModelError if it is neither."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        for path in folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # a link to nothing, which is missed where it is needed
-                require_plain(path, error=ModelError)
-        return str(folder)
-    if not is_base_model_id(name):
+    with system_errors_as(ModelError, "cannot be read", name):
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            for path in folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):  # a link to nothing, which is missed where it is needed
+                    require_plain(path, error=ModelError)
+            return str(folder)
+        is_id = is_base_model_id(name)
+    if not is_id:
         raise ModelError(
             f"no base model at '{name}'", where="model.name", fix="give a folder with config.json, or a Hub id org/name"
         )

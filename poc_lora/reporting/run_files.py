@@ -1,21 +1,19 @@
 """Everything in a run folder that a report shows, read as untrusted."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.artifacts.merge_report import MergeReport
+from poc_lora.artifacts.metrics_line import read_metrics
 from poc_lora.artifacts.results import Results
 from poc_lora.artifacts.run_folder import RESULTS, RunFolder
 from poc_lora.artifacts.run_info import RunInfo
-from poc_lora.artifacts.schema import LARGEST
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.variants import adapter_digest, adapter_key
-from poc_lora.files import read_json, read_text
+from poc_lora.files import read_json
 
 MAX_METRICS_BYTES = 2**28
 MEASURES = ("loss", "grad_norm", "noise_norm", "validation_loss")
@@ -91,37 +89,17 @@ def _changed(run: RunFolder, place: Path, results: Results) -> tuple[str, ...]:
 
 
 def _read_metrics(path: Path) -> Metrics | None:
-    """The curves of metrics.jsonl; malformed lines, which a killed run may leave, are skipped."""
     if not path.is_file():
         return None
     metrics = Metrics()
-    for line in read_text(path, error=RunError, max_bytes=MAX_METRICS_BYTES).splitlines():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and _is_count(entry.get("step")) and _is_name(entry.get("adapter")):
-            _add(metrics, entry)
+    for _, line in read_metrics(path, max_bytes=MAX_METRICS_BYTES):
+        name = line.adapter if isinstance(line.adapter, str) else f"{line.adapter:02d}"
+        if name == "merge" and line.members is not None:
+            name = f"running merge of {len(line.members)}"
+        metrics.last_step = max(metrics.last_step, line.step)
+        if line.diverged:
+            metrics.diverged.setdefault(name, line.step)
+        for measure in MEASURES:
+            if (value := getattr(line, measure)) is not None:
+                metrics.curves[measure].setdefault(name, []).append((line.step, float(value)))
     return metrics
-
-
-def _add(metrics: Metrics, entry: dict[str, Any]) -> None:
-    step, adapter = entry["step"], entry["adapter"]
-    name = adapter if isinstance(adapter, str) else f"{adapter:02d}"
-    if name == "merge" and isinstance(entry.get("members"), list):
-        name = f"running merge of {len(entry['members'])}"
-    metrics.last_step = max(metrics.last_step, step)
-    if entry.get("diverged") is True:
-        metrics.diverged.setdefault(name, step)
-    for measure in MEASURES:
-        value = entry.get(measure)
-        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
-            metrics.curves[measure].setdefault(name, []).append((step, float(value)))
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
-
-
-def _is_name(value: Any) -> bool:
-    return _is_count(value) or value in ("base", "merge")

@@ -98,6 +98,7 @@ def provenance(files: RunFiles) -> Section:
         described: dict[str, object] = {
             "seed": info.seed,
             "optimizer steps": info.steps,
+            "bad rows left out": info.skipped_rows or None,
             "time in optimizer steps": None if info.train_seconds is None else f"{info.train_seconds:,.1f} s",
             "peak memory of a device": None if info.peak_bytes is None else size(info.peak_bytes),
             "processes": info.processes,

@@ -24,6 +24,8 @@ def training_summary(done: TrainingResult) -> list[str]:
         lines.append(f"{done.truncated} rows were truncated to data.max_length")
     if done.dropped:
         lines.append(f"{done.dropped} rows were dropped: data.max_length leaves nothing of their answers")
+    if done.skipped:
+        lines.append(f"{done.skipped} rows that cannot be used were left out (data.skip_bad_rows)")
     for adapter, state in done.progress.items():
         if state.status == "diverged":
             lines.append(f"adapter {adapter} diverged after step {state.step} and is left out of the merge")

@@ -11,7 +11,7 @@ from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import RunConfig
 from poc_lora.data.batches import supervised_tokens
 from poc_lora.errors import RequestError
-from poc_lora.files import free_bytes_at, size
+from poc_lora.files import free_bytes_at, require_place, size
 from poc_lora.models.compilation import compiles, why_not_compiled
 from poc_lora.models.load import (
     context_length,
@@ -22,6 +22,7 @@ from poc_lora.models.load import (
     require_quantization,
     resolve_dtype,
 )
+from poc_lora.models.vocabulary import require_embeddings
 from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.memory import Footprint, free_bytes, snapshot_bytes
 from poc_lora.training.metrics import require_trackers
@@ -46,6 +47,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     """
     require_processes(config, processes)
     device, folder = device or default_device(), Path(config.output)
+    require_place(folder)
     in_use = RunFolder(folder).is_run
     run, config = preflight(config, device, resume=in_use)
     compiled = compiles(config.train.compile, device)
@@ -75,10 +77,9 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "validation rows": len(data.validation),
         "rows shortened to max_length": data.truncated,
         "rows left out (whole answer cut off)": data.dropped,
+        "rows left out (data.skip_bad_rows)": data.skipped,
         "tokens per epoch and adapter": tokens,
-        "supervised tokens per epoch and adapter": sum(
-            supervised_tokens(e, train_on_prompt=config.data.train_on_prompt) for e in data.train
-        ),
+        "supervised tokens per epoch and adapter": sum(supervised_tokens(e) for e in data.train),
         "rows per step": f"{rows:,}: {config.train.batch_size} of each adapter",
         "steps": data.total_steps,
         "tokens of the whole run, about": round(tokens / len(data.train) * rows * data.total_steps),
@@ -131,9 +132,10 @@ def run_data(
     *,
     now: datetime | None,
 ) -> TrainingData:
-    """Prepare the rows of a run. Raises if they differ from a resumed run's, or the targets match no layer."""
+    """Prepare the rows of a run. Raises if they differ from a resumed run's, or do not fit the base model."""
     require_targets(config)
     data = prepare_data(config, tokenizer, context=context_length(model), now=now)
+    require_embeddings(model, tokenizer, (e.ids for e in (*data.train, *data.validation)), where="data.train")
     require_same_rows(run, data.files)
     return data
 

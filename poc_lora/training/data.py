@@ -3,15 +3,16 @@
 import hashlib
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from poc_lora import rng
-from poc_lora.artifacts.run_info import TOKENIZED_ROWS
+from poc_lora.artifacts.run_info import SUPERVISED_TOKENS, TOKENIZED_ROWS
 from poc_lora.config import RunConfig
 from poc_lora.data.batches import BatchOrder, padded_length
 from poc_lora.data.prompts import Example, encode_rows
-from poc_lora.data.rows import read_sources, source_files
+from poc_lora.data.rows import BadRows, read_sources, source_files
 from poc_lora.errors import ConfigError, DataError
 from poc_lora.files import sha256_file
 
@@ -26,7 +27,8 @@ class TrainingData:
     total_steps: int
     truncated: int
     dropped: int
-    files: dict[str, str]  # path, and TOKENIZED_ROWS -> sha256
+    skipped: int  # rows that could not be used
+    files: dict[str, str]  # path, TOKENIZED_ROWS and SUPERVISED_TOKENS -> sha256
 
     @property
     def longest(self) -> int:
@@ -60,14 +62,25 @@ def prepare_data(
             where="data.max_length",
             fix=f"lower it to {context} or less",
         )
+    bad = BadRows()
     encoded = encode_rows(
-        read_sources(section.train), tokenizer, template=section.prompt, max_length=section.max_length, now=now
+        read_sources(section.train, columns=section.columns, bad=bad),
+        tokenizer,
+        template=section.prompt,
+        max_length=section.max_length,
+        learn=section.learn,
+        now=now,
+        bad=bad,
     )
+    if not section.skip_bad_rows:
+        bad.raise_if_any()
     order = rng.permutation(len(encoded.examples), rng.key(config.adapters.seed, 0, "validation split"))
     if len(order) <= section.validation:
         raise DataError(
             f"{len(order)} usable rows leave none to train on once {section.validation} are held out"
-            f" ({encoded.dropped} rows lost their whole answer to data.max_length={section.max_length})",
+            f" ({encoded.dropped} rows lost their whole answer to data.max_length={section.max_length}"
+            + (f", {bad.count} are bad: {bad.first[0].what}" if bad.count else "")
+            + ")",
             where="data",
             fix="lower data.validation, raise data.max_length, or give more rows",
         )
@@ -86,8 +99,14 @@ def prepare_data(
         total_steps=steps,
         truncated=encoded.truncated,
         dropped=encoded.dropped,
+        skipped=bad.count,
         files={
             **{str(path): sha256_file(path) for path in source_files(section.train)},
-            TOKENIZED_ROWS: hashlib.sha256(repr([e.ids for e in encoded.examples]).encode()).hexdigest(),
+            TOKENIZED_ROWS: _digest([e.ids for e in encoded.examples]),
+            SUPERVISED_TOKENS: _digest([e.supervised for e in encoded.examples]),
         },
     )
+
+
+def _digest(rows: list[tuple[Any, ...]]) -> str:
+    return hashlib.sha256(repr(rows).encode()).hexdigest()

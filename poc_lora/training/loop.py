@@ -37,6 +37,7 @@ class TrainingResult:
         steps: Optimizer steps of the whole run.
         truncated: Rows that were cut to `data.max_length`.
         dropped: Rows that were left out because the cut took their whole answer.
+        skipped: Rows that were left out because they could not be used, under `data.skip_bad_rows`.
         tokens: Tokens trained on in this call, over all adapters.
         padded_tokens: The same with padding.
         seconds: Time in optimizer steps, on the slowest rank.
@@ -50,6 +51,7 @@ class TrainingResult:
     steps: int
     truncated: int
     dropped: int
+    skipped: int
     tokens: int = 0
     padded_tokens: int = 0
     seconds: float = 0.0
@@ -71,7 +73,6 @@ class TrainingLoop:
     model: PreTrainedModel
     data: TrainingData
     sizes: Sizes
-    pad_id: int  # any token id
     result: TrainingResult  # progress at the start; `run` brings it up to date
 
     def __post_init__(self) -> None:
@@ -103,7 +104,6 @@ class TrainingLoop:
                     self.data,
                     adapters,
                     sizes=self.sizes,
-                    pad_id=self.pad_id,
                     sharded=self.sharded,
                 )
                 if start > 0:

@@ -48,7 +48,6 @@ class Pack:
         data: Tokenised rows and the order in which each adapter draws them.
         adapters: Ids of the adapters to train together.
         sizes: The micro-batch size, and whether layers are recomputed in the backward pass.
-        pad_id: Any token id; padding is never attended to.
         sharded: Whether ranks share the base model. They must then run it equally often, and stop together.
     """
 
@@ -60,12 +59,11 @@ class Pack:
         adapters: Sequence[int],
         *,
         sizes: Sizes,
-        pad_id: int = 0,
         sharded: bool = False,
     ):
         self.config, self.model, self.data = config, model, data
         self.sharded = sharded
-        self._tokens, self._pad_id, self.device = sizes.tokens_per_microbatch, pad_id, model.device
+        self._tokens, self.device = sizes.tokens_per_microbatch, model.device
         self._plain_head = has_plain_head(model)
         self._undo = contextlib.ExitStack()
         if compiles(config.train.compile, model.device):
@@ -138,7 +136,7 @@ class Pack:
         """Add up the gradients of one step's rows, micro-batch by micro-batch; None if `stop` returned True."""
         examples = self.data.train
         rows = [self.data.order.rows(adapter, step) for adapter in self.bank.adapters]
-        counts = [sum(self._supervised(i) for i in chosen) for chosen in rows]
+        counts = [sum(supervised_tokens(examples[i]) for i in chosen) for chosen in rows]
         tokens_per_slot = without_waiting(torch.tensor(counts, dtype=torch.float32), self.device)
         losses = torch.zeros_like(tokens_per_slot)
         tokens = padded_tokens = 0
@@ -161,9 +159,6 @@ class Pack:
             padded_tokens += batch.input_ids.numel()
         return losses, tokens, padded_tokens
 
-    def _supervised(self, example: int) -> int:
-        return supervised_tokens(self.data.train[example], train_on_prompt=self.config.data.train_on_prompt)
-
     def _micro_batches(
         self, examples: Sequence[Example], rows: Sequence[Sequence[int]], at_least: int = 1
     ) -> Iterator[MicroBatch]:
@@ -172,8 +167,6 @@ class Pack:
             rows,
             tokens=self._tokens,
             at_least=at_least,
-            train_on_prompt=self.config.data.train_on_prompt,
-            pad_id=self._pad_id,
             device=self.device,
         )
 
@@ -194,8 +187,7 @@ class Pack:
         None if `stop`, which is asked before every micro-batch, returned True before all of them had been processed.
         """
         self.model.eval()
-        learn_prompt = self.config.data.train_on_prompt
-        count = sum(supervised_tokens(e, train_on_prompt=learn_prompt) for e in examples)
+        count = sum(supervised_tokens(e) for e in examples)
         tokens = torch.tensor([float(count)], device=self.device)
         shares = []
         for batch in self._micro_batches(examples, [range(len(examples))]):

@@ -87,7 +87,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
         model = shard_base(model if ranks.rank == 0 else None, device)
 
     progress = _progress(config, run)
-    before = run.commit.placement if run.commit else None
+    before = run.commit.manifest.placement if run.commit else None
     placement = place(progress, data.total_steps, ranks=ranks.size, per_device=sizes.per_device, before=before)
     with (
         open_trackers(config, run) if ranks.rank == 0 else contextlib.nullcontext(()) as trackers,
@@ -103,13 +103,13 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
             model=model,
             data=data,
             sizes=sizes,
-            pad_id=tokenizer.pad_token_id or 0,
             result=TrainingResult(
                 run.folder,
                 progress,
                 data.total_steps,
                 data.truncated,
                 data.dropped,
+                data.skipped,
                 is_main_process=ranks.rank == 0,
             ),
         ).run()
@@ -179,6 +179,7 @@ def _begin(run: Run, config: RunConfig, data: TrainingData, sizes: Sizes, *, dev
         seed=config.adapters.seed,
         steps=data.total_steps,
         data_sha256=data.files,
+        skipped_rows=data.skipped,
         processes=len(devices),
         devices=devices,
         **asdict(sizes),

@@ -53,7 +53,7 @@ def one_seed(
     M = config.adapters.count
     data = prepare_data(config, tokenizer)
     sizes = Sizes(by_device(FAST_TOKENS, model.device.type), M, gradient_checkpointing=False)
-    pack = Pack(config, model, data, range(M), sizes=sizes, pad_id=tokenizer.pad_token_id)
+    pack = Pack(config, model, data, range(M), sizes=sizes)
     with torch.enable_grad():
         for step in range(data.total_steps):
             pack.step(step)

@@ -75,10 +75,10 @@ def against(reference: dict[str, Any], found: dict[str, Any]) -> dict[str, float
     }
 
 
-def curve(model: PreTrainedModel, config: RunConfig, data: TrainingData, steps: int, pad: int) -> list[float]:
+def curve(model: PreTrainedModel, config: RunConfig, data: TrainingData, steps: int) -> list[float]:
     """The mean loss over adapters at each step."""
     M = config.adapters.count
-    pack = Pack(config, model, data, range(M), sizes=Sizes(2048, M, gradient_checkpointing=False), pad_id=pad)
+    pack = Pack(config, model, data, range(M), sizes=Sizes(2048, M, gradient_checkpointing=False))
     losses = [statistics.mean(result.losses) for step in range(steps) if (result := pack.step(step))]
     pack.close()
     return losses
@@ -109,7 +109,7 @@ def main() -> None:
         model, _ = load(a.base, kind)
         facts["kinds"][kind] = against(reference, measure(model, config, rows))
         if a.steps:
-            facts["kinds"][kind]["training"] = curve(model, config, data, a.steps, tokenizer.pad_token_id or 0)
+            facts["kinds"][kind]["training"] = curve(model, config, data, a.steps)
         print(json.dumps({kind: facts["kinds"][kind]}), flush=True)
         if a.out:
             write_json(a.out, facts)

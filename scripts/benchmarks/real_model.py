@@ -70,7 +70,7 @@ class Job:
     rank: int = 32
     lr: float = 1e-3
     temperature: float = 1e-5
-    train_on_prompt: bool = True
+    learn: str = "all"
 
     @property
     def count(self) -> int:
@@ -92,14 +92,14 @@ def _jobs() -> Iterator[Job]:
     yield Job("choices_rank_256", "choices", members=1, rank=256)
     yield Job("labels", "labels")
     yield Job("choices_longer", "choices", members=1, steps=2400)
-    yield Job("docstrings", "docstrings", train_on_prompt=False)
-    yield Job("docstrings_larger_batch", "docstrings", members=1, batch=128, train_on_prompt=False)
-    yield Job("docstrings_rank_256", "docstrings", members=1, rank=256, train_on_prompt=False)
-    yield Job("docstrings_longer", "docstrings", members=1, steps=2400, train_on_prompt=False)
+    yield Job("docstrings", "docstrings", learn="last")
+    yield Job("docstrings_larger_batch", "docstrings", members=1, batch=128, learn="last")
+    yield Job("docstrings_rank_256", "docstrings", members=1, rank=256, learn="last")
+    yield Job("docstrings_longer", "docstrings", members=1, steps=2400, learn="last")
     yield Job("choices_lr_3e-3", "choices", lr=3e-3)
     yield Job("choices_lambda_0", "choices", temperature=0.0)
     yield Job("choices_lambda_1e-4", "choices", temperature=1e-4)
-    yield Job("choices_answers_only", "choices", train_on_prompt=False)
+    yield Job("choices_answers_only", "choices", learn="last")
     yield Job("choices_lr_3e-4", "choices", lr=3e-4)
     yield Job("labels_larger_batch", "labels", members=1, batch=128)
     yield Job("labels_longer", "labels", members=1, steps=2400)
@@ -230,7 +230,7 @@ class Study:
                 "train": [str(self.rows / job.task / f"{rows}.json")],
                 "prompt": "bare",
                 "validation": 0,
-                "train_on_prompt": job.train_on_prompt,
+                "learn": job.learn,
             },
             "optim": {"lr": job.lr, "temperature": job.temperature, "warmup_steps": job.steps // 10},
             "train": {
@@ -249,8 +249,7 @@ class Study:
         adapters in which J stands more often.
         """
         bank, M = pack.bank, job.members
-        rows = list(prepare_data(self._config(replace(job, batch=1), "heldout"), self.tokenizer).train)
-        trained, pack.config = pack.config, self._config(replace(job, train_on_prompt=False))
+        rows = list(prepare_data(self._config(replace(job, batch=1, learn="last"), "heldout"), self.tokenizer).train)
         with bank.disabled():
             found = {"base": pack.loss(rows)}
         for slot in range(job.count):
@@ -269,7 +268,6 @@ class Study:
                 ):
                     with bank.merged(members):
                         found[f"line_{slot}_{share}"] = pack.loss(rows)
-        pack.config = trained
         return found
 
     def _ask(self, pack: Pack, job: Job) -> dict[str, dict[str, float]]:

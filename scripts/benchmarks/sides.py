@@ -61,9 +61,10 @@ class Work:
 
     def _row(self, number: int) -> dict[str, list[int]]:
         example = self.data.train[number]
-        start = 0 if self.config.data.train_on_prompt else example.answer_start
-        ids = list(example.ids)
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * start + ids[start:]}
+        ids, labels = list(example.ids), [-100] * len(example.ids)
+        for start, end in example.supervised:
+            labels[start:end] = ids[start:end]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
     def tokens(self, step: int) -> int:
         """The tokens of a step over all adapters, without padding."""

@@ -216,7 +216,7 @@ def random_work(a: argparse.Namespace, config: RunConfig, device: torch.device) 
     )
     rows = [random_row(i, vocabulary) for i in range(a.rows)]
     order = batch_order(rows, config)
-    data = TrainingData(rows, [], order, total_steps=a.steps, truncated=0, dropped=0, files={})
+    data = TrainingData(rows, [], order, total_steps=a.steps, truncated=0, dropped=0, skipped=0, files={})
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({PAD: 0})), pad_token=PAD)
     free = free_bytes(device)
     torch.manual_seed(0)
@@ -234,7 +234,7 @@ def random_row(number: int, vocabulary: int) -> Example:
     low, high = ROW_LENGTHS
     length, *tokens = rng.uniform((1 + high,), rng.key(0, 0, "benchmark row", number)).tolist()
     tokens = tokens[: low + int(length * (high - low + 1))]
-    return Example(ids=tuple(1 + int(u * (vocabulary - 1)) for u in tokens), answer_start=1)
+    return Example(ids=tuple(1 + int(u * (vocabulary - 1)) for u in tokens), supervised=((1, len(tokens)),))
 
 
 def loaded_work(a: argparse.Namespace, config: RunConfig, device: torch.device) -> Work:

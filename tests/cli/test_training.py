@@ -1,10 +1,14 @@
 """`check` and `train` with bad input: no traceback, exit status 2, and a message that says what, where and how."""
 
 import json
+import os
 import re
+import shutil
 
 import pytest
 
+from poc_lora.training.checkpoint import Commits
+from poc_lora.training.run import Run
 from tests.conftest import instruction_rows
 
 
@@ -73,8 +77,53 @@ def test_a_run_folder_in_use_is_left_as_it_is(refused, config):
     assert [p.name for p in (config.parent / "run").iterdir()] == ["thesis.txt"]
 
 
-def test_an_output_that_cannot_be_written_is_refused(refused, config):
-    assert "cannot be written" in refused("train", config, "output=train.json/run")
+@pytest.mark.parametrize("verb", ["check", "train"])
+@pytest.mark.parametrize("output", ["train.json/run", "n" * 300, "new/" + "n" * 300])
+def test_an_output_that_cannot_be_written_is_refused(refused, config, verb, output):
+    message = refused(verb, config, f"output={output}")
+    assert "cannot be written: " in message
+    assert f"where: {output}" in message
+    assert "fix: " in message
+    assert not (config.parent / "new").exists()
+
+
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_an_output_without_permission_is_refused(refused, config, monkeypatch, verb):
+    allowed = os.access  # of root, who may write anywhere
+    monkeypatch.setattr("poc_lora.files.os.access", lambda path, mode: path != config.parent and allowed(path, mode))
+    assert "cannot be written: Permission denied\n  where: run\n  fix:   check the perm" in refused(verb, config)
+
+
+@pytest.mark.parametrize("override", ["data.train=[NAME]", "model.name=NAME"])
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_a_source_with_too_long_a_name_is_named(poc_lora, config, verb, override):
+    name = "n" * 300
+    status, _, err = poc_lora(verb, config, override.replace("NAME", name))
+    assert status != 0
+    assert "File name too long" in err
+    assert f"where: {name}\n  fix:   give a shorter name" in err
+
+
+@pytest.mark.parametrize(
+    ("moment", "words"),
+    [("start", "bytes could not be added: No such"), ("_write_files", "commit 1 could not be written: No such")],
+)
+def test_a_run_folder_that_is_removed_meanwhile_is_the_error_and_not_its_lock(
+    poc_lora, config, monkeypatch, moment, words
+):
+    def remove_first(*arguments):
+        shutil.rmtree(config.parent / "run")
+        return then(*arguments)
+
+    if moment == "_write_files":  # in the background, where the metrics' error may come first
+        monkeypatch.setattr(Run, "log", lambda *_: None)
+    then = getattr(Commits, moment)
+    monkeypatch.setattr(Commits, moment, remove_first)
+    status, _, err = poc_lora("train", config)
+    assert status == 1
+    assert words in err
+    assert "fix:   the run folder was moved or removed while the run was in it" in err
+    assert not (config.parent / "run").exists()  # nothing makes it anew
 
 
 def test_resuming_a_run_that_is_not_there_starts_it(poc_lora, config):

@@ -8,10 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poc_lora.data.batches import BatchOrder, cut_rows, micro_batches, supervised_tokens
+from poc_lora.data.batches import PAD, BatchOrder, cut_rows, micro_batches, supervised_tokens
 from poc_lora.data.prompts import Example
-
-PAD = 0
 
 
 def lengths(n, seed=0):
@@ -96,15 +94,15 @@ def examples(n, seed=0):
     rows = []
     for _ in range(n):
         length = draw.randint(2, 40)
-        rows.append(Example(tuple(draw.randint(1, 99) for _ in range(length)), draw.randint(1, length - 1)))
+        ends = sorted(draw.sample(range(1, length + 1), 2 * draw.randint(1, length // 2)))
+        spans = tuple(zip(ends[::2], ends[1::2], strict=True))
+        rows.append(Example(tuple(draw.randint(1, 99) for _ in range(length)), spans))
     return rows
 
 
-def pack(rows, per_slot, tokens, train_on_prompt=True):
+def pack(rows, per_slot, tokens):
     device = torch.device("cpu")
-    return list(
-        micro_batches(rows, per_slot, tokens=tokens, train_on_prompt=train_on_prompt, pad_id=PAD, device=device)
-    )
+    return list(micro_batches(rows, per_slot, tokens=tokens, device=device))
 
 
 def predictions(batches):
@@ -120,27 +118,24 @@ def predictions(batches):
     adapters=st.integers(1, 4),
     per_adapter=st.integers(1, 9),
     tokens=st.integers(1, 2000),
-    train_on_prompt=st.booleans(),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_token_budget_predicts_what_a_plain_loop_over_rows_would(
-    adapters, per_adapter, tokens, train_on_prompt, seed
-):
+def test_any_token_budget_predicts_what_a_plain_loop_over_rows_would(adapters, per_adapter, tokens, seed):
     rows = examples(30, seed)
     draw = random.Random(seed)
     per_slot = [draw.sample(range(30), per_adapter) for _ in range(adapters)]
-    batches = pack(rows, per_slot, tokens, train_on_prompt)
+    batches = pack(rows, per_slot, tokens)
 
     expected = Counter()
     for slot, chosen in enumerate(per_slot):
         for i in chosen:
-            ids, start = rows[i].ids, rows[i].answer_start
-            for t in range(1 if train_on_prompt else start, len(ids)):
+            ids = rows[i].ids
+            for t in (t for span in rows[i].supervised for t in range(*span)):
                 expected[slot, ids[:t], ids[t]] += 1
     assert predictions(batches) == expected
     for slot, chosen in enumerate(per_slot):
-        count = sum(supervised_tokens(rows[i], train_on_prompt=train_on_prompt) for i in chosen)
+        count = sum(supervised_tokens(rows[i]) for i in chosen)
         assert count == sum(n for (s, _, _), n in expected.items() if s == slot)
 
 

@@ -3,8 +3,8 @@
 import pytest
 from tokenizers import processors
 
+from poc_lora.data.formats import ChatRow, CompletionRow, InstructionRow
 from poc_lora.data.prompts import TEMPLATES, encode_rows, render_prompt
-from poc_lora.data.rows import ChatRow, CompletionRow, InstructionRow
 from poc_lora.errors import DataError, ModelError
 from tests.conftest import build_tokenizer, instruction_rows
 
@@ -26,14 +26,16 @@ def fresh_tokenizer():
     return build_tokenizer(["some words to merge into tokens"] * 5)
 
 
-def encode(tokenizer, *rows, template="clean", max_length=512):
-    return encode_rows(rows, tokenizer, template=template, max_length=max_length)
+def encode(tokenizer, *rows, template="clean", max_length=512, learn="last"):
+    return encode_rows(rows, tokenizer, template=template, max_length=max_length, learn=learn)
 
 
 def parts(tokenizer, example):
     """The text of the prompt tokens and of the answer tokens."""
     decode = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # noqa: E731
-    return decode(example.ids[: example.answer_start]), decode(example.ids[example.answer_start :])
+    ((start, end),) = example.supervised
+    assert end == len(example.ids)
+    return decode(example.ids[:start]), decode(example.ids[start:])
 
 
 def test_braces_in_a_row_are_left_alone():
@@ -75,7 +77,7 @@ def test_the_first_token_is_never_an_answer(fresh_tokenizer):
     merged = fresh_tokenizer("some")["input_ids"]
     assert len(merged) == 1  # without BOS, prompt and answer are one token
     (example,) = encode(fresh_tokenizer, CompletionRow("so", "me")).examples
-    assert example.answer_start == 1
+    assert example.supervised == ((1, len(example.ids)),)
 
 
 def eos_adding(tokenizer):
@@ -101,7 +103,7 @@ def test_a_tokenizer_without_a_pad_token_is_enough(tokenizer):
 def test_rows_at_the_limit_are_whole_and_longer_ones_are_counted(tokenizer):
     row = InstructionRow("Which thing?", "", "the correct answer is answer1")
     (whole,) = encode(tokenizer, row).examples
-    size, start = len(whole.ids), whole.answer_start
+    size, start = len(whole.ids), whole.supervised[0][0]
 
     at_limit = encode(tokenizer, row, max_length=size)
     assert (at_limit.examples, at_limit.truncated, at_limit.dropped) == ([whole], 0, 0)
@@ -146,10 +148,10 @@ def test_chats_and_other_rows_may_be_mixed(fresh_tokenizer):
 
 def test_a_chat_that_the_template_refuses_is_named_by_its_row(fresh_tokenizer):
     fresh_tokenizer.chat_template = CHAT_TEMPLATE
-    chat = ChatRow(({"role": "system", "content": "one"}, {"role": "assistant", "content": "two"}))
+    chat = ChatRow(({"role": "system", "content": "one"}, {"role": "assistant", "content": "two"}), where="row 2")
     with pytest.raises(DataError, match="no system role") as caught:
         encode(fresh_tokenizer, CompletionRow("a", "b"), chat)
-    assert "row 2" in caught.value.where
+    assert caught.value.where == "row 2"
 
 
 def test_a_chat_needs_a_template(fresh_tokenizer):
@@ -184,3 +186,40 @@ def test_the_llm_adapters_template_has_that_projects_bytes():
     }
     for (purpose, text), prompt in expected.items():
         assert render_prompt("DO", text, "llm-adapters", purpose=purpose) == prompt
+
+
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_a_row_rendered_beforehand_is_the_chat_that_the_template_renders(fresh_tokenizer, adds_eos):
+    """One BOS and one EOS, although the tokenizer would add them to any other text."""
+    tokenizer = eos_adding(fresh_tokenizer) if adds_eos else fresh_tokenizer
+    tokenizer.chat_template = CHAT_TEMPLATE
+    turns = ({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"})
+    chat = encode(tokenizer, ChatRow(turns)).examples
+    prompt = tokenizer.apply_chat_template(list(turns[:1]), tokenize=False, add_generation_prompt=True)
+    assert prompt.startswith("<s>")
+    for completion in ("two", "two</s>", "two</s>\n"):
+        assert encode(tokenizer, CompletionRow(prompt, completion)).examples == chat
+    (bare,) = encode(tokenizer, InstructionRow(prompt.removesuffix("[assistant]"), "", "two"), template="bare").examples
+    assert bare.ids[:2] == chat[0].ids[:2]
+    mixed = encode(tokenizer, CompletionRow("one", " two"), CompletionRow(prompt, "two")).examples
+    assert mixed[1] == chat[0]
+    assert [e.ids.count(0) for e in mixed] == [1, 1]
+    assert [e.ids.count(1) for e in mixed] == [1, 2]  # the template ends the question with one too
+
+
+def test_a_tokenizer_may_add_several_tokens_in_front(fresh_tokenizer):
+    fresh_tokenizer.add_special_tokens({"additional_special_tokens": ["[gMASK]"]})
+    mask = fresh_tokenizer.convert_tokens_to_ids("[gMASK]")
+    fresh_tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <s> $A", special_tokens=[("[gMASK]", mask), ("<s>", 0)]
+    )
+    own, given = encode(fresh_tokenizer, CompletionRow("one", " two"), CompletionRow("[gMASK]<s>one", " two")).examples
+    assert own == given
+    (half,) = encode(fresh_tokenizer, CompletionRow("<s>one", " two")).examples
+    assert half.ids[:3] == (mask, 0, 0)  # not what the tokenizer adds, so it stays
+
+
+def test_a_tokenizer_that_adds_nothing_leaves_a_text_as_it_is(fresh_tokenizer):
+    fresh_tokenizer._tokenizer.post_processor = processors.ByteLevel()
+    (example,) = encode(fresh_tokenizer, CompletionRow("<s><s>one", " two")).examples
+    assert example.ids[:2] == (0, 0)

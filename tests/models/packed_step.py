@@ -39,7 +39,7 @@ def backward(model, bank, seed, *, row_lengths=(9, 14)):
     """Losses and gradients of a step of two micro-batches, with a dropout key for each row."""
     stream = torch.Generator().manual_seed(seed)
     rows = [
-        Example(tuple(torch.randint(3, VOCAB, (n,), generator=stream).tolist()), 1)
+        Example(tuple(torch.randint(3, VOCAB, (n,), generator=stream).tolist()), ((1, n),))
         for _ in range(M)
         for n in row_lengths
     ]
@@ -48,7 +48,7 @@ def backward(model, bank, seed, *, row_lengths=(9, 14)):
     tokens = torch.full((M,), float(sum(row_lengths) - each))
     losses, plain = torch.zeros(M), model.config.model_type != "gemma2"
     bank.zero_grad()
-    for batch in micro_batches(rows, chosen, tokens=16 * M, train_on_prompt=True, pad_id=0, device=torch.device("cpu")):
+    for batch in micro_batches(rows, chosen, tokens=16 * M, device=torch.device("cpu")):
         bank.key_dropout(torch.tensor([rng.key(7, 0, "dropout", 0, f"row {i}") - 2**63 for i in batch.examples]))
         loss, per_slot = packed_loss(model, batch, tokens, plain_head=plain)
         loss.backward()

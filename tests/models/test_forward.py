@@ -79,19 +79,19 @@ def test_a_head_of_integers_is_not_plain(tiny_llama):
     assert not has_plain_head(tiny_llama)
 
 
-def examples(seed):
+def examples(seed, learn_all):
     stream = torch.Generator().manual_seed(seed)
     lengths = (5, 11, 8, 3, 9, 6)
     ids = [torch.randint(3, VOCAB, (length,), generator=stream).tolist() for length in lengths]
-    return [Example(tuple(row), answer_start=2 + i % 2) for i, row in enumerate(ids)]
+    return [Example(tuple(row), ((1, len(row)) if learn_all else (2 + i % 2, len(row)),)) for i, row in enumerate(ids)]
 
 
-@pytest.mark.parametrize("train_on_prompt", [True, False])
+@pytest.mark.parametrize("learn_all", [True, False])
 @pytest.mark.parametrize("name", [*FAMILIES, "llama"])
-def test_packed_loss_equals_means_over_whole_models(name, train_on_prompt):
+def test_packed_loss_equals_means_over_whole_models(name, learn_all):
     """Against each adapter's mean over `model(...).logits`, row by row without padding, in a float64 copy."""
     make = FAMILIES.get(name, lambda: build_llama(VOCAB))
-    model, rows = build(make), examples(3)
+    model, rows = build(make), examples(3, learn_all)
     plain = has_plain_head(model)
     assert plain == (name == "llama")
     bank = AdapterBank(model, targets=["q_proj", "up_proj"], rank=2, alpha=4, adapters=[0, 1, 2])
@@ -99,11 +99,9 @@ def test_packed_loss_equals_means_over_whole_models(name, train_on_prompt):
     for module in bank.modules.values():
         module.factors.B.detach().normal_(0, 0.3)
     chosen = [[0, 1], [2, 3], [4, 5]]
-    counts = [sum(len(rows[i].ids) - (1 if train_on_prompt else rows[i].answer_start) for i in own) for own in chosen]
+    counts = [sum(len(rows[i].ids) - rows[i].supervised[0][0] for i in own) for own in chosen]
     losses = torch.zeros(3)
-    for batch in micro_batches(
-        rows, chosen, tokens=16 * 3, train_on_prompt=train_on_prompt, pad_id=0, device=torch.device("cpu")
-    ):
+    for batch in micro_batches(rows, chosen, tokens=16 * 3, device=torch.device("cpu")):
         loss, per_slot = packed_loss(model, batch, torch.tensor(counts, dtype=torch.float32), plain_head=plain)
         loss.backward()
         torch.testing.assert_close(per_slot.sum(), loss.detach())
@@ -119,7 +117,7 @@ def test_packed_loss_equals_means_over_whole_models(name, train_on_prompt):
             layer.register_forward_hook(lambda _, x, y, A=A, B=B: y + 2 * (x[0] @ A.T @ B))
         total = 0
         for i in own:
-            first = 1 if train_on_prompt else rows[i].answer_start
+            first = rows[i].supervised[0][0]
             ids = torch.tensor(rows[i].ids)
             logits = copy(input_ids=ids[None], use_cache=False).logits[0].double()
             total = total + nn.functional.cross_entropy(logits[first - 1 : -1], ids[first:], reduction="sum")

@@ -146,9 +146,8 @@ def _train_pack(config: RunConfig, adapters: list[int], folder: Path) -> None:
     _settle(_errors_file(folder, 0))
     model, tokenizer = load_base(config.model.name, dtype="float32", device=CPU)
     data = prepare_data(config, tokenizer)
-    pad_id = tokenizer.pad_token_id or 0
     sizes = Sizes(config.train.tokens_per_microbatch, len(adapters), gradient_checkpointing=False)
-    pack = Pack(config, model, data, adapters, sizes=sizes, pad_id=pad_id)
+    pack = Pack(config, model, data, adapters, sizes=sizes)
     for step in range(data.total_steps):
         pack.step(step)
     for slot, adapter in enumerate(adapters):

@@ -1,6 +1,7 @@
 """`check`: what a run will do, found out without its weights, and refused where training would refuse it."""
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from poc_lora.training import check as plan
 from poc_lora.training.check import check
 from poc_lora.training.step import Pack
 from poc_lora.training.train import train
+from tests.conftest import instruction_rows
 from tests.training.conftest import config, stop_after
 
 CPU = torch.device("cpu")
@@ -57,6 +59,7 @@ def test_every_line_is_given_without_weights(settings, no_weights, monkeypatch, 
         "validation rows": 6,
         "rows shortened to max_length": 0,
         "rows left out (whole answer cut off)": 0,
+        "rows left out (data.skip_bad_rows)": 0,
         "rows per step": "12: 4 of each adapter",
         "steps": 6,
         "adapters trained at once": 3,
@@ -86,7 +89,7 @@ def test_the_tokens_it_counts_are_those_that_are_trained_on(settings):
     assert facts["tokens per epoch and adapter"] * 3 == done.tokens
     assert facts["tokens of the whole run, about"] == done.tokens
     assert facts["supervised tokens per epoch and adapter"] == facts["tokens per epoch and adapter"] - 54
-    masked = check(config(settings, output="other", data__train_on_prompt=False), device=CPU)
+    masked = check(config(settings, output="other", data__learn="last"), device=CPU)
     assert masked["supervised tokens per epoch and adapter"] < facts["supervised tokens per epoch and adapter"]
 
 
@@ -217,3 +220,26 @@ def test_a_resumed_run_is_checked_in_the_dtype_it_began_with(settings):
         Path(settings["output"], "config.yaml").read_text().replace("dtype: bfloat16", "dtype: auto")
     )
     assert check(config(settings), device=CPU)["base weights"] == "bfloat16"
+
+
+def test_padding_needs_no_token_of_the_vocabulary(padded_model_dir, settings, tmp_path):
+    plain = train(config(settings))
+    settings["model"]["name"] = str(padded_model_dir)
+    done = train(config(settings, output=str(tmp_path / "again")))
+    for number in range(3):
+        ours, theirs = (d.folder / f"adapters/0{number}/adapter_model.safetensors" for d in (done, plain))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_token_without_an_embedding_is_named_before_training(padded_model_dir, settings, tmp_path):
+    rows = [*instruction_rows(60), {"instruction": "Say [PAD].", "output": "[PAD]"}]
+    path = tmp_path / "padded.json"
+    path.write_text(json.dumps(rows))
+    run = config(settings, model__name=str(padded_model_dir), data__train=[str(path)])
+    for verb in (lambda: check(run, device=CPU), lambda: train(run)):
+        with pytest.raises(
+            ModelError, match=r"token \d+, '\[PAD\]', is beyond the base model's \d+ embeddings"
+        ) as caught:
+            verb()
+        assert caught.value.where == "data.train"
+    assert not (tmp_path / "run" / "run.json").exists()

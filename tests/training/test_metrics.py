@@ -9,6 +9,7 @@ import accelerate.tracking
 import numpy as np
 import pytest
 
+from poc_lora.artifacts.metrics_line import MetricsLine, read_metrics
 from poc_lora.errors import ConfigError
 from poc_lora.training.metrics import MetricsLogger
 from poc_lora.training.train import train
@@ -48,6 +49,11 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(settings, monkeypatch):
     assert {"loss/0", "noise_norm/2", "lr/1", "validation_loss/base", "validation_loss/2"} < shown.keys()
     assert {"validation_loss/merge", "relative_standard_error/merge", "mean_cosine/merge"} < shown.keys()
     assert [step for step, _ in shown["loss/1"]] == [1, 2, 3, 4, 5, 6]
+    lines = metrics(done.folder)
+    assert set().union(*lines) <= MetricsLine.model_fields.keys()
+    assert [line for _, line in read_metrics(done.folder / "metrics.jsonl", max_bytes=10**6)] == [
+        MetricsLine.model_validate(line) for line in lines
+    ]
     files = [path for path in done.folder.rglob("*") if path.is_file()]
     assert any("tfevents" in path.name for path in files)
     for path in files:

@@ -47,7 +47,7 @@ def test_a_run_leaves_peft_adapters_that_learnt_something(settings, tiny_model_d
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), done.folder / "adapters/02")
     assert sum(p.abs().sum() for n, p in model.named_parameters() if "lora_B" in n) > 0
     written = facts(done.folder)
-    assert len(written["data_sha256"]) == 2
+    assert len(written["data_sha256"]) == 3
     assert written["train_seconds"] > 0
     assert written["tokens_per_microbatch"] == 512
     assert "torch" in written["versions"]
@@ -77,7 +77,7 @@ def test_the_same_run_twice_is_bitwise_the_same(settings, tmp_path):
 
 
 def test_prompts_can_be_left_out_of_the_loss(settings, tmp_path):
-    masked = train(config(settings, data__train_on_prompt=False))
+    masked = train(config(settings, data__learn="last"))
     whole = train(config(settings, output=str(tmp_path / "whole")))
     assert not torch.equal(*(next(iter(weights(d.folder, 0).values())) for d in (masked, whole)))
 

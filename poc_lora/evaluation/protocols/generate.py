@@ -16,6 +16,7 @@ from poc_lora.data.prompts import render_prompt
 from poc_lora.evaluation.answers import Answer
 from poc_lora.evaluation.protocols.label import batch_ranges, encode
 from poc_lora.models.load import context_length
+from poc_lora.models.vocabulary import embedding_rows
 
 NEW_TOKENS = 32
 TOKENS_PER_BATCH = 16_384  # padded, with the new ones, over all copies and beams
@@ -85,11 +86,12 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     own = getattr(model, "generation_config", None)
     end = getattr(own, "eos_token_id", None) or tokenizer.eos_token_id
     first_end = end[0] if isinstance(end, list) else end
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first_end
+    size = embedding_rows(model)
+    pad = next((id for id in (tokenizer.pad_token_id, first_end) if id is not None and id < size), 0)
     return GenerationConfig(  # type: ignore[no-untyped-call, unused-ignore]
         max_new_tokens=NEW_TOKENS,
         num_beams=beams,
         do_sample=False,
         eos_token_id=end,
-        pad_token_id=0 if pad is None else pad,
+        pad_token_id=pad,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.models.load import context_length
+from poc_lora.models.vocabulary import require_embeddings
 
 BATCH_SIZE = 16  # rows; lm-eval computes logits for every token of a batch
 UNLIMITED = 2**40  # tokens, where the model's config states no limit: lm-eval would take 2048
@@ -51,6 +52,8 @@ class LoadedModel(HFLM):  # type: ignore[misc, unused-ignore]
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **options: Any) -> Any:
+        ids = ([*context, *continuation] for _, context, continuation in requests)
+        require_embeddings(self.model, self.tokenizer, ids, where="--data")
         for request, (_, context, continuation) in zip(self._requests, requests, strict=True):
             if len(context) + len(continuation) > self.max_length + 1:  # the last token is not run
                 self.truncated.add((request.task_name, request.doc_id))
