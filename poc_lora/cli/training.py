@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.cli.terminal import print_next, show, show_training
+from poc_lora.cli.terminal import print_next, show
 
 Config = Annotated[Path, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -74,12 +74,13 @@ def train(
 
     loaded = load_config(config, overrides or [])
 
+    from poc_lora.reporting.summaries import training_summary
     from poc_lora.training.train import train
 
     done = train(loaded, resume=resume)
     if not done.is_main_process:
         return
-    show_training(done)
+    show(*training_summary(done))
     run = RunFolder(done.folder)
     command = "poc-lora merge " + shlex.join([str(run.path), "--out", str(run.merged)])
     if run.merged.exists():  # of the adapters before the run was extended

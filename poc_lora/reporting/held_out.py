@@ -95,6 +95,11 @@ def paired_interval(differences: np.ndarray, tokens: np.ndarray) -> tuple[float,
     return float(differences.sum() / tokens.sum()), float(low), float(high)
 
 
+def verdicts(run: Path) -> list[str]:
+    """Says for each pack of a run what its merge is worth on the held-out rows."""
+    return [verdict(found) for found in read_held_out(run)]
+
+
 def verdict(found: HeldOut) -> str:
     """Says in plain words what the merge is worth on the held-out rows, and what to do."""
     M, difference = len(found.adapters), "difference {:+.3f}, 95 % interval {:+.3f} to {:+.3f}".format(*found.over_best)

@@ -15,7 +15,7 @@ from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.errors import visible
 from poc_lora.files import write_atomic
 from poc_lora.plotting import render
-from poc_lora.reporting.blocks import Cell, Section
+from poc_lora.reporting.blocks import Section
 from poc_lora.reporting.compare import comparison
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.figures import rank_sweep_figure
@@ -23,21 +23,13 @@ from poc_lora.reporting.run_files import RunFiles, read_run
 from poc_lora.reporting.sections_merge import ranks, similarity
 from poc_lora.reporting.sections_results import benchmarks, headline, subsets
 from poc_lora.reporting.sections_training import noise, provenance, training, what_was_run
-
-SWEEP_FILE = "rank_sweep"
+from poc_lora.reporting.tables import shown
 
 
 def write_page(folder: Path, *, compare: Sequence[Path] = ()) -> Path:
     """Writes report.html into a run, or into a folder of results. The same files give the same bytes.
 
-    Sections whose data is missing are left out, and the page says why.
-
-    Args:
-        folder: The run or the folder of results.
-        compare: Other runs, compared with this one by λ.
-
-    Returns:
-        The path of the page.
+    Sections whose data is missing are left out, and the page says why. The runs in `compare` are compared by λ.
 
     Raises:
         RunError: The folder is neither, a file of it is damaged, or the runs cannot be compared.
@@ -62,7 +54,7 @@ def render_page(run: RunFiles, compared: Section | None = None) -> str:
         ranks(run),
         provenance(run),
     ]
-    sentence, tiles = headline(run)
+    sentence, tiles = headline(run.results)
     styles = resources("poc_lora.reporting").joinpath("report.css").read_text(encoding="utf-8")
     environment = Environment(
         loader=PackageLoader("poc_lora", "reporting"),
@@ -77,7 +69,7 @@ def render_page(run: RunFiles, compared: Section | None = None) -> str:
         sentence=sentence,
         tiles=tiles,
         sections=sections,
-        cell=lambda value: value if isinstance(value, Cell) else Cell(value),
+        shown=shown,
         styles=Markup(styles),  # noqa: S704  (our own file)
         digest=base64.b64encode(hashlib.sha256(styles.encode()).digest()).decode(),
         version=__version__,
@@ -88,5 +80,5 @@ def write_rank_sweep(report: MergeReport, folder: Path) -> None:
     """Draws the `rank_sweep` of a merge.json as rank_sweep.svg and rank_sweep.png."""
     figure = rank_sweep_figure(report.rank_sweep)
     title = "Relative error and retained energy of the merge against its rank"
-    write_atomic(folder / f"{SWEEP_FILE}.svg", render(figure, "svg", title=title))
-    write_atomic(folder / f"{SWEEP_FILE}.png", render(figure, "png"))
+    write_atomic(folder / "rank_sweep.svg", render(figure, "svg", title=title))
+    write_atomic(folder / "rank_sweep.png", render(figure, "png"))

@@ -30,24 +30,19 @@ class Metrics:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The content of a run, or of a folder of results; what is not there is None.
-
-    Attributes:
-        evaluations: One for each protocol, `label` first.
-        changed: For each evaluation, what has other weights now than were evaluated.
-    """
+    """The content of a run, or of a folder of results; what is missing is None."""
 
     folder: Path
     config: RunConfig | None
     info: RunInfo | None
     metrics: Metrics | None
     merge: MergeReport | None
-    evaluations: tuple[Results, ...]
-    changed: tuple[tuple[str, ...], ...] = ()
+    evaluations: tuple[Results, ...]  # one for each protocol, `label` first
+    changed: tuple[tuple[str, ...], ...] = ()  # for each evaluation, what has other weights now than were evaluated
 
     @property
     def results(self) -> Results | None:
-        """The evaluation that the report is about, where there is one."""
+        """The evaluation that the report is about, if any."""
         return self.evaluations[0] if self.evaluations else None
 
 
@@ -71,15 +66,9 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def of_these_weights(place: Path, variant: str, adapter: Path) -> bool | None:
-    """Whether an evaluation is of the weights that an adapter's folder has now.
+    """Whether the evaluation of `variant` in the folder `place` is of the weights that the folder `adapter` has now.
 
-    Args:
-        place: The folder of the evaluation.
-        variant: The adapter's name there.
-        adapter: The adapter's folder.
-
-    Returns:
-        None where the evaluation or the adapter is not there, or the evaluation does not name its weights.
+    None if one of them is missing, or the evaluation does not name its weights.
     """
     if not re.fullmatch(r"[\w .@+-]{1,100}", variant):  # a name from results.json must not lead out of the folder
         return None

@@ -22,7 +22,7 @@ from poc_lora.evaluation.protocols import harness
 from poc_lora.evaluation.protocols.label import prepare, score_labels
 from poc_lora.evaluation.variants import adapter_digest
 from poc_lora.models.load import load_base
-from poc_lora.reporting.tables import notes
+from poc_lora.reporting.results_tables import notes
 from tests.launch import finish, processes
 
 TARGETS = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.up_proj": (32, 48)}
@@ -411,7 +411,7 @@ def test_another_runs_merge_is_a_control(run, data, tmp_path, tiny_model_dir):
     with pytest.raises(RunError, match="the control run has no evaluated merge"):
         evaluate([run], data=data, benchmarks=["piqa"], control=other)
     evaluate([other], data=data, benchmarks=["piqa"], limit=3)
-    with pytest.raises(RunError, match="was not asked piqa, row 4"):
+    with pytest.raises(RunError, match="did not answer piqa, row 4"):
         evaluate([run], data=data, benchmarks=["piqa"], control=other)
     theirs = evaluate([other], data=data, benchmarks=["piqa"])
     results = evaluate([run], data=data, benchmarks=["piqa"], control=other)
@@ -438,7 +438,7 @@ def test_another_runs_merge_is_a_control(run, data, tmp_path, tiny_model_dir):
     rows = json.loads((data / "piqa" / "test.json").read_text())
     rows[1]["instruction"] = "And " + rows[1]["instruction"]
     (data / "piqa" / "test.json").write_text(json.dumps(rows))
-    with pytest.raises(RunError, match="row 2, or not in these words"):
+    with pytest.raises(RunError, match="row 2, or that question has changed"):
         evaluate([run], data=data, benchmarks=["piqa"], control=other)
 
 
