@@ -19,6 +19,7 @@ from poc_lora.reporting.blocks import Section
 from poc_lora.reporting.compare import comparison
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.figures import rank_sweep_figure
+from poc_lora.reporting.held_out import verdict
 from poc_lora.reporting.run_files import RunFiles, read_run
 from poc_lora.reporting.sections_merge import ranks, similarity
 from poc_lora.reporting.sections_results import benchmarks, headline, subsets
@@ -54,7 +55,7 @@ def render_page(run: RunFiles, compared: Section | None = None) -> str:
         ranks(run),
         provenance(run),
     ]
-    sentence, tiles = headline(run.results)
+    sentence, tiles, note = _front(run)
     styles = resources("poc_lora.reporting").joinpath("report.css").read_text(encoding="utf-8")
     environment = Environment(
         loader=PackageLoader("poc_lora", "reporting"),
@@ -68,12 +69,26 @@ def render_page(run: RunFiles, compared: Section | None = None) -> str:
         name=short(run.folder.resolve().name or str(run.folder)),
         sentence=sentence,
         tiles=tiles,
+        note=note,
         sections=sections,
         shown=shown,
         styles=Markup(styles),  # noqa: S704  (our own file)
         digest=base64.b64encode(hashlib.sha256(styles.encode()).digest()).decode(),
         version=__version__,
     )
+
+
+def _front(run: RunFiles) -> tuple[str, list[tuple[str, tuple[str, str]]], str]:
+    """The outcome in a sentence, figures with their errors, and what they are: of the held-out rows if none else."""
+    if run.results is None and len(run.held_out) == 1:
+        (found,) = run.held_out
+        losses = [("base", found.base), ("average adapter", found.average)]
+        losses += [("best adapter", found.adapters[found.best]), ("merge", found.merge)]
+        tiles = [(name, (f"{loss:.3f}", "")) for name, loss in losses]
+        return verdict(found), tiles, "Loss per token of the answers held out; lower is better."
+    sentence, accuracies = headline(run.results)
+    tiles = [(name, (f"{text} %", error)) for name, (text, error) in ((n, shown(value)) for n, value in accuracies)]
+    return sentence, tiles, "Average accuracy over the benchmarks, with its standard error."
 
 
 def write_rank_sweep(report: MergeReport, folder: Path) -> None:

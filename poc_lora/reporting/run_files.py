@@ -14,8 +14,8 @@ from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.variants import adapter_digest, adapter_key
 from poc_lora.files import read_json
+from poc_lora.reporting.held_out import MAX_METRICS_BYTES, HeldOut, read_held_out
 
-MAX_METRICS_BYTES = 2**28
 MEASURES = ("loss", "grad_norm", "noise_norm", "validation_loss")
 
 
@@ -38,6 +38,7 @@ class RunFiles:
     metrics: Metrics | None
     merge: MergeReport | None
     evaluations: tuple[Results, ...]  # one for each protocol, `label` first
+    held_out: tuple[HeldOut, ...] = ()  # one for each pack that was validated
     changed: tuple[tuple[str, ...], ...] = ()  # for each evaluation, what has other weights now than were evaluated
 
     @property
@@ -61,6 +62,7 @@ def read_run(folder: Path) -> RunFiles:
         metrics=_read_metrics(run.metrics),
         merge=MergeReport.read_if_there(run.merge_report),
         evaluations=evaluations,
+        held_out=tuple(read_held_out(folder)),
         changed=tuple(_changed(run, *found) for found in zip(evaluated, evaluations, strict=True)),
     )
 

@@ -7,6 +7,7 @@ from poc_lora.files import size
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Chart, Listing, Section, chart
 from poc_lora.reporting.escape import short
+from poc_lora.reporting.held_out import verdict
 from poc_lora.reporting.run_files import RunFiles
 from poc_lora.reporting.summaries import merge_outcome
 
@@ -56,9 +57,10 @@ def training(files: RunFiles) -> Section:
             figures.validation_figure(found.get("base", []), adapters, merges),
             "Validation loss while training",
             final,
-            f"On rows held out of training. {final}",
+            f"Per token of the answers of rows held out of training. {final}",
         )
     )
+    section.paragraphs += map(verdict, files.held_out)
     return section
 
 
