@@ -37,14 +37,14 @@ class InstructionRow:
     instruction: str
     input: str
     output: str
-    where: str = field(default="", compare=False)
+    where: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class CompletionRow:
     prompt: str
     completion: str
-    where: str = field(default="", compare=False)
+    where: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ChatRow:
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] = ()
     unlearned: frozenset[int] = frozenset()
-    where: str = field(default="", compare=False)
+    where: str = field(default="", compare=False, repr=False)
 
 
 Row = InstructionRow | CompletionRow | ChatRow
