@@ -15,6 +15,7 @@ def _is_error(value: float) -> float:
     return value
 
 
+MAX_ADAPTERS = 4096  # as a run may have
 Accuracy = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 StandardError = Annotated[OrNan, AfterValidator(_is_error)]
 
@@ -99,7 +100,7 @@ class Results(Artifact):
     too_long: Public[dict[str, Count]]
     chance: Public[dict[str, Share]]
     base: Public[Scored]
-    adapters: Public[dict[str, Scored]]
+    adapters: Public[Annotated[dict[str, Scored], Field(max_length=MAX_ADAPTERS)]]
     best: Public[str]
     average: Public[Scored]
     merged: Public[Scored | None]
