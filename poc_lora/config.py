@@ -121,8 +121,8 @@ class OptimSection(Section):
     """AdamW's decoupled weight decay."""
     schedule: Literal["linear", "constant"] = "linear"
     """Learning rate after warm-up: linear to zero, or constant."""
-    warmup_steps: NonNegative = 100
-    """Optimizer steps in which the learning rate rises linearly from zero."""
+    warmup_steps: Literal["auto"] | NonNegative = "auto"
+    """Optimizer steps in which the learning rate rises linearly from zero. `auto`: a tenth of all, at most 100."""
     max_grad_norm: PositiveFloat = 1.0
     """Each adapter's gradient is clipped to this norm."""
 
