@@ -4,10 +4,34 @@ The command line prints them without a traceback and exits with `exit_status`: 2
 out as written, 1 for a run that failed on the way.
 """
 
+import errno
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 MAX_SHOWN = 2000
+MAX_DETAILS = 20
+_MAKE_ROOM = "make room on that disk, or name a folder on another one"
+_PERMISSIONS = "check the permissions of it and of the folders above it, or name another one"
+_DISK = "check the disk"
+SYSTEM_FIXES = {
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EFBIG: "name a folder on a disk that takes files of this size, and check ulimit -f",
+    errno.EROFS: "name a folder on a disk that can be written to",
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOENT: "check that it was not removed, nor a folder above it",
+    errno.ENOTDIR: "a part of the path is a file: name a folder",
+    errno.EISDIR: "name a file",
+    errno.ELOOP: "a link in the path leads back to itself: name the folder itself",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs, which have too many open files",
+    errno.EIO: _DISK,
+    errno.ESTALE: _DISK,
+}
 
 
 class PocLoraError(Exception):
@@ -18,7 +42,7 @@ class PocLoraError(Exception):
 
     Args:
         what: one sentence naming the problem.
-        details: more about it, each on a line of its own.
+        details: more about it, each on a line of its own; the first are shown, the others counted.
         where: the file, key or adapter concerned.
         fix: what to do about it.
 
@@ -36,7 +60,9 @@ class PocLoraError(Exception):
         self.what = _shown(what)
         self.where = None if where is None else _shown(str(where))
         self.fix = None if fix is None else _shown(fix)
-        lines = [self.what, *(f"  - {_shown(line)}" for line in details)]
+        lines = [self.what, *(f"  - {_shown(line)}" for line in details[:MAX_DETAILS])]
+        if len(details) > MAX_DETAILS:
+            lines.append(f"  - and {len(details) - MAX_DETAILS:,} more")
         if self.where:
             lines.append(f"  where: {self.where}")
         if self.fix:
@@ -56,6 +82,18 @@ def visible(text: str) -> str:
 def first_line(problem: BaseException) -> str:
     """The first line of an exception's message, or its repr if it has no message."""
     return (str(problem).strip() or repr(problem)).split("\n")[0]
+
+
+def system_problem(problem: Exception) -> tuple[str, str | None]:
+    """Returns what an OSError, or what safetensors makes of one, means in words, and what to do about it if known."""
+    number = problem.errno if isinstance(problem, OSError) else None
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(problem))):
+        number = int(found[1])
+    return first_line(problem) if number is None else os.strerror(number), SYSTEM_FIXES.get(number or 0)
+
+
+class WriteError(PocLoraError, OSError):
+    """A file or folder that could not be written, such as on a full disk. Also an OSError, as Python raises."""
 
 
 class RequestError(PocLoraError, ValueError):
@@ -106,6 +144,6 @@ class PeerError(PocLoraError):
 
 
 class Interrupted(PocLoraError):
-    """Stopped by Ctrl-C or SIGTERM after the state was saved."""
+    """Stopped by Ctrl-C or SIGTERM, with everything saved or nothing changed."""
 
     exit_status = 130

@@ -1,17 +1,23 @@
 """Atomic writes of files and folders, checksums, and reads of bounded size."""
 
 import contextlib
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from poc_lora.errors import RequestError
+from safetensors import SafetensorError, safe_open
+
+from poc_lora.errors import PocLoraError, RequestError, WriteError, system_problem, visible
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_DEPTH = 64
@@ -23,22 +29,21 @@ os.umask(_UMASK)
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `path` atomically: a reader sees the old content or the new, never a part.
 
-    Raises RequestError if the folder cannot be made or written to.
+    Raises RequestError if the folder cannot be made or written to, WriteError if it is full.
     """
     data = content.encode() if isinstance(content, str) else content
-    with _refusing_bad_places(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    require_place(path)
+    aside, handle = _make_aside(path, folder=False)
     try:
-        with os.fdopen(handle, "wb") as out:
+        with system_errors_as(WriteError, "cannot be written", path), os.fdopen(handle, "wb") as out:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
-        allow_as_usual(Path(aside))
-        os.replace(aside, path)
-        sync(path.parent)
+            allow_as_usual(aside)
+            os.replace(aside, path)
+            sync(path.parent)
     except BaseException:
-        Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
 
 
@@ -56,41 +61,120 @@ def write_json(path: Path, value: Any) -> None:
 def commit_folder(path: Path) -> Iterator[Path]:
     """Yield a folder beside `path` to fill; on success it is renamed to `path`, on an error removed.
 
-    Raises RequestError if the folder cannot be made, or if `path` exists when the block ends.
+    What a killed process left beside `path` is removed, and standard error says so.
+
+    Raises:
+        RequestError: The folder cannot be made, or as `require_new` does, before the block and after it.
+        WriteError: For an OSError or a SafetensorError within the block.
     """
-    with _refusing_bad_places(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    require_new(path)
+    aside, handle = _make_aside(path, folder=True)
     try:
-        yield aside
-        allow_as_usual(aside)
-        publish_folder(aside, path)
+        with system_errors_as(WriteError, "cannot be written", path):
+            yield aside
+            allow_as_usual(aside)
+            publish_folder(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    finally:
+        os.close(handle)
 
 
 def publish_folder(aside: Path, path: Path) -> None:
     """Rename a filled folder to its final name, once all its content is on the disk.
 
-    Raises RequestError if `path` exists.
+    Raises RequestError as `require_new` does.
     """
     for written in (*aside.rglob("*"), aside):
         sync(written)
-    if path.exists():
-        raise RequestError(f"{path} exists already", where=path, fix="choose another folder or remove this one")
-    os.rename(aside, path)
+    try:
+        os.rename(aside, path)  # in place of an empty folder, if there is one
+    except OSError:
+        require_new(path)  # another process may have been faster
+        raise
     sync(path.parent)
 
 
+def require_new(path: Path) -> None:
+    """Raise RequestError unless `path` can become a new folder: nothing is there, or an empty folder."""
+    require_place(path)
+    if path.is_dir():
+        require_place(path.absolute().parent)  # where it will be replaced
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise RequestError("the output exists already", where=path, fix="choose another folder, or remove this one")
+    if path.is_dir() and path.samefile(Path.cwd()):
+        raise RequestError("the output is the current folder", where=path, fix="name a folder inside it")
+
+
+def require_place(path: Path) -> None:
+    """Raise RequestError where it can be told beforehand that no file or folder `path` can be created.
+
+    If `path` is a folder, that none can be created in it.
+    """
+    with system_errors_as(RequestError, "cannot be written", path):
+        whole = path.absolute()
+        above = (whole, *whole.parents) if whole.is_dir() else whole.parents
+        there = next(place for place in above if place.exists() or place.is_symlink())
+        missing = whole.relative_to(there).parts
+        if any(len(os.fsencode(part)) > os.pathconf(there, "PC_NAME_MAX") for part in missing):
+            raise OSError(errno.ENAMETOOLONG, "")
+        if not there.is_dir():
+            raise OSError(errno.ENOTDIR, "")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise OSError(errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES, "")
+
+
 @contextlib.contextmanager
-def _refusing_bad_places(path: Path) -> Iterator[None]:
+def system_errors_as(error: type[PocLoraError], what: str, path: str | Path) -> Iterator[None]:
+    """Raise `error`, with the reason, `path` and what to do, for an OSError or a SafetensorError within the block."""
     try:
         yield
-    except OSError as problem:
-        raise RequestError(
-            f"cannot be written: {problem.strerror}", where=path, fix="choose a folder that can be written to"
-        ) from problem
+    except (PocLoraError, BrokenPipeError):  # a WriteError is an OSError too; typer ends where nobody reads any more
+        raise
+    except (OSError, SafetensorError) as problem:
+        reason, fix = system_problem(problem)
+        raise error(f"{what}: {reason}", where=path, fix=fix) from problem
+
+
+def _make_aside(path: Path, *, folder: bool) -> tuple[Path, int]:
+    """Create a file or folder beside `path`, locked for as long as the returned handle is open.
+
+    Those of processes that were killed, whose locks ended with them, are removed.
+    """
+    prefix = f".{path.name[:50]}.poc-lora-"  # nobody else's, and short enough for a name
+    with system_errors_as(RequestError, "cannot be written", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+            _remove_left(left)
+        while True:
+            if folder:
+                aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
+                handle = os.open(aside, os.O_RDONLY)
+            else:
+                handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix)
+                aside = Path(name)
+            with contextlib.suppress(OSError):  # a file system without locks, where nothing left is removed either
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if aside.exists():
+                return aside, handle
+            os.close(handle)  # another process took it for one that was left, before it was locked
+
+
+def _remove_left(path: Path) -> None:
+    """Remove what a killed process left, unless a process that lives has locked it."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        print(visible(f"removed {path}, which a killed process had left"), file=sys.stderr)  # noqa: T201
+    except (OSError, ValueError):  # in use, not to be removed, or a standard error that is closed
+        pass
+    finally:
+        os.close(handle)
 
 
 def links_root(folder: Path) -> Path:
@@ -131,6 +215,29 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def open_safetensors(path: Path, *, error: type[RequestError]) -> Iterator[Any]:
+    """Open a safetensors file within the block. Raises `error` for what goes wrong in opening or reading it."""
+    with refusing_damage(path, error=error):
+        require_plain(path, error=error)
+        with safe_open(path, framework="pt") as stored:
+            yield stored
+
+
+@contextlib.contextmanager
+def refusing_damage(path: Path, *, error: type[RequestError]) -> Iterator[None]:
+    """Raise `error` for what goes wrong in reading a safetensors file within the block."""
+    try:
+        yield
+    except RequestError:  # a ValueError too
+        raise
+    except OSError as problem:
+        reason, fix = system_problem(problem)
+        raise error(f"cannot be read: {reason}", where=path, fix=fix) from problem
+    except (SafetensorError, ValueError, RuntimeError) as problem:
+        raise error(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from problem
+
+
 def read_json(path: Path, *, error: type[RequestError] = RequestError, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Parse a JSON file of bounded size and depth. Raises `error`, which names the file and line."""
     text = read_text(path, error=error, max_bytes=max_bytes)
@@ -166,7 +273,8 @@ def read_text(path: Path, *, error: type[RequestError] = RequestError, max_bytes
     except UnicodeDecodeError as problem:
         raise error(f"not UTF-8 text (byte {problem.start})", where=path) from problem
     except OSError as problem:
-        raise error(f"cannot be read: {problem.strerror}", where=path) from problem
+        reason, fix = system_problem(problem)
+        raise error(f"cannot be read: {reason}", where=path, fix=fix) from problem
 
 
 def require_plain(path: Path, *, error: type[RequestError] = RequestError) -> None:
@@ -177,6 +285,14 @@ def require_plain(path: Path, *, error: type[RequestError] = RequestError) -> No
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise error("not a plain file", where=path, fix="give a file on disk")
+
+
+def size(nbytes: int) -> str:
+    """Format a number of bytes; 1.5 GB is 1.5e9 bytes."""
+    for unit, width in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= width:
+            return f"{nbytes / width:.1f} {unit}"
+    return f"{nbytes / 1e3:.0f} kB"
 
 
 def _deeper_than(value: Any, limit: int) -> bool:

@@ -19,22 +19,24 @@ def test_a_study_keeps_every_score_and_is_not_run_twice(monkeypatch, tmp_path, c
     script = importlib.import_module("real_model")
     monkeypatch.setattr(script, "QUESTIONS", 3)
     jobs = [
-        script.Job("choices_0", "choices", count=2, steps=2, batch=2),
-        script.Job("labels_longer", "labels", count=1, steps=3, batch=2),
+        script.Job("choices", "choices", members=2, packs=2, steps=2, batch=2),
+        script.Job("labels_longer", "labels", members=1, packs=2, steps=3, batch=2),
+        script.Job("docstrings", "docstrings", members=2, packs=1, steps=1, batch=2, learn="last"),
     ]
     monkeypatch.setattr(script, "JOBS", {job.name: job for job in jobs})
     script.write_rows(DATA_DIR, tmp_path / "rows")
     for _ in range(2):
         script.study(str(MODEL_DIR), tmp_path / "rows", tmp_path / "out", list(script.JOBS), 600)
-    assert capsys.readouterr().out.count("choices_0: ") == 1  # the second time it was there
+    assert capsys.readouterr().out.count("choices: ") == 2  # rows and one study: the second time it was there
 
-    with np.load(tmp_path / "out" / "choices_0.npz") as found:
+    with np.load(tmp_path / "out" / "choices.npz") as found:
         names, scores = found["variants"].tolist(), found["scores"]
-    assert names == ["base", "adapter_0", "adapter_1", "merge_2_0", "ema_0", "ema_1", "ema_merge_2"]
+    assert names == ["base", *(f"adapter_{slot}" for slot in range(4)), "merge_2_0", "merge_2_2"]
     assert scores.shape[:2] == (len(names), 3 * len(BENCHMARKS))
     assert not np.array_equal(scores[1], scores[2])
-    losses = json.loads((tmp_path / "out" / "choices_0.json").read_text())["losses"]
-    assert [len(step) for step in losses] == [2, 2]
+    found = json.loads((tmp_path / "out" / "choices.json").read_text())
+    assert [len(step) for step in found["losses"]] == [4, 4]
+    assert len({found["heldout"][name] for name in ("base", "adapter_0", "adapter_1", "merge_2_0", "line_0_0.5")}) == 5
     shown = script.summary(tmp_path / "out")
-    for name in ("base", "best", "ensemble", "merge_2", "labels_longer"):
+    for name in ("base", "best", "ensemble", "merge of 2", "labels_longer", "docstrings"):
         assert name in shown

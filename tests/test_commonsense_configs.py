@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from poc_lora.config import load_config
+from poc_lora.files import size
 from poc_lora.training import check as plan
-from poc_lora.training.check import check, size
+from poc_lora.training.check import check
 from tests.conftest import build_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "configs" / "commonsense"

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
@@ -22,8 +21,16 @@ from torch.nn import functional
 from poc_lora.adapters.factors import DTYPES, Factors, check_name, check_shapes, is_finite
 from poc_lora.adapters.peft_config import auto_mapping, check_config, module_scales, plain_targets
 from poc_lora.adapters.weights_file import PREFIX, LazyFactors, LazyModulesToSave, read_header
-from poc_lora.errors import AdapterError, PocLoraError
-from poc_lora.files import allow_as_usual, commit_folder, links_root, read_json, sync
+from poc_lora.errors import AdapterError, RequestError
+from poc_lora.files import (
+    allow_as_usual,
+    commit_folder,
+    links_root,
+    read_json,
+    require_new,
+    sync,
+    system_errors_as,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -97,12 +104,10 @@ def read_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
 def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
     """Like `read_adapter`, but each tensor is read from the file when it is accessed, and not kept."""
     folder = Path(folder)
-    try:
+    with system_errors_as(AdapterError, "cannot be read", folder):
         config_path, weights_path = (
             real_file(folder, name, root or links_root(folder)) for name in (CONFIG_NAME, WEIGHTS_NAME)
         )
-    except OSError as problem:
-        raise AdapterError(f"cannot be read: {problem.strerror}", where=folder) from problem
     config = read_json(config_path, error=AdapterError, max_bytes=MAX_CONFIG_BYTES)
     check_config(config, config_path)
     header = read_header(weights_path, config.get("modules_to_save") or ())
@@ -140,8 +145,9 @@ def write_adapter(
         extra_files: The contents of further files, by name.
 
     Raises:
-        AdapterError: `folder` exists, or the adapter has no modules or cannot be written in `dtype`.
-        PocLoraError: The disk could not be written to.
+        RequestError: `folder` exists and is not empty, or `dtype` is none that adapters have.
+        AdapterError: The adapter has no modules, or does not fit in `dtype`.
+        WriteError: The disk could not be written to.
     """
     folder = Path(folder)
     _check_writable(adapter, folder, dtype)
@@ -179,19 +185,16 @@ def write_adapter(
         "alpha_pattern": {},
     }
     texts: dict[str, str | bytes] = {CONFIG_NAME: json.dumps(config, indent=2) + "\n", **(extra_files or {})}
-    try:
-        with commit_folder(folder) as aside:
-            # More metadata than this one key would be serialised in random order.
-            save_file(tensors, aside / WEIGHTS_NAME, metadata={"format": "pt"})
-            allow_as_usual(aside / WEIGHTS_NAME)
-            for name, text in texts.items():
-                (aside / name).write_bytes(text.encode() if isinstance(text, str) else text)
-            with ThreadPoolExecutor(1) as pool:  # the disk is waited for anyway
-                on_disk = pool.submit(sync, aside / WEIGHTS_NAME)
-                _check_written(adapter, tensors, aside)
-                on_disk.result()
-    except (OSError, SafetensorError) as problem:
-        raise PocLoraError(f"the adapter could not be written: {problem}", where=folder) from problem
+    with commit_folder(folder) as aside:
+        # More metadata than this one key would be serialised in random order.
+        save_file(tensors, aside / WEIGHTS_NAME, metadata={"format": "pt"})
+        allow_as_usual(aside / WEIGHTS_NAME)
+        for name, text in texts.items():
+            (aside / name).write_bytes(text.encode() if isinstance(text, str) else text)
+        with ThreadPoolExecutor(1) as pool:  # the disk is waited for anyway
+            on_disk = pool.submit(sync, aside / WEIGHTS_NAME)
+            _check_written(adapter, tensors, aside)
+            on_disk.result()
 
 
 def shared_tokenizer(folders: Sequence[tuple[Path, Path]]) -> dict[str, bytes]:
@@ -275,11 +278,10 @@ def _check_written(adapter: Adapter, tensors: Mapping[str, Tensor], folder: Path
 
 def _check_writable(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
     if dtype not in DTYPES.values():
-        raise AdapterError(f"an adapter cannot be written in {dtype}", fix="use float32, bfloat16 or float16")
+        raise RequestError(f"an adapter cannot be written in {dtype}", fix="use float32, bfloat16 or float16")
     if not adapter.modules:
         raise AdapterError("an adapter without modules cannot be written", where=adapter.source)
-    if folder.exists():
-        raise AdapterError("the folder to write exists already", where=folder, fix="choose another or remove this one")
+    require_new(folder)
 
 
 def real_file(folder: Path, name: str, root: Path) -> Path:

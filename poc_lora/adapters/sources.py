@@ -13,7 +13,7 @@ from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.adapters.weights_file import MAX_WEIGHTS_BYTES
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.errors import AdapterError, first_line
-from poc_lora.files import links_root
+from poc_lora.files import links_root, system_errors_as
 from poc_lora.hub_ids import is_adapter_id, split_revision
 
 
@@ -38,15 +38,13 @@ def find_sources(source: str | Path) -> list[Source]:
         AdapterError: There is no adapter, or it cannot be downloaded.
     """
     path = Path(source)
-    try:
+    with system_errors_as(AdapterError, "cannot be read", source):
         if is_adapter_id(source):
             return [_fetch(*split_revision(source))]
         return [
             Source(folder, _name(folder), path if path.resolve() != folder.resolve() else links_root(folder))
             for folder in find_adapters(path)
         ]
-    except OSError as problem:  # a name that is too long, a folder that may not be searched
-        raise AdapterError(f"cannot be read: {problem.strerror}", where=source) from problem
 
 
 def find_adapters(source: Path) -> list[Path]:

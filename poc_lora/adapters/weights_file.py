@@ -1,6 +1,5 @@
 """An adapter's safetensors file, untrusted: checked by its header alone, then read lazily, tensor by tensor."""
 
-import contextlib
 import re
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -9,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from poc_lora.adapters.factors import DTYPES, MAX_NAME, MAX_WIDTH, Factors, check_name, check_shapes, is_finite
 from poc_lora.errors import AdapterError
-from poc_lora.files import require_plain
+from poc_lora.files import open_safetensors, refusing_damage, require_plain
 
 PREFIX = "base_model.model."  # PEFT's wrapper around the base model, in every tensor name
 # Left in names by torch.compile, gradient checkpointing and FSDP.
@@ -67,7 +66,8 @@ def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
     saved: dict[str, tuple[int, ...]] = {}
     saved_keys: dict[str, tuple[str, ...]] = {}
     in_file: dict[str, str] = {}
-    with _opened(path) as stored:
+    _header_bytes(path)
+    with open_safetensors(path, error=AdapterError) as stored:
         for key in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
             plain = _unwrapped(key)
             if plain in in_file:
@@ -182,7 +182,7 @@ class _Tensors:
         self._left = 0  # bytes to read before the file is opened again
 
     def read(self, *names: str) -> list[Tensor]:
-        with _reading(self._path):
+        with refusing_damage(self._path, error=AdapterError):
             if self._left <= 0:
                 self._stored = None
                 self._left = _header_bytes(self._path)
@@ -208,31 +208,13 @@ def _is_of(parameter: str, modules: Collection[str]) -> bool:
     return any(f".{name}." in f".{parameter}" for name in modules)
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    with _reading(path):
-        _header_bytes(path)
-        with safe_open(path, framework="pt") as stored:
-            yield stored
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what goes wrong within the block into an AdapterError."""
-    try:
-        yield
-    except AdapterError:  # a ValueError too
-        raise
-    except (SafetensorError, OSError, ValueError, RuntimeError) as problem:
-        raise AdapterError(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from problem
-
-
 def _header_bytes(path: Path) -> int:
     """The length of a file's header; raises AdapterError if it or the file is too large."""
-    require_plain(path, error=AdapterError)
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        start = handle.read(8)
+    with refusing_damage(path, error=AdapterError):
+        require_plain(path, error=AdapterError)
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            start = handle.read(8)
     header: int = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
     if not 0 <= header <= size:
         raise AdapterError("not a safetensors file, or only a part of one", where=path, fix="fetch it again")

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.cli.terminal import numbers, print_next, show, show_merge
+from poc_lora.cli.terminal import interruptible, numbers, print_next, show
+from poc_lora.errors import WriteError
 from poc_lora.merging.methods import METHODS
 
 Method = StrEnum("Method", list(METHODS))  # type: ignore[misc]
@@ -57,25 +58,38 @@ def merge(
     import torch
 
     from poc_lora.merging.folders import merge_folders
+    from poc_lora.reporting.summaries import merge_summary
 
-    report = merge_folders(
-        sources,
-        out,
-        method=method,
-        rank=rank,
-        rank_sweep=ranks,
-        weights=chosen,
-        canonical=canonical,
-        seed=seed,
-        dtype=getattr(torch, dtype),
-        allow_base_mismatch=allow_base_mismatch,
-        modules_to_save=modules_to_save,
-    )
-    show_merge(report)
+    with interruptible("nothing was written"):
+        report = merge_folders(
+            sources,
+            out,
+            method=method,
+            rank=rank,
+            rank_sweep=ranks,
+            weights=chosen,
+            canonical=canonical,
+            seed=seed,
+            dtype=getattr(torch, dtype),
+            allow_base_mismatch=allow_base_mismatch,
+            modules_to_save=modules_to_save,
+        )
+    show(*merge_summary(report))
+    trained = RunFolder(Path(sources[0])) if len(sources) == 1 else None
+    if trained and trained.is_run and method == AVERAGE and chosen is None:
+        from poc_lora.reporting.held_out import verdicts
+
+        show(*verdicts(trained.path))
     if ranks:
         from poc_lora.reporting.page import write_rank_sweep
+        from poc_lora.reporting.summaries import rank_table
 
-        write_rank_sweep(report, out)
+        show(*rank_table(report))
+        try:
+            write_rank_sweep(report, out)
+        except WriteError as problem:
+            what = f"the merged adapter is written and complete, but the figure of its ranks {problem.what}"
+            raise WriteError(what, where=problem.where, fix=problem.fix) from problem
         show(f"the same as a figure: {out / 'rank_sweep.svg'}")
     runs = map(RunFolder, map(Path, sources))
     run = next((run.path for run in runs if run.is_run and out == run.merged), None)
@@ -99,7 +113,8 @@ def fold(
     """
     from poc_lora.merging.fold import fold
 
-    done = fold(adapter, base, out, untie_head=untie_head)
+    with interruptible("nothing was written"):
+        done = fold(adapter, base, out, untie_head=untie_head)
     show(f"{done.modules} modules folded into {done.files} files of weights")
     if done.left_out:
         show(f"left out, copy it from the base if you trust it: {', '.join(done.left_out)}")

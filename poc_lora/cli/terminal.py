@@ -1,18 +1,17 @@
 """What the verbs print, errors included, and how they parse lists of numbers."""
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from traceback import format_exception
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import FrameType
+from typing import Any, TypeVar
 
 import typer
 
-from poc_lora.errors import PocLoraError, RequestError, visible
-
-if TYPE_CHECKING:
-    from poc_lora.artifacts.merge_report import MergeReport
-    from poc_lora.artifacts.results import Results
-    from poc_lora.training.loop import TrainingResult
+from poc_lora.errors import Interrupted, PocLoraError, RequestError, WriteError, system_problem, visible
+from poc_lora.files import system_errors_as
 
 N = TypeVar("N", int, float)
 
@@ -30,7 +29,8 @@ def as_error(problem: Exception) -> PocLoraError | None:
             fix="in training, lower train.tokens_per_microbatch or adapters.per_device",
         )
     elif isinstance(problem, OSError):  # a full disk, a folder that went away
-        error = PocLoraError(str(problem))
+        what, fix = system_problem(problem)
+        error = PocLoraError(what, where=problem.filename, fix=fix)
     else:
         return None
     error.__cause__ = problem
@@ -46,6 +46,34 @@ def _is_out_of_memory(problem: Exception) -> bool:
     )
 
 
+@contextlib.contextmanager
+def interruptible(outcome: str) -> Iterator[None]:
+    """Within the block Ctrl-C and SIGTERM raise KeyboardInterrupt, and then the block raises Interrupted.
+
+    That holds for whatever error comes of it too: torch turns a KeyboardInterrupt that reaches some of its functions
+    into a ValueError, which would read as a damaged file.
+
+    Args:
+        outcome: What such an end leaves, for the message.
+    """
+    received: list[str] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number).name)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except BaseException as problem:
+        if not received:
+            raise
+        raise Interrupted(f"stopped by {received[0]}; {outcome}", fix="the same command starts again") from problem
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def show_error(error: PocLoraError, *, traceback: bool = False) -> None:
     """Print an error to stderr, with `traceback` after its traceback and those of its causes."""
     if traceback:
@@ -55,42 +83,19 @@ def show_error(error: PocLoraError, *, traceback: bool = False) -> None:
         typer.echo(f"poc-lora: {error}", err=True)
 
 
-def show(thing: Any) -> None:
-    """Print a line of text or a rich table. Of text, characters that cannot be seen are escaped, line breaks too.
+def show(*things: Any) -> None:
+    """Print lines of text and rich tables. Of text, characters that cannot be seen are escaped, line breaks too.
 
     It may hold names of files and of adapters, which can be any text; tables escape theirs where they are made.
     """
-    if isinstance(thing, str):
-        typer.echo(visible(thing))
-        return
-    from rich.console import Console
+    with system_errors_as(WriteError, "cannot be written", "standard output"):
+        for thing in things:
+            if isinstance(thing, str):
+                typer.echo(visible(thing))
+            else:
+                from rich.console import Console
 
-    Console().print(thing, highlight=False)
-
-
-def show_results(results: "Results") -> None:
-    """Print the table of an evaluation and its notes."""
-    from poc_lora.reporting.tables import notes, terminal_table
-
-    show(terminal_table(results))
-    for note in notes(results):
-        show(note)
-
-
-def show_merge(report: "MergeReport") -> None:
-    """Print the summary of a merge and its rank sweep, if any."""
-    from poc_lora.reporting.summaries import merge_summary, rank_table
-
-    for line in merge_summary(report) + (rank_table(report) if report.rank_sweep else []):
-        show(line)
-
-
-def show_training(done: "TrainingResult") -> None:
-    """Print the summary of a training run."""
-    from poc_lora.reporting.summaries import training_summary
-
-    for line in training_summary(done):
-        show(line)
+                Console().print(thing, highlight=False)
 
 
 def numbers(text: str, kind: Callable[[str], N], option: str, example: str) -> list[N]:
@@ -105,5 +110,4 @@ def numbers(text: str, kind: Callable[[str], N], option: str, example: str) -> l
 
 def print_next(result: str, command: str) -> None:
     """Print the last lines of every verb: where its result is, and the command to run next."""
-    for line in ("", result, f"next: {command}"):
-        show(line)
+    show("", result, f"next: {command}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from poc_lora.adapters.adapter import Adapter
-from poc_lora.errors import AdapterError
+from poc_lora.errors import AdapterError, RequestError
 from poc_lora.hub_ids import is_base_model_id
 
 SAME_BASE = "merge only adapters of one base model"
@@ -23,10 +23,11 @@ def check_compatible(
     Factors are not read. Base models are compared by name only if they are Hub ids, and not if `allow_base_mismatch`.
 
     Raises:
-        AdapterError: There are no adapters, or two of them do not fit together.
+        RequestError: There are no adapters.
+        AdapterError: Two of them do not fit together.
     """
     if not adapters:
-        raise AdapterError("there are no adapters to merge", fix="give at least one")
+        raise RequestError("there are no adapters to merge", fix="give at least one")
     if not allow_base_mismatch:
         _check_bases(adapters)
     first_with: dict[str, Adapter] = {}
@@ -46,16 +47,16 @@ def check_compatible(
 
 
 def checked_weights(weights: Sequence[float] | None, M: int) -> tuple[float, ...]:
-    """Returns the weights, by default 1/M each. Raises AdapterError unless they are M numbers that sum to 1."""
+    """Returns the weights, by default 1/M each. Raises RequestError unless they are M numbers that sum to 1."""
     if weights is None:
         return (1 / M,) * M
     if len(weights) != M:
-        raise AdapterError(f"{len(weights)} weights for {M} adapters", where="weights", fix="give one weight each")
+        raise RequestError(f"{len(weights)} weights for {M} adapters", where="weights", fix="give one weight each")
     if not all(math.isfinite(weight) for weight in weights):
-        raise AdapterError("a weight is not a finite number", where="weights")
+        raise RequestError("a weight is not a finite number", where="weights")
     total = math.fsum(weights)
     if abs(total - 1) > 1e-6:
-        raise AdapterError(
+        raise RequestError(
             f"the weights sum to {total:g}", where="weights", fix="divide each by that sum, so that they sum to 1"
         )
     return tuple(float(weight) for weight in weights)

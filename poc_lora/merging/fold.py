@@ -1,6 +1,5 @@
 """Fold an adapter into its base model's weights, for engines that do not serve adapters."""
 
-import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,17 +8,25 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from poc_lora.adapters.adapter import TOKENIZER_FILES, Adapter, open_adapter, real_file
 from poc_lora.adapters.factors import Factors
 from poc_lora.adapters.sources import Source, find_sources
-from poc_lora.errors import AdapterError, ModelError, PocLoraError, RequestError, first_line
-from poc_lora.files import allow_as_usual, commit_folder, links_root, read_json, require_plain
-from poc_lora.hub_ids import is_base_model_id, split_revision
+from poc_lora.errors import AdapterError, ModelError, first_line
+from poc_lora.files import (
+    allow_as_usual,
+    commit_folder,
+    links_root,
+    open_safetensors,
+    read_json,
+    require_new,
+    system_errors_as,
+)
+from poc_lora.hub_ids import split_revision
 from poc_lora.merging.fold_plan import INDEX_NAME, FoldPlan, changed_texts, loading_class, plan_fold
+from poc_lora.models.load import resolve_base
 from poc_lora.progress import progress_bar
 
 SINGLE_NAME = "model.safetensors"
@@ -57,31 +64,28 @@ def fold(adapter: str | Path, base: str, out: Path, *, untie_head: bool = False)
     Raises:
         AdapterError: The adapter cannot be read, or was trained on another base.
         ModelError: The base cannot be found, is quantised, or is not in safetensors.
-        RequestError: `out` exists.
+        RequestError: `out` exists, and is not an empty folder.
+        WriteError: The disk could not be written to.
     """
     source = _one_source(adapter)
     read, out = open_adapter(source.folder, root=source.root), Path(out)
     folder = _base_folder(base, read)
-    if out.exists() or out.is_symlink():
-        raise RequestError("the output exists already", where=out, fix="choose a new folder")
+    require_new(out)
     config = _read_config(folder)
     files = _weight_files(folder)
     plan = plan_fold(read, folder, config, files, untie_head=untie_head)
     others = dict(_other_files(folder)) | dict(_tokenizer_beside(source))
     texts = changed_texts(plan, folder, config, files)
-    try:
-        with commit_folder(out) as aside, progress_bar(len(files), f"folding into {len(files)} files") as bar:
-            for name, path in others.items():
-                shutil.copyfile(path, aside / name)
-            for name, text in texts.items():
-                (aside / name).write_text(text, encoding="utf-8")
-            for name, keys in files.items():
-                tensors, metadata = _folded(read, plan, folder / name, keys)
-                save_file(tensors, aside / name, metadata=metadata)
-                allow_as_usual(aside / name)
-                bar.advance()
-    except (OSError, SafetensorError) as problem:
-        raise PocLoraError(f"the model could not be written: {problem}", where=out) from problem
+    with commit_folder(out) as aside, progress_bar(len(files), f"folding into {len(files)} files") as bar:
+        for name, path in others.items():
+            _copy(path, aside / name)
+        for name, text in texts.items():
+            (aside / name).write_text(text, encoding="utf-8")
+        for name, keys in files.items():
+            tensors, metadata = _folded(read, plan, folder / name, keys)
+            save_file(tensors, aside / name, metadata=metadata)
+            allow_as_usual(aside / name)
+            bar.advance()
     return Folded(out, len(read.modules), len(files), _left_out(folder, config), loading_class(config))
 
 
@@ -101,12 +105,12 @@ def _one_source(adapter: str | Path) -> Source:
 
 
 def _base_folder(base: str, adapter: Adapter) -> Path:
-    path = Path(base).expanduser()
-    if path.is_dir():
-        return path
-    name, revision = split_revision(base)
-    if not is_base_model_id(name) or revision == "":
-        raise ModelError(f"no base model at '{base}'", where="--base", fix="give a folder, or a Hub id org/name")
+    with system_errors_as(ModelError, "cannot be read", base):
+        is_folder = Path(base).expanduser().is_dir()
+    name, revision = (base, None) if is_folder else split_revision(base)
+    found = resolve_base(base if revision == "" else name)
+    if is_folder:
+        return Path(found)
     if revision is None and name == adapter.base_model:
         revision = adapter.revision
     try:
@@ -150,7 +154,7 @@ def _weight_files(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ModelError(f"{name!r} is not a safetensors file of this folder", where=folder / INDEX_NAME)
-        with _opened(folder / name) as stored:
+        with open_safetensors(folder / name, error=ModelError) as stored:
             files[name] = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
     return files
 
@@ -159,7 +163,7 @@ def _folded(
     adapter: Adapter, plan: FoldPlan, source: Path, keys: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """One file's tensors with their updates, and its metadata."""
-    with _opened(source) as stored:
+    with open_safetensors(source, error=ModelError) as stored:
         metadata = stored.metadata()
         tensors = {key: stored.get_tensor(key) for key in keys}
     if plan.untied and plan.untied[1] in tensors:
@@ -179,6 +183,13 @@ def _folded(
         if not bool(torch.isfinite(tensors[key]).all()):
             raise AdapterError(f"the sum overflows in {key}", where=adapter.source, fix="use a wider base dtype")
     return tensors, metadata
+
+
+def _copy(source: Path, target: Path) -> None:
+    with system_errors_as(ModelError, "cannot be read", source):
+        handle = source.open("rb")
+    with handle, target.open("wb") as out:
+        shutil.copyfileobj(handle, out)
 
 
 def _left_out(folder: Path, config: Mapping[str, Any]) -> list[str]:
@@ -207,13 +218,3 @@ def _other_files(folder: Path) -> Iterator[tuple[str, Path]]:
                     what = f"{path.name} is a link that leads out of its folder"
                     raise ModelError(what, where=path, fix="copy the file there, or remove the link")
                 yield path.name, path
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        require_plain(path, error=ModelError)
-        with safe_open(path, framework="pt") as stored:
-            yield stored
-    except (SafetensorError, OSError) as problem:
-        raise ModelError(f"not a readable safetensors file: {problem}", where=path, fix="fetch it again") from problem

@@ -16,8 +16,7 @@ from poc_lora.adapters.adapter import WEIGHTS_NAME, open_adapter, shared_tokeniz
 from poc_lora.adapters.sources import find_sources, refuse_duplicates, tell_apart
 from poc_lora.artifacts.merge_report import MergeReport, MergeSource, Versions
 from poc_lora.artifacts.run_folder import MERGE_REPORT
-from poc_lora.errors import AdapterError
-from poc_lora.files import sha256_file
+from poc_lora.files import require_new, sha256_file
 from poc_lora.lora.peft_targets import attachable
 from poc_lora.merging.merge import merge, sweep_by_type
 from poc_lora.merging.methods import METHODS
@@ -52,13 +51,12 @@ def merge_folders(
         The contents of merge.json. A tokenizer that lies beside all sources, the same, is carried too.
 
     Raises:
-        AdapterError: A source cannot be read or merged, or `out` cannot be used. Nothing was written.
+        AdapterError: A source cannot be read or merged. Nothing was written, here and below.
+        RequestError: The options do not go together, or `out` exists and is not an empty folder.
+        WriteError: The disk could not be written to.
     """
     out = Path(out)
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise AdapterError("the output exists already", where=out, fix="choose another folder or empty this one")
-    if out.is_dir() and out.samefile(Path.cwd()):
-        raise AdapterError("the output is the current folder", where=out, fix="name a folder inside it")
+    require_new(out)
     found = tell_apart([source for given in sources for source in find_sources(given)])
     # Opened before hashing: a damaged file is reported as such, and only regular files are hashed.
     adapters = [open_adapter(source.folder, root=source.root) for source in found]
@@ -116,16 +114,7 @@ def merge_folders(
         MERGE_REPORT: report.dumps(),
         **shared_tokenizer([(source.folder, source.root) for source in found]),
     }
-    adapter = attachable(merged.adapter)
-    was_there = out.exists()  # and empty
-    try:
-        if was_there:
-            out.rmdir()
-        write_adapter(adapter, out, dtype=dtype, extra_files=files)
-    except BaseException:
-        if was_there:
-            out.mkdir(exist_ok=True)
-        raise
+    write_adapter(attachable(merged.adapter), out, dtype=dtype, extra_files=files)
     return report
 
 

@@ -50,7 +50,7 @@ def mean_cosine(inner: Tensor) -> float | None:
     return float(cosines.sum() - cosines.diagonal().sum()) / (M * (M - 1))
 
 
-def spread(inner: Tensor) -> float | None:
+def variance(inner: Tensor) -> float | None:
     """S² = 1/(M−1) Σ_j ‖ΔW_j − mean‖², the unbiased variance of one adapter; None for a single adapter."""
     M = len(inner)
     if M < 2:
@@ -60,8 +60,8 @@ def spread(inner: Tensor) -> float | None:
 
 def merge_variance(inner: Tensor, weights: Sequence[float] | None = None) -> float | None:
     """S² Σ_j w_j², or S²/M for equal weights: the expected squared distance of the merge from the limit M → ∞."""
-    variance = spread(inner)
-    return None if variance is None else variance * float(_weights(inner, weights).square().sum())
+    squared = variance(inner)
+    return None if squared is None else squared * float(_weights(inner, weights).square().sum())
 
 
 def relative_standard_error(inner: Tensor, weights: Sequence[float] | None = None) -> float | None:
@@ -76,9 +76,9 @@ def next_move(inner: Tensor) -> float | None:
 
     The average would move by (ΔW_{M+1} − mean) / (M + 1), whose expected square is S² (1 + 1/M) / (M + 1)².
     """
-    M, variance = len(inner), spread(inner)
+    M, squared = len(inner), variance(inner)
     norm = math.sqrt(max(0.0, float(inner.sum()))) / M
-    return None if variance is None or norm == 0 else math.sqrt(variance / (M * (M + 1))) / norm
+    return None if squared is None or norm == 0 else math.sqrt(squared / (M * (M + 1))) / norm
 
 
 def _weights(inner: Tensor, weights: Sequence[float] | None) -> Tensor:
@@ -87,10 +87,10 @@ def _weights(inner: Tensor, weights: Sequence[float] | None) -> Tensor:
 
 
 def summary(inner: Tensor, weights: Sequence[float] | None = None) -> Mapping[str, float | None]:
-    """Returns the statistics written to merge.json and metrics.jsonl; `error_bar` there is the merge variance."""
+    """Returns the statistics written to merge.json and metrics.jsonl."""
     return {
         "mean_cosine": mean_cosine(inner),
-        "spread": spread(inner),
-        "error_bar": merge_variance(inner, weights),
-        "relative_error_bar": relative_standard_error(inner, weights),
+        "variance": variance(inner),
+        "merge_variance": merge_variance(inner, weights),
+        "relative_standard_error": relative_standard_error(inner, weights),
     }

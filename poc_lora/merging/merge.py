@@ -12,7 +12,7 @@ from poc_lora import rng
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.factors import DTYPES, MAX_RANK, Factors, is_finite
 from poc_lora.artifacts.merge_report import MergeStatistics, ModuleReport
-from poc_lora.errors import AdapterError
+from poc_lora.errors import AdapterError, RequestError
 from poc_lora.hub_ids import is_base_model_id
 from poc_lora.merging import gram, norms
 from poc_lora.merging.compatible import check_compatible, checked_weights
@@ -69,7 +69,8 @@ def merge(
         The merged adapter and its report.
 
     Raises:
-        AdapterError: The adapters cannot be merged, or not with these options.
+        AdapterError: An adapter is damaged, or does not fit the others.
+        RequestError: The options do not go together, or not with these adapters.
     """
     check_compatible(adapters, allow_base_mismatch=allow_base_mismatch, modules_to_save=modules_to_save)
     used = checked_weights(weights, len(adapters))
@@ -160,8 +161,8 @@ def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[
         mean_cosine=gram.mean_cosine(inner),
         pair_cosines=gram.pair_cosines(inner),
         norms=gram.norms(inner),
-        spread=gram.spread(inner),
-        error_bar=gram.merge_variance(inner, plan.weights),
+        variance=gram.variance(inner),
+        merge_variance=gram.merge_variance(inner, plan.weights),
         sweep={rank: exact.decomposition.error(rank) for rank in plan.rank_sweep},
     )
     return factors, report, inner
@@ -216,17 +217,19 @@ def _refuse_overflow(name: str) -> NoReturn:
 
 
 def _check_plan(name: str, plan: _Plan, adapters: Sequence[Adapter]) -> None:
-    """Raises AdapterError for options that do not go together."""
+    """Raises RequestError for options that do not go together."""
     ranks = [*plan.rank_sweep, *([] if plan.rank is None else [plan.rank])]
     if any(not 1 <= rank <= MAX_RANK for rank in ranks):
         what = f"the ranks to keep are {', '.join(map(str, ranks))}"
-        raise AdapterError(what[:200], where="rank", fix=f"give ranks from 1 to {MAX_RANK}")
+        raise RequestError(what[:200], where="rank", fix=f"give ranks from 1 to {MAX_RANK}")
+    if not -(2**63) <= plan.seed < 2**63:
+        raise RequestError("the seed is no integer of 64 bits", where="seed")
     if plan.dtype not in DTYPES.values():
-        raise AdapterError(f"an adapter cannot be written in {plan.dtype}", fix="use float32, bfloat16 or float16")
+        raise RequestError(f"an adapter cannot be written in {plan.dtype}", fix="use float32, bfloat16 or float16")
     if plan.method.rank == "required" and plan.rank is None:
-        raise AdapterError(f"the method {name} needs the number of components to keep", fix="give a rank")
+        raise RequestError(f"the method {name} needs the number of components to keep", fix="give a rank")
     if plan.method.rank == "unused" and plan.rank is not None:
-        raise AdapterError(f"the method {name} has no rank to choose", fix="leave out the rank, or use average")
+        raise RequestError(f"the method {name} has no rank to choose", fix="leave out the rank, or use average")
     if plan.canonical and not plan.method.by_component:
-        raise AdapterError(f"the method {name} does not depend on components", fix="leave out canonical")
+        raise RequestError(f"the method {name} does not depend on components", fix="leave out canonical")
     plan.method.check(adapters, plan.weights, plan.rank)

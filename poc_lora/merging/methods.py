@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from poc_lora.errors import AdapterError
+from poc_lora.errors import RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,7 @@ class MergeMethod:
         by_component: Whether the result depends on how each B_j A_j is factored, so that `canonical` makes a
             difference.
         random: Whether the method draws random numbers, so that the seed makes a difference.
-        check: Raises AdapterError for adapters, weights and a rank that the method cannot merge.
+        check: Raises RequestError for adapters, weights and a rank that the method cannot merge.
     """
 
     merge: Callable[[ModuleToMerge], MergedFactors]
@@ -102,9 +102,9 @@ def merge_method(
 
 
 def find_method(name: str) -> MergeMethod:
-    """Returns the method called `name`. Raises AdapterError, which lists the methods, if there is none."""
+    """Returns the method called `name`. Raises RequestError, which lists the methods, if there is none."""
     if name not in METHODS:
-        raise AdapterError(f"there is no method '{name}'", where="method", fix=f"one of: {', '.join(METHODS)}")
+        raise RequestError(f"there is no method '{name}'", where="method", fix=f"one of: {', '.join(METHODS)}")
     return METHODS[name]
 
 
@@ -117,7 +117,7 @@ def _check_total_rank(adapters: Sequence["Adapter"], weights: Sequence[float], r
         totals.update({name: adapter.rank(name) for name in adapter.modules})
     name, total = max(totals.items(), key=lambda item: item[1])
     if rank is None and total > MAX_RANK:
-        raise AdapterError(
+        raise RequestError(
             f"the exact average of {name} has rank {total}, but an adapter's rank is at most {MAX_RANK}",
             where="rank",
             fix="give a rank (--rank) to get the best approximation of that rank",
@@ -144,7 +144,7 @@ def _check_block_rank(adapters: Sequence["Adapter"], weights: Sequence[float], r
     M = len(adapters)
     if rank is not None and rank < M:
         what = f"rank {rank} leaves some of {M} adapters no component"
-        raise AdapterError(what, where="rank", fix=f"give a rank of at least {M}, or use average")
+        raise RequestError(what, where="rank", fix=f"give a rank of at least {M}, or use average")
 
 
 @merge_method(
@@ -169,7 +169,7 @@ def block(module: ModuleToMerge) -> MergedFactors:
 
 def _check_probabilities(adapters: Sequence["Adapter"], weights: Sequence[float], rank: int | None) -> None:
     if min(weights) < 0:
-        raise AdapterError("a negative weight is not a probability", where="weights", fix="use average")
+        raise RequestError("a negative weight is not a probability", where="weights", fix="use average")
 
 
 @merge_method(

@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from poc_lora.envvars import flag, one_of, whole_number
 from poc_lora.errors import ConfigError, ModelError, first_line
-from poc_lora.files import require_plain
+from poc_lora.files import require_plain, size, system_errors_as
 from poc_lora.hub_ids import is_base_model_id
 from poc_lora.models.float8 import quantize_float8, require_float8
 
@@ -42,7 +42,16 @@ STORED_NEEDS = {
     "torchao": {"torchao": "torchao"},
     "vptq": {"vptq": "vptq"},
 }
-MAX_LAYERS = 10_000
+MAX_LAYERS = 500  # three times as many as the deepest have; each is simulated
+# The most bytes of a base's files that are no weights, by how their names end.
+MAX_BYTES = {
+    "tokenizer_config.json": 2**24,
+    "config.json": 2**20,
+    ".jinja": 2**20,
+    ".json": 2**28,
+    ".txt": 2**28,
+    ".model": 2**28,
+}
 MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # accelerate's names
 
 
@@ -85,7 +94,7 @@ def load_base(
     device = device or default_device()
     require_quantization(quantization, device)
     packed = quantization in BITSANDBYTES  # while it is read, and straight to the device
-    name = _expand(name)
+    name = resolve_base(name)
     tokenizer = load_tokenizer(name, revision=revision)
     if not sys.stderr.isatty():
         disable_progress_bar()  # a bar in a log file is noise
@@ -153,7 +162,7 @@ def _quantization(kind: str | None, dtype: str, *, floats_only: bool) -> BitsAnd
 
 def stored_quantization(name: str, *, revision: str | None = None) -> str | None:
     """The method with which a checkpoint's weights are quantised, or None. Raises ModelError."""
-    name = _expand(name)
+    name = resolve_base(name)
     try:
         config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     except Exception as problem:
@@ -217,7 +226,7 @@ def keep_differentiable(model: nn.Module) -> None:
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base model. Raises ModelError."""
-    name = _expand(name)
+    name = resolve_base(name)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as problem:
@@ -229,7 +238,7 @@ def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32"
 
     Within a FakeTensorMode it is on the CPU, whose tensors are fake then.
     """
-    name = _expand(name)
+    name = resolve_base(name)
     try:
         config = _config(name, revision)
         with torch.device("cpu" if detect_fake_mode() else "meta"):
@@ -271,19 +280,30 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted({path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)})
 
 
-def _expand(name: str) -> str:
-    """Returns the path of a folder that exists, or a Hub id as it is. Raises ModelError."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        for path in folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # a link to nothing, which is missed where it is needed
-                require_plain(path, error=ModelError)
-        return str(folder)
-    if not is_base_model_id(name):
+def resolve_base(name: str) -> str:
+    """Returns the path of a base model's folder, or its Hub id as it is. Raises ModelError if it is neither."""
+    with system_errors_as(ModelError, "cannot be read", name):
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            for path in folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):  # a link to nothing, which is missed where it is needed
+                    require_plain(path, error=ModelError)
+                    _require_size(path)
+            return str(folder)
+        is_id = is_base_model_id(name)
+    if not is_id:
         raise ModelError(
             f"no base model at '{name}'", where="model.name", fix="give a folder with config.json, or a Hub id org/name"
         )
     return name
+
+
+def _require_size(path: Path) -> None:
+    """Raise ModelError for a file that is no weights and larger than any model's."""
+    limit = next((limit for end, limit in MAX_BYTES.items() if path.name.endswith(end)), None)
+    nbytes = path.stat().st_size
+    if limit is not None and nbytes > limit:
+        raise ModelError(f"a file of {size(nbytes)}, where no model has more than {size(limit)}", where=path)
 
 
 def _cannot_load(name: str, problem: Exception) -> ModelError:

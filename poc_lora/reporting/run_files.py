@@ -1,23 +1,21 @@
 """Everything in a run folder that a report shows, read as untrusted."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.artifacts.merge_report import MergeReport
+from poc_lora.artifacts.metrics_line import read_metrics
 from poc_lora.artifacts.results import Results
 from poc_lora.artifacts.run_folder import RESULTS, RunFolder
 from poc_lora.artifacts.run_info import RunInfo
-from poc_lora.artifacts.schema import LARGEST
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.variants import adapter_digest, adapter_key
-from poc_lora.files import read_json, read_text
+from poc_lora.files import read_json
+from poc_lora.reporting.held_out import MAX_METRICS_BYTES, HeldOut, read_held_out
 
-MAX_METRICS_BYTES = 2**28
 MEASURES = ("loss", "grad_norm", "noise_norm", "validation_loss")
 
 
@@ -32,24 +30,20 @@ class Metrics:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The content of a run, or of a folder of results; what is not there is None.
-
-    Attributes:
-        evaluations: One for each protocol, `label` first.
-        changed: For each evaluation, what has other weights now than were evaluated.
-    """
+    """The content of a run, or of a folder of results; what is missing is None."""
 
     folder: Path
     config: RunConfig | None
     info: RunInfo | None
     metrics: Metrics | None
     merge: MergeReport | None
-    evaluations: tuple[Results, ...]
-    changed: tuple[tuple[str, ...], ...] = ()
+    evaluations: tuple[Results, ...]  # one for each protocol, `label` first
+    held_out: tuple[HeldOut, ...] = ()  # one for each pack that was validated
+    changed: tuple[tuple[str, ...], ...] = ()  # for each evaluation, what has other weights now than were evaluated
 
     @property
     def results(self) -> Results | None:
-        """The evaluation that the report is about, where there is one."""
+        """The evaluation that the report is about, if any."""
         return self.evaluations[0] if self.evaluations else None
 
 
@@ -68,20 +62,15 @@ def read_run(folder: Path) -> RunFiles:
         metrics=_read_metrics(run.metrics),
         merge=MergeReport.read_if_there(run.merge_report),
         evaluations=evaluations,
+        held_out=tuple(read_held_out(folder)),
         changed=tuple(_changed(run, *found) for found in zip(evaluated, evaluations, strict=True)),
     )
 
 
 def of_these_weights(place: Path, variant: str, adapter: Path) -> bool | None:
-    """Whether an evaluation is of the weights that an adapter's folder has now.
+    """Whether the evaluation of `variant` in the folder `place` is of the weights that the folder `adapter` has now.
 
-    Args:
-        place: The folder of the evaluation.
-        variant: The adapter's name there.
-        adapter: The adapter's folder.
-
-    Returns:
-        None where the evaluation or the adapter is not there, or the evaluation does not name its weights.
+    None if one of them is missing, or the evaluation does not name its weights.
     """
     if not re.fullmatch(r"[\w .@+-]{1,100}", variant):  # a name from results.json must not lead out of the folder
         return None
@@ -102,37 +91,17 @@ def _changed(run: RunFolder, place: Path, results: Results) -> tuple[str, ...]:
 
 
 def _read_metrics(path: Path) -> Metrics | None:
-    """The curves of metrics.jsonl; malformed lines, which a killed run may leave, are skipped."""
     if not path.is_file():
         return None
     metrics = Metrics()
-    for line in read_text(path, error=RunError, max_bytes=MAX_METRICS_BYTES).splitlines():
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and _is_count(entry.get("step")) and _is_name(entry.get("adapter")):
-            _add(metrics, entry)
+    for _, line in read_metrics(path, max_bytes=MAX_METRICS_BYTES):
+        name = line.adapter if isinstance(line.adapter, str) else f"{line.adapter:02d}"
+        if name == "merge" and line.members is not None:
+            name = f"running merge of {len(line.members)}"
+        metrics.last_step = max(metrics.last_step, line.step)
+        if line.diverged:
+            metrics.diverged.setdefault(name, line.step)
+        for measure in MEASURES:
+            if (value := getattr(line, measure)) is not None:
+                metrics.curves[measure].setdefault(name, []).append((line.step, float(value)))
     return metrics
-
-
-def _add(metrics: Metrics, entry: dict[str, Any]) -> None:
-    step, adapter = entry["step"], entry["adapter"]
-    name = adapter if isinstance(adapter, str) else f"{adapter:02d}"
-    if name == "merge" and isinstance(entry.get("members"), list):
-        name = f"running merge of {len(entry['members'])}"
-    metrics.last_step = max(metrics.last_step, step)
-    if entry.get("diverged") is True:
-        metrics.diverged.setdefault(name, step)
-    for measure in MEASURES:
-        value = entry.get(measure)
-        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
-            metrics.curves[measure].setdefault(name, []).append((step, float(value)))
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
-
-
-def _is_name(value: Any) -> bool:
-    return _is_count(value) or value in ("base", "merge")

@@ -11,7 +11,7 @@ from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import RunConfig
 from poc_lora.data.batches import supervised_tokens
 from poc_lora.errors import RequestError
-from poc_lora.files import free_bytes_at
+from poc_lora.files import free_bytes_at, require_place, size
 from poc_lora.models.compilation import compiles, why_not_compiled
 from poc_lora.models.load import (
     context_length,
@@ -47,6 +47,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     """
     require_processes(config, processes)
     device, folder = device or default_device(), Path(config.output)
+    require_place(folder)
     in_use = RunFolder(folder).is_run
     run, config = preflight(config, device, resume=in_use)
     compiled = compiles(config.train.compile, device)
@@ -187,11 +188,3 @@ def require_room(folder: Path, needed: int) -> int:
             fix="free some space, set output to another disk, or lower adapters.count, lora.rank or checkpoint.keep",
         )
     return free
-
-
-def size(nbytes: int) -> str:
-    """Format a number of bytes; 1.5 GB is 1.5e9 bytes."""
-    for unit, width in (("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= width:
-            return f"{nbytes / width:.1f} {unit}"
-    return f"{nbytes / 1e3:.0f} kB"

@@ -16,15 +16,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from poc_lora.artifacts.schema import Artifact, Schema
 from poc_lora.distributed import Ranks
-from poc_lora.errors import CheckpointError, PocLoraError, RequestError, first_line
-from poc_lora.files import free_bytes_at, publish_folder, read_json, sha256_file, sync, write_json
+from poc_lora.errors import CheckpointError, PocLoraError, RequestError, first_line, system_problem
+from poc_lora.files import free_bytes_at, publish_folder, sha256_file, sync
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.optim.noisy_adamw import NoisyAdamW
 from poc_lora.training.placement import Placement, Progress
@@ -36,15 +37,39 @@ FILES_AT_ONCE = 4  # written, hashed and read back in parallel
 State = dict[str, torch.Tensor]  # one adapter's weights and moments, on the host
 
 
+class FileEntry(Schema):
+    """What a file must be to be intact."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(Artifact):
+    """manifest.json: what a commit holds."""
+
+    content: ClassVar[str] = "the manifest of a commit"
+    fix: ClassVar[str] = "restore the file, or remove the commit"
+
+    commit: int
+    adapters: dict[int, Progress]
+    placement: Placement
+    files: dict[str, FileEntry]
+
+
 @dataclass(frozen=True)
 class Commit:
     """A verified commit on disk."""
 
     folder: Path
-    number: int
-    progress: dict[int, Progress]
-    placement: Placement
-    files: dict[str, dict[str, Any]]  # of each file, its `bytes` and `sha256`
+    manifest: Manifest
+
+    @property
+    def number(self) -> int:
+        return self.manifest.commit
+
+    @property
+    def progress(self) -> dict[int, Progress]:
+        return self.manifest.adapters
 
 
 class Commits:
@@ -66,7 +91,7 @@ class Commits:
         self._channel = ranks.channel("commits")
         self._number = max(_numbers(root), default=0)
         self._last = last.folder if last else root  # not used before an adapter has begun
-        self._files = last.files if last else {}
+        self._files = last.manifest.files if last else {}
         self._intact = [last.number] if last else []
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commits")
         self._under_way: Future[None] | None = None
@@ -98,11 +123,12 @@ class Commits:
         self._number += 1
         states = {} if bank is None or optimizer is None else _snapshot(bank, optimizer, progress)
         waiting = [adapter for adapter in self._mine if progress[adapter].begun and adapter not in states]
-        manifest = {
-            "commit": self._number,
-            "adapters": progress_to_json(progress, progress),
-            "placement": asdict(self._placement),
-        }
+        manifest = Manifest(
+            commit=self._number,
+            adapters=dict(sorted(progress.items())),
+            placement=self._placement,
+            files={},
+        )
         self._under_way = self._background.submit(self._write, self._number, states, waiting, manifest)
         self.seconds += time.perf_counter() - began
 
@@ -132,37 +158,41 @@ class Commits:
             elif progress[adapter].begun:
                 _restore(self._last / _file_name(adapter), progress[adapter].step, bank, optimizer, slot)
 
-    def _write(self, number: int, states: dict[int, State], waiting: list[int], manifest: dict[str, Any]) -> None:
+    def _write(self, number: int, states: dict[int, State], waiting: list[int], manifest: Manifest) -> None:
         """Write commit `number` together with the other ranks, in the background thread."""
         began = time.perf_counter()
         folder = _folder(self.root, number)
         aside = self.root / f".{folder.name}"
         try:
             files = self._write_files(aside, states, waiting)
-            reports = self._channel.gather(files)
+            reports = self._channel.gather({name: entry.to_json() for name, entry in files.items()})
             if self._ranks.rank == 0:
-                manifest["files"] = {name: facts for report in reports for name, facts in report.items()}
-                write_json(aside / MANIFEST, manifest)
+                every = {name: FileEntry(**entry) for report in reports for name, entry in report.items()}
+                manifest.model_copy(update={"files": every}).write(aside / MANIFEST)
                 publish_folder(aside, folder)
             self._channel.barrier()
         except (OSError, SafetensorError, RequestError, CheckpointError) as problem:
             self._clear(aside)
-            reason = problem.what if isinstance(problem, PocLoraError) else str(problem)
+            reason = problem.what if isinstance(problem, PocLoraError) else system_problem(problem)[0]
+            fix = "make room or repair the folder; --resume continues from the previous commit"
+            if not self.root.parent.is_dir():
+                fix = "the run folder was moved or removed while the run was in it: start again"
             needed = sum(tensor.nbytes for state in states.values() for tensor in state.values())
             raise CheckpointError(
                 f"commit {number} could not be written: {reason}"
                 f" (it takes {needed:,} bytes, {free_bytes_at(self.root):,} are free)",
                 where=folder,
-                fix="make room or repair the folder; --resume continues from the previous commit",
+                fix=fix,
             ) from problem
         self._last = folder
         if self._ranks.rank == 0:
             self._prune(number)
         self.slowest = max(self.slowest, time.perf_counter() - began)
 
-    def _write_files(self, aside: Path, states: dict[int, State], waiting: list[int]) -> dict[str, Any]:
+    def _write_files(self, aside: Path, states: dict[int, State], waiting: list[int]) -> dict[str, FileEntry]:
         """Write this rank's files in parallel and verify them; returns their entries of the manifest."""
-        aside.mkdir(parents=True, exist_ok=True)  # all ranks write to one folder
+        self.root.mkdir(exist_ok=True)  # but not a run folder that was removed
+        aside.mkdir(exist_ok=True)  # all ranks write to one folder
         files = {_file_name(adapter): self._files[_file_name(adapter)] for adapter in waiting}
         for name in files:
             _link(self._last / name, aside / name)
@@ -204,8 +234,8 @@ def newest_commit(root: Path) -> tuple[Commit | None, list[str]]:
     for number in numbers:
         folder = _folder(root, number)
         try:
-            return _verified(folder, number), problems
-        except (PocLoraError, KeyError, TypeError, ValueError, AttributeError) as problem:
+            return _verified(folder), problems
+        except PocLoraError as problem:
             problems.append(f"{folder}: {first_line(problem)}")
     if numbers:
         raise CheckpointError("no commit of this run is intact:", details=problems, where=root)
@@ -240,17 +270,17 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return host.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
-def _write_state(path: Path, state: State) -> tuple[str, dict[str, Any]]:
+def _write_state(path: Path, state: State) -> tuple[str, FileEntry]:
     """Write one adapter's state and compare it with what is read back; returns the file's name, size and checksum."""
     save_file(state, path, metadata={"format": "pt"})
     sync(path)
-    facts = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    entry = FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
     with safe_open(path, framework="pt") as written:
         # As integers, so that NaN equals NaN.
         same = all(torch.equal(written.get_tensor(n).view(torch.int32), t.view(torch.int32)) for n, t in state.items())
     if not same:
         raise CheckpointError("the file differs from what was written", where=path)
-    return path.name, facts
+    return path.name, entry
 
 
 def _link(source: Path, target: Path) -> None:
@@ -277,21 +307,19 @@ def _restore(path: Path, step: int, bank: AdapterBank, optimizer: NoisyAdamW, sl
     group["noise_step"] = step
 
 
-def _verified(folder: Path, number: int) -> Commit:
+def _verified(folder: Path) -> Commit:
     """Verify the commit in `folder`. Raises if a file, or the state of an adapter, is missing or damaged."""
-    manifest = read_json(folder / MANIFEST, error=RequestError)
-    files = {Path(name).name: facts for name, facts in manifest["files"].items()}
-    progress = progress_from_json(manifest["adapters"])
-    for adapter, state in progress.items():
-        if state.begun and _file_name(adapter) not in files:
-            raise CheckpointError(f"the commit has no file for adapter {adapter}", where=folder)
+    manifest = Manifest.read(folder / MANIFEST)
+    needed = {_file_name(adapter) for adapter, state in manifest.adapters.items() if state.begun}
+    if missing := needed - manifest.files.keys():
+        raise CheckpointError(f"the commit has no {', '.join(sorted(missing))}", where=folder)
     with ThreadPoolExecutor(max_workers=FILES_AT_ONCE) as pool:
-        list(pool.map(lambda item: _require_intact(folder / item[0], item[1]), files.items()))
-    return Commit(folder, number, progress, Placement(**manifest["placement"]), files)
+        list(pool.map(lambda item: _require_intact(folder / Path(item[0]).name, item[1]), manifest.files.items()))
+    return Commit(folder, manifest)
 
 
-def _require_intact(path: Path, facts: Mapping[str, Any]) -> None:
-    if not path.is_file() or path.stat().st_size != facts["bytes"] or sha256_file(path) != facts["sha256"]:
+def _require_intact(path: Path, entry: FileEntry) -> None:
+    if not path.is_file() or path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256:
         raise CheckpointError("missing, truncated or changed since it was written", where=path)
 
 

@@ -12,7 +12,7 @@ from poc_lora.training.step import Pack, StepResult
 LOGGED_STEPS = 1000  # metrics.jsonl holds about so many steps of a run at most
 PROJECT = "poc_lora"
 
-Lines = list[dict[str, Any]]
+Lines = list[dict[str, Any]]  # of fields of MetricsLine
 
 
 class MetricsLogger:

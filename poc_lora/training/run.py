@@ -13,12 +13,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from poc_lora.adapters.adapter import Adapter, write_adapter
+from poc_lora.artifacts.metrics_line import MetricsLine, read_metrics
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.artifacts.run_info import NO_FILES, SUPERVISED_TOKENS, RunInfo
 from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
 from poc_lora.environment import environment
 from poc_lora.errors import CheckpointError, RunError
-from poc_lora.files import read_text, sync, write_atomic
+from poc_lora.files import require_place, sync, system_errors_as, write_atomic
 from poc_lora.training.checkpoint import Commit, newest_commit
 from poc_lora.training.placement import Progress
 
@@ -74,7 +75,9 @@ class Run:
             raise CheckpointError(
                 f"{len(text):,} bytes could not be added: {problem.strerror}",
                 where=self.paths.metrics,
-                fix="make room or repair the folder; --resume continues from the last commit",
+                fix="the run folder was moved or removed while the run was in it: start again"
+                if not self.folder.is_dir()
+                else "make room or repair the folder; --resume continues from the last commit",
             ) from problem
 
     def sync_metrics(self) -> None:
@@ -86,13 +89,8 @@ class Run:
         """Remove metric lines of steps and validations that the resumed run will repeat."""
         if not self.paths.metrics.exists():
             return
-        kept = []
-        for line in read_text(self.paths.metrics, max_bytes=2**40).splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by a kill
-                entry = json.loads(line)
-                if _is_final(entry, progress):
-                    kept.append(line)
-        write_atomic(self.paths.metrics, "".join(line + "\n" for line in kept))
+        lines = read_metrics(self.paths.metrics, max_bytes=2**40)
+        write_atomic(self.paths.metrics, "".join(text + "\n" for text, line in lines if _is_final(line, progress)))
 
     def write_adapter(self, number: int, adapter: Adapter) -> None:
         """Write a trained adapter in PEFT format, in place of one that a killed process had written."""
@@ -102,13 +100,12 @@ class Run:
         write_adapter(adapter, folder)
 
 
-def _is_final(entry: dict[str, Any], progress: Mapping[int, Progress]) -> bool:
-    """Whether a metric line is of a step or validation that a run at `progress` will not repeat."""
+def _is_final(line: MetricsLine, progress: Mapping[int, Progress]) -> bool:
+    """Whether a line is of a step or validation that a run at `progress` will not repeat."""
     nothing = Progress(0)
-    if "members" not in entry:
-        return bool(entry["step"] <= progress.get(entry["adapter"], nothing).step)
-    members = [progress.get(adapter, nothing) for adapter in entry["members"]]  # those that were validated together
-    return all(entry["step"] <= member.validated for member in members)
+    if line.members is None:
+        return isinstance(line.adapter, int) and line.step <= progress.get(line.adapter, nothing).step
+    return all(line.step <= progress.get(adapter, nothing).validated for adapter in line.members)
 
 
 @contextlib.contextmanager
@@ -118,29 +115,27 @@ def run_lock(folder: Path) -> Iterator[None]:
     The lock ends with the process, however that ends.
 
     Raises:
-        RunError: Another process holds the lock, or the folder cannot be created.
+        RequestError: Another process holds the lock, or the folder cannot be created.
     """
     paths = RunFolder(folder)
-    try:
+    require_place(folder)
+    with system_errors_as(RunError, "cannot be written", folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(paths.lock, blocking=False)
-        lock.acquire()
-    except Timeout as problem:
-        raise RunError(
-            "another process trains in this run folder",
-            where=folder,
-            fix="wait for it, or set output to another folder",
-        ) from problem
-    except OSError as problem:
-        raise RunError(
-            f"cannot be written: {problem.strerror}", where=folder, fix="choose a folder that can be written to"
-        ) from problem
+        try:
+            lock.acquire()
+        except Timeout as problem:
+            raise RunError(
+                "another process trains in this run folder",
+                where=folder,
+                fix="wait for it, or set output to another folder",
+            ) from problem
     try:
         yield
     finally:
-        if not paths.is_run:  # no run came to be
-            paths.lock.unlink()
-            with contextlib.suppress(OSError):  # not empty
+        with contextlib.suppress(OSError):  # not empty, or removed while the run was in it
+            if not paths.is_run:  # no run came to be
+                paths.lock.unlink(missing_ok=True)
                 folder.rmdir()
         lock.release()
 
@@ -160,6 +155,7 @@ def find_run(config: RunConfig, *, resume: bool) -> Run:
         CheckpointError: The run has commits, but none is intact.
     """
     folder = Path(config.output)
+    require_place(folder)
     paths = RunFolder(folder)
     if not resume or not paths.is_run:
         if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir())):

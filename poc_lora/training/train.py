@@ -87,7 +87,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
         model = shard_base(model if ranks.rank == 0 else None, device)
 
     progress = _progress(config, run)
-    before = run.commit.placement if run.commit else None
+    before = run.commit.manifest.placement if run.commit else None
     placement = place(progress, data.total_steps, ranks=ranks.size, per_device=sizes.per_device, before=before)
     with (
         open_trackers(config, run) if ranks.rank == 0 else contextlib.nullcontext(()) as trackers,

@@ -2,30 +2,37 @@
 
     python scripts/benchmarks/real_model.py rows COMMONSENSE --out rows
     python scripts/benchmarks/real_model.py study MODEL --rows rows --out study
-    python scripts/benchmarks/real_model.py study MODEL --rows rows --out study --only choices_0 choices_1 --seconds 280
+    python scripts/benchmarks/real_model.py study MODEL --rows rows --out study --only choices labels --seconds 280
     python scripts/benchmarks/real_model.py summary study
 
-`rows` reads a folder such as scripts/download_commonsense.py writes, and renders it in two ways. `labels` is the
-paper's: the question lists its options, and the answer names one ("answer3"). In `choices` the question stands alone,
-and the answer is the option's text, which suits small models. Training rows are those of `TRAINED` together; questions
-are the first 1,000 of each test file.
+`rows` makes three tasks. Two are renderings of a folder such as scripts/download_commonsense.py writes. In `labels`,
+the paper's, the question lists its options, and the answer names one ("answer3"). In `choices` the question stands
+alone, and the answer is the option's text, which suits small models. Training rows are those of `TRAINED` together, a
+twentieth held out; questions are the first 1,000 of each test file. The third, `docstrings`, is not multiple choice:
+from the head of a function of Python's standard library to the first paragraph of its docstring, with whole modules
+held out.
 
-`study` trains the packs and the rivals of `JOBS` in order and asks all questions by the label protocol: the score of
-an option is its log-probability after "the correct answer is". It keeps every score in OUT/JOB.npz ([variants,
-questions, options]) and losses and settings in OUT/JOB.json. Finished jobs are skipped, so it can be started again; a
-job that is not expected to end within --seconds is not begun. `summary` prints accuracies from these files.
+`study` trains the jobs of `JOBS` in order. All packs of a job, independent of one another, are trained side by side: a
+pack of 8 adapters, or one rival each. It then measures the loss per token of the answers held out, of the base, each
+adapter, the merges, and on lines from adapters to the merge; and it asks all questions by the label protocol: the
+score of an option is its log-probability after "the correct answer is". It keeps every score in OUT/JOB.npz
+([variants, questions, options]) and losses and settings in OUT/JOB.json. Finished jobs are skipped, so it can be
+started again; a job that is not expected to end within --seconds is not begun. `summary` prints a table of the JSON
+files: means over packs, and the half-widths of 95 % t-intervals over packs.
 
 Every adapter: q, k, v, up, down; rank 32, alpha 64, batches of 16 rows, linear decay after a tenth of the steps, no
-dropout, the loss on prompt and answer. A job's name says what differs.
+dropout, the loss on prompt and answer (docstrings: on the answer). A job's name says what differs.
 """
 
 import argparse
+import ast
 import json
 import re
+import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +40,7 @@ import numpy as np
 import torch
 
 from poc_lora.config import validate
+from poc_lora.data.batches import supervised_tokens
 from poc_lora.data.commonsense import ANSWER_FORMAT, BENCHMARKS, Question, read_questions
 from poc_lora.evaluation.protocols import label
 from poc_lora.files import write_atomic, write_json
@@ -44,18 +52,20 @@ from poc_lora.training.step import Pack
 
 TRAINED = ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")
 QUESTIONS = 1_000  # of each benchmark
+HELD_OUT = 20  # every so many rows, or modules
 OPTION = re.compile(r"\b(?:Answer|Solution|Option|Ending)\d: ")
 EMA_DECAY = 0.99
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training: `count` adapters side by side, with what differs from the common settings."""
+    """One training of `packs` times `members` adapters side by side, with what differs from the common settings."""
 
     name: str
-    rendering: str  # choices or labels
+    task: str  # choices, labels or docstrings
+    members: int = 8
+    packs: int = 3
     seed: int = 0
-    count: int = 8
     steps: int = 300
     batch: int = 16
     rank: int = 32
@@ -63,51 +73,86 @@ class Job:
     temperature: float = 1e-5
     learn: str = "all"
 
+    @property
+    def count(self) -> int:
+        return self.packs * self.members
+
+    def merges(self) -> Iterator[tuple[str, list[int]]]:
+        """The name `merge_SIZE_FIRST` and the adapters of each merge: of 2, of 4, ... of all in each pack."""
+        size = 2
+        while size <= self.members:
+            for first in range(0, self.count, size):
+                yield f"merge_{size}_{first}", list(range(first, first + size))
+            size *= 2
+
 
 def _jobs() -> Iterator[Job]:
     """The most telling first. Rivals of equal cost: M times the steps, M times the batch; of equal size: rank M·r."""
-    yield Job("choices_0", "choices")
-    yield Job("choices_longer", "choices", count=1, steps=2400)
-    yield Job("labels_0", "labels")
-    yield Job("choices_larger_batch", "choices", count=1, batch=128)
-    yield Job("choices_1", "choices", seed=1)
-    yield Job("labels_longer", "labels", count=1, steps=2400)
-    yield Job("labels_1", "labels", seed=1)
-    yield Job("choices_rank_256", "choices", count=1, rank=256)
-    yield Job("choices_2", "choices", seed=2)
-    yield Job("labels_larger_batch", "labels", count=1, batch=128)
-    yield Job("labels_2", "labels", seed=2)
+    yield Job("choices", "choices")
+    yield Job("choices_larger_batch", "choices", members=1, batch=128)
+    yield Job("choices_rank_256", "choices", members=1, rank=256)
+    yield Job("labels", "labels")
+    yield Job("choices_longer", "choices", members=1, steps=2400)
+    yield Job("docstrings", "docstrings", learn="last")
+    yield Job("docstrings_larger_batch", "docstrings", members=1, batch=128, learn="last")
+    yield Job("docstrings_rank_256", "docstrings", members=1, rank=256, learn="last")
+    yield Job("docstrings_longer", "docstrings", members=1, steps=2400, learn="last")
     yield Job("choices_lr_3e-3", "choices", lr=3e-3)
-    yield Job("choices_answers_only", "choices", learn="last")
     yield Job("choices_lambda_0", "choices", temperature=0.0)
     yield Job("choices_lambda_1e-4", "choices", temperature=1e-4)
+    yield Job("choices_answers_only", "choices", learn="last")
     yield Job("choices_lr_3e-4", "choices", lr=3e-4)
-    yield Job("labels_rank_256", "labels", count=1, rank=256)
+    yield Job("labels_larger_batch", "labels", members=1, batch=128)
+    yield Job("labels_longer", "labels", members=1, steps=2400)
+    yield Job("labels_rank_256", "labels", members=1, rank=256)
     yield Job("labels_lr_3e-3", "labels", lr=3e-3)
-    yield Job("labels_answers_only", "labels", learn="last")
 
 
 JOBS = {job.name: job for job in _jobs()}
 
 
 def write_rows(commonsense: Path, out: Path) -> None:
-    """Write OUT/<rendering>/train.json and OUT/<rendering>/questions.json."""
-    for rendering in ("labels", "choices"):
+    """Write OUT/TASK/train.json, heldout.json and, of what is multiple choice, questions.json."""
+    for task in ("labels", "choices"):
         rows, questions = [], []
         for benchmark in BENCHMARKS:
             for question in read_questions(commonsense, benchmark, limit=QUESTIONS):
-                shown = render(question, rendering)
-                questions.append({"benchmark": benchmark.folder, **asdict(shown)})
+                questions.append({"benchmark": benchmark.folder, **asdict(render(question, task))})
             if benchmark.folder in TRAINED:
                 for question in trainable(commonsense / benchmark.folder / "train.json"):
-                    shown = render(question, rendering)
+                    shown = render(question, task)
                     output = f"{label.ANSWER_PREFIX} {shown.answer}"
                     rows.append({"instruction": shown.instruction, "input": "", "output": output})
-        folder = out / rendering
-        folder.mkdir(parents=True)
-        write_json(folder / "train.json", rows)
-        write_json(folder / "questions.json", questions)
-        print(f"{rendering}: {len(rows):,} rows, {len(questions):,} questions")
+        heldout = rows[::HELD_OUT]
+        del rows[::HELD_OUT]
+        _write_task(out / task, {"train": rows, "heldout": heldout, "questions": questions})
+    _write_task(out / "docstrings", docstrings())
+
+
+def _write_task(folder: Path, files: dict[str, list[Any]]) -> None:
+    folder.mkdir(parents=True)
+    for name, rows in files.items():
+        write_json(folder / f"{name}.json", rows)
+    print(f"{folder.name}: " + ", ".join(f"{len(rows):,} {name}" for name, rows in files.items()))
+
+
+def docstrings() -> dict[str, list[Any]]:
+    """Rows of the standard library of the Python that runs this."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files: dict[str, list[Any]] = {"train": [], "heldout": []}
+    for number, path in enumerate(sorted(folder.glob("**/*.py"))):
+        module = ".".join(path.relative_to(folder).with_suffix("").parts)
+        if re.search("site-packages|dist-packages|test|lib2to3|idlelib", module):
+            continue
+        part = files["heldout" if number % HELD_OUT == 0 else "train"]
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
+                first = " ".join(text.split("\n\n")[0].split())
+                if 4 <= len(first.split()) <= 60:
+                    head = f"def {node.name}({ast.unparse(node.args)})"
+                    row = {"instruction": f"The docstring of {head} in {module}:", "input": "", "output": first}
+                    part.append(row)
+    return files
 
 
 def trainable(path: Path) -> Iterator[Question]:
@@ -118,14 +163,14 @@ def trainable(path: Path) -> Iterator[Question]:
             yield Question(row["instruction"], row["input"], labels, row["answer"])
 
 
-def render(question: Question, rendering: str) -> Question:
+def render(question: Question, task: str) -> Question:
     """The question with the texts of its options as labels and without their list, or as it is.
 
     Questions without numbered options (BoolQ) and those with two equal ones stay as they are.
     """
     text = question.instruction.rpartition(ANSWER_FORMAT)[0]
     stem, *options = (part.strip() for part in OPTION.split(text))
-    if rendering == "labels" or len(options) != len(question.labels) or len(set(options)) < len(options):
+    if task == "labels" or len(options) != len(question.labels) or len(set(options)) < len(options):
         return question
     return Question(stem, question.input, tuple(options), options[question.answer_index])
 
@@ -143,7 +188,7 @@ class Study:
         config = self._config(job)
         data = prepare_data(config, self.tokenizer, context=context_length(self.base))
         cuda = self.base.device.type == "cuda"
-        sizes = Sizes(16_384 if cuda else 2_048, job.count, False)
+        sizes = Sizes(24_576 if cuda else 2_048, job.count, False)
         with without_cudnn_attention(), ExitStack() as undo:
             pack = Pack(config, self.base, data, range(job.count), sizes=sizes)
             undo.callback(pack.close)
@@ -156,77 +201,96 @@ class Study:
                 average.lerp_(pack.bank.weights, 1 - EMA_DECAY)
             trained = time.monotonic()
             average /= 1 - EMA_DECAY**job.steps
-            validation = self._validation(pack, job)
-            scores = self._scores(pack, job, average)
-        path = self.out / f"{job.name}.npz"
-        partial = path.with_suffix(".part.npz")
-        np.savez_compressed(partial, **scores)
-        partial.rename(path)
+            heldout = self._heldout(pack, job)
+            compared = time.monotonic()
+            asked = self._ask(pack, job) if job.task != "docstrings" else {}
+            pack.bank.weights.copy_(average)
+            heldout |= {f"ema_{name}": loss for name, loss in self._heldout(pack, job, lines=False).items()}
         found = {
             "job": asdict(job),
             "base_model": Path(self.folder).name,
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
             "total_rows": len(data.train),
             "tokens": tokens,
             "train_s": round(trained - began, 1),
-            "scored_s": round(time.monotonic() - trained, 1),
+            "heldout_s": round(compared - trained, 1),
+            "scored_s": round(time.monotonic() - compared, 1),
             "diverged": sorted(pack.bank.dropped),
-            "validation": validation,
+            "heldout": heldout,
+            "asked": asked,
             "losses": losses,
         }
         write_atomic(self.out / f"{job.name}.json", json.dumps(found) + "\n")
 
-    def _config(self, job: Job) -> Any:
+    def _config(self, job: Job, rows: str = "train") -> Any:
         raw = {
             "model": {"name": self.folder},
             "lora": {"rank": job.rank, "alpha": 2 * job.rank},
             "adapters": {"count": job.count, "seed": job.seed},
             "data": {
-                "train": [str(self.rows / job.rendering / "train.json")],
+                "train": [str(self.rows / job.task / f"{rows}.json")],
                 "prompt": "bare",
+                "validation": 0,
                 "learn": job.learn,
             },
             "optim": {"lr": job.lr, "temperature": job.temperature, "warmup_steps": job.steps // 10},
             "train": {
                 "max_steps": job.steps,
                 "batch_size": job.batch,
-                "compile": self.base.device.type == "cuda",
+                "compile": self.base.device.type == "cuda" and job.steps > 1000,  # else compiling takes longer
             },
             "output": "unused",
         }
         return validate(raw, where=job.name)
 
-    def _validation(self, pack: Pack, job: Job) -> dict[str, float | None]:
-        """The loss on the rows held out: of the base, each adapter, the merge, and on the line between them.
+    def _heldout(self, pack: Pack, job: Job, *, lines: bool = True) -> dict[str, float]:
+        """The loss per token of the answers held out: of the base, each adapter, the merges, and on lines between.
 
-        `line_J_0.25` has a quarter of adapter J and three quarters of the merge: the average of a list of adapters in
-        which J stands more often.
+        `line_J_0.25` has a quarter of adapter J and three quarters of its pack's merge: the average of a list of
+        adapters in which J stands more often.
         """
-        bank, M, rows = pack.bank, job.count, pack.data.validation
+        bank, M = pack.bank, job.members
+        rows = list(prepare_data(self._config(replace(job, batch=1, learn="last"), "heldout"), self.tokenizer).train)
+        tokens = sum(map(supervised_tokens, rows))
+
+        def loss() -> float:
+            return sum(pack.row_losses(rows) or []) / tokens
+
         with bank.disabled():
-            found = {"base": pack.loss(rows)}
-        for slot in range(M):
+            found = {"base": loss()}
+        for slot in range(job.count):
             with bank.only(slot):
-                found[f"adapter_{slot}"] = pack.loss(rows)
-        if M > 1:
-            every = list(range(M))
-            with bank.merged(every):
-                found["merge"] = pack.loss(rows)
-            for slot in (0, 1):
+                found[f"adapter_{slot}"] = loss()
+        for name, members in job.merges():
+            with bank.merged(members):
+                found[name] = loss()
+        if lines and M > 1:
+            for slot in range(0, job.count, M):
+                every = list(range(slot, slot + M))
                 for share, members in (
                     (0.25, every * 3 + [slot] * M),
                     (0.5, every + [slot] * M),
                     (0.75, every + [slot] * (3 * M)),
                 ):
                     with bank.merged(members):
-                        found[f"line_{slot}_{share}"] = pack.loss(rows)
+                        found[f"line_{slot}_{share}"] = loss()
         return found
 
-    def _scores(self, pack: Pack, job: Job, average: torch.Tensor) -> dict[str, Any]:
+    def _ask(self, pack: Pack, job: Job) -> dict[str, dict[str, float]]:
+        """Keep the scores of all questions, and return what they come to."""
+        path = self.out / f"{job.name}.npz"
+        partial = path.with_suffix(".part.npz")
+        found = self._scores(pack, job)
+        np.savez_compressed(partial, **found)
+        partial.rename(path)
+        return measured(found, job)
+
+    def _scores(self, pack: Pack, job: Job) -> dict[str, Any]:
         """Each variant's scores, the right answers, and where each benchmark's questions lie."""
-        bank, M = pack.bank, job.count
+        bank = pack.bank
         names: list[str] = []
         scores: list[torch.Tensor] = []
-        prepared = self._questions(job.rendering)
+        prepared = self._questions(job.task)
 
         def ask(variants: list[str], view: AbstractContextManager[None] | None = None) -> None:
             with view or ExitStack():
@@ -239,19 +303,12 @@ class Study:
         self.base.eval()
         for module in bank.modules.values():
             module.eval()
-        if job.name.endswith("_0"):
+        if job.name == job.task:
             ask(["base"], bank.disabled())
-        ask([f"adapter_{slot}" for slot in range(M)])
-        size = 2
-        while size <= M:
-            for first in range(0, M, size):
-                members = list(range(first, first + size))
-                ask([f"merge_{size}_{first}"], bank.merged(members))
-            size *= 2
-        bank.weights.copy_(average)
-        ask([f"ema_{slot}" for slot in range(M)])
-        if M > 1:
-            ask([f"ema_merge_{M}"], bank.merged(list(range(M))))
+        ask([f"adapter_{slot}" for slot in range(job.count)])
+        for name, members in job.merges():
+            if job.name == job.task or len(members) == job.members:
+                ask([name], bank.merged(members))
         return {
             "variants": np.array(names),
             "scores": torch.cat(scores).numpy(),
@@ -259,25 +316,25 @@ class Study:
             "benchmarks": np.array([name for name, part in prepared.items() for _ in range(len(part.answers))]),
         }
 
-    def _questions(self, rendering: str) -> dict[str, label.PreparedQuestions]:
-        if rendering not in self._prepared:
-            rows = json.loads((self.rows / rendering / "questions.json").read_text(encoding="utf-8"))
+    def _questions(self, task: str) -> dict[str, label.PreparedQuestions]:
+        if task not in self._prepared:
+            rows = json.loads((self.rows / task / "questions.json").read_text(encoding="utf-8"))
             by_benchmark: dict[str, list[Question]] = {}
             for row in rows:
                 benchmark = row.pop("benchmark")
                 by_benchmark.setdefault(benchmark, []).append(Question(**{**row, "labels": tuple(row["labels"])}))
-            self._prepared[rendering] = {
+            self._prepared[task] = {
                 name: label.prepare(own, self.tokenizer, prompt="bare", max_length=context_length(self.base))
                 for name, own in by_benchmark.items()
             }
-        return self._prepared[rendering]
+        return self._prepared[task]
 
 
 def study(model: str, rows: Path, out: Path, names: list[str], seconds: float) -> None:
     """Run the jobs that have no results yet; one that is not expected to end in time is left out."""
     end, per_step = time.monotonic() + seconds, 0.0  # as the slowest job so far took
     out.mkdir(parents=True, exist_ok=True)
-    label.TOKENS_PER_BATCH["cuda"] = 32_768  # a small model: larger batches keep the GPU busy
+    label.TOKENS_PER_BATCH["cuda"] = 131_072  # a small model: larger batches keep the GPU busy
     loaded = Study(model, rows, out)
     for name in names:
         job, began = JOBS[name], time.monotonic()
@@ -290,50 +347,95 @@ def study(model: str, rows: Path, out: Path, names: list[str], seconds: float) -
 
 
 def summary(out: Path) -> str:
-    """Accuracy in percent of every job's variants, averaged over benchmarks: all, those trained on, the others."""
-    lines = [f"{'':28}{'variant':12}{'all':>7}{'trained':>9}{'others':>8}{'NLL':>8}"]
-    for path in sorted(out.glob("*.npz")):
-        with np.load(path) as file:
-            found = {name: file[name] for name in file.files}
-        for name, group in groups(found).items():
-            accuracy, nll = (np.mean([f(s, found) for s in group], 0) for f in (accuracies, losses))
-            inside = np.array([b in TRAINED for b in accuracy_names(found)])
-            values = accuracy.mean(), accuracy[inside].mean(), accuracy[~inside].mean()
-            row = "".join(f"{100 * value:>8.2f}" for value in values)
-            lines.append(f"{path.stem:28}{name:12}{row}{nll.mean():>8.3f}")
+    """The loss held out of every job, and accuracy and NLL over the benchmarks trained on and the others."""
+    lines = [f"{'':26}{'':13}{'held-out loss':>16}{'accuracy, all':>16}{'trained':>16}{'others':>16}{'NLL':>16}"]
+    for path in sorted(out.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        job = Job(**found["job"])
+        values = {name: {"loss": loss} for name, loss in found["heldout"].items()}
+        for name, row in found["asked"].items():
+            values.setdefault(name, {}).update(row)
+        for name, packs in _by_pack(values, job).items():
+            cells = "".join(f"{_interval([pack.get(key) for pack in packs]):>16}" for key in COLUMNS)
+            lines.append(f"{path.stem:26}{name:13}{cells}")
     return "\n".join(lines)
 
 
-def groups(found: dict[str, Any]) -> dict[str, list[Any]]:
-    """The scores of variants alike: all adapters, all merges of two and so on, and the best adapter; the ensemble."""
-    by_name = dict(zip(found["variants"].tolist(), found["scores"], strict=True))
-    grouped: dict[str, list[Any]] = {}
-    for name, scores in by_name.items():
-        grouped.setdefault(name if name == "base" else name.rpartition("_")[0], []).append(scores)
-    adapters = grouped["adapter"]
-    if len(adapters) > 1:
-        grouped["best"] = [max(adapters, key=lambda scores: accuracies(scores, found).mean())]
-        with np.errstate(divide="ignore"):  # where there is no such option
-            grouped["ensemble"] = [np.log(np.mean([np.exp(log_softmax(scores)) for scores in adapters], 0))]
+COLUMNS = ("loss", "all", "trained", "others", "nll")
+T_95 = (12.706, 4.303, 3.182, 2.776)  # two-sided, of 1 to 4 degrees of freedom
+
+
+def _interval(values: list[float | None]) -> str:
+    """The mean of the packs' values and the half-width of its 95 % interval (Student's t)."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    if len(known) == 1:
+        return f"{known[0]:.3f}        "
+    half = T_95[len(known) - 2] * float(np.std(known, ddof=1)) / len(known) ** 0.5
+    return f"{np.mean(known):.3f} ± {half:.3f}"
+
+
+def _by_pack(values: dict[str, dict[str, float]], job: Job) -> dict[str, list[dict[str, float]]]:
+    """For each kind of variant the means of its values in every pack, and the differences that matter."""
+    grouped: dict[str, list[dict[str, float]]] = {}
+    if "base" in values:
+        grouped["base"] = [values["base"]]
+
+    def mean(names: list[str]) -> dict[str, float]:
+        rows = [values[name] for name in names if name in values]
+        return {key: float(np.mean([row[key] for row in rows])) for key in (rows[0] if rows else ()) if rows}
+
+    for first in range(0, job.count, job.members):
+        own = range(first, first + job.members)
+        adapters = [f"adapter_{slot}" for slot in own]
+        kinds = {"adapter": mean(adapters)}
+        if job.members > 1:
+            kinds["best"] = values[min(adapters, key=lambda name: values[name]["loss"])]  # the one it would choose
+            sizes = {len(members) for _, members in job.merges()}
+            for size in sorted(sizes):
+                kinds[f"merge of {size}"] = mean([f"merge_{size}_{i}" for i in own if (i - first) % size == 0])
+            if f"ensemble_{first}" in values:
+                kinds["ensemble"] = values[f"ensemble_{first}"]
+            for share in ("0.75", "0.5", "0.25"):
+                kinds[f"line {share}"] = mean([f"line_{first}_{share}"])
+            full = kinds[f"merge of {job.members}"]
+            kinds["merge - mean"] = {key: full[key] - kinds["adapter"][key] for key in full}
+            kinds["merge - best"] = {key: full[key] - kinds["best"][key] for key in full}
+            kinds["ema merge"] = mean([f"ema_merge_{job.members}_{first}"])
+        kinds["ema adapter"] = mean([f"ema_adapter_{slot}" for slot in own])
+        for name, row in kinds.items():
+            if row:
+                grouped.setdefault(name, []).append(row)
     return grouped
 
 
-def accuracy_names(found: dict[str, Any]) -> list[str]:
-    return sorted(set(found["benchmarks"].tolist()))
-
-
-def accuracies(scores: Any, found: dict[str, Any]) -> Any:
-    right = scores.argmax(-1) == found["answers"]
-    return np.array([right[found["benchmarks"] == name].mean() for name in accuracy_names(found)])
-
-
-def losses(scores: Any, found: dict[str, Any]) -> Any:
-    """The mean of -log p(right option), with p normalised over a question's options, per benchmark."""
-    chosen = -np.take_along_axis(log_softmax(scores), found["answers"][:, None], 1)[:, 0]
-    return np.array([chosen[found["benchmarks"] == name].mean() for name in accuracy_names(found)])
+def measured(found: dict[str, Any], job: Job) -> dict[str, dict[str, float]]:
+    """Accuracy in percent and NLL of every variant that was asked, and of each pack's ensemble."""
+    scored = dict(zip(found["variants"].tolist(), found["scores"], strict=True))
+    if job.members > 1:
+        for first in range(0, job.count, job.members):
+            each = [log_softmax(scored[f"adapter_{slot}"]) for slot in range(first, first + job.members)]
+            scored[f"ensemble_{first}"] = np.logaddexp.reduce(each)  # the mean of p but for a constant
+    names = sorted(set(found["benchmarks"].tolist()))
+    inside = np.array([name in TRAINED for name in names])
+    result = {}
+    for variant, scores in scored.items():
+        right = scores.argmax(-1) == found["answers"]
+        accuracy = 100 * np.array([right[found["benchmarks"] == name].mean() for name in names])
+        chosen = -np.take_along_axis(log_softmax(scores), found["answers"][:, None], 1)[:, 0]
+        nll = [chosen[found["benchmarks"] == name].mean() for name in names]
+        result[variant] = {
+            "all": float(accuracy.mean()),
+            "trained": float(accuracy[inside].mean()),
+            "others": float(accuracy[~inside].mean()),
+            "nll": float(np.mean(nll)),
+        }
+    return result
 
 
 def log_softmax(scores: Any) -> Any:
+    """log p of every option, normalised over a question's options."""
     shifted = scores - scores.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 

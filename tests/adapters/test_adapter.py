@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from poc_lora.adapters import peft_config
 from poc_lora.adapters.adapter import Adapter, read_adapter, target_modules, write_adapter
 from poc_lora.adapters.factors import Factors
-from poc_lora.errors import AdapterError, PocLoraError, RequestError
+from poc_lora.errors import AdapterError, RequestError, WriteError
 
 Q, V, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "model.layers.1.mlp.up_proj"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -117,7 +117,7 @@ def test_scale_is_folded_in_with_one_rounding(tmp_path):
     ],
 )
 def test_what_cannot_be_written_leaves_no_folder(tmp_path, adapter, dtype, words):
-    with pytest.raises(AdapterError, match=words):
+    with pytest.raises(RequestError, match=words):
         write_adapter(adapter, tmp_path / "a", dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 
@@ -130,7 +130,7 @@ def test_an_existing_folder_is_not_touched(folder):
 
 
 def test_a_failed_write_is_a_typed_error_and_leaves_nothing(tmp_path):
-    with pytest.raises(PocLoraError, match="could not be written"):
+    with pytest.raises(WriteError, match="cannot be written"):
         write_adapter(sample(), tmp_path / "a", extra_files={"no/such/folder": ""})
     assert list(tmp_path.iterdir()) == []
 

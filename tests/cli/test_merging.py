@@ -1,9 +1,18 @@
-"""`merge`: what it refuses, and what it writes beside the adapter."""
+"""`merge` and `fold`: what they refuse, what they write beside the adapter, and how they are interrupted."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from poc_lora.cli.merging import Method
 from poc_lora.merging.methods import METHODS
+from poc_lora.reporting import page
 
 
 def test_merging_nothing_is_refused(refused, poc_lora, config):
@@ -58,3 +67,100 @@ def test_a_word_that_is_no_choice_is_refused_with_those_that_are(poc_lora, train
 
 def test_the_choices_are_the_library_s():
     assert [method.value for method in Method] == list(METHODS)
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("verb", [["merge", "run"], ["fold", "run/adapters/00", "--base", "BASE"]])
+def test_a_full_disk_is_told_with_the_folder_and_what_to_do(poc_lora, trained, tiny_model_dir, monkeypatch, verb):
+    monkeypatch.setattr("poc_lora.files.os.fsync", full_disk)
+    words = [str(tiny_model_dir) if word == "BASE" else word for word in verb]
+    status, _, err = poc_lora(*words, "--out", "out")
+    assert status == 1
+    assert "poc-lora: cannot be written: No space left on device\n  where: out\n  fix:   make room" in err
+    assert sorted(path.name for path in trained.parent.iterdir()) == ["run", "run.yaml", "train.json"]
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_merge_and_says_so(poc_lora, trained, monkeypatch):
+    def draw(*_):
+        with monkeypatch.context() as patch:
+            patch.setattr("poc_lora.files.os.fsync", full_disk)
+            return write(*_)
+
+    write = page.write_rank_sweep
+    monkeypatch.setattr(page, "write_rank_sweep", draw)
+    status, out, err = poc_lora("merge", "run", "--out", "out", "--rank-sweep", "1,2")
+    assert status == 1
+    assert "q_proj" in out  # the figures of the sweep
+    assert "the merged adapter is written and complete, but the figure of its ranks cannot be written: No space" in err
+    assert "where: out/rank_sweep.svg" in err
+    assert sorted(path.name for path in (trained.parent / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "merge.json",
+    ]
+
+
+INTERRUPT = """
+import os, signal, sys, threading, time
+from poc_lora.adapters import adapter
+from poc_lora.cli import app
+from poc_lora.merging import fold
+def save(*arguments, **named):
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(60)
+adapter.save_file = fold.save_file = save
+sys.argv[0] = "poc-lora"
+app.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("verb", [["merge", "run"], ["fold", "run/adapters/00", "--base", "BASE"]])
+def test_an_interrupt_while_it_writes_leaves_nothing(trained, tiny_model_dir, verb, name):
+    words = [str(tiny_model_dir) if word == "BASE" else word for word in verb]
+    code = INTERRUPT.format(name=name)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "--out", "out"], cwd=trained.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.endswith(
+        f"poc-lora: stopped by {name}; nothing was written\n  fix:   the same command starts again\n"
+    )
+    assert sorted(path.name for path in trained.parent.iterdir()) == ["run", "run.yaml", "train.json"]
+
+
+def test_ctrl_c_in_a_read_is_an_interrupt_and_no_damaged_file(poc_lora, trained, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+
+    def read(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type 'UntypedStorage'") from None  # as torch does
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", read)
+    status, _, err = poc_lora("merge", "run", "--out", "out")
+    assert status == 130
+    assert "stopped by SIGINT; nothing was written" in err
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_two_merges_into_one_folder_leave_one_whole(poc_lora, trained, monkeypatch):
+    poc_lora("merge", "run", "--out", "other")
+    rename = os.rename
+
+    def late(source, target):
+        shutil.copytree(trained.parent / "other", trained.parent / "out")  # of the merge that was faster
+        rename(source, target)
+
+    monkeypatch.setattr("poc_lora.files.os.rename", late)
+    status, _, err = poc_lora("merge", "run", "--out", "out", "--rank", "1")
+    assert status == 2
+    assert "the output exists already\n  where: out" in err
+    assert (trained.parent / "out" / "merge.json").read_bytes() == (
+        trained.parent / "other" / "merge.json"
+    ).read_bytes()
+    assert not list(trained.parent.glob(".out*"))

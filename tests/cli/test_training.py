@@ -1,10 +1,16 @@
 """`check` and `train` with bad input: no traceback, exit status 2, and a message that says what, where and how."""
 
 import json
+import os
 import re
+import shutil
 
 import pytest
 
+from poc_lora.config import load_config
+from poc_lora.microworld import MODEL_DIR
+from poc_lora.training.checkpoint import Commits
+from poc_lora.training.run import Run
 from tests.conftest import instruction_rows
 
 
@@ -24,6 +30,24 @@ def test_check_prints_what_a_run_will_do(poc_lora, config):
     assert next(line for line in table if line.startswith("memory on")).endswith(" kB")
     assert f"poc-lora train {config} train.max_steps=7" in out
     assert not (config.parent / "run").exists()
+
+
+def test_init_writes_a_configuration_that_check_takes_at_once(poc_lora, refused, config, tiny_model_dir):
+    rows = ["--data", "train.json", "--data", "train.json"]
+    status, out, err = poc_lora("init", "mine.yaml", "--model", tiny_model_dir, *rows)
+    assert (status, err) == (0, "")
+    assert out == "\nthe configuration: mine.yaml\nnext: poc-lora check mine.yaml\n"
+    status, out, err = poc_lora("check", "mine.yaml")
+    assert status == 0, err
+    assert "runs/mine (new)" in out
+    assert "where: mine.yaml" in refused("init", "mine.yaml")
+
+
+def test_init_without_a_model_or_rows_takes_the_demos_and_says_so(poc_lora, config):
+    status, out, _ = poc_lora("init", "mine.yaml", "--data", "train.json")
+    assert status == 0
+    assert out.startswith("model.name is the demo's: set your own in the file\n\nthe configuration: mine.yaml\n")
+    assert load_config("mine.yaml").model.name == str(MODEL_DIR)
 
 
 @pytest.mark.parametrize("verb", ["check", "train"])
@@ -73,8 +97,53 @@ def test_a_run_folder_in_use_is_left_as_it_is(refused, config):
     assert [p.name for p in (config.parent / "run").iterdir()] == ["thesis.txt"]
 
 
-def test_an_output_that_cannot_be_written_is_refused(refused, config):
-    assert "cannot be written" in refused("train", config, "output=train.json/run")
+@pytest.mark.parametrize("verb", ["check", "train"])
+@pytest.mark.parametrize("output", ["train.json/run", "n" * 300, "new/" + "n" * 300])
+def test_an_output_that_cannot_be_written_is_refused(refused, config, verb, output):
+    message = refused(verb, config, f"output={output}")
+    assert "cannot be written: " in message
+    assert f"where: {output}" in message
+    assert "fix: " in message
+    assert not (config.parent / "new").exists()
+
+
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_an_output_without_permission_is_refused(refused, config, monkeypatch, verb):
+    allowed = os.access  # of root, who may write anywhere
+    monkeypatch.setattr("poc_lora.files.os.access", lambda path, mode: path != config.parent and allowed(path, mode))
+    assert "cannot be written: Permission denied\n  where: run\n  fix:   check the perm" in refused(verb, config)
+
+
+@pytest.mark.parametrize("override", ["data.train=[NAME]", "model.name=NAME"])
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_a_source_with_too_long_a_name_is_named(poc_lora, config, verb, override):
+    name = "n" * 300
+    status, _, err = poc_lora(verb, config, override.replace("NAME", name))
+    assert status != 0
+    assert "File name too long" in err
+    assert f"where: {name}\n  fix:   give a shorter name" in err
+
+
+@pytest.mark.parametrize(
+    ("moment", "words"),
+    [("start", "bytes could not be added: No such"), ("_write_files", "commit 1 could not be written: No such")],
+)
+def test_a_run_folder_that_is_removed_meanwhile_is_the_error_and_not_its_lock(
+    poc_lora, config, monkeypatch, moment, words
+):
+    def remove_first(*arguments):
+        shutil.rmtree(config.parent / "run")
+        return then(*arguments)
+
+    if moment == "_write_files":  # in the background, where the metrics' error may come first
+        monkeypatch.setattr(Run, "log", lambda *_: None)
+    then = getattr(Commits, moment)
+    monkeypatch.setattr(Commits, moment, remove_first)
+    status, _, err = poc_lora("train", config)
+    assert status == 1
+    assert words in err
+    assert "fix:   the run folder was moved or removed while the run was in it" in err
+    assert not (config.parent / "run").exists()  # nothing makes it anew
 
 
 def test_resuming_a_run_that_is_not_there_starts_it(poc_lora, config):

@@ -77,7 +77,7 @@ def test_of_merge_json_and_results_json_only_known_fields_are_uploaded(run):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("seed", {"token": "hf_secret"}), ("spread", float("inf")), ("rank_sweep", {"all": {"secret": 0.5}})],
+    [("seed", {"token": "hf_secret"}), ("variance", float("inf")), ("rank_sweep", {"all": {"secret": 0.5}})],
 )
 def test_a_field_of_another_type_is_refused_by_its_name(run, field, value):
     change(run / "merged" / "merge.json", **{field: value})

@@ -164,7 +164,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(base, adapter, tmp_path, mo
 
     monkeypatch.setattr("poc_lora.merging.fold.save_file", full)
     before = set(tmp_path.iterdir())
-    with pytest.raises(PocLoraError, match="could not be written: No space left"):
+    with pytest.raises(PocLoraError, match="cannot be written: No space left"):
         fold(adapter, str(base), tmp_path / "folded")
     assert set(tmp_path.iterdir()) == before
 

@@ -55,14 +55,14 @@ def test_gram_from_the_factors_is_the_gram_of_the_dense_updates(adapters):
     torch.testing.assert_close(total_gram(adapters), rows @ rows.T, rtol=1e-12, atol=1e-12)
 
 
-def test_cosine_spread_and_merge_variance_are_those_of_the_dense_updates(adapters):
+def test_cosine_variance_and_merge_variance_are_those_of_the_dense_updates(adapters):
     total = total_gram(adapters)
     rows = torch.stack([flat(adapter) for adapter in adapters])
     units = rows / rows.norm(dim=1, keepdim=True)
     torch.testing.assert_close(gram.cosine(total), units @ units.T, rtol=1e-12, atol=1e-12)
     mean = rows.mean(0)
     S2 = float(((rows - mean) ** 2).sum()) / 2
-    assert gram.spread(total) == pytest.approx(S2, rel=1e-10)
+    assert gram.variance(total) == pytest.approx(S2, rel=1e-10)
     assert gram.merge_variance(total) == pytest.approx(S2 / 3, rel=1e-10)
     assert gram.relative_standard_error(total) == pytest.approx(math.sqrt(S2 / 3) / float(mean.norm()), rel=1e-10)
     off_diagonal = (units @ units.T)[~torch.eye(3, dtype=torch.bool)]
@@ -96,13 +96,13 @@ def test_the_merge_variance_estimates_the_squared_distance_of_the_merge_from_the
     assert sum(estimates) / sum(distances) == pytest.approx(1, abs=0.1)
 
 
-def test_copies_have_cosine_one_and_no_spread(adapters):
+def test_copies_have_cosine_one_and_no_variance(adapters):
     total = total_gram([adapters[0]] * 4)
     assert gram.mean_cosine(total) == pytest.approx(1)
-    assert gram.spread(total) <= 1e-12 * float(total[0, 0])
+    assert gram.variance(total) <= 1e-12 * float(total[0, 0])
 
 
-def test_one_adapter_has_no_spread_and_a_zero_update_no_direction(adapters):
+def test_one_adapter_has_no_variance_and_a_zero_update_no_direction(adapters):
     assert set(gram.summary(total_gram(adapters[:1])).values()) == {None}
     zero = Adapter({name: Factors(f.A, torch.zeros_like(f.B)) for name, f in adapters[0].modules.items()})
     total = total_gram([zero, zero])
@@ -113,5 +113,5 @@ def test_one_adapter_has_no_spread_and_a_zero_update_no_direction(adapters):
 def test_the_merge_variance_of_unequal_weights_is_that_of_the_weighted_sum():
     inner = torch.diag(torch.tensor([2.0, 2.0, 2.0, 2.0], dtype=torch.float64))
     weights = [0.7, 0.1, 0.1, 0.1]
-    assert gram.merge_variance(inner, weights) == pytest.approx(gram.spread(inner) * 0.52)
-    assert gram.merge_variance(inner) == pytest.approx(gram.spread(inner) / 4)
+    assert gram.merge_variance(inner, weights) == pytest.approx(gram.variance(inner) * 0.52)
+    assert gram.merge_variance(inner) == pytest.approx(gram.variance(inner) / 4)

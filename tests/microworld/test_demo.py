@@ -4,15 +4,16 @@ import json
 
 import pytest
 
-from poc_lora.errors import RunError
-from poc_lora.microworld.demo import conclusion, run_demo
+from poc_lora.errors import RequestError
+from poc_lora.microworld.demo import run_demo
+from poc_lora.reporting.sections_results import headline
 
 SMALL = ["adapters.count=3", "train.max_steps=12", "lora.rank=4"]
 
 
 def run(out):
     shown = []
-    results = run_demo(out, SMALL, show=shown.append, limit=24)
+    results = run_demo(out, SMALL, show=lambda *things: shown.extend(things), limit=24)
     return results, shown
 
 
@@ -35,9 +36,8 @@ def test_it_leaves_a_whole_run(demo):
 
 def test_it_shows_the_papers_rows_and_two_sentences(demo):
     _, results, shown = demo
-    said = conclusion(results)
-    assert len(said) == 2
-    assert said == shown[-2:]
+    assert shown[-2] == headline(results)[0]
+    assert "costs what one adapter costs" in shown[-1]
     rows = (demo[0] / "eval/results.md").read_text()
     for name in ("base", "LoRA (best)", "LoRA (average)", "PoC merge", "prediction ensemble"):
         assert f"| {name} |" in rows
@@ -66,11 +66,11 @@ def test_the_same_seed_gives_the_same_result(demo, tmp_path):
 
 
 def test_it_refuses_a_folder_with_something_in_it(demo):
-    with pytest.raises(RunError, match="--out"):
+    with pytest.raises(RequestError, match="exists already"):
         run(demo[0])
 
 
 @pytest.mark.slow
 def test_at_full_size_the_merge_beats_the_average_adapter(tmp_path):
-    results = run_demo(tmp_path / "demo", show=lambda _: None)
+    results = run_demo(tmp_path / "demo", show=lambda *_: None)
     assert results.merged.average.value > results.average.average.value

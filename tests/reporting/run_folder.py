@@ -47,7 +47,7 @@ def results(adapters=("00", "01", "02"), base_model="org/base", **changes):
 def merge_report(names=("run/adapters/00", "run/adapters/01", "run/adapters/02"), modules=MODULES, **changes):
     M = len(names)
     types = dict.fromkeys(["all", *(name.rpartition(".")[2] for name in modules)])
-    similarity = dict(mean_cosine=0.2, spread=0.5, error_bar=0.1)
+    similarity = dict(mean_cosine=0.2, variance=0.5, merge_variance=0.1)
     module = dict(absent=[], rank=4 * M, norm=1.5, error=0.0, cast_error=0.0, effective_rank=3.25, **similarity)
     module |= dict(pair_cosines=[0.2] * (M * (M - 1) // 2), norms=[1.0] * M, sweep={})
     report = dict(
@@ -59,7 +59,7 @@ def merge_report(names=("run/adapters/00", "run/adapters/01", "run/adapters/02")
         cast_error=2e-8,
         effective_rank=3.25,
         **similarity,
-        relative_error_bar=0.58,
+        relative_standard_error=0.58,
         next_move=0.19,
         weights=[1 / M] * M,
         sources=[{"name": name, "sha256": f"{i:064x}"} for i, name in enumerate(names)],

@@ -14,6 +14,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from poc_lora import files
+from poc_lora.artifacts import schema
 from poc_lora.distributed import Ranks
 from poc_lora.errors import CheckpointError, RequestError, RunError
 from poc_lora.training import checkpoint
@@ -46,7 +47,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
     [
         (checkpoint, "sync", FULL, 4),
         (checkpoint, "save_file", SafetensorError("No space left on device"), 4),
-        (checkpoint, "write_json", FULL, 1),
+        (schema, "write_atomic", FULL, 1),
         (files.os, "rename", FULL, 1),
     ],
 )
@@ -146,7 +147,7 @@ def test_a_commit_that_lacks_the_state_of_an_adapter_is_passed_over(settings, mo
     (folder / "commit_00002/manifest.json").write_text(json.dumps(manifest))
     found, problems = newest_commit(folder)
     assert found.number == 1
-    assert "no file for adapter 1" in problems[0]
+    assert "no adapter_01.safetensors" in problems[0]
 
 
 def test_a_disk_that_is_full_before_there_is_a_commit_is_named(settings, monkeypatch):

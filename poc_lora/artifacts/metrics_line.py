@@ -1,0 +1,68 @@
+"""Lines of metrics.jsonl: what training logs, and a report draws."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from poc_lora.artifacts.schema import LARGEST, Schema
+from poc_lora.errors import RunError
+from poc_lora.files import read_text
+
+Whole = Annotated[int, Field(strict=True, ge=0, le=2**40)]
+
+
+def _drawable(value: Any) -> Any:
+    """None for what cannot be drawn, such as NaN and infinity, which a diverging run logs."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) <= LARGEST else None
+
+
+Measure = Annotated[float | None, BeforeValidator(_drawable)]
+
+
+class MetricsLine(Schema):
+    """A step of an adapter, its divergence, or a validation.
+
+    Attributes:
+        step: Optimizer steps done.
+        adapter: The adapter's number; in a validation also the base, or the merge of `members`.
+        diverged: Whether the adapter was dropped, because its loss was not finite.
+        loss: The training loss per supervised token.
+        grad_norm: The norm of the gradient before clipping.
+        noise_norm: The norm of the noise that the step added.
+        lr: The step's learning rate.
+        validation_loss: The loss per token of the held-out rows' answers.
+        row_losses: The loss of each held-out row, summed over its answer.
+        row_tokens: The tokens of each held-out row's answer; in the base's line.
+        mean_cosine: Of the pairs of adapters. This and the rest are of the merge, as in merge.json.
+        cosines: Of all pairs [members, members].
+        members: The adapters that were validated together.
+    """
+
+    step: Whole
+    adapter: Whole | Literal["base", "merge"]
+    diverged: Literal[True] | None = None
+    loss: Measure = None
+    grad_norm: Measure = None
+    noise_norm: Measure = None
+    lr: Measure = None
+    validation_loss: Measure = None
+    row_losses: list[Measure] | None = None
+    row_tokens: list[Whole] | None = None
+    mean_cosine: Measure = None
+    variance: Measure = None
+    merge_variance: Measure = None
+    relative_standard_error: Measure = None
+    cosines: list[list[Measure]] | None = None
+    members: list[Whole] | None = None
+
+
+def read_metrics(path: Path, *, max_bytes: int) -> Iterator[tuple[str, MetricsLine]]:
+    """Read each line, as text and parsed; malformed lines, which a killed run may leave, are skipped."""
+    for text in read_text(path, error=RunError, max_bytes=max_bytes).splitlines():
+        try:
+            yield text, MetricsLine.model_validate_json(text)
+        except ValidationError:
+            continue
