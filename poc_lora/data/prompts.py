@@ -11,8 +11,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+from poc_lora.config import Learn
 from poc_lora.data.bounded import map_bounded
-from poc_lora.data.chats import ChatTemplate, Learn, RenderedRow, common_prefix
+from poc_lora.data.chats import ChatTemplate, RenderedRow, common_prefix
 from poc_lora.data.formats import ChatRow, CompletionRow, InstructionRow, Row
 from poc_lora.data.limits import require_length
 from poc_lora.data.rows import BadRows
@@ -81,11 +82,11 @@ def encode_rows(
 
     Raises:
         ModelError: The tokenizer has no EOS token, or no chat template for rows that are chats.
-        DataError: There are no rows; without `bad`, also if the chat template does not fit one.
+        DataError: There are no rows, nor bad ones; without `bad`, also if the chat template does not fit one.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no EOS token, so an answer could not end", where="model.name")
-    if not rows:
+    if not rows and not (bad and bad.count):
         raise DataError("there are no training rows", where="data.train")
     problems = BadRows() if bad is None else bad
     texts, chats = [], []
