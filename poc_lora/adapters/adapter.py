@@ -60,6 +60,7 @@ class Adapter:
         fan_in_fan_out: The base keeps the weights of other modules transposed too, [d_in, d_out], as GPT-2 does. PEFT
             has one flag for all modules, and corrects it for each layer of the base.
         modules_to_save: The parameters that replace the base's (PEFT's modules_to_save), by path (`lm_head.weight`).
+            One of `modules` is the table that its ΔW is added to: PEFT saves it beside the factors.
         task_type: PEFT's task type, which selects its model class; None selects `PeftModel`, which fits any model.
         auto_mapping: The base's class (`base_model_class`, `parent_library`), for PEFT's `AutoPeftModel`.
         targets: Module names (last parts of paths) known to match no other module of the base; see `target_modules`.
@@ -152,7 +153,9 @@ def write_adapter(
     folder = Path(folder)
     _check_writable(adapter, folder, dtype)
     rank = max(factors.rank for factors in adapter.modules.values())
-    tensors = {PREFIX + name: tensor.detach().contiguous() for name, tensor in adapter.modules_to_save.items()}
+    tensors = {
+        _saved_key(adapter, name): saved.detach().contiguous() for name, saved in adapter.modules_to_save.items()
+    }
     for name, factors in adapter.modules.items():
         check_name(name, adapter.source)
         check_shapes(name, tuple(factors.A.shape), tuple(factors.B.shape), adapter.source)
@@ -178,7 +181,10 @@ def write_adapter(
         "bias": "none",
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "init_lora_weights": True,
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.modules_to_save}) or None,
+        "modules_to_save": sorted(
+            {name.rpartition(".")[0] for name in adapter.modules_to_save} - adapter.modules.keys()
+        )
+        or None,
         "use_dora": False,
         "use_rslora": False,
         "rank_pattern": {},
@@ -257,9 +263,16 @@ def _keys(adapter: Adapter, module: str) -> tuple[str, str]:
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
+def _saved_key(adapter: Adapter, name: str) -> str:
+    """PEFT's name of a parameter of modules_to_save."""
+    module, _, last = name.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{last}" if module in adapter.modules else PREFIX + name
+
+
 def _check_written(adapter: Adapter, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Raises AdapterError unless the folder reads back as these tensors, with scales of 1."""
     written = open_adapter(folder)
+    saved = written.modules_to_save
 
     def same(module: str) -> bool:
         found, (key_A, key_B) = written.modules[module], _keys(adapter, module)
@@ -267,9 +280,11 @@ def _check_written(adapter: Adapter, tensors: Mapping[str, Tensor], folder: Path
 
     if not (
         written.modules.keys() == adapter.modules.keys()
-        and written.modules_to_save.keys() == adapter.modules_to_save.keys()
+        and saved.keys() == adapter.modules_to_save.keys()
         and all(same(module) for module in adapter.modules)
-        and all(torch.equal(tensor, tensors[PREFIX + name]) for name, tensor in written.modules_to_save.items())
+        and all(
+            torch.equal(tensor, tensors[_saved_key(adapter, name)]) for name, tensor in written.modules_to_save.items()
+        )
     ):
         raise AdapterError(
             "the file does not read back as it was written", where=folder, fix="check the disk, and write again"

@@ -79,7 +79,7 @@ def attachable(adapter: Adapter) -> Adapter:
     known: Collection[str] = adapter.targets
     problem = None
     for named in (known, frozenset[str]()):
-        model = _base_at_hand(adapter)
+        model = _shapes_at_hand(adapter)
         plain = {path for path in adapter.modules if "experts" not in path.split(".")}
         if model is None or not plain <= {path for path, _ in model.named_modules()}:
             return adapter
@@ -93,18 +93,25 @@ def attachable(adapter: Adapter) -> Adapter:
     )
 
 
-def _base_at_hand(adapter: Adapter) -> PreTrainedModel | None:
-    """The adapter's base on the meta device, if its config is on this machine and can be used."""
+def base_at_hand(adapter: Adapter) -> Path | None:
+    """The folder of the adapter's base, or of what the Hub's cache has of it, if its config is on this machine."""
     name = adapter.base_model
     if not name:
         return None
-    folder = Path(name).expanduser()
     try:
-        if not (folder / "config.json").is_file():
-            cached = try_to_load_from_cache(name, "config.json", revision=adapter.revision)
-            if not isinstance(cached, str):
-                return None
-            folder = Path(cached).parent
-        return empty_base(str(folder))
-    except (PocLoraError, OSError, ValueError):  # another kind of model, a name that is no id
+        folder = Path(name).expanduser()
+        if (folder / "config.json").is_file():
+            return folder
+        cached = try_to_load_from_cache(name, "config.json", revision=adapter.revision)
+        return Path(cached).parent if isinstance(cached, str) else None
+    except (OSError, ValueError, RuntimeError):  # a name that is no id, and no path
+        return None
+
+
+def _shapes_at_hand(adapter: Adapter) -> PreTrainedModel | None:
+    """The adapter's base on the meta device, if its config is on this machine and can be used."""
+    folder = base_at_hand(adapter)
+    try:
+        return None if folder is None else empty_base(str(folder))
+    except PocLoraError:  # another kind of model
         return None
