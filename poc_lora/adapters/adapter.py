@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from poc_lora.adapters.factors import DTYPES, Factors, check_name, check_shapes, is_finite
-from poc_lora.adapters.peft_config import auto_mapping, check_config, module_scales, plain_targets
+from poc_lora.adapters.peft_config import auto_mapping, check_config, module_scales, plain_targets, target_pattern
 from poc_lora.adapters.weights_file import PREFIX, LazyFactors, LazyModulesToSave, read_header
 from poc_lora.errors import AdapterError, RequestError
 from poc_lora.files import (
@@ -64,6 +64,7 @@ class Adapter:
         task_type: PEFT's task type, which selects its model class; None selects `PeftModel`, which fits any model.
         auto_mapping: The base's class (`base_model_class`, `parent_library`), for PEFT's `AutoPeftModel`.
         targets: Module names (last parts of paths) known to match no other module of the base; see `target_modules`.
+        pattern: PEFT's regular expression of `modules`, known to match no other module of the base.
     """
 
     modules: Mapping[str, Factors]
@@ -76,6 +77,7 @@ class Adapter:
     task_type: str | None = None
     auto_mapping: Mapping[str, str] | None = None
     targets: frozenset[str] = field(default=frozenset(), compare=False)
+    pattern: str | None = field(default=None, compare=False)
 
     def rank(self, module: str) -> int:
         """The rank of a module's factors, without reading them."""
@@ -124,6 +126,7 @@ def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
         task_type=config.get("task_type") or None,
         auto_mapping=auto_mapping(config),
         targets=plain_targets(config),
+        pattern=target_pattern(config, list(header.layers), config_path),
     )
 
 
@@ -177,7 +180,7 @@ def write_adapter(
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": target_modules(adapter.modules, adapter.targets),
+        "target_modules": adapter.pattern or target_modules(adapter.modules, adapter.targets),
         "bias": "none",
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "init_lora_weights": True,

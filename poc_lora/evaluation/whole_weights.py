@@ -25,7 +25,9 @@ def named_as_in(model: PreTrainedModel, adapter: Adapter) -> Adapter:
     modules = {names[f"{m}.weight"].removesuffix(".weight"): factors for m, factors in adapter.modules.items()}
     embeddings = frozenset(names[f"{m}.weight"].removesuffix(".weight") for m in adapter.embeddings)
     saved = {names[name]: tensor for name, tensor in adapter.modules_to_save.items()}
-    return replace(adapter, modules=modules, embeddings=embeddings, modules_to_save=saved, targets=frozenset())
+    return replace(
+        adapter, modules=modules, embeddings=embeddings, modules_to_save=saved, targets=frozenset(), pattern=None
+    )
 
 
 def check_fits(model: PreTrainedModel, adapter: Adapter) -> None:

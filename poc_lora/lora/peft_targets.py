@@ -15,7 +15,7 @@ from poc_lora.errors import AdapterError, ModelError, PocLoraError, first_line
 from poc_lora.models.load import empty_base
 
 
-def why_not_attached(model: PreTrainedModel, modules: Collection[str], known: Collection[str]) -> str | None:
+def why_not_attached(model: PreTrainedModel, modules: Collection[str], targets: str | list[str]) -> str | None:
     """Returns None if PEFT attaches an adapter of `modules` to exactly these modules, or else what it does.
 
     Routed experts are compared as a whole: PEFT converts those of older checkpoints to parameters.
@@ -23,13 +23,13 @@ def why_not_attached(model: PreTrainedModel, modules: Collection[str], known: Co
     Args:
         model: The base on the meta device, which PEFT changes.
         modules: The paths of the adapter's modules.
-        known: See `Adapter.targets`.
+        targets: The adapter's `target_modules` in PEFT.
     """
     with _quiet_import():
         from peft import LoraConfig  # slow to import
         from peft.tuners.lora import LoraModel
 
-    config = LoraConfig(r=1, target_modules=target_modules(modules, known))
+    config = LoraConfig(r=1, target_modules=targets)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -59,7 +59,7 @@ def _quiet_import() -> Iterator[None]:
 
 def require_attached(model: PreTrainedModel, modules: Collection[str], targets: Collection[str]) -> None:
     """Raises ModelError unless PEFT attaches adapters trained on `targets` to exactly `modules`; it changes `model`."""
-    if problem := why_not_attached(model, modules, targets):
+    if problem := why_not_attached(model, modules, target_modules(modules, targets)):
         raise ModelError(
             f"{problem}; the trained adapter would not be the loaded one",
             where="lora.targets",
@@ -76,16 +76,17 @@ def attachable(adapter: Adapter) -> Adapter:
     Raises:
         AdapterError: PEFT would attach other modules.
     """
-    known: Collection[str] = adapter.targets
     problem = None
-    for named in (known, frozenset[str]()):
+    full = replace(adapter, targets=frozenset(), pattern=None)
+    for named in (adapter, replace(adapter, pattern=None), full) if adapter.pattern else (adapter, full):
         model = _shapes_at_hand(adapter)
         plain = {path for path in adapter.modules if "experts" not in path.split(".")}
         if model is None or not plain <= {path for path, _ in model.named_modules()}:
             return adapter
-        problem = why_not_attached(model, list(adapter.modules), named)
+        targets = named.pattern or target_modules(named.modules, named.targets)
+        problem = why_not_attached(model, list(adapter.modules), targets)
         if problem is None:
-            return replace(adapter, targets=frozenset(named))
+            return named
     raise AdapterError(
         f"{problem}; the written adapter would not be the loaded one",
         where=adapter.source,

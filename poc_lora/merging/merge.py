@@ -88,6 +88,7 @@ def merge(
     tasks = {adapter.task_type for adapter in adapters}
     mappings = [adapter.auto_mapping for adapter in adapters]
     revisions = {adapter.revision for adapter in adapters}
+    patterns = {adapter.pattern if adapter.modules.keys() == modules.keys() else None for adapter in adapters}
     merged = Adapter(
         modules=modules,
         base_model=bases[0] if bases else None,
@@ -99,6 +100,7 @@ def merge(
         task_type=tasks.pop() if len(tasks) == 1 else None,
         auto_mapping=mappings[0] if all(mapping == mappings[0] for mapping in mappings) else None,
         targets=frozenset().union(*(adapter.targets for adapter in adapters)),
+        pattern=patterns.pop() if len(patterns) == 1 else None,
     )
     return Merged(merged, _total_report(reports, inner, used))
 
