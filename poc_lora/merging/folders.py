@@ -109,6 +109,7 @@ def merge_folders(
         ],
         versions=Versions(poc_lora=poc_lora.__version__, torch=version("torch"), safetensors=version("safetensors")),
         modules_to_save=sorted(merged.adapter.modules_to_save),
+        modules_to_save_averaged=merged.averaged,
         embeddings=sorted(merged.adapter.embeddings),
         **statistics,
     )
