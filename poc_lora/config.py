@@ -16,10 +16,13 @@ from poc_lora.config_files import (
     Positive,
     PositiveFloat,
     Section,
+    Seed,
     apply_overrides,
     read_config,
     validate_as,
 )
+from poc_lora.errors import RequestError
+from poc_lora.files import write_atomic
 
 
 class ModelSection(Section):
@@ -46,7 +49,7 @@ class ModelSection(Section):
 class LoraSection(Section):
     """The update W x + (alpha / rank) B A x of every target module."""
 
-    rank: Positive = 32
+    rank: Annotated[Positive, Field(le=4096)] = 32
     """The rank of each adapter."""
     alpha: PositiveFloat = 64.0
     """The update is scaled by alpha / rank."""
@@ -59,14 +62,15 @@ class LoraSection(Section):
 class AdaptersSection(Section):
     """How many adapters, and the seed that all their draws descend from."""
 
-    count: Positive = 8
+    count: Annotated[Positive, Field(le=4096)] = 8
     """M, the number of adapters. It may grow when a run is resumed."""
     per_device: Literal["auto"] | Positive = "auto"
     """Adapters trained at once on a device. `auto`: as many as fit in its memory."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """The seed of all random draws of the run."""
 
 
+Learn = Literal["last", "assistant", "all"]
 COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "tools", "system")  # of the formats
 
 
@@ -84,12 +88,12 @@ class DataSection(Section):
     """The prompt template of instruction rows. `bare`: the instruction alone."""
     max_length: Positive = 256
     """Longest row in tokens; longer rows are truncated."""
-    learn: Literal["last", "assistant", "all"] = "all"
+    learn: Learn = "all"
     """Tokens with a loss: the answer (a chat's `last` turn), every turn of the `assistant`, or `all`."""
     group_by_length: Flag = True
     """Batch rows of similar length together, which saves padding."""
-    validation: NonNegative = 120
-    """Rows held out of training to measure the validation loss."""
+    validation: Literal["auto"] | NonNegative = "auto"
+    """Rows held out of training to measure the validation loss. `auto`: a tenth of the rows, at most 120."""
 
     @model_validator(mode="before")
     @classmethod
@@ -121,8 +125,8 @@ class OptimSection(Section):
     """AdamW's decoupled weight decay."""
     schedule: Literal["linear", "constant"] = "linear"
     """Learning rate after warm-up: linear to zero, or constant."""
-    warmup_steps: NonNegative = 100
-    """Optimizer steps in which the learning rate rises linearly from zero."""
+    warmup_steps: Literal["auto"] | NonNegative = "auto"
+    """Optimizer steps in which the learning rate rises linearly from zero. `auto`: a tenth of all, at most 100."""
     max_grad_norm: PositiveFloat = 1.0
     """Each adapter's gradient is clipped to this norm."""
 
@@ -130,7 +134,7 @@ class OptimSection(Section):
 class TrainSection(Section):
     """Length of training; `batch_size` counts rows per adapter and optimizer step."""
 
-    epochs: PositiveFloat | None = None
+    epochs: Annotated[PositiveFloat, Field(le=1e6)] | None = None
     """Passes over the training rows. If neither this nor `max_steps` is given: 3."""
     max_steps: Positive | None = None
     """Optimizer steps per adapter, instead of `epochs`."""
@@ -184,7 +188,7 @@ class RunConfig(Section):
     """The run folder. It must be new or empty unless the run is resumed."""
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML file, apply overrides and validate.
 
     Args:
@@ -194,9 +198,33 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: If the file cannot be read, or a key or value does not fit the schema.
     """
-    raw = read_config(path)
+    raw = read_config(Path(path))
     apply_overrides(raw, overrides)
     return validate(raw, where=str(path))
+
+
+INTRODUCTION = """\
+# A run of poc-lora: every key with its meaning and its default. What you delete keeps its default.
+# KEY=VALUE on the command line replaces a key: poc-lora train FILE optim.lr=2e-4
+"""
+
+
+def write_template(path: Path, *, model: str, data: Sequence[str], output: str) -> None:
+    """Write a new YAML file with every key of a run, its meaning and its default.
+
+    Args:
+        path: The file, which must not exist.
+        model: The base model: `model.name`.
+        data: Sources of training rows: `data.train`.
+        output: The run folder.
+
+    Raises:
+        RequestError: The file exists, or cannot be written.
+    """
+    if path.exists() or path.is_symlink():
+        raise RequestError("the file exists already", where=path, fix="name a new file, or remove this one")
+    given = {"model.name": model, "data.train": list(data), "output": output}
+    write_atomic(path, INTRODUCTION + config_files.template(RunConfig, given))
 
 
 def validate(raw: dict[str, Any], *, where: str) -> RunConfig:

@@ -5,20 +5,24 @@ Precedence: override, then file, then the schema's default. Schemas are built fr
 
 import difflib
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from poc_lora.errors import ConfigError
+from poc_lora.errors import MAX_DETAILS, ConfigError
 from poc_lora.files import read_text
 
-MAX_CONFIG_BYTES = 2**20
+MAX_CONFIG_BYTES = 2**18
+MAX_COUNT = 2**31 - 1  # of steps, rows, tokens and the like
+MAX_SEED = 2**63 - 1
 
-Positive = Annotated[int, Field(gt=0, strict=True)]
-NonNegative = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[int, Field(gt=0, le=MAX_COUNT, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, le=MAX_COUNT, strict=True)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED, strict=True)]
 NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
@@ -68,13 +72,79 @@ def validate_as(schema: type[S], raw: dict[str, Any], *, where: str | Path) -> S
     try:
         return schema.model_validate(raw)
     except ValidationError as problem:
-        lines = [_describe(schema, error) for error in problem.errors()]
+        errors = problem.errors(include_url=False)
+        lines = [_describe(schema, error) for error in errors[:MAX_DETAILS]]
+        lines += [""] * (len(errors) - len(lines))  # counted, but not described: each takes a search among all keys
         raise ConfigError("the configuration is not valid:", details=lines, where=where) from problem
 
 
 def dump_section(section: Section) -> str:
     """Returns the section as YAML that reads back to an equal object."""
-    return yaml.dump(section.model_dump(mode="json", exclude_none=True), Dumper=_Dumper, sort_keys=False)
+    return yaml.dump(section.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
+def template(schema: type[Section], given: Mapping[str, Any]) -> str:
+    """Returns YAML with every key of a schema: its meaning as a comment, then its default or what is given.
+
+    Args:
+        schema: The schema.
+        given: Values by dotted key; a required key that is missing here is left empty.
+    """
+    return "\n".join(_template(schema.model_json_schema(), schema, given, "")) + "\n"
+
+
+def _template(words: dict[str, Any], schema: type[Section], given: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """words: the JSON schema, whose `$defs` describe the sections."""
+    indent = "  " * prefix.count(".")
+    for name, field in schema.model_fields.items():
+        inner = _section(field.annotation)
+        own = (words["$defs"][inner.__name__] if inner else words["properties"][name]) | {"$defs": words["$defs"]}
+        meaning = " ".join(own["description"].split())
+        if not inner:
+            meaning += f" Values: {values_in_words(own)}."
+        if not prefix:
+            yield ""
+        comment = f"{indent}# "
+        yield from textwrap.wrap(meaning.replace("`", ""), 118, initial_indent=comment, subsequent_indent=comment)
+        if inner:
+            yield f"{indent}{name}:"
+            yield from _template(own, inner, given, f"{prefix}{name}.")
+        else:
+            value = given.get(f"{prefix}{name}", None if field.is_required() else field.default)
+            yield f"{indent}{name}: {one_line(value)}"
+
+
+def values_in_words(field: Mapping[str, Any]) -> str:
+    """Returns what a field of a JSON schema may be, in Markdown."""
+    if "anyOf" in field:
+        return " or ".join(values_in_words(option) for option in field["anyOf"])
+    if "enum" in field or "const" in field:
+        return ", ".join(f"`{one_line(value)}`" for value in field.get("enum") or [field["const"]])
+    if field["type"] == "array":
+        if "prefixItems" in field:
+            return f"list of {len(field['prefixItems'])}: {values_in_words(field['prefixItems'][0])}"
+        return f"list of {values_in_words(field['items'])}" + (", at least one" if field.get("minItems") else "")
+    if field["type"] == "object":
+        return f"text: {values_in_words(field['additionalProperties'])}"
+    words = {
+        "string": "text",
+        "boolean": "`true` or `false`",
+        "null": "`null`",
+        "integer": "integer",
+        "number": "number",
+    }
+    limits = {"minimum": "≥", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {field[name]:g}" for name, sign in limits.items() if name in field]
+    return " ".join([words[field["type"]], " and ".join(bounds)]).strip()
+
+
+def one_line(value: Any) -> str:
+    """Returns a plain value as YAML in one line."""
+    if isinstance(value, float):
+        return re.sub(r"e([+-])0*", r"e\1", f"{value:g}")
+    plain = list(value) if isinstance(value, tuple) else value
+    written = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10**9)
+    return str(written).removesuffix("...\n").strip()
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

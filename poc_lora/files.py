@@ -130,7 +130,7 @@ def system_errors_as(error: type[PocLoraError], what: str, path: str | Path) -> 
     """Raise `error`, with the reason, `path` and what to do, for an OSError or a SafetensorError within the block."""
     try:
         yield
-    except PocLoraError:  # WriteError is an OSError too
+    except (PocLoraError, BrokenPipeError):  # a WriteError is an OSError too; typer ends where nobody reads any more
         raise
     except (OSError, SafetensorError) as problem:
         reason, fix = system_problem(problem)

@@ -6,9 +6,8 @@ python scripts/generate_configuration.py
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from poc_lora.config import RunConfig
+from poc_lora.config_files import one_line, values_in_words
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 COMMAND = "python scripts/generate_configuration.py"
@@ -19,8 +18,9 @@ INTRODUCTION = f"""<!-- Written by `{COMMAND}` from poc_lora/config.py: edit the
 
 A run is one YAML file. Every key of it can be replaced on the command line: `poc-lora train RUN.yaml KEY=VALUE ...`. An
 override wins over the file, and the file over the default. An unknown key is an error that names the nearest known one.
-Paths are relative to the current folder. `poc-lora check RUN.yaml` validates a file without training. Only
-`model.name`, `data.train` and `output` are required:
+Paths are relative to the current folder. `poc-lora check RUN.yaml` validates a file without training.
+`poc-lora init RUN.yaml --model BASE --data FILE` writes one with every key of this page. Only `model.name`,
+`data.train` and `output` are required:
 
 ```yaml
 model: {{name: meta-llama/Meta-Llama-3-8B}}
@@ -97,39 +97,12 @@ def _part(title: str, text: str, rows: list[str]) -> str:
 def _row(key: str, field: dict[str, Any], section: dict[str, Any], examples: dict[str, str]) -> str:
     default = "required" if key.rpartition(".")[2] in section.get("required", ()) else _code(field["default"])
     meaning = " ".join(field["description"].split())
-    return f"| `{key}` | {meaning} | {values(field)} | {default} | `{examples[key]}` |"
-
-
-def values(field: dict[str, Any]) -> str:
-    """Return in words what a field of a JSON schema may be."""
-    if "anyOf" in field:
-        return " or ".join(values(option) for option in field["anyOf"])
-    if "enum" in field or "const" in field:
-        return ", ".join(map(_code, field.get("enum") or [field["const"]]))
-    if field["type"] == "array":
-        if "prefixItems" in field:
-            return f"list of {len(field['prefixItems'])}: {values(field['prefixItems'][0])}"
-        return f"list of {values(field['items'])}" + (", at least one" if field.get("minItems") else "")
-    if field["type"] == "object":
-        return f"text: {values(field['additionalProperties'])}"
-    words = {
-        "string": "text",
-        "boolean": "`true` or `false`",
-        "null": "`null`",
-        "integer": "integer",
-        "number": "number",
-    }
-    limits = {"minimum": "≥", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {field[name]:g}" for name, sign in limits.items() if name in field]
-    return " ".join([words[field["type"]], " and ".join(bounds)]).strip()
+    return f"| `{key}` | {meaning} | {values_in_words(field)} | {default} | `{examples[key]}` |"
 
 
 def _code(value: Any) -> str:
     """Return a value as YAML in one line, as code."""
-    if isinstance(value, float):
-        return f"`{value:g}`".replace("e-0", "e-")
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n")
-    return f"`{text.strip()}`"
+    return f"`{one_line(value)}`"
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from poc_lora.config import RunConfig, changed_keys, dump_yaml, flatten, load_config, validate
+from poc_lora import config_files
+from poc_lora.adapters.factors import MAX_RANK
+from poc_lora.config import RunConfig, changed_keys, dump_yaml, flatten, load_config, validate, write_template
 from poc_lora.config_files import all_keys, parse_yaml
-from poc_lora.errors import ConfigError
+from poc_lora.errors import MAX_DETAILS, ConfigError, RequestError
 
 MINIMAL = {"model": {"name": "base"}, "data": {"train": ["rows.json"]}, "output": "runs/x"}
 MINIMAL_YAML = "model: {name: base}\ndata: {train: [rows.json]}\noutput: runs/x\n"
@@ -284,6 +286,38 @@ def test_what_is_dumped_reads_back_equal(tmp_path_factory, lr, temperature, step
     assert load_config(path) == config
 
 
+def test_what_is_null_stands_in_the_dump_and_reads_back(load):
+    config = load("train: {max_steps: 5}\n", "data.columns={question:instruction,hints:null}")
+    dumped = parse_yaml(dump_yaml(config), where="x")
+    assert dumped["train"]["epochs"] is None
+    assert dumped["model"]["revision"] is None
+    assert validate(dumped, where="x") == config
+
+
+def test_the_template_has_every_key_with_its_meaning_and_reads_back_as_the_defaults(tmp_path):
+    path = tmp_path / "mine.yaml"
+    write_template(path, model="base", data=["rows, [odd].json"], output="runs/x")
+    assert load_config(path) == validate({**MINIMAL, "data": {"train": ["rows, [odd].json"]}}, where="x")
+    text = path.read_text()
+    given = config_files.flatten(parse_yaml(text, where="x"))
+    assert given.keys() == flatten(load_config(path)).keys()
+    assert "\n  # The rank of each adapter. Values: integer > 0.\n  rank: 32\n" in text
+    assert "\n  revision: null\n" in text
+    assert "\n  temperature: 1e-6\n" in text
+    assert max(map(len, text.splitlines())) <= 120
+    for line, following in zip(text.splitlines(), text.splitlines()[1:], strict=False):
+        if following.strip() and not following.lstrip().startswith("#"):
+            assert line.lstrip().startswith("#"), following
+
+
+def test_a_template_replaces_no_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("mine")
+    with pytest.raises(RequestError, match="exists already"):
+        write_template(path, model="base", data=["rows.json"], output="runs/x")
+    assert path.read_text() == "mine"
+
+
 def test_changed_keys_names_each_difference(load):
     old = load("optim: {lr: 1e-4}\n")
     assert changed_keys(old, load("optim: {lr: 1e-4}\n")) == {}
@@ -310,3 +344,47 @@ def test_every_field_is_a_known_key():
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_weights_that_cannot_be_sharded_are_refused(kind):
     assert f"{kind} weights cannot be sharded" in refusal(model__quantization=kind, model__shard=True)
+
+
+def test_columns_are_mapped_to_those_of_the_formats(load):
+    assert "'reply' to 'answer', which is none of instruction, input" in refusal(data__columns={"reply": "answer"})
+    kept = {"reply": "output", "hints": None, "messages.who": "role"}
+    assert load("", "data.columns={reply: output, hints: null, messages.who: role}").data.columns == kept
+
+
+def test_the_old_name_of_learn_is_told():
+    assert "learn: last for false" in refusal(data__train_on_prompt=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("adapters__count", 10**9),
+        ("lora__rank", 4097),
+        ("train__max_steps", 2**31),
+        ("checkpoint__keep", 10**400),
+        ("optim__warmup_steps", 10**400),
+        ("adapters__seed", 2**63),
+    ],
+)
+def test_a_number_that_no_run_can_have_is_refused_before_any_work(key, value):
+    assert f"{key.replace('__', '.')}: Input should be less than or equal to" in refusal(**{key: value})
+
+
+def test_of_many_problems_the_first_are_described_and_all_are_counted(monkeypatch):
+    described = 0
+
+    def nearest(schema, dotted):
+        nonlocal described
+        described += 1
+
+    monkeypatch.setattr("poc_lora.config_files._nearest_key", nearest)
+    message = refusal(**{f"key{i}": 0 for i in range(60_000)})
+    assert described == MAX_DETAILS
+    assert message.count("no such key") == MAX_DETAILS
+    assert f"and {60_000 - MAX_DETAILS:,} more" in message
+
+
+def test_a_rank_that_no_adapter_may_have_is_no_rank_of_a_run():
+    assert refusal(lora__rank=MAX_RANK + 1)
+    assert validate({**MINIMAL, "lora": {"rank": MAX_RANK}}, where="test").lora.rank == MAX_RANK

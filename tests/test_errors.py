@@ -1,6 +1,10 @@
+import os
+
 import pytest
 
 from poc_lora.errors import (
+    MAX_DETAILS,
+    SYSTEM_FIXES,
     AdapterError,
     ConfigError,
     DataError,
@@ -11,6 +15,7 @@ from poc_lora.errors import (
     RunError,
     TrainingError,
     first_line,
+    system_problem,
 )
 
 
@@ -54,3 +59,17 @@ def test_a_bad_request_is_a_value_error_too():
 )
 def test_the_first_line_of_an_exception(problem, line):
     assert first_line(problem) == line
+
+
+def test_many_details_are_counted_and_not_all_shown():
+    shown = str(ConfigError("not valid:", details=[f"key{i}" for i in range(60_000)])).splitlines()
+    assert len(shown) == 2 + MAX_DETAILS
+    assert shown[-1] == f"  - and {60_000 - MAX_DETAILS:,} more"
+
+
+@pytest.mark.parametrize("number", sorted(SYSTEM_FIXES))
+def test_an_error_of_the_system_is_told_in_its_words_with_what_to_do(number):
+    reason = os.strerror(number)
+    for problem in (OSError(number, reason, "name"), RuntimeError(f"I/O error: {reason} (os error {number})")):
+        assert system_problem(problem) == (reason, SYSTEM_FIXES[number])
+    assert system_problem(OSError("odd")) == ("odd", None)

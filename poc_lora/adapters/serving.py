@@ -3,9 +3,10 @@
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank accepts
 
 
-def vllm_rank(rank: int) -> int | None:
-    """The smallest --max-lora-rank of vLLM for an adapter of this rank; None if it is too large for vLLM."""
-    return next((largest for largest in VLLM_RANKS if largest >= rank), None)
+def vllm_command(base: str, rank: int) -> str | None:
+    """Returns the command that serves adapters of this rank with vLLM; None for a rank that is too large for vLLM."""
+    largest = next((largest for largest in VLLM_RANKS if largest >= rank), None)
+    return None if largest is None else f"vllm serve {base} --enable-lora --max-lora-rank {largest}"
 
 
 def serving_advice(rank: int, *, modules_to_save: bool = False, embeddings: bool = False) -> list[str]:
@@ -20,11 +21,11 @@ def serving_advice(rank: int, *, modules_to_save: bool = False, embeddings: bool
         return [
             "vLLM and llama.cpp do not serve adapters with modules_to_save: poc-lora fold makes a plain model of it"
         ]
-    largest = vllm_rank(rank)
-    if largest is None:
+    command = vllm_command("BASE", rank)
+    if command is None:
         return [f"vLLM serves ranks up to {VLLM_RANKS[-1]}: merge again with --rank {VLLM_RANKS[-1]} or less"]
     return [
-        f"to serve it: vllm serve BASE --enable-lora --max-lora-rank {largest};"
+        f"to serve it: {command};"
         + (
             " llama.cpp does not serve adapters of embeddings: poc-lora fold makes a plain model of it"
             if embeddings

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from poc_lora.artifacts.schema import Artifact, Finite, Number, Public, Schema, Share
+from poc_lora.artifacts.schema import Artifact, Count, Finite, Number, Public, Schema, Seed, Share
 
 Rank = Annotated[int, Field(gt=0, le=2**31)]
 RankSweep = dict[str, Annotated[dict[Rank, Share], Field(min_length=1)]]
@@ -13,8 +13,8 @@ RankSweep = dict[str, Annotated[dict[Rank, Share], Field(min_length=1)]]
 class ModuleReport(Schema):
     """One module of a merge: which adapters have it, what was kept, and what that cost."""
 
-    absent: Public[list[int]]  # the adapters that do not have it, by their places among the sources
-    rank: Public[int]
+    absent: Public[list[Count]]  # the adapters that do not have it, by their places among the sources
+    rank: Public[Rank]
     norm: Public[Finite]  # ‖ΔW‖ of the exact average
     error: Public[Number]  # ‖ΔW − kept‖ / ‖ΔW‖, before the cast
     cast_error: Public[Number]  # what the cast to the dtype added, over ‖ΔW‖
@@ -24,7 +24,7 @@ class ModuleReport(Schema):
     norms: Public[list[Finite]]  # of each adapter's update
     variance: Public[Finite | None]
     merge_variance: Public[Finite | None]
-    sweep: Public[dict[int, Finite]]  # rank: the error that truncation to it would have
+    sweep: Public[dict[Rank, Finite]]  # rank: the error that truncation to it would have
 
 
 class MergeSource(Schema):
@@ -49,9 +49,9 @@ class MergeOrigin(Schema):
     """What was merged, and by which method."""
 
     method: Public[str]
-    requested_rank: Public[int | None] = None
+    requested_rank: Public[Rank | None] = None
     canonical: Public[bool] = False
-    seed: Public[int | None] = None  # of the method `random`
+    seed: Public[Seed | None] = None  # of the method `random`
     dtype: Public[str]
     base_mismatch_allowed: Public[bool] = False
     sources: Public[Annotated[list[MergeSource], Field(min_length=1)]]
@@ -67,7 +67,7 @@ class MergeStatistics(Schema):
     """What a merge of M adapters did. Norms are Frobenius norms over all modules; None: not defined for one adapter."""
 
     weights: Public[tuple[Number, ...]]
-    rank: Public[int]  # the largest kept in any module
+    rank: Public[Rank]  # the largest kept in any module
     norm: Public[Finite]
     error: Public[Number]
     cast_error: Public[Number]

@@ -33,7 +33,9 @@ class MetricsLine(Schema):
         grad_norm: The norm of the gradient before clipping.
         noise_norm: The norm of the noise that the step added.
         lr: The step's learning rate.
-        validation_loss: The loss per supervised token of the held-out rows.
+        validation_loss: The loss per token of the held-out rows' answers.
+        row_losses: The loss of each held-out row, summed over its answer.
+        row_tokens: The tokens of each held-out row's answer; in the base's line.
         mean_cosine: Of the pairs of adapters. This and the rest are of the merge, as in merge.json.
         cosines: Of all pairs [members, members].
         members: The adapters that were validated together.
@@ -47,6 +49,8 @@ class MetricsLine(Schema):
     noise_norm: Measure = None
     lr: Measure = None
     validation_loss: Measure = None
+    row_losses: list[Measure] | None = None
+    row_tokens: list[Whole] | None = None
     mean_cosine: Measure = None
     variance: Measure = None
     merge_variance: Measure = None

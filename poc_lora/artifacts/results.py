@@ -15,6 +15,7 @@ def _is_error(value: float) -> float:
     return value
 
 
+MAX_ADAPTERS = 4096  # as a run may have
 Accuracy = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 StandardError = Annotated[OrNan, AfterValidator(_is_error)]
 
@@ -46,7 +47,7 @@ class SubsetPoint(Schema):
     """All merges of m of the adapters: see `poc_lora.evaluation.subsets`."""
 
     m: Public[Annotated[int, Field(gt=0, le=2**31)]]
-    subsets: Public[int]
+    subsets: Public[Count]
     accuracy: Public[Share]
     error: Public[StandardError]
     distance: Public[Number | None]
@@ -99,13 +100,13 @@ class Results(Artifact):
     too_long: Public[dict[str, Count]]
     chance: Public[dict[str, Share]]
     base: Public[Scored]
-    adapters: Public[dict[str, Scored]]
+    adapters: Public[Annotated[dict[str, Scored], Field(max_length=MAX_ADAPTERS)]]
     best: Public[str]
     average: Public[Scored]
     merged: Public[Scored | None]
     ensemble: Public[Scored | None]
     comparisons: Public[dict[str, Difference]]
-    agreement: Public[float | None]
+    agreement: Public[OrNan | None]
     protocol: Public[str] = "label"
     best_chosen_on: Public[str] = "test"
     unread: Public[dict[str, OrNan]] = Field(default_factory=dict)

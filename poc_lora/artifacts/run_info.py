@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from poc_lora.artifacts.schema import Artifact, Finite, Number
+from poc_lora.artifacts.schema import Artifact, Count, Finite, Number, Seed
 
 TOKENIZED_ROWS = "tokenised rows"
 SUPERVISED_TOKENS = "tokens with a loss"
@@ -39,21 +39,21 @@ class RunInfo(Artifact):
     fix: ClassVar[str] = "restore the file, or remove it"
 
     versions: dict[str, str] = Field(default_factory=dict)
-    machine: dict[str, str | int | list[str]] = Field(default_factory=dict)
-    seed: int | None = None
-    steps: int | None = None
+    machine: dict[str, str | Count | list[str]] = Field(default_factory=dict)
+    seed: Seed | None = None
+    steps: Count | None = None
     data_sha256: dict[str, str] = Field(default_factory=dict)
-    skipped_rows: int | None = None
-    per_device: int | None = None
-    tokens_per_microbatch: int | None = None
+    skipped_rows: Count | None = None
+    per_device: Count | None = None
+    tokens_per_microbatch: Count | None = None
     gradient_checkpointing: bool | None = None
     started_at: str | None = None
     dtype: str | None = None
-    processes: int | None = None
+    processes: Count | None = None
     devices: list[str] = Field(default_factory=list)
     train_seconds: Number | None = None
     commit_seconds: Finite | None = None
-    peak_bytes: int | None = None
+    peak_bytes: Count | None = None
 
     @property
     def start(self) -> datetime | None:

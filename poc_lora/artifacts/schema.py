@@ -7,7 +7,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from poc_lora.errors import RunError
 from poc_lora.files import read_json, write_atomic
@@ -18,7 +18,18 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1.001, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
-OrNan = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # NaN is null in JSON
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+def _is_drawable(value: float) -> float:
+    if abs(value) > LARGEST:
+        raise ValueError(f"a number larger than {LARGEST:g}")
+    return value
+
+
+OrNan = Annotated[  # NaN is null in JSON
+    float, BeforeValidator(lambda value: math.nan if value is None else value), AfterValidator(_is_drawable)
+]
 
 T = TypeVar("T")
 

@@ -53,7 +53,7 @@ def _root(
     pass
 
 
-for _verb in (training.demo, training.check, training.train, merging.merge, merging.fold):
+for _verb in (training.demo, training.init, training.check, training.train, merging.merge, merging.fold):
     app.command()(_verb)
 app.command("eval")(evaluation.evaluate)
 app.command()(evaluation.report)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from poc_lora.cli.terminal import print_next, show, show_results
+from poc_lora.cli.terminal import print_next, show
 from poc_lora.errors import RequestError
 
 Protocol = Literal["label", "generate", "harness"]
@@ -54,7 +54,7 @@ def evaluate(
     Example: poc-lora eval runs/demo --data ../commonsense --benchmarks openbookqa,boolq --limit 200
     """
     if show_list:
-        from poc_lora.reporting.tables import benchmark_table
+        from poc_lora.reporting.results_tables import benchmark_table
 
         show(benchmark_table())
         print_next("the benchmarks as LLM-Adapters renders them", "python scripts/download_commonsense.py --out DIR")
@@ -65,7 +65,7 @@ def evaluate(
 
     from poc_lora.distributed import is_first_rank
     from poc_lora.evaluation.evaluate import evaluate
-    from poc_lora.reporting.tables import write_report
+    from poc_lora.reporting.results_tables import results_summary, write_report
 
     results = evaluate(
         targets,
@@ -85,7 +85,7 @@ def evaluate(
     if not is_first_rank():
         return
     written = write_report(out or targets[0], results)
-    show_results(results)
+    show(*results_summary(results))
     print_next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")
 
 
@@ -104,21 +104,21 @@ def report(
     """
     run, *others = runs
     if bool(others) != compare:
-        what = "--compare needs runs to compare with" if compare else "a report is of one run"
+        what = "--compare needs runs to compare with" if compare else "a report describes one run"
         fix = f"for example: poc-lora report {shlex.quote(str(run))} --compare OTHER_RUN"
         raise RequestError(what, where=", ".join(map(str, runs)), fix=fix)
 
     from poc_lora.reporting.compare import write_comparison
     from poc_lora.reporting.page import write_page
+    from poc_lora.reporting.results_tables import results_summary, write_report
     from poc_lora.reporting.run_files import read_run
-    from poc_lora.reporting.tables import write_report
 
     evaluations = read_run(run).evaluations
     page = write_page(run, compare=others)
     for results in evaluations:
         write_report(run, results)
         if not compare:
-            show_results(results)
+            show(*results_summary(results))
     if compare:
         show(write_comparison(runs))
     print_next(f"the report: {page}", "open it in a browser")

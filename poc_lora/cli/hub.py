@@ -29,6 +29,5 @@ def push(
     done = push(
         adapter, repo_id, all=all, public=public, revision=revision, dry_run=dry_run, base_model=base, licence=license
     )
-    for line in summary(done):
-        show(line)
+    show(*summary(done))
     print_next(*next_step(done))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.cli.terminal import interruptible, numbers, print_next, show, show_merge
+from poc_lora.cli.terminal import interruptible, numbers, print_next, show
 from poc_lora.errors import WriteError
 from poc_lora.merging.methods import METHODS
 
@@ -58,6 +58,7 @@ def merge(
     import torch
 
     from poc_lora.merging.folders import merge_folders
+    from poc_lora.reporting.summaries import merge_summary
 
     with interruptible("nothing was written"):
         report = merge_folders(
@@ -73,10 +74,17 @@ def merge(
             allow_base_mismatch=allow_base_mismatch,
             modules_to_save=modules_to_save,
         )
-    show_merge(report)
+    show(*merge_summary(report))
+    trained = RunFolder(Path(sources[0])) if len(sources) == 1 else None
+    if trained and trained.is_run and method == AVERAGE and chosen is None:
+        from poc_lora.reporting.held_out import verdicts
+
+        show(*verdicts(trained.path))
     if ranks:
         from poc_lora.reporting.page import write_rank_sweep
+        from poc_lora.reporting.summaries import rank_table
 
+        show(*rank_table(report))
         try:
             write_rank_sweep(report, out)
         except WriteError as problem:

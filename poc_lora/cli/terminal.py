@@ -6,16 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from traceback import format_exception
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import typer
 
-from poc_lora.errors import Interrupted, PocLoraError, RequestError, system_problem, visible
-
-if TYPE_CHECKING:
-    from poc_lora.artifacts.merge_report import MergeReport
-    from poc_lora.artifacts.results import Results
-    from poc_lora.training.loop import TrainingResult
+from poc_lora.errors import Interrupted, PocLoraError, RequestError, WriteError, system_problem, visible
+from poc_lora.files import system_errors_as
 
 N = TypeVar("N", int, float)
 
@@ -87,42 +83,19 @@ def show_error(error: PocLoraError, *, traceback: bool = False) -> None:
         typer.echo(f"poc-lora: {error}", err=True)
 
 
-def show(thing: Any) -> None:
-    """Print a line of text or a rich table. Of text, characters that cannot be seen are escaped, line breaks too.
+def show(*things: Any) -> None:
+    """Print lines of text and rich tables. Of text, characters that cannot be seen are escaped, line breaks too.
 
     It may hold names of files and of adapters, which can be any text; tables escape theirs where they are made.
     """
-    if isinstance(thing, str):
-        typer.echo(visible(thing))
-        return
-    from rich.console import Console
+    with system_errors_as(WriteError, "cannot be written", "standard output"):
+        for thing in things:
+            if isinstance(thing, str):
+                typer.echo(visible(thing))
+            else:
+                from rich.console import Console
 
-    Console().print(thing, highlight=False)
-
-
-def show_results(results: "Results") -> None:
-    """Print the table of an evaluation and its notes."""
-    from poc_lora.reporting.tables import notes, terminal_table
-
-    show(terminal_table(results))
-    for note in notes(results):
-        show(note)
-
-
-def show_merge(report: "MergeReport") -> None:
-    """Print the summary of a merge and its rank sweep, if any."""
-    from poc_lora.reporting.summaries import merge_summary, rank_table
-
-    for line in merge_summary(report) + (rank_table(report) if report.rank_sweep else []):
-        show(line)
-
-
-def show_training(done: "TrainingResult") -> None:
-    """Print the summary of a training run."""
-    from poc_lora.reporting.summaries import training_summary
-
-    for line in training_summary(done):
-        show(line)
+                Console().print(thing, highlight=False)
 
 
 def numbers(text: str, kind: Callable[[str], N], option: str, example: str) -> list[N]:
@@ -137,5 +110,4 @@ def numbers(text: str, kind: Callable[[str], N], option: str, example: str) -> l
 
 def print_next(result: str, command: str) -> None:
     """Print the last lines of every verb: where its result is, and the command to run next."""
-    for line in ("", result, f"next: {command}"):
-        show(line)
+    show("", result, f"next: {command}")

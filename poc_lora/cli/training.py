@@ -1,4 +1,4 @@
-"""The verbs `demo`, `check` and `train`."""
+"""The verbs `demo`, `init`, `check` and `train`."""
 
 import shlex
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.cli.terminal import print_next, show, show_training
+from poc_lora.cli.terminal import print_next, show
 
 Config = Annotated[Path, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -30,8 +30,31 @@ def demo(
     run = RunFolder(out)
     print_next(
         f"the report: {run.report} (open it in a browser)",
-        f"copy {run.config}, set model, data and output to your own, and poc-lora train YOUR.yaml",
+        "your own model and rows: poc-lora init mine.yaml --model BASE --data ROWS.jsonl",
     )
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="The YAML file to create.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base model, a folder or a Hub id; default: the demo's tiny one.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Training rows, a file or a Hub data set; may be given several times.")
+    ] = None,
+) -> None:
+    """Write a run's YAML file with every key, its meaning and its default.
+
+    Example: poc-lora init mine.yaml --model org/base --data my/train.jsonl
+    """
+    from poc_lora.config import write_template
+    from poc_lora.microworld import DATA_DIR, MODEL_DIR
+
+    for key, value in (("model.name", model), ("data.train", data)):
+        if not value:
+            show(f"{key} is the demo's: set your own in the file")
+    write_template(file, model=model or str(MODEL_DIR), data=data or [str(DATA_DIR)], output=f"runs/{file.stem}")
+    print_next(f"the configuration: {file}", f"poc-lora check {shlex.quote(str(file))}")
 
 
 def check(
@@ -74,12 +97,13 @@ def train(
 
     loaded = load_config(config, overrides or [])
 
+    from poc_lora.reporting.summaries import training_summary
     from poc_lora.training.train import train
 
     done = train(loaded, resume=resume)
     if not done.is_main_process:
         return
-    show_training(done)
+    show(*training_summary(done))
     run = RunFolder(done.folder)
     command = "poc-lora merge " + shlex.join([str(run.path), "--out", str(run.merged)])
     if run.merged.exists():  # of the adapters before the run was extended

@@ -3,14 +3,14 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from poc_lora.config import Learn
 from poc_lora.data.formats import METADATA, ChatRow, carries, leave_out
 from poc_lora.errors import DataError, ModelError
 
-Learn = Literal["last", "assistant", "all"]
 Turn = dict[str, Any]
 # Keys that tie a tool's answer to its call, which most templates leave to the order of the turns.
 LINKS = {"tool": frozenset({"name", "tool_call_id"})}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from poc_lora.data.limits import MAX_LABELS, MAX_LABELS_LENGTH, require_length
 from poc_lora.errors import DataError
 from poc_lora.files import read_json
 
@@ -141,6 +142,7 @@ def _question(row: Any, where: str) -> Question:
     extra = row.get("input") or ""
     if not isinstance(extra, str):
         raise DataError("column 'input' is not text", where=where)
+    require_length(instruction + extra, where)
     labels = _labels(instruction, where)
     answer = answer.strip()
     if answer not in labels:
@@ -171,7 +173,10 @@ def _labels(instruction: str, where: str) -> tuple[str, ...]:
     fix = f"end the instruction with '{ANSWER_FORMAT} a/b/c'"
     if not found:
         raise DataError("the instruction names no labels", where=where, fix=fix)
-    labels = tuple(label.strip() for label in formats.split("/"))
+    labels = tuple(label.strip() for label in formats.split("/", MAX_LABELS))
+    if len(labels) > MAX_LABELS or len(formats) > MAX_LABELS_LENGTH:
+        what = f"the labels are more than {MAX_LABELS}, or longer than {MAX_LABELS_LENGTH:,} characters in all"
+        raise DataError(what, where=where, fix=fix)
     if len(labels) < 2 or "" in labels:
         raise DataError(f"a question needs at least two labels, none of them empty: {formats!r}", where=where, fix=fix)
     if len(set(labels)) < len(labels):

@@ -37,14 +37,14 @@ class InstructionRow:
     instruction: str
     input: str
     output: str
-    where: str = field(default="", compare=False)
+    where: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class CompletionRow:
     prompt: str
     completion: str
-    where: str = field(default="", compare=False)
+    where: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ChatRow:
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] = ()
     unlearned: frozenset[int] = frozenset()
-    where: str = field(default="", compare=False)
+    where: str = field(default="", compare=False, repr=False)
 
 
 Row = InstructionRow | CompletionRow | ChatRow
@@ -92,7 +92,7 @@ def _parse(row: dict[str, Any], kind: str, where: str) -> Row:
         return _parse_chat(row, where)
     if kind == "prompt/completion":
         return CompletionRow(_text(row, "prompt", kind, where), _text(row, "completion", kind, where), where)
-    extra = row.get("input") or ""
+    extra = "" if row.get("input") is None else row["input"]
     if not _is_text(extra):
         raise DataError(f"the column 'input' of an {kind} row is not text", where=where)
     return InstructionRow(_text(row, "instruction", kind, where), extra, _text(row, "output", kind, where), where)
@@ -222,7 +222,9 @@ def _parse_turn(turn: Any, name: str, where: str) -> tuple[dict[str, Any], int]:
         raise DataError(f"{name} is {_kind(turn)}, not an object with role and content", where=where)
     if "role" not in turn and "from" in turn:
         turn = _from_sharegpt(turn, name, where)
-    if not isinstance(turn.get("role"), str):
+    if "role" in turn and not isinstance(turn["role"], str):
+        raise DataError(f"the role of {name} is {_kind(turn['role'])}, not text", where=where)
+    if "role" not in turn:
         raise DataError(
             f"{name} has no role; its keys are {', '.join(turn) or 'none'}",
             where=where,
@@ -244,7 +246,7 @@ def _parse_turn(turn: Any, name: str, where: str) -> tuple[dict[str, Any], int]:
 
 
 def _from_sharegpt(turn: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-    if turn["from"] not in SHAREGPT_ROLES:
+    if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
         raise DataError(
             f"{name} is from {turn['from']!r}", where=where, fix=f"turns are from {', '.join(SHAREGPT_ROLES)}"
         )

@@ -11,8 +11,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from poc_lora.data.chats import ChatTemplate, Learn, RenderedRow, common_prefix
-from poc_lora.data.formats import ChatRow, InstructionRow, Row
+from poc_lora.config import Learn
+from poc_lora.data.bounded import map_bounded
+from poc_lora.data.chats import ChatTemplate, RenderedRow, common_prefix
+from poc_lora.data.formats import ChatRow, CompletionRow, InstructionRow, Row
+from poc_lora.data.limits import require_length
 from poc_lora.data.rows import BadRows
 from poc_lora.errors import DataError, ModelError
 
@@ -35,11 +38,12 @@ class Example:
     supervised: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encoded:
     """The examples of a data set, and how many rows did not fit."""
 
     examples: list[Example]
+    answers: list[Example]  # the same with a loss on the answers alone, whatever is learnt
     truncated: int  # rows truncated to max_length that keep a part of what is learnt
     dropped: int  # rows left out because truncation removes all answers
 
@@ -78,33 +82,55 @@ def encode_rows(
 
     Raises:
         ModelError: The tokenizer has no EOS token, or no chat template for rows that are chats.
-        DataError: There are no rows; without `bad`, also if the chat template does not fit one.
+        DataError: There are no rows, nor bad ones; without `bad`, also if the chat template does not fit one.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no EOS token, so an answer could not end", where="model.name")
-    if not rows:
+    if not rows and not (bad and bad.count):
         raise DataError("there are no training rows", where="data.train")
-    chat_template, problems = ChatTemplate(tokenizer), BadRows() if bad is None else bad
+    problems = BadRows() if bad is None else bad
     texts, chats = [], []
-    with _stopped_clock(now or datetime.now()):
+    with _rendered_chats(rows, tokenizer, learn, now or datetime.now()) as rendered_chats:
         for row in rows:
             try:
-                texts.append(_render(row, chat_template, template, learn, str(tokenizer.eos_token)))
+                if isinstance(row, ChatRow):
+                    found = next(rendered_chats)
+                else:
+                    found = _render(row, template, str(tokenizer.eos_token))
+                if isinstance(found, DataError):
+                    raise found
+                require_length(found.text, row.where)
+                texts.append(found)
                 chats.append(isinstance(row, ChatRow))
             except DataError as problem:
                 problems.add(problem)
     if bad is None:
         problems.raise_if_any()
-    examples, truncated, dropped = [], 0, 0
+    encoded = Encoded([], [], 0, 0)
     for ids, spans in _tokenise(tokenizer, texts, chats):
         if spans[0][0] >= max_length:
-            dropped += 1
+            encoded.dropped += 1
             continue
-        truncated += len(ids) > max_length
-        spans = [(1, len(ids))] if learn == "all" else spans
-        kept = tuple((start, min(end, max_length)) for start, end in spans if start < max_length)
-        examples.append(Example(tuple(ids[:max_length]), kept))
-    return Encoded(examples, truncated, dropped)
+        encoded.truncated += len(ids) > max_length
+        kept = tuple(ids[:max_length])
+        answers = tuple((start, min(end, max_length)) for start, end in spans if start < max_length)
+        encoded.examples.append(Example(kept, ((1, len(kept)),) if learn == "all" else answers))
+        encoded.answers.append(Example(kept, answers))
+    return encoded
+
+
+@contextlib.contextmanager
+def _rendered_chats(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, learn: Learn, now: datetime
+) -> Iterator[Iterator[RenderedRow | DataError]]:
+    """Yield an iterator over the rows that are chats, rendered by the tokenizer's template at the time `now`."""
+    chat_template = ChatTemplate(tokenizer)
+    chats = [row for row in rows if isinstance(row, ChatRow)]
+    with (
+        _stopped_clock(now),
+        contextlib.closing(map_bounded(lambda row: chat_template.render(row, learn), chats)) as rendered,
+    ):
+        yield rendered
 
 
 @contextlib.contextmanager
@@ -124,9 +150,7 @@ def _stopped_clock(now: datetime) -> Iterator[None]:
         library.datetime = original
 
 
-def _render(row: Row, chat_template: ChatTemplate, template: str, learn: Learn, eos: str) -> RenderedRow:
-    if isinstance(row, ChatRow):
-        return chat_template.render(row, learn)
+def _render(row: InstructionRow | CompletionRow, template: str, eos: str) -> RenderedRow:
     if isinstance(row, InstructionRow):
         prompt, answer = render_prompt(row.instruction, row.input, template, purpose="training"), row.output
     else:

@@ -1,4 +1,4 @@
-"""Questions and the answers to them, saved as they are given, so that an interrupted evaluation can resume."""
+"""Questions and their answers, saved batch by batch, so that an interrupted evaluation can resume."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ class Answer:
     """The answer of one variant to one question.
 
     Attributes:
-        choice: One of the labels; None where the prompt does not fit the context, or no label was found.
+        choice: One of the labels; None if the prompt does not fit the context, or no label was found.
         too_long: The prompt does not fit the context.
         log_probs: Of every label (protocols `label` and `harness`).
         text: What was generated (protocol `generate`).
@@ -53,10 +53,9 @@ class AnswerFile:
         path: Of `NAME.jsonl`, which need not exist.
         settings: Everything that answers depend on apart from the question: base, adapter, protocol, prompt, dtype.
         items: The questions of this evaluation.
-        rank: This process's.
 
     Attributes:
-        answers: By question, as far as they are known.
+        answers: The known ones, by question.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], items: Sequence[Item], *, rank: int = 0):
@@ -136,7 +135,7 @@ class AnswerFile:
 
 
 def check_numbers(variant: str, items: Sequence[Item], answers: Sequence[Answer]) -> None:
-    """Raises ModelError (for the base) or AdapterError where a log-probability is NaN."""
+    """Raises ModelError (for the base) or AdapterError if a log-probability is NaN."""
     for item, answer in zip(items, answers, strict=True):
         if any(math.isnan(value) for value in answer.log_probs or ()):
             where = f"{variant} on {item.benchmark}"
@@ -161,7 +160,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parsed(line: Mapping[str, Any], question: Question) -> Answer | None:
-    """The answer on a line; None if it is not a valid one to this question."""
+    """The answer on a line; None if it is not a valid answer to this question."""
     choice, text, found, too_long = (line.get(name) for name in ("choice", "text", "log_probs", "too_long"))
     if (choice is not None and choice not in question.labels) or not isinstance(too_long, bool):
         return None

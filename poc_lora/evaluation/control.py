@@ -1,17 +1,14 @@
-"""The control: another run's merge, evaluated before on the same questions with the same settings."""
+"""The control: the merge of another run, which was evaluated on the same questions with the same settings."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import load_config
 from poc_lora.errors import RunError
-from poc_lora.evaluation.answers import AnswerFile, Item
-from poc_lora.evaluation.statistics import correct_by_benchmark
+from poc_lora.evaluation.answers import Answer, AnswerFile, Item
 from poc_lora.files import read_json
 
 
@@ -20,15 +17,13 @@ class Control:
     """The merge of another run."""
 
     name: str  # how it was trained, such as `λ = 0`
-    correct: dict[str, Tensor]  # for each benchmark 1.0 or 0.0 per question [n]
+    answers: dict[Item, Answer]  # to the test questions
 
 
 def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: Sequence[Item]) -> Control:
     """Read how the merge of another run answered the same questions.
 
     Args:
-        run: The run folder, which holds the results of an evaluation.
-        protocol: Of that evaluation.
         settings: What answers depend on apart from question and adapter, as in `AnswerFile`.
         items: The test questions.
 
@@ -50,7 +45,7 @@ def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: S
     answers = AnswerFile(folder / "merged.jsonl", theirs, items).answers
     for item in items:
         if item not in answers:
-            what = f"its merge was not asked {item.benchmark}, row {item.row}, or not in these words"
+            what = f"its merge did not answer {item.benchmark}, row {item.row}, or that question has changed"
             raise RunError(what, where=folder, fix=fix)
     temperature = load_config(RunFolder(run).config).optim.temperature
-    return Control(f"λ = {temperature:g}", correct_by_benchmark(items, answers))
+    return Control(f"λ = {temperature:g}", answers)

@@ -1,23 +1,27 @@
 """Answers questions with a loaded model by the protocols `label` and `generate`, batch by batch, shared over ranks."""
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from poc_lora.artifacts.run_folder import RESULTS
 from poc_lora.data.prompts import TEMPLATES, render_prompt
 from poc_lora.distributed import Ranks
-from poc_lora.errors import Interrupted
-from poc_lora.evaluation.answers import Answer, Item, check_numbers
+from poc_lora.errors import Interrupted, RunError
+from poc_lora.evaluation.answers import Answer, AnswerFile, Item, check_numbers
 from poc_lora.evaluation.protocols.generate import NEW_TOKENS, generate_answers
 from poc_lora.evaluation.protocols.label import ANSWER_PREFIX, encode, label_answers
+from poc_lora.evaluation.variants import Variants, activate_variants
 from poc_lora.models.vocabulary import may_exceed, require_embeddings
+from poc_lora.progress import progress_bar
 
 QUESTIONS_PER_BATCH = 256  # answered, then saved: what an interruption costs
-BATCHES_PER_RANK = 2  # at least, where there are several ranks: none is left without work for long
+BATCHES_PER_RANK = 2  # at least, with several ranks: none is left without work for long
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,9 @@ class Protocol:
     def require_embeddings(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
     ) -> None:
-        """Raise ModelError, which names the token, if a question holds one that the model has no embedding of."""
+        """Raise ModelError, which names the token, if a question has a token without an embedding in the model."""
         if not may_exceed(model, tokenizer):
-            return  # as almost always
+            return
         prompts = [render_prompt(item.question.instruction, item.question.input, self.prompt) for item in items]
         if self.name == "label":
             labels = [item.question.labels for item in items]
@@ -66,7 +70,65 @@ class Evaluator:
     protocol: Protocol
     ranks: Ranks
 
-    def answer(self, names: Sequence[str], items: Sequence[Item]) -> Iterator[tuple[list[Item], list[list[Answer]]]]:
+    def answer(
+        self, variants: Variants, files: Mapping[str, AnswerFile], subset_slots: Mapping[str, Sequence[int]]
+    ) -> None:
+        """Answer the questions of `files`, which the ranks share, and add the answers of all ranks to `files`.
+
+        Args:
+                files: By variant and subset, its questions and the answers that are known; the ensemble is left alone.
+            subset_slots: By the name of a subset, the slots of its adapters.
+
+        Raises:
+            Interrupted: On all ranks, after a request to stop one of them.
+            AdapterError, ModelError: If scores are not numbers.
+            RunError: If the other ranks' answers cannot be read.
+        """
+        asked = {name: file for name, file in files.items() if name != "ensemble"}
+        stopped = None
+        try:
+            self._answer_share(variants, asked, subset_slots)
+        except Interrupted as problem:
+            stopped = problem
+        # A rank that had nothing left to answer learns here that others were stopped before their end.
+        if any(self.ranks.gather(stopped is not None)):
+            stopped = stopped or Interrupted("another rank was stopped", fix="the same command resumes")
+            raise self.ranks.mark_shared(stopped)
+        with self.ranks.raise_on_all():
+            for file in asked.values():
+                file.read()
+                if missing := sum(item not in file.answers for item in file.items):
+                    raise RunError(
+                        f"{missing} answers cannot be read back",
+                        where=file.path,
+                        fix="the same command asks for them again; all processes need the same folder",
+                    )
+
+    def _answer_share(
+        self, variants: Variants, files: Mapping[str, AnswerFile], subset_slots: Mapping[str, Sequence[int]]
+    ) -> None:
+        """Answer this rank's share, variant by variant, and save every batch."""
+        total = sum(len(file.items) for file in files.values())
+        with (
+            progress_bar(total, "evaluating", hidden=self.ranks.rank > 0) as progress,
+            contextlib.closing(activate_variants(self.model, variants, subsets=subset_slots)) as steps,
+        ):
+            for names in steps:
+                own = [files[name] for name in names]
+                note = names[0] if len(names) == 1 else "adapters"
+                missing = [item for item in own[0].items if any(item not in file.answers for file in own)]
+                progress.advance((len(own[0].items) - len(missing)) * len(own), note)
+                for batch, answers in self.answer_batches(names, missing):
+                    if answers:
+                        # Where results.json is present, all other files are of the same evaluation.
+                        (variants.out / RESULTS).unlink(missing_ok=True)
+                        for file, given in zip(own, answers, strict=True):
+                            file.append(batch, given)
+                    progress.advance(len(batch) * len(own), note)
+
+    def answer_batches(
+        self, names: Sequence[str], items: Sequence[Item]
+    ) -> Iterator[tuple[list[Item], list[list[Answer]]]]:
         """Answer questions in batches.
 
         Args:
@@ -77,8 +139,7 @@ class Evaluator:
             Every batch with each variant's answers, [len(names)][n], or with [] if it is another rank's.
 
         Raises:
-            Interrupted: Between batches, after a request to stop.
-            AdapterError, ModelError: If scores are not numbers.
+            Interrupted, AdapterError, ModelError: As in `answer`.
         """
         share = math.ceil(len(items) / (BATCHES_PER_RANK * self.ranks.size))
         size = QUESTIONS_PER_BATCH if self.ranks.size == 1 else max(1, min(QUESTIONS_PER_BATCH, share))

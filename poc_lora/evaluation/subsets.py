@@ -9,7 +9,7 @@ from torch import Tensor
 from poc_lora import rng
 from poc_lora.artifacts.results import SubsetPoint, VarianceLaw
 from poc_lora.evaluation.answers import Answer, Item
-from poc_lora.evaluation.statistics import correct_by_benchmark, macro_average, mean
+from poc_lora.evaluation.scores import correct_by_benchmark, macro_average, mean
 
 DRAWS = 2  # random orders of the adapters, each cut into disjoint subsets of every size
 
@@ -18,7 +18,7 @@ def draw_subsets(M: int, seed: int) -> dict[int, list[tuple[int, ...]]]:
     """Draw subsets of 2, 4, ... adapters (fewer than M), by cutting random orders of all M into disjoint pieces.
 
     Returns:
-        For each size the subsets, as sorted slots. Sizes 1 and M are left out, as they are evaluated anyway.
+        For each size the subsets, as sorted slots. Sizes 1 and M are left out: they are evaluated in any case.
     """
     found: dict[int, list[tuple[int, ...]]] = {}
     m = 2

@@ -63,7 +63,7 @@ class Variants:
         return self.merged is None and len(self.adapters) > 1
 
     def digests(self, subsets: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[str]]:
-        """For every variant, and every named subset, how it is combined from which adapters, by their digests."""
+        """For every variant and named subset, the digests of its adapters, after how they are combined."""
         alone = {adapter_key(name): [adapter_digest(Path(a.source))] for name, a in self.adapters.items()}
         every = [digest for digests in alone.values() for digest in digests]
         found: dict[str, list[str]] = {"base": []}
@@ -87,7 +87,6 @@ def activate_variants(
 
     Args:
         model: The loaded base model, without a bank; closing the iterator restores it.
-        variants: What to compute.
         subsets: Names of further variants, and the slots of the adapters that they average.
         packed: Compute all adapters in one step, in which every batch must be repeated for each of them
             (adapter-major); otherwise one adapter per step.
@@ -135,7 +134,7 @@ def activate_variants(
 
 
 def _packs(model: PreTrainedModel, adapter: Adapter) -> bool:
-    """Whether a bank can hold the adapter: it changes linear layers alone. One that fits no layer is refused there."""
+    """Whether a bank can hold the adapter, which must change linear layers alone. The bank checks that it fits."""
     layers = dict(model.named_modules())
     return not adapter.modules_to_save and not any(
         isinstance(layers.get(m), Conv1D | Embedding) for m in adapter.modules
@@ -220,7 +219,13 @@ def find_variants(
     if runs:
         run = RunFolder(runs[0])
         config, folders = load_config(run.config), find_adapters(run.path)
-        _check_merge_is_current(folders, run)
+        report = MergeReport.read_if_there(run.merge_report)
+        if report and not is_merge_of(report, folders):
+            raise RunError(
+                "the merge is out of date: the adapters of the run have changed",
+                where=run.merged,
+                fix=f"remove it, then: poc-lora merge {run.path} --out {run.merged}",
+            )
         return Variants(
             base=base or config.model.name,
             revision=revision or (config.model.revision if base is None else None),
@@ -246,23 +251,17 @@ def find_variants(
 
 
 def is_model(folder: Path) -> bool:
-    """Whether this is a model's folder, such as a folded one, and not an adapter's."""
+    """Whether the folder has a model, such as a folded one, and not an adapter."""
     return (folder / "config.json").is_file() and not (folder / CONFIG_NAME).is_file()
 
 
-def _check_merge_is_current(folders: Sequence[Path], run: RunFolder) -> None:
-    """Refuse a merge made before the run was extended; one without merge.json is accepted unchecked."""
-    report = MergeReport.read_if_there(run.merge_report)
-    if report and {source.sha256 for source in report.sources} != {sha256_file(f / WEIGHTS_NAME) for f in folders}:
-        raise RunError(
-            "the merge is out of date: the adapters of the run have changed",
-            where=run.merged,
-            fix=f"remove it, then: poc-lora merge {run.path} --out {run.merged}",
-        )
+def is_merge_of(report: MergeReport, adapters: Sequence[Path]) -> bool:
+    """Whether a merge is current: of these adapters, with the weights that they have now."""
+    return {source.sha256 for source in report.sources} == {sha256_file(path / WEIGHTS_NAME) for path in adapters}
 
 
 def _name_sources(sources: Sequence[Source]) -> dict[str, Source]:
-    """Name loose adapters after their folders or repositories, numbered if two names are equal."""
+    """Name adapters after their folders or repositories, with a number if two names are equal."""
     resolved = [source.folder.resolve() for source in sources]
     if len(set(resolved)) < len(resolved):
         raise RequestError("the same adapter is named twice", where=", ".join(source.name for source in sources))

@@ -1,4 +1,4 @@
-"""Adapters that no bank can hold, such as those with whole modules: added to the model's weights for a while."""
+"""Evaluates adapters that no bank can hold, such as those with whole modules, in the model's own weights."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -57,7 +57,7 @@ def check_fits(model: PreTrainedModel, adapter: Adapter) -> None:
 
 @contextlib.contextmanager
 def in_weights(model: PreTrainedModel, adapters: Sequence[Adapter]) -> Iterator[None]:
-    """The mean of adapters in the model's weights within the block; a tied table is untied, as in PEFT.
+    """Within the block the model's weights include the mean of adapters; a tied table is untied, as in PEFT.
 
     A table that has an update too stays tied until that is added: PEFT loads it into the base's own.
 

@@ -1,4 +1,4 @@
-"""The model card: a description of an adapter that states known benchmark only.
+"""The model card: a description of an adapter that states only what is known.
 
 The metadata follows https://huggingface.co/docs/hub/model-cards. An accuracy carries a data set's name only where
 exactly its test questions were asked; the micro-world's benchmarks, for example, share folder names with real ones,
@@ -7,22 +7,23 @@ but not questions.
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from poc_lora.artifacts.merge_report import MergeReport
-from poc_lora.artifacts.results import Results
 from poc_lora.artifacts.run_info import NO_FILES
 from poc_lora.data.commonsense import BY_FOLDER, Benchmark
 from poc_lora.data.rows import is_dataset_id
 from poc_lora.errors import RequestError
 from poc_lora.hub.collect import Evaluation, File, Subject
-from poc_lora.hub.usage import PIPELINES, usage
+from poc_lora.hub.usage import TASKS, UNKNOWN_TASK, usage
 from poc_lora.merging.methods import METHODS
-from poc_lora.reporting.escape import code, markdown, markdown_table
-from poc_lora.reporting.tables import results_markdown
+from poc_lora.reporting.escape import code, markdown
+from poc_lora.reporting.results_tables import results_markdown
+from poc_lora.reporting.tables import Table, markdown_table
 
 EVAL_RESULTS = ".eval_results/poc-lora-{}.yaml"
 MAX_LISTED = 32
@@ -51,7 +52,7 @@ def model_card(subject: Subject, repo_id: str, *, revision: str | None = None, l
         base_model=subject.base_model,
         base_model_relation="adapter",
         library_name="peft",
-        pipeline_tag=PIPELINES.get(subject.task or ""),
+        pipeline_tag=TASKS.get(subject.task or "", UNKNOWN_TASK)[1],
         license=licence,
         datasets=_hub_datasets(subject) or None,
         tags=["lora", "poc-lora", *(["merge"] if subject.merge else [])],
@@ -111,24 +112,21 @@ def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
     return entries
 
 
-def _values(evaluation: Evaluation) -> list[tuple[Benchmark, float, bool]]:
-    """For each benchmark the adapter's accuracy in percent, rounded as in the tables, and whether it is official."""
-    scored, official = evaluation.scored.benchmarks, _official(evaluation.results)
-    return [(BY_FOLDER[b], round(100 * scored[b].value, 2), b in official) for b in BY_FOLDER if b in scored]
+def _values(evaluation: Evaluation) -> Iterator[tuple[Benchmark, float, bool]]:
+    """For each benchmark the adapter's accuracy in percent, rounded as in the tables, and whether it is official.
 
-
-def _official(results: Results) -> set[str]:
-    """The benchmarks whose own test questions were asked, judged by their number and the level of chance."""
-    return {
-        folder
-        for folder, benchmark in BY_FOLDER.items()
-        if results.questions.get(folder) == benchmark.questions
-        and math.isclose(results.chance.get(folder, math.nan), benchmark.chance, rel_tol=1e-6)
-    }
+    That is, whether exactly the benchmark's own test questions were asked, as their number and the chance level show.
+    """
+    results = evaluation.results
+    for folder, benchmark in BY_FOLDER.items():
+        if folder in results.questions:
+            same_chance = math.isclose(results.chance[folder], benchmark.chance, rel_tol=1e-6)
+            official = results.questions[folder] == benchmark.questions and same_chance
+            yield benchmark, round(100 * evaluation.scored.benchmarks[folder].value, 2), official
 
 
 def _config(benchmark: Benchmark) -> str | None:
-    """Which part of its data set the benchmark is, where two of the eight share one."""
+    """The configuration of its data set, for the two benchmarks that share one."""
     return benchmark.folder if benchmark.source == "allenai/ai2_arc" else None
 
 
@@ -187,7 +185,8 @@ def _making(subject: Subject) -> str:
             "seed": str(config.adapters.seed),
             "data": ", ".join(_data(subject)),
         }
-    lines = ["## How it was made", "", *markdown_table(["", ""], list(rows.items()), numbers=False)]
+    table = Table("How it was made", ["", ""], list(rows.items()), texts=[""])
+    lines = [f"## {table.caption}", "", *markdown_table(table, str)]  # the texts are Markdown already
     if config is None:
         lines += [
             "",
@@ -231,18 +230,18 @@ def _hub_datasets(subject: Subject) -> list[str]:
     if subject.config is None or not subject.run.data_sha256:
         return []
     files = [Path(path) for path in _files_of_data(subject)]
-    return [
+    found = [
         source.partition(":")[0]  # without the split
         for source in subject.config.data.train
         if is_dataset_id(source) and not any(Path(source) in (path, *path.parents) for path in files)
     ]
+    return list(dict.fromkeys(found))
 
 
 def _measured(evaluation: Evaluation) -> str:
-    """The table of results.md, and a note which of its rows is this adapter."""
-    results, official = evaluation.results, _official(evaluation.results)
-    table = results_markdown(results).replace("\n## ", "\n### ").replace("# Evaluation", "## Evaluation", 1)
-    own = [benchmark.short for b, benchmark in BY_FOLDER.items() if b in results.questions and b not in official]
+    """The table of results.md, and which of its rows is this adapter."""
+    table = results_markdown(evaluation.results).replace("\n## ", "\n### ").replace("# Evaluation", "## Evaluation", 1)
+    own = [benchmark.short for benchmark, _, official in _values(evaluation) if not official]
     lines = [table.rstrip(), "", f"This adapter is the row {code(evaluation.row)}."]
     if own:
         lines.append(

@@ -19,12 +19,12 @@ from poc_lora.artifacts.run_folder import MERGE_REPORT, RESULTS, RESULTS_TABLE, 
 from poc_lora.artifacts.run_info import RunInfo
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import AdapterError, RequestError, RunError
-from poc_lora.evaluation.variants import adapter_key
-from poc_lora.files import links_root, read_json, sha256_file
+from poc_lora.evaluation.variants import adapter_key, is_merge_of
+from poc_lora.files import links_root, read_json
 from poc_lora.hub.public import public_config, refuse_metadata
 from poc_lora.hub_ids import is_base_model_id, is_repo_id
+from poc_lora.reporting.results_tables import results_markdown, table_rows
 from poc_lora.reporting.run_files import of_these_weights
-from poc_lora.reporting.tables import results_markdown, table_rows
 
 FIGURES = (".png", ".svg")
 
@@ -53,44 +53,31 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapter to upload, and the facts known about it; unknown ones are None or empty.
+    """An adapter to upload, and what is known about it; the rest is None or empty."""
 
-    Attributes:
-        files: All files of the upload but the card.
-        base_model: The base model's Hub id.
-        task: PEFT's task_type.
-        ranks: The ranks of its modules, each once, ascending.
-        modules_to_save: The shapes of parameters that were trained in full.
-        members: The names of the single adapters uploaded with it.
-        merge: Its public merge.json.
-        config: The configuration that all its adapters were trained with.
-        run: The run.json of that training.
-        left_out: Files and fields that are not uploaded, with the reason.
-    """
-
-    files: tuple[File, ...]
-    base_model: str
+    files: tuple[File, ...]  # all of the upload but the card
+    base_model: str  # its Hub id
     base_revision: str | None
-    task: str | None
-    ranks: tuple[int, ...]
-    modules_to_save: dict[str, tuple[int, ...]]
-    members: tuple[str, ...] = ()
-    merge: MergeReport | None = None
-    config: RunConfig | None = None
-    run: RunInfo = field(default_factory=RunInfo)
+    task: str | None  # PEFT's task_type
+    ranks: tuple[int, ...]  # of its modules, each once, ascending
+    modules_to_save: dict[str, tuple[int, ...]]  # the shapes of parameters that were trained in full
+    members: tuple[str, ...] = ()  # the names of the single adapters uploaded with it
+    merge: MergeReport | None = None  # its public part
+    config: RunConfig | None = None  # that all its adapters were trained with
+    run: RunInfo = field(default_factory=RunInfo)  # of that training
     evaluation: Evaluation | None = None
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)  # files and fields that are not uploaded, with the reason
 
 
 @dataclass(frozen=True)
 class _Tree:
-    """The files below `root`; those behind links are not there, and the optional ones are noted in `left_out`."""
+    """The files below `root`, without those behind links. `left_out` lists the optional files that are left out."""
 
     root: Path
     left_out: dict[str, str] = field(default_factory=dict)
 
     def link(self, path: Path) -> Path | None:
-        """The first part of a path that is a link, other than the Hub cache's own into its blobs."""
+        """The first part of a path that is a link, except for the Hub cache's links to its blobs."""
         parts = path.relative_to(self.root).parts
         below = (self.root.joinpath(*parts[: i + 1]) for i in range(len(parts)))
         return next((part for part in below if part.is_symlink() and not self._is_of_cache(part)), None)
@@ -105,7 +92,7 @@ class _Tree:
             raise AdapterError(what, where=self.root, fix="replace the link by a copy of its target")
 
     def has(self, path: Path) -> bool:
-        """Whether there is such a file; one behind a link is noted."""
+        """Whether the file exists; one behind a link is left out."""
         if self.link(path) is not None:
             self.left_out["/".join(path.parts[-2:])] = "a link"
             return False
@@ -113,10 +100,9 @@ class _Tree:
 
 
 def collect(source: Path, *, members: bool = False, base_model: str | None = None) -> Subject:
-    """Select the files to upload for an adapter's folder, or for a run, which stands for its merged adapter.
+    """Select the files to upload for an adapter's folder, or for the merged adapter of a run's folder.
 
     Args:
-        source: The folder.
         members: Whether to add the run's single adapters, as adapters/00 and so on.
         base_model: The base model's Hub id, for adapters that name a local folder.
 
@@ -142,7 +128,7 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
     if tree.has(folder / MERGE_REPORT):
         merge = MergeReport.read(folder / MERGE_REPORT).public(names)
         files.append(File(MERGE_REPORT, merge.dumps().encode()))
-    trained_here = run is not None and (folder in siblings or _is_merge_of(merge, siblings))
+    trained_here = run is not None and (folder in siblings or (merge is not None and is_merge_of(merge, siblings)))
     evaluation = _evaluation(folder, run, siblings if trained_here else [], names, tree)
     if evaluation:
         files.append(File(RESULTS, evaluation.results.dumps().encode()))
@@ -184,7 +170,7 @@ def _adapter_and_run(source: Path, members: bool) -> tuple[Path, RunFolder | Non
 
 
 def _singles(run: RunFolder, tree: _Tree, *, required: bool) -> list[Path]:
-    """The folders of the run's single adapters; without `required`, none where they are gone or links."""
+    """The folders of the run's single adapters; without `required`, none if they are missing or links."""
     try:
         tree.refuse_link(run.adapters)
         found = find_adapters(run.path)
@@ -232,17 +218,10 @@ def _public_config(folder: Path, adapter: Adapter, base: str, tree: _Tree) -> di
     return config
 
 
-def _is_merge_of(merge: MergeReport | None, siblings: Sequence[Path]) -> bool:
-    """Whether the merge is of the run's adapters as they are now."""
-    if merge is None:
-        return False
-    return {source.sha256 for source in merge.sources} == {sha256_file(folder / WEIGHTS_NAME) for folder in siblings}
-
-
 def _evaluation(
     folder: Path, run: RunFolder | None, siblings: Sequence[Path], names: dict[str, str], tree: _Tree
 ) -> Evaluation | None:
-    """The evaluation in the run or beside the adapter, if it is of this adapter."""
+    """The evaluation in the run or in the adapter's folder, if it is of this adapter."""
     places = run.evaluations if run else [folder, RunFolder(folder).evaluation()]
     place = next((p for p in places if tree.has(p / RESULTS)), None)
     if place is None:
@@ -265,10 +244,10 @@ def _evaluation(
         # The evaluation does not name its weights. The times are all that is left, though a copy may have new ones.
         same = (place / RESULTS).stat().st_mtime_ns >= (folder / WEIGHTS_NAME).stat().st_mtime_ns
     if not same:
-        tree.left_out[f"{place.name}/{RESULTS}"] = "of other weights than the adapter has now: evaluate again"
+        tree.left_out[f"{place.name}/{RESULTS}"] = "the weights have changed since: evaluate again"
         return None
     # The table lists single adapters by their names; a single one has a row of another name.
-    rows = [row for row, one in table_rows(results) if one is scored]
+    rows = [row for row, _, one in table_rows(results) if one is scored]
     row = rows[0] if variant == "merged" or len(results.adapters) == 1 else name
     return Evaluation(results, scored, row)
 

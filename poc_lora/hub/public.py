@@ -1,4 +1,4 @@
-"""What of an adapter's own files may be published; for files of a run, the schemas in `poc_lora.artifacts` say it."""
+"""Which parts of an adapter's files may be published; for a run's files, `poc_lora.artifacts` says so."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,6 @@ def public_config(
         config: A configuration that `open_adapter` accepts.
         base: The base model's Hub id.
         keep_revision: Whether the revision is one of that repository.
-        where: The file, for errors.
 
     Returns:
         The public configuration, and the names of the fields with content that it lacks.
@@ -43,7 +42,7 @@ def public_config(
     for name in (*PATTERNS, "rank_pattern", "alpha_pattern"):
         given = public.get(name)
         if not all(isinstance(x, int) or _PATTERN.fullmatch(x) for x in _names(given)):
-            what = f"{name} holds what is neither a module's name nor a pattern of names: {str(given)[:80]}"
+            what = f"{name} has a value that is not a module's name or a pattern of names: {str(given)[:80]}"
             raise AdapterError(what, where=where, fix="name the modules plainly, for example q_proj")
     for name in ("target_modules", "exclude_modules"):
         if isinstance(public.get(name), str):
@@ -66,9 +65,9 @@ def public_config(
 
 
 def _check_pattern(name: str, pattern: str, where: Path) -> None:
-    """Raises AdapterError for a pattern that is none, or that repeats what repeats or varies: (a+)+, (a|ab)*.
+    """Raises AdapterError for an invalid pattern, and for nested repetition or repeated alternatives: (a+)+, (a|ab)*.
 
-    Others load it, and matching such a one may take exponentially long.
+    Others will load it, and matching such a pattern can take exponentially long.
     """
     fix = "name the modules plainly, for example q_proj"
     try:
@@ -85,7 +84,7 @@ def _check_pattern(name: str, pattern: str, where: Path) -> None:
 
 
 def _names(value: Any) -> list[Any]:
-    """The texts and numbers in a field of names; [""], which is no name, for a field of another type."""
+    """The texts and numbers in a field of names; for a field of another type [""], which is not a name."""
     if value is None:
         return []
     if isinstance(value, str | int):

@@ -45,16 +45,13 @@ _TOKEN = re.compile(r"\bhf_\w{8,}")
 class Pushed:
     """The result of a push, or the plan of a dry run.
 
-    Args:
-        repo_id: The repository.
-        files: The files of the upload.
+    Attributes:
         card: The text of README.md.
         base_model: The Hub id of the base model.
         left_out: Files that were not uploaded, with the reasons.
-        url: The repository's URL; None in a dry run.
+        url, private: The repository's URL, and whether it is private; None in a dry run.
         commit: The id of the commit; None if nothing had changed, and in a dry run.
         removed: The files that the commit removed.
-        private: Whether the repository is private; None in a dry run.
     """
 
     repo_id: str
@@ -90,17 +87,12 @@ def push(
         all: Whether to upload the run's single adapters too, to adapters/00 and so on.
         public: Whether the repository may be public. A new one is then created public.
         revision: The branch, created if it does not exist. Default: main.
-        dry_run: Whether to only return the plan. Needs no network and no token.
+        dry_run: Only return the plan, which needs no network and no token.
         base_model: The base model's Hub id, required if the adapter names a local folder.
         licence: An identifier such as apache-2.0. By default the card states none.
 
-    Returns:
-        What was uploaded.
-
     Raises:
-        AdapterError: An adapter is invalid. Nothing is sent.
-        ConfigError: The run's config.yaml is invalid. Nothing is sent.
-        RunError: The run has no merged adapter, or a file of it is damaged. Nothing is sent.
+        AdapterError, ConfigError, RunError: The adapter or a file of the run is invalid or missing. Nothing is sent.
         RequestError: An argument, the token or the repository is refused.
         HubError: The Hub cannot be reached or keeps failing.
     """
@@ -146,32 +138,15 @@ def next_step(pushed: Pushed) -> tuple[str, str]:
     return f"the repository: {pushed.url}", f"poc-lora merge {pushed.repo_id} OTHER_ADAPTER... --out merged"
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """An error of the library. `status` is HTTP's, if there was an answer; `passing` errors are worth a retry."""
-
-    message: str
-    status: int | None
-    passing: bool
-
-
 @dataclass
 class _Upload:
-    """An upload and its attempts.
-
-    Args:
-        plan: The files.
-        public: Whether the repository may be public.
-        branch: The branch.
-        parent: The commit on which the first attempt was based.
-        removed: The files that an attempt has asked to remove.
-    """
+    """An upload and what its attempts must remember."""
 
     plan: Pushed
-    public: bool
+    public: bool  # whether the repository may be public
     branch: str
-    parent: str | None = None
-    removed: tuple[str, ...] = ()
+    parent: str | None = None  # the commit on which the first attempt was based
+    removed: tuple[str, ...] = ()  # the files that any attempt has asked to remove
     api: HfApi = field(default_factory=HfApi)
 
     def attempt(self) -> Pushed:
@@ -211,26 +186,20 @@ class _Upload:
 
 
 def _with_retries(upload: _Upload) -> Pushed:
-    """Retries passing failures, with longer and longer waits."""
+    """Retry failures that may pass, with longer and longer waits."""
     started = time.monotonic()
     for wait in (*WAITS, math.inf):
-        done = _attempt(upload)
-        if isinstance(done, Pushed):
-            return done
-        if not done.passing or wait == math.inf or time.monotonic() - started > PATIENCE_SECONDS:
-            raise _as_error(done, upload.plan.repo_id)  # here the library's error is no longer its context
+        try:
+            with _settings():
+                return upload.attempt()
+        except PocLoraError:
+            raise
+        except Exception as problem:  # the library raises many kinds
+            error, may_pass = _as_error(problem, upload.plan.repo_id)
+        if not may_pass or wait == math.inf or time.monotonic() - started > PATIENCE_SECONDS:
+            raise error  # out here the library's error is not its context
         time.sleep(wait)
     raise AssertionError("the last wait is infinite")
-
-
-def _attempt(upload: _Upload) -> Pushed | _Failure:
-    try:
-        with _settings():
-            return upload.attempt()
-    except PocLoraError:
-        raise
-    except Exception as problem:  # the library raises many kinds
-        return _failure(problem)
 
 
 @contextlib.contextmanager
@@ -249,48 +218,47 @@ def _settings() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _failure(problem: BaseException) -> _Failure:
+def _as_error(problem: BaseException, repo_id: str) -> tuple[PocLoraError, bool]:
+    """Returns the error to raise for an error of the library, and whether a retry may help."""
     chain = [problem]  # failed uploads of large files come wrapped, with the answer in their cause
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    if any(isinstance(link, OfflineModeIsEnabled) for link in chain):
-        return _Failure("the library is set to work offline (HF_HUB_OFFLINE)", None, False)
     answered = next((link for link in chain if getattr(link, "response", None) is not None), None)
-    if answered is None:
-        lost = any(type(link).__module__.startswith("httpx") for link in chain)
-        return _Failure(_one_line(f"{type(problem).__name__}: {problem}"), None, lost)
-    status = int(answered.response.status_code)  # type: ignore[attr-defined]
-    said = getattr(answered, "server_message", None) or str(answered)
-    return _Failure(_one_line(said), status, status in (408, 409, 412, 429) or status >= 500)
+    if any(isinstance(link, OfflineModeIsEnabled) for link in chain):
+        said, status, may_pass = "the library is set to work offline (HF_HUB_OFFLINE)", 0, False
+    elif answered is None:
+        said, status = _one_line(f"{type(problem).__name__}: {problem}"), 0
+        may_pass = any(type(link).__module__.startswith("httpx") for link in chain)
+    else:
+        status = int(answered.response.status_code)  # type: ignore[attr-defined]
+        said = f"{_one_line(getattr(answered, 'server_message', None) or str(answered))} (HTTP {status})"
+        may_pass = status in (408, 409, 412, 429) or status >= 500
+    error: PocLoraError
+    if status in (401, 403):
+        error = RequestError(f"the Hub does not let you upload: {said}", where=repo_id, fix=LOG_IN)
+    elif status == 404:
+        fix = "check the user's or organisation's name, and that your token may write there"
+        error = RequestError(f"not found on the Hub: {said}", where=repo_id, fix=fix)
+    elif status in (409, 412):
+        fix = "wait until other uploads to it have ended, and push again"
+        error = HubError(f"the repository keeps changing: {said}", where=repo_id, fix=fix)
+    elif may_pass:
+        fix = "try again later: files already sent are not sent again, and nothing is visible before the commit"
+        error = HubError(f"the Hub could not be reached, or failed: {said}", where=repo_id, fix=fix)
+    else:
+        error = HubError(f"the upload failed: {said}", where=repo_id, fix="see the Hub's message")
+    return error, may_pass
 
 
 def _one_line(text: str) -> str:
-    return _without_token(" ".join(text.split()))[:300]
-
-
-def _without_token(text: str) -> str:
+    """The text on one line, without the token."""
+    text = " ".join(text.split())
     secrets = [os.environ.get("HF_TOKEN")]
     with contextlib.suppress(Exception):  # it may have to ask for a new one
         secrets.append(get_token())
     for secret in filter(None, secrets):
         text = text.replace(secret.strip() or secret, "<token>")
-    return _TOKEN.sub("<token>", text)
-
-
-def _as_error(failure: _Failure, repo_id: str) -> PocLoraError:
-    said = f"{failure.message} (HTTP {failure.status})" if failure.status else failure.message
-    if failure.status in (401, 403):
-        return RequestError(f"the Hub does not let you upload: {said}", where=repo_id, fix=LOG_IN)
-    if failure.status == 404:
-        fix = "check the user's or organisation's name, and that your token may write there"
-        return RequestError(f"not found on the Hub: {said}", where=repo_id, fix=fix)
-    if failure.status in (409, 412):
-        fix = "wait until other uploads to it have ended, and push again"
-        return HubError(f"the repository keeps changing: {said}", where=repo_id, fix=fix)
-    if failure.passing:
-        fix = "try again later: files already sent are not sent again, and nothing is visible before the commit"
-        return HubError(f"the Hub could not be reached, or failed: {said}", where=repo_id, fix=fix)
-    return HubError(f"the upload failed: {said}", where=repo_id, fix="see the Hub's message")
+    return _TOKEN.sub("<token>", text)[:300]
 
 
 def _is_claim(path: str) -> bool:

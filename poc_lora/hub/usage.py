@@ -4,25 +4,19 @@ import json
 import re
 import shlex
 
-from poc_lora.adapters.serving import VLLM_RANKS, vllm_rank
+from poc_lora.adapters.serving import VLLM_RANKS, vllm_command
 from poc_lora.hub.collect import Subject
 
 # By PEFT's task_type: transformers' class of the base model, and the Hub's name of the task.
-CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
+TASKS = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
+    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
 }
-PIPELINES = {
-    "CAUSAL_LM": "text-generation",
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
+UNKNOWN_TASK = ("AutoModel", None)
 
 
 def usage(subject: Subject, repo_id: str, revision: str | None) -> str:
@@ -31,7 +25,7 @@ def usage(subject: Subject, repo_id: str, revision: str | None) -> str:
     # transformers' load_adapter knows no `revision` itself.
     kwargs_at = f', adapter_kwargs={{"revision": {_quoted(revision)}}}' if revision else ""
     base_at = f", revision={_quoted(subject.base_revision)}" if subject.base_revision else ""
-    kind = CLASSES.get(subject.task or "", "AutoModel")
+    kind, _ = TASKS.get(subject.task or "", UNKNOWN_TASK)
     base, repo = _quoted(subject.base_model), _quoted(repo_id)
     text = f"""\
 ## How to use it
@@ -48,7 +42,7 @@ model = PeftModel.from_pretrained(base, {repo}{at})
 ```
 
 """
-    if subject.task not in CLASSES:
+    if subject.task not in TASKS:
         text += "The adapter does not name its task: replace `AutoModel` by the class that it was trained with.\n\n"
     text += f"With transformers alone: `base.load_adapter({repo}{kwargs_at})`."
     if subject.members:
@@ -59,15 +53,13 @@ model = PeftModel.from_pretrained(base, {repo}{at})
 
 def _serving(subject: Subject, repo_id: str) -> str:
     """The command for vLLM, or the reason why vLLM cannot serve the adapter."""
-    rank = subject.ranks[-1]
-    largest = vllm_rank(rank)
     if len(subject.ranks) > 1 or subject.modules_to_save:
-        return "vLLM takes adapters of one rank without modules_to_save, so not this one."
-    if largest is None:
-        return f"vLLM takes ranks up to {VLLM_RANKS[-1]}, so not this adapter of rank {rank}."
-    base, served = shlex.quote(subject.base_model), shlex.quote(f"{repo_id.rpartition('/')[2]}={repo_id}")
-    command = f"vllm serve {base} --enable-lora --max-lora-rank {largest} --lora-modules {served}"
-    return f"With vLLM:\n\n```sh\n{command}\n```"
+        return "vLLM cannot serve this adapter: it takes adapters of one rank without modules_to_save."
+    rank, served = subject.ranks[-1], f"{repo_id.rpartition('/')[2]}={repo_id}"
+    command = vllm_command(shlex.quote(subject.base_model), rank)
+    if command is None:
+        return f"vLLM cannot serve this adapter of rank {rank}: it takes ranks up to {VLLM_RANKS[-1]}."
+    return f"With vLLM:\n\n```sh\n{command} --lora-modules {shlex.quote(served)}\n```"
 
 
 def _labels(subject: Subject) -> str:

@@ -229,6 +229,8 @@ def _check_plan(name: str, plan: _Plan, adapters: Sequence[Adapter]) -> None:
     if any(not 1 <= rank <= MAX_RANK for rank in ranks):
         what = f"the ranks to keep are {', '.join(map(str, ranks))}"
         raise RequestError(what[:200], where="rank", fix=f"give ranks from 1 to {MAX_RANK}")
+    if not -(2**63) <= plan.seed < 2**63:
+        raise RequestError("the seed is no integer of 64 bits", where="seed")
     if plan.dtype not in DTYPES.values():
         raise RequestError(f"an adapter cannot be written in {plan.dtype}", fix="use float32, bfloat16 or float16")
     if plan.method.rank == "required" and plan.rank is None:

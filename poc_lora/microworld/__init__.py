@@ -7,5 +7,3 @@ from pathlib import Path
 
 MODEL_DIR = Path(__file__).parent / "model"
 DATA_DIR = Path(__file__).parent / "data"  # BENCHMARK/{train,validation,test}.json
-
-__all__ = ["DATA_DIR", "MODEL_DIR"]

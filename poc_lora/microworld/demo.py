@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from poc_lora.artifacts.results import Results
 from poc_lora.artifacts.run_folder import RunFolder
@@ -13,8 +12,9 @@ from poc_lora.files import require_new
 from poc_lora.merging.folders import merge_folders
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 from poc_lora.reporting.page import write_page, write_rank_sweep
+from poc_lora.reporting.results_tables import results_summary, write_report
+from poc_lora.reporting.sections_results import headline
 from poc_lora.reporting.summaries import merge_summary, training_summary
-from poc_lora.reporting.tables import notes, terminal_table, write_report
 from poc_lora.training.train import train
 
 _HERE = Path(__file__).parent
@@ -23,21 +23,15 @@ _CONFIGS = (_HERE / "demo.yaml", _HERE.parents[1] / "configs" / "demo.yaml")
 
 
 def run_demo(
-    out: Path, overrides: Sequence[str] = (), *, show: Callable[[Any], None], limit: int | None = None
+    out: Path, overrides: Sequence[str] = (), *, show: Callable[..., None], limit: int | None = None
 ) -> Results:
     """Trains the adapters of configs/demo.yaml, merges and evaluates them, and writes the report.
 
     Args:
-        out: The run folder, which must not exist or be empty.
+        out: The run folder; one that is not empty raises RequestError.
         overrides: Settings that replace those of the file, except for the model, the data and the output.
-        show: Called with each line and table for the terminal.
-        limit: Evaluate only the first `limit` questions of each benchmark.
-
-    Returns:
-        The results of the evaluation.
-
-    Raises:
-        RequestError: The folder is not empty.
+        show: Called with lines and tables for the terminal.
+        limit: Evaluate only the first questions of each benchmark.
     """
     require_new(out)
     path = next(path for path in _CONFIGS if path.is_file())
@@ -48,36 +42,14 @@ def run_demo(
         f"Training {config.adapters.count} LoRA adapters of rank {config.lora.rank} on the embedded micro-world: "
         "a tiny base model with eight small benchmarks in the style of the real ones."
     )
-    for line in training_summary(train(config)):
-        show(line)
+    show(*training_summary(train(config)))
     max_rank = config.lora.rank * config.adapters.count
     merged = merge_folders([out], RunFolder(out).merged, rank_sweep=[2**k for k in range(max_rank.bit_length())])
     write_rank_sweep(merged, RunFolder(out).merged)
-    for line in merge_summary(merged):
-        show(line)
+    show(*merge_summary(merged))
     results = evaluate([out], data=DATA_DIR, limit=limit)
     write_report(out, results)
-    show(terminal_table(results))
-    for note in notes(results):
-        show(note)
-    for sentence in conclusion(results):
-        show(sentence)
+    show(*results_summary(results), headline(results)[0])
+    show("The merge is one adapter and costs what one adapter costs; the prediction ensemble runs all of them.")
     write_page(out)
     return results
-
-
-def conclusion(results: Results) -> list[str]:
-    """Summarises the table in two sentences."""
-    merged = results.merged
-    if merged is None or len(results.adapters) < 2:
-        return []
-    best = results.adapters[results.best].average.value
-    over_best = 100 * (merged.average.value - best)
-    over_average = 100 * (merged.average.value - results.average.average.value)
-    verb = "beats" if over_best > 0 else "does not beat"
-    where = "on the test itself" if results.best_chosen_on == "test" else "on validation questions"
-    return [
-        f"The merge of {len(results.adapters)} adapters scores {100 * merged.average.value:.2f} %: {over_average:+.2f} "
-        f"points against the average adapter, and it {verb} the best one ({over_best:+.2f}), which was picked {where}.",
-        "It is one adapter and costs what one adapter costs; the prediction ensemble beside it runs all of them.",
-    ]

@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from poc_lora.envvars import flag, one_of, whole_number
 from poc_lora.errors import ConfigError, ModelError, first_line
-from poc_lora.files import require_plain, system_errors_as
+from poc_lora.files import require_plain, size, system_errors_as
 from poc_lora.hub_ids import is_base_model_id
 from poc_lora.models.float8 import quantize_float8, require_float8
 
@@ -42,7 +42,16 @@ STORED_NEEDS = {
     "torchao": {"torchao": "torchao"},
     "vptq": {"vptq": "vptq"},
 }
-MAX_LAYERS = 10_000
+MAX_LAYERS = 500  # three times as many as the deepest have; each is simulated
+# The most bytes of a base's files that are no weights, by how their names end.
+MAX_BYTES = {
+    "tokenizer_config.json": 2**24,
+    "config.json": 2**20,
+    ".jinja": 2**20,
+    ".json": 2**28,
+    ".txt": 2**28,
+    ".model": 2**28,
+}
 MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # accelerate's names
 
 
@@ -279,6 +288,7 @@ def resolve_base(name: str) -> str:
             for path in folder.iterdir():
                 with contextlib.suppress(FileNotFoundError):  # a link to nothing, which is missed where it is needed
                     require_plain(path, error=ModelError)
+                    _require_size(path)
             return str(folder)
         is_id = is_base_model_id(name)
     if not is_id:
@@ -286,6 +296,14 @@ def resolve_base(name: str) -> str:
             f"no base model at '{name}'", where="model.name", fix="give a folder with config.json, or a Hub id org/name"
         )
     return name
+
+
+def _require_size(path: Path) -> None:
+    """Raise ModelError for a file that is no weights and larger than any model's."""
+    limit = next((limit for end, limit in MAX_BYTES.items() if path.name.endswith(end)), None)
+    nbytes = path.stat().st_size
+    if limit is not None and nbytes > limit:
+        raise ModelError(f"a file of {size(nbytes)}, where no model has more than {size(limit)}", where=path)
 
 
 def _cannot_load(name: str, problem: Exception) -> ModelError:

@@ -1,59 +1,26 @@
-"""The building blocks of the report: sections of text, charts and tables."""
+"""The building blocks of the report: sections of text, charts, tables and lists."""
 
 import base64
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from matplotlib.figure import Figure
 
-from poc_lora.artifacts.results import Estimate
 from poc_lora.plotting import render
+from poc_lora.reporting.tables import Table
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A value with its standard error."""
-
-    text: str
-    error: str = ""
-
-    def joined(self, separator: str) -> str:
-        """Returns value and error as one text."""
-        return self.text + (separator + self.error if self.error else "")
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table whose first column names the rows.
-
-    Args:
-        caption: What the table shows.
-        head: The titles of the columns.
-        rows: The cells.
-        strong: The names of the rows to highlight.
-        folded: Whether the table is hidden until it is opened.
-        facts: Whether it is a folded list of names and texts rather than of numbers.
-    """
+class Listing:
+    """A folded list of names and texts."""
 
     caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[Cell | str]]
-    strong: Sequence[str] = ()
-    folded: bool = False
-    facts: bool = False
+    rows: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure as an image.
-
-    Args:
-        title: The heading.
-        image: A data URL.
-        description: The text alternative.
-        caption: The text below.
-    """
+    """A figure as a data URL; `description` is its text alternative, `caption` the text below it."""
 
     title: str
     image: str
@@ -70,16 +37,8 @@ class Section:
     paragraphs: list[str] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    listings: list[Listing] = field(default_factory=list)
     omitted: list[str] = field(default_factory=list)
-
-
-def accuracy(estimate: Estimate) -> Cell:
-    """Returns an accuracy in percent, with its standard error if it has one."""
-    return Cell(percent(estimate.value), "" if math.isnan(estimate.error) else percent(estimate.error))
-
-
-def percent(share: float, digits: int = 2) -> str:
-    return f"{100 * share:.{digits}f}"
 
 
 def chart(figure: Figure, title: str, description: str, caption: str) -> Chart:

@@ -2,24 +2,33 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import rich.box
 import rich.table
 
-from poc_lora.artifacts.results import Results, Scored
+from poc_lora.artifacts.results import Estimate, Results, Scored
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import RunConfig, flatten
 from poc_lora.errors import RunError
 from poc_lora.files import write_atomic
 from poc_lora.reporting import figures
-from poc_lora.reporting.blocks import Cell, Section, Table, accuracy, chart
-from poc_lora.reporting.escape import markdown, markdown_table, short
+from poc_lora.reporting.blocks import Section, chart
+from poc_lora.reporting.escape import short
 from poc_lora.reporting.run_files import RunFiles, read_run
+from poc_lora.reporting.tables import Table, Value, markdown_table, terminal_table
 
 SWEPT = ("optim.temperature", "adapters.seed", "output")
-ROLES = {"LoRA (average)": "adapter", "LoRA (best)": "best", "PoC merge": "merge", "prediction ensemble": "ensemble"}
+# By row of an evaluation's table: its role in `plotting.COLOURS`, and its accuracies.
+ROLES: dict[str, tuple[str, Callable[[Results], Scored | None]]] = {
+    "LoRA (average)": ("adapter", lambda results: results.average),
+    "LoRA (best)": ("best", lambda results: results.adapters.get(results.best)),
+    "PoC merge": ("merge", lambda results: results.merged),
+    "prediction ensemble": ("ensemble", lambda results: results.ensemble),
+}
+
+Compared = tuple[RunFiles, RunConfig, Results]
 
 
 def comparison(runs: Sequence[RunFiles]) -> Section:
@@ -29,31 +38,31 @@ def comparison(runs: Sequence[RunFiles]) -> Section:
         RunError: A run is given twice, has no config.yaml or was not evaluated, or the runs were evaluated on
             different questions.
     """
-    known = [(run.folder, *_checked(run)) for run in runs]
-    described = [_settings(run, known[i][1], known[i][2]) for i, run in enumerate(runs)]
-    if len({folder.resolve() for folder, _, _ in known}) < len(known):
+    known = [_checked(run) for run in runs]
+    if len({run.folder.resolve() for run in runs}) < len(runs):
         raise RunError("a run is compared with itself", fix="give every run once")
-    for folder, _, results in known:
+    differences = _differences(known)
+    for run, _, results in known:
         if _asked(results) != _asked(known[0][2]):
             raise RunError(
                 "evaluated on other questions, or in another way, than the first run",
-                where=folder,
+                where=run.folder,
                 fix="evaluate all with the same --data, --benchmarks, --prompt and --limit",
             )
-    known.sort(key=lambda run: (run[1].optim.temperature, run[1].adapters.seed, str(run[0])))
-    names = [folder.resolve().name for folder, _, _ in known]
+    known.sort(key=lambda one: (one[1].optim.temperature, one[1].adapters.seed, str(one[0].folder)))
+    names = [run.folder.resolve().name for run, _, _ in known]
     if len(set(names)) < len(names):
-        names = [str(folder) for folder, _, _ in known]
+        names = [str(run.folder) for run, _, _ in known]
     section = Section("compare", "Accuracy against λ")
-    section.paragraphs += _differences(described)
+    section.paragraphs.append(differences)
     section.tables.append(
         Table(
             "Average accuracy (%) ± standard error of sampling questions",
             ["run", "λ", "seed", "adapters", *ROLES, "merge − best (95 %)"],
-            [_row(name, *run[1:]) for name, run in zip(names, known, strict=True)],
+            [_row(name, config, results) for name, (_, config, results) in zip(names, known, strict=True)],
         )
     )
-    rows = {name: (role, _points(name, known)) for name, role in ROLES.items()}
+    rows = {name: (role, _points(scored, known)) for name, (role, scored) in ROLES.items()}
     rows = {name: (role, points) for name, (role, points) in rows.items() if points}
     repeated = len({config.optim.temperature for _, config, _ in known}) < len(known)
     section.charts.append(
@@ -74,46 +83,25 @@ def comparison(runs: Sequence[RunFiles]) -> Section:
 
 
 def write_comparison(folders: Sequence[Path]) -> rich.table.Table:
-    """Writes the comparison of the runs to comparison.md in the first; returns the table for a terminal.
-
-    Raises:
-        RunError: As `comparison`.
-    """
+    """Writes the comparison of the runs to comparison.md in the first; returns the table for a terminal."""
     section = comparison(list(map(read_run, folders)))
-    write_atomic(RunFolder(folders[0]).comparison, _markdown(section))
-    return _terminal(section)
-
-
-def _terminal(section: Section) -> rich.table.Table:
-    """Returns the table in 80 columns: errors below their values, and no intervals."""
     (table,) = section.tables
-    shown = rich.table.Table(title=table.caption, box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("λ", "seed", *ROLES, "merge − best"):
-        shown.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True, vertical="bottom")
-    for _, level, seed, _, *cells, gain in table.rows:
-        shown.add_row(*(_text(cell, "\n±") for cell in (level, seed, *cells)), _text(gain).partition(" ")[0])
-    return shown
+    lines = [f"# {section.title}", "", *section.paragraphs, "", f"{table.caption}.", "", *markdown_table(table)]
+    write_atomic(RunFolder(folders[0]).comparison, "\n".join(lines) + "\n")
+    # In 80 columns there is no room for names of runs, numbers of adapters and intervals.
+    columns = ["λ", "seed", *ROLES, "merge − best"]
+    rows = [[level, seed, *cells, str(gain).partition(" ")[0]] for _, level, seed, _, *cells, gain in table.rows]
+    narrow = {title: title.replace(" ", "\n") for title in columns}
+    return terminal_table(replace(table, columns=columns, rows=rows), narrow)
 
 
-def _markdown(section: Section) -> str:
-    """Returns the paragraphs and the table as Markdown."""
-    (table,) = section.tables
-    rows = [[markdown(_text(cell, " ± ")) for cell in row] for row in table.rows]
-    lines = markdown_table(table.head, rows)
-    return "\n".join([f"# {section.title}", "", *section.paragraphs, "", f"{table.caption}.", "", *lines]) + "\n"
-
-
-def _text(cell: Cell | str, separator: str = "") -> str:
-    return cell if isinstance(cell, str) else cell.joined(separator)
-
-
-def _checked(run: RunFiles) -> tuple[RunConfig, Results]:
+def _checked(run: RunFiles) -> Compared:
     if run.config is None:
         raise RunError("an evaluation without a run has no λ", where=run.folder, fix="compare run folders")
     if run.results is None:
         fix = f"first: poc-lora eval {run.folder} --data DIR"
         raise RunError("a run that was not evaluated cannot be compared", where=run.folder, fix=fix)
-    return run.config, run.results
+    return run, run.config, run.results
 
 
 def _asked(results: Results) -> tuple[object, ...]:
@@ -130,46 +118,33 @@ def _settings(run: RunFiles, config: RunConfig, results: Results) -> dict[str, o
     return found
 
 
-def _differences(described: Sequence[Mapping[str, object]]) -> list[str]:
+def _differences(known: Sequence[Compared]) -> str:
     """Describes how the runs differ besides the settings that are swept."""
-    keys = dict.fromkeys(key for one in described for key in one)
-    differing = [key for key in keys if any(one.get(key) != described[0].get(key) for one in described)]
+    first, *others = [_settings(*one) for one in known]
+    keys = dict.fromkeys(key for one in (first, *others) for key in one)
+    differing = [key for key in keys if any(one.get(key) != first.get(key) for one in others)]
     if not differing:
-        return ["The runs differ only in λ and in the seed, as far as their files show."]
-    return [f"Besides λ and the seed, the runs differ in {', '.join(differing)}: λ may not explain their difference."]
+        return "The runs differ only in λ and in the seed, as far as their files show."
+    return f"Besides λ and the seed, the runs differ in {', '.join(differing)}: λ may not explain their difference."
 
 
-def _row(name: str, config: RunConfig, results: Results) -> list[Cell | str]:
-    cells: list[Cell | str] = []
-    for role in ROLES:
-        scored = _scored(role, results)
-        cells.append("" if scored is None else accuracy(scored.average))
+def _row(name: str, config: RunConfig, results: Results) -> list[Value]:
+    scored = [found(results) for _, found in ROLES.values()]
     d = results.comparisons.get("best")
     gain = "" if d is None else f"{100 * d.value:+.2f} ({100 * d.low:+.2f} to {100 * d.high:+.2f})"
-    settings = f"{config.optim.temperature:g}", str(config.adapters.seed), str(len(results.adapters))
-    return [short(name), *settings, *cells, gain]
+    settings: list[Value] = [f"{config.optim.temperature:g}", str(config.adapters.seed), len(results.adapters)]
+    return [short(name), *settings, *(one.average if one else "" for one in scored), gain]
 
 
-def _points(name: str, known: Sequence[tuple[Path, RunConfig, Results]]) -> list[tuple[float, float, float]]:
+def _points(scored: Callable[[Results], Scored | None], known: Sequence[Compared]) -> list[tuple[float, float, float]]:
     """Returns (λ, accuracy, error) in percent. The error is over runs if several have that λ, else over questions."""
-    by_level: dict[float, list[tuple[float, float]]] = {}
+    by_level: dict[float, list[Estimate]] = {}
     for _, config, results in known:
-        scored = _scored(name, results)
-        if scored is not None:
-            estimate = scored.average
-            by_level.setdefault(config.optim.temperature, []).append((100 * estimate.value, 100 * estimate.error))
+        if found := scored(results):
+            by_level.setdefault(config.optim.temperature, []).append(found.average)
     points = []
-    for level, found in sorted(by_level.items()):
-        values = [value for value, _ in found]
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else found[0][1]
+    for level, estimates in sorted(by_level.items()):
+        values = [100 * estimate.value for estimate in estimates]
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 100 * estimates[0].error
         points.append((level, statistics.fmean(values), error))
     return points
-
-
-def _scored(name: str, results: Results) -> Scored | None:
-    return {
-        "LoRA (average)": results.average,
-        "LoRA (best)": results.adapters.get(results.best),
-        "PoC merge": results.merged,
-        "prediction ensemble": results.ensemble,
-    }[name]

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,8 @@ def averages_figure(rows: Sequence[tuple[str, str, Sequence[tuple[float, float]]
                 axes.annotate(f"{value:.2f}", (value, y), (0, 6), textcoords="offset points", ha="center", size=8)
     if chance is not None and chance > min(v for _, _, estimates in rows for v, _ in estimates) - 15:
         axes.axvline(chance, color=COLOURS["muted"], linewidth=1, linestyle=":")
-    axes.set_yticks(range(len(rows)), [name for name, _, _ in reversed(rows)])
+    names = [textwrap.fill(name.replace(" = ", "\u00a0=\u00a0"), 14) for name, _, _ in reversed(rows)]
+    axes.set_yticks(range(len(rows)), names)
     axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
     axes.set_ylim(-0.5, len(rows) - 0.25)
     axes.margins(x=0.12)
@@ -57,32 +59,16 @@ def averages_figure(rows: Sequence[tuple[str, str, Sequence[tuple[float, float]]
 
 
 @style()
-def curves_figure(
-    curves: Mapping[str, Curve],
-    *,
-    label: str,
-    log: bool = False,
-    limit: tuple[str, float] | None = None,
-) -> Figure:
-    """Draws one thin line per adapter and their mean against the optimizer step.
-
-    Args:
-        curves: (step, value) pairs by adapter.
-        label: The label of the value axis.
-        log: Whether the value axis is logarithmic.
-        limit: Name and value of a dashed line.
-    """
+def curves_figure(curves: Mapping[str, Curve], *, label: str, limit: tuple[str, float] | None = None) -> Figure:
+    """Draws a thin line per adapter and their mean against the step; `limit` is the name and value of a dashed line."""
     thin = {name: _grouped(curve) for name, curve in curves.items()}
     figure, axes = _figure(2.9)
-    for i, curve in enumerate(list(thin.values())[:MAX_CURVES]):
-        axes.plot(*_xy(curve), color=COLOURS["adapter"], linewidth=0.7, label=None if i else "each adapter")
+    _each_adapter(axes, thin, "-")
     if len(thin) > 1:
         axes.plot(*_xy(_grouped(mean_curve(curves))), color=COLOURS["merge"], linewidth=2, label="their mean")
     if limit is not None:
         axes.axhline(limit[1], color=COLOURS["best"], label=limit[0], **DASHED)
-    _value_axis(axes, log)
-    _step_axis(axes)
-    axes.set_ylabel(label)
+    _steps_and_values(axes, curves.values(), label)
     _legend(figure, axes)
     return figure
 
@@ -91,23 +77,19 @@ def curves_figure(
 def validation_figure(base: Curve, adapters: Mapping[str, Curve], merges: Mapping[str, Curve]) -> Figure:
     """Draws the validation loss of the base, of each adapter and of the running merge against the step."""
     figure, axes = _figure(2.9)
-    for i, curve in enumerate(list(adapters.values())[:MAX_CURVES]):
-        axes.plot(*_xy(curve), ".-", color=COLOURS["adapter"], linewidth=0.7, label=None if i else "each adapter")
+    _each_adapter(axes, adapters, ".-")
     for i, (name, curve) in enumerate(merges.items()):
         axes.plot(*_xy(curve), marker=MARKERS[i % 6], color=COLOURS["merge"], linewidth=2, label=name)
     if base:
         axes.plot(*_xy(base), color=COLOURS["base"], marker="" if base[1:] else "_", label="base", **DASHED)
-    values = [y for curve in (base, *adapters.values(), *merges.values()) for _, y in curve]
-    _value_axis(axes, log=spans_decades(values))
-    _step_axis(axes)
-    axes.set_ylabel("validation loss")
+    _steps_and_values(axes, [base, *adapters.values(), *merges.values()], "validation loss")
     _legend(figure, axes)
     return figure
 
 
 @style()
 def heatmap_figure(cosines: Sequence[Sequence[float]], names: Sequence[str]) -> Figure:
-    """Draws the pairwise cosines on a scale from 0 to 1, or from -1 where one is below -0.05."""
+    """Draws the pairwise cosines on a scale from 0 to 1, or from -1 if one is below -0.05."""
     values = np.array(cosines)
     M = len(values)
     low = -1.0 if values.min() < -0.05 else 0.0
@@ -175,28 +157,19 @@ def rank_sweep_figure(sweep: Mapping[str, Mapping[int, float]]) -> Figure:
     energies.set_ylabel("energy retained (%)")
     errors.set_ylim(bottom=0)
     energies.set_ylim(top=101)
-    energies.set_xscale("log", base=2)
-    shown = ranks[:: max(1, math.ceil(len(ranks) / 8))]
-    energies.set_xticks(shown, [str(r) for r in shown])
-    energies.minorticks_off()
-    energies.set_xlabel("rank")
+    _doubling_axis(energies, ranks[:: max(1, math.ceil(len(ranks) / 8))], "rank")
     _legend(figure, errors)
     return figure
 
 
 @style()
 def subsets_figure(points: Sequence[tuple[int, float, float]], best: float) -> Figure:
-    """Draws average accuracy against m, the number of adapters merged.
-
-    Args:
-        points: (m, mean over subsets in percent, its standard error).
-        best: The accuracy of the best adapter in percent.
-    """
+    """Draws (m, mean accuracy of the merges of m adapters, its standard error) and the best adapter, in percent."""
     figure, axes = _figure(2.7)
     m, values, errors = zip(*points, strict=True)
     axes.errorbar(m, values, yerr=errors, marker="o", color=COLOURS["merge"], capsize=2.5, label="merge of m")
     axes.axhline(best, color=COLOURS["best"], label="LoRA (best)", **DASHED)
-    _adapters_axis(axes, m)
+    _doubling_axis(axes, m, "adapters merged, m")
     axes.set_ylabel("average accuracy (%)")
     _legend(figure, axes)
     return figure
@@ -204,12 +177,7 @@ def subsets_figure(points: Sequence[tuple[int, float, float]], best: float) -> F
 
 @style()
 def distance_figure(points: Sequence[tuple[int, float]], law: tuple[float, float, int] | None) -> Figure:
-    """Draws the squared distance of label logits from the merge of all adapters against m.
-
-    Args:
-        points: (m, distance).
-        law: c, floor and M of the fitted c (1/m − 1/M) + floor.
-    """
+    """Draws (m, squared distance of label logits from the merge of all); `law` is c, floor and M of the fit."""
     figure, axes = _figure(2.7)
     axes.plot(*_xy(points), "o", color=COLOURS["merge"], label="measured")
     if law is not None:
@@ -217,17 +185,10 @@ def distance_figure(points: Sequence[tuple[int, float]], law: tuple[float, float
         x = np.geomspace(points[0][0], points[-1][0], 50)
         axes.plot(x, c * (1 / x - 1 / M) + floor, color=COLOURS["ensemble"], zorder=1, label="c (1/m − 1/M) + floor")
     axes.set_ylim(bottom=0)
-    _adapters_axis(axes, [m for m, _ in points])
+    _doubling_axis(axes, [m for m, _ in points], "adapters merged, m")
     axes.set_ylabel("squared distance")
     _legend(figure, axes)
     return figure
-
-
-def _adapters_axis(axes: Axes, sizes: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(m) for m in sizes])
-    axes.minorticks_off()
-    axes.set_xlabel("adapters merged, m")
 
 
 @style()
@@ -263,11 +224,6 @@ def mean_curve(curves: Mapping[str, Curve]) -> list[tuple[float, float]]:
     return [(step, math.fsum(values) / len(values)) for step, values in sorted(by_step.items())]
 
 
-def spans_decades(values: Sequence[float]) -> bool:
-    """Returns whether the values need a logarithmic axis."""
-    return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
-
-
 def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
@@ -289,17 +245,29 @@ def _grouped(curve: Curve) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in g) / len(g), math.fsum(y for _, y in g) / len(g)) for g in groups]
 
 
-def _value_axis(axes: Axes, log: bool) -> None:
-    if log:
+def _each_adapter(axes: Axes, curves: Mapping[str, Curve], line: str) -> None:
+    for i, curve in enumerate(list(curves.values())[:MAX_CURVES]):
+        axes.plot(*_xy(curve), line, color=COLOURS["adapter"], linewidth=0.7, label=None if i else "each adapter")
+
+
+def _steps_and_values(axes: Axes, curves: Iterable[Curve], label: str) -> None:
+    """Labels the axes; that of the values is logarithmic if they span decades."""
+    values = [value for curve in curves for _, value in curve]
+    if values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: "")
-
-
-def _step_axis(axes: Axes) -> None:
+    axes.set_ylabel(label)
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+
+
+def _doubling_axis(axes: Axes, ticks: Sequence[int], label: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

@@ -15,29 +15,22 @@ from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.errors import visible
 from poc_lora.files import write_atomic
 from poc_lora.plotting import render
-from poc_lora.reporting.blocks import Cell, Section
+from poc_lora.reporting.blocks import Section
 from poc_lora.reporting.compare import comparison
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.figures import rank_sweep_figure
+from poc_lora.reporting.held_out import verdict
 from poc_lora.reporting.run_files import RunFiles, read_run
 from poc_lora.reporting.sections_merge import ranks, similarity
 from poc_lora.reporting.sections_results import benchmarks, headline, subsets
 from poc_lora.reporting.sections_training import noise, provenance, training, what_was_run
-
-SWEEP_FILE = "rank_sweep"
+from poc_lora.reporting.tables import shown
 
 
 def write_page(folder: Path, *, compare: Sequence[Path] = ()) -> Path:
     """Writes report.html into a run, or into a folder of results. The same files give the same bytes.
 
-    Sections whose data is missing are left out, and the page says why.
-
-    Args:
-        folder: The run or the folder of results.
-        compare: Other runs, compared with this one by λ.
-
-    Returns:
-        The path of the page.
+    Sections whose data is missing are left out, and the page says why. The runs in `compare` are compared by λ.
 
     Raises:
         RunError: The folder is neither, a file of it is damaged, or the runs cannot be compared.
@@ -62,7 +55,7 @@ def render_page(run: RunFiles, compared: Section | None = None) -> str:
         ranks(run),
         provenance(run),
     ]
-    sentence, tiles = headline(run)
+    sentence, tiles, note = _front(run)
     styles = resources("poc_lora.reporting").joinpath("report.css").read_text(encoding="utf-8")
     environment = Environment(
         loader=PackageLoader("poc_lora", "reporting"),
@@ -76,17 +69,31 @@ def render_page(run: RunFiles, compared: Section | None = None) -> str:
         name=short(run.folder.resolve().name or str(run.folder)),
         sentence=sentence,
         tiles=tiles,
+        note=note,
         sections=sections,
-        cell=lambda value: value if isinstance(value, Cell) else Cell(value),
+        shown=shown,
         styles=Markup(styles),  # noqa: S704  (our own file)
         digest=base64.b64encode(hashlib.sha256(styles.encode()).digest()).decode(),
         version=__version__,
     )
 
 
+def _front(run: RunFiles) -> tuple[str, list[tuple[str, tuple[str, str]]], str]:
+    """The outcome in a sentence, figures with their errors, and what they are: of the held-out rows if none else."""
+    if run.results is None and len(run.held_out) == 1:
+        (found,) = run.held_out
+        losses = [("base", found.base), ("average adapter", found.average)]
+        losses += [("best adapter", found.adapters[found.best]), ("merge", found.merge)]
+        tiles = [(name, (f"{loss:.3f}", "")) for name, loss in losses]
+        return verdict(found), tiles, "Loss per token of the answers held out; lower is better."
+    sentence, accuracies = headline(run.results)
+    tiles = [(name, (f"{text} %", error)) for name, (text, error) in ((n, shown(value)) for n, value in accuracies)]
+    return sentence, tiles, "Average accuracy over the benchmarks, with its standard error."
+
+
 def write_rank_sweep(report: MergeReport, folder: Path) -> None:
     """Draws the `rank_sweep` of a merge.json as rank_sweep.svg and rank_sweep.png."""
     figure = rank_sweep_figure(report.rank_sweep)
     title = "Relative error and retained energy of the merge against its rank"
-    write_atomic(folder / f"{SWEEP_FILE}.svg", render(figure, "svg", title=title))
-    write_atomic(folder / f"{SWEEP_FILE}.png", render(figure, "png"))
+    write_atomic(folder / "rank_sweep.svg", render(figure, "svg", title=title))
+    write_atomic(folder / "rank_sweep.png", render(figure, "png"))

@@ -14,8 +14,8 @@ from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.variants import adapter_digest, adapter_key
 from poc_lora.files import read_json
+from poc_lora.reporting.held_out import MAX_METRICS_BYTES, HeldOut, read_held_out
 
-MAX_METRICS_BYTES = 2**28
 MEASURES = ("loss", "grad_norm", "noise_norm", "validation_loss")
 
 
@@ -30,24 +30,20 @@ class Metrics:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The content of a run, or of a folder of results; what is not there is None.
-
-    Attributes:
-        evaluations: One for each protocol, `label` first.
-        changed: For each evaluation, what has other weights now than were evaluated.
-    """
+    """The content of a run, or of a folder of results; what is missing is None."""
 
     folder: Path
     config: RunConfig | None
     info: RunInfo | None
     metrics: Metrics | None
     merge: MergeReport | None
-    evaluations: tuple[Results, ...]
-    changed: tuple[tuple[str, ...], ...] = ()
+    evaluations: tuple[Results, ...]  # one for each protocol, `label` first
+    held_out: tuple[HeldOut, ...] = ()  # one for each pack that was validated
+    changed: tuple[tuple[str, ...], ...] = ()  # for each evaluation, what has other weights now than were evaluated
 
     @property
     def results(self) -> Results | None:
-        """The evaluation that the report is about, where there is one."""
+        """The evaluation that the report is about, if any."""
         return self.evaluations[0] if self.evaluations else None
 
 
@@ -66,20 +62,15 @@ def read_run(folder: Path) -> RunFiles:
         metrics=_read_metrics(run.metrics),
         merge=MergeReport.read_if_there(run.merge_report),
         evaluations=evaluations,
+        held_out=tuple(read_held_out(folder)),
         changed=tuple(_changed(run, *found) for found in zip(evaluated, evaluations, strict=True)),
     )
 
 
 def of_these_weights(place: Path, variant: str, adapter: Path) -> bool | None:
-    """Whether an evaluation is of the weights that an adapter's folder has now.
+    """Whether the evaluation of `variant` in the folder `place` is of the weights that the folder `adapter` has now.
 
-    Args:
-        place: The folder of the evaluation.
-        variant: The adapter's name there.
-        adapter: The adapter's folder.
-
-    Returns:
-        None where the evaluation or the adapter is not there, or the evaluation does not name its weights.
+    None if one of them is missing, or the evaluation does not name its weights.
     """
     if not re.fullmatch(r"[\w .@+-]{1,100}", variant):  # a name from results.json must not lead out of the folder
         return None

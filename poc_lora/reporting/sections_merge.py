@@ -4,25 +4,22 @@ from itertools import takewhile
 
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.reporting import figures
-from poc_lora.reporting.blocks import Section, Table, chart, percent
+from poc_lora.reporting.blocks import Section, chart
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.run_files import RunFiles
+from poc_lora.reporting.summaries import merge_distance
+from poc_lora.reporting.tables import Table, percent
 
 
 def similarity(files: RunFiles) -> Section:
     section = Section("similarity", "Similarity of the adapters")
     merge = files.merge
     if merge is None or len(merge.sources) < 2:
-        section.omitted.append("It takes a merge of two adapters or more, whose merge.json contains their cosines.")
+        section.omitted.append("There is no merge.json of two or more adapters, which contains their cosines.")
         return section
     names = labels(source_names(merge))
-    if merge.mean_cosine is not None and merge.relative_standard_error is not None:
-        section.paragraphs.append(
-            f"The mean cosine between two adapters' updates is {merge.mean_cosine:.3f}. From how far they lie apart, "
-            f"the merge is about {percent(merge.relative_standard_error, 0)} % of its own norm away from the merge of "
-            "ever more such adapters"
-            + (f"; one more would move it by {percent(merge.next_move, 1)} %." if merge.next_move is not None else ".")
-        )
+    if distance := merge_distance(merge):
+        section.paragraphs.append(distance)
     if len(names) > figures.MAX_CURVES:
         section.omitted.append(f"The heatmap of {len(names)} adapters would be too fine to read.")
         return section

@@ -4,27 +4,25 @@ import math
 import statistics
 from pathlib import Path
 
-from poc_lora.artifacts.results import Results, Scored
+from poc_lora.artifacts.results import Estimate, Results, Scored
 from poc_lora.reporting import figures
-from poc_lora.reporting.blocks import Cell, Chart, Section, Table, accuracy, chart, percent
+from poc_lora.reporting.blocks import Chart, Section, chart
 from poc_lora.reporting.escape import short
+from poc_lora.reporting.results_tables import accuracy_table, adapters_table, columns, notes, paired_table, table_rows
 from poc_lora.reporting.run_files import RunFiles
-from poc_lora.reporting.tables import columns, notes, paired_differences, table_rows
 
 
-def headline(files: RunFiles) -> tuple[str, list[tuple[str, Cell]]]:
-    """Returns the outcome in a sentence, and the average accuracies to show first."""
-    results = files.results
+def headline(results: Results | None) -> tuple[str, list[tuple[str, Estimate]]]:
+    """Returns the outcome of an evaluation in a sentence, and the average accuracies to show first."""
     if results is None:
         return "Nothing has been evaluated yet.", []
     if not results.adapters:
-        return "The model was evaluated alone, without an adapter.", [("the model", accuracy(results.base.average))]
+        return "The model was evaluated alone, without an adapter.", [("the model", results.base.average)]
     best, merged, M = results.adapters[results.best].average, results.merged, len(results.adapters)
-    shown = [("base", results.base.average)]
-    shown += [("average adapter", results.average.average)] if M > 1 else []
-    shown += [("best adapter" if M > 1 else "the adapter", best)]
-    shown += [("merge", merged.average)] if merged else []
-    tiles = [(name, accuracy(estimate)) for name, estimate in shown]
+    tiles = [("base", results.base.average)]
+    tiles += [("average adapter", results.average.average)] if M > 1 else []
+    tiles += [("best adapter" if M > 1 else "the adapter", best)]
+    tiles += [("merge", merged.average)] if merged else []
     if merged is None:
         return f"{M} adapters were evaluated, and no merge of them.", tiles
     over_average = f"{100 * (merged.average.value - results.average.average.value):+.2f} points"
@@ -52,8 +50,7 @@ def benchmarks(files: RunFiles) -> Section:
         protocol = f", protocol {short(results.protocol, 20)}" if len(files.evaluations) > 1 else ""
         if changed := files.changed[i]:
             section.paragraphs.append(
-                f"This evaluation{protocol} is of other weights than the run has now for {', '.join(changed)}: "
-                "evaluate again."
+                f"The weights of {', '.join(changed)} have changed since this evaluation{protocol}: evaluate again."
             )
         _evaluation(section, results, protocol)
     return section
@@ -61,10 +58,6 @@ def benchmarks(files: RunFiles) -> Section:
 
 def _evaluation(section: Section, results: Results, protocol: str) -> None:
     """Adds an evaluation; `protocol` distinguishes its tables from those of others."""
-    head = ["", *columns(results).values(), "average"]
-    chance = [results.chance[b] for b in columns(results)]
-    mean_chance = statistics.fmean(chance)
-    asked = [results.questions[b] for b in columns(results)]
     section.paragraphs.append(
         f"Accuracy in percent ± standard error, by the protocol “{short(results.protocol)}” with the prompt "
         f"“{short(results.prompt)}”, of {short(results.base_model)}."
@@ -74,27 +67,14 @@ def _evaluation(section: Section, results: Results, protocol: str) -> None:
             "The base model is the embedded one, and these benchmarks are about its invented world: the figures cannot "
             "be compared with those of the real benchmarks."
         )
-    section.tables.append(
-        Table(
-            f"Accuracy (%) ± standard error{protocol}",
-            head,
-            [
-                ["questions", *(f"{n:,}" for n in [*asked, sum(asked)])],
-                ["chance level", *(percent(x) for x in [*chance, mean_chance])],
-                *(_row(name, results, scored) for name, scored in table_rows(results)),
-            ],
-            strong=["PoC merge"],
-        )
-    )
+    section.tables.append(accuracy_table(results, protocol))
     if not section.charts:
-        section.charts.append(_averages(results, mean_chance))
+        section.charts.append(_averages(results))
     if results.merged is not None and results.comparisons:
-        section.tables.append(_paired(results, protocol))
+        section.tables.append(paired_table(results, protocol))
     section.paragraphs += notes(results, paired=False)
     if len(results.adapters) > 1:
-        adapters = [_row(name, results, scored) for name, scored in results.adapters.items()]
-        caption = f"Every adapter: accuracy (%) ± standard error{protocol}"
-        section.tables.append(Table(caption, head, adapters, [results.best], folded=True))
+        section.tables.append(adapters_table(results, protocol))
 
 
 def subsets(files: RunFiles) -> Section:
@@ -135,27 +115,16 @@ def subsets(files: RunFiles) -> Section:
     return section
 
 
-def _averages(results: Results, chance: float) -> Chart:
+def _averages(results: Results) -> Chart:
     def points(*scored: Scored) -> list[tuple[float, float]]:
         return [(100 * s.average.value, 100 * s.average.error) for s in scored]
 
-    M = len(results.adapters)
-    rows = [("base", "base", points(results.base))]
-    if M:
-        rows.append((f"{M} adapters" if M > 1 else "LoRA", "adapter", points(*results.adapters.values())))
-    if M > 1:
-        rows.append(("LoRA (average)", "adapter", points(results.average)))
-        rows.append(("LoRA (best)", "best", points(results.adapters[results.best])))
-    if results.merged is not None:
-        rows.append(("PoC merge", "merge", points(results.merged)))
-    if results.control is not None:
-        rows.append((f"merge, {short(results.control_name or '', 12)}", "violet", points(results.control)))
-    if results.ensemble is not None:
-        rows.append(("prediction\nensemble", "ensemble", points(results.ensemble)))
+    chance = statistics.fmean(results.chance[b] for b in columns(results))
+    rows = [(short(name, 28), role, points(scored)) for name, role, scored in table_rows(results)]
+    if (M := len(results.adapters)) > 1:
+        rows.insert(1, (f"{M} adapters", "adapter", points(*results.adapters.values())))
     description = "; ".join(
-        f"{name.replace(chr(10), ' ')} {values[0][0]:.2f} %"
-        if len(values) == 1
-        else f"{name} {min(values)[0]:.2f} to {max(values)[0]:.2f} %"
+        f"{name} {values[0][0]:.2f} %" if len(values) == 1 else f"{name} {min(values)[0]:.2f} to {max(values)[0]:.2f} %"
         for name, _, values in rows
     )
     return chart(
@@ -165,19 +134,3 @@ def _averages(results: Results, chance: float) -> Chart:
         "Bars are standard errors of sampling questions. Adapters and merge answered the same questions, so their "
         "differences are more certain than the bars suggest.",
     )
-
-
-def _paired(results: Results, protocol: str) -> Table:
-    return Table(
-        f"PoC merge minus, in points of average accuracy (paired bootstrap over questions){protocol}",
-        ["", "difference", "95 % interval", "p"],
-        [
-            [short(name), f"{100 * d.value:+.2f}", f"{100 * d.low:+.2f} to {100 * d.high:+.2f}", f"{d.p:.2g}"]
-            for name, d in paired_differences(results).items()
-        ],
-    )
-
-
-def _row(name: str, results: Results, scored: Scored) -> list[Cell | str]:
-    estimates = [*(scored.benchmarks[b] for b in columns(results)), scored.average]
-    return [name, *map(accuracy, estimates)]

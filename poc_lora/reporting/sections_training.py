@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from poc_lora.config import RunConfig, flatten
 from poc_lora.files import size
 from poc_lora.reporting import figures
-from poc_lora.reporting.blocks import Chart, Section, Table, chart
+from poc_lora.reporting.blocks import Chart, Listing, Section, chart
 from poc_lora.reporting.escape import short
+from poc_lora.reporting.held_out import verdict
 from poc_lora.reporting.run_files import RunFiles
+from poc_lora.reporting.summaries import merge_outcome
 
 
 def what_was_run(files: RunFiles) -> Section:
@@ -17,7 +19,7 @@ def what_was_run(files: RunFiles) -> Section:
         section.omitted.append("The folder holds an evaluation only: without a config.yaml, its training is not known.")
     else:
         section.paragraphs.append(_sentence(config, files))
-        section.tables.append(_settings(config))
+        section.listings.append(_settings(config))
     if metrics is not None:
         steps = files.info.steps if files.info else None
         if steps and metrics.last_step < steps:
@@ -25,11 +27,7 @@ def what_was_run(files: RunFiles) -> Section:
         for name, step in sorted(metrics.diverged.items()):
             section.paragraphs.append(f"Adapter {name} diverged at step {step:,} and is left out of the merge.")
     if merge is not None:
-        section.paragraphs.append(
-            f"{len(merge.sources)} adapters were merged by the method “{short(merge.method)}” into one of rank "
-            f"{merge.rank:,}, kept in {short(merge.dtype)}, with {_error(merge.error)} from its rank and "
-            f"{_error(merge.cast_error)} from rounding."
-        )
+        section.paragraphs.append(merge_outcome(merge))
     elif config is not None:
         section.omitted.append("There is no merge yet: poc-lora merge RUN --out RUN/merged.")
     return section
@@ -59,9 +57,10 @@ def training(files: RunFiles) -> Section:
             figures.validation_figure(found.get("base", []), adapters, merges),
             "Validation loss while training",
             final,
-            f"On rows held out of training. {final}",
+            f"Per token of the answers of rows held out of training. {final}",
         )
     )
+    section.paragraphs += map(verdict, files.held_out)
     return section
 
 
@@ -98,7 +97,7 @@ def provenance(files: RunFiles) -> Section:
     if info is None:
         section.omitted.append("There is no run.json, which contains versions, hardware and wall time.")
     else:
-        facts: dict[str, object] = {
+        described: dict[str, object] = {
             "seed": info.seed,
             "optimizer steps": info.steps,
             "bad rows left out": info.skipped_rows or None,
@@ -111,16 +110,16 @@ def provenance(files: RunFiles) -> Section:
             "dtype of the base": info.dtype,
             **{name: ", ".join(x) if isinstance(x, list) else x for name, x in info.machine.items()},
         }
-        rows = [[name, short(str(value))] for name, value in facts.items() if value not in (None, "")]
-        section.tables.append(Table("How and on what it ran", ["", "value"], rows, facts=True))
-        versions = [[short(name), short(version)] for name, version in info.versions.items()]
-        section.tables.append(Table("Versions", ["", "version"], versions, facts=True))
-        data = [[short(name, 400), digest] for name, digest in info.data_sha256.items()]
-        section.tables.append(Table("Training data", ["", "SHA-256"], data, facts=True))
+        rows = [(name, short(str(value))) for name, value in described.items() if value not in (None, "")]
+        section.listings += [
+            Listing("How and on what it ran", rows),
+            Listing("Versions", [(short(name), short(version)) for name, version in info.versions.items()]),
+            Listing("Training data", [(short(name, 400), digest) for name, digest in info.data_sha256.items()]),
+        ]
     if merge is not None:
-        sources = [[short(source.name, 400), short(source.sha256)] for source in merge.sources]
-        section.tables.append(Table("Merged adapters", ["", "SHA-256 of the weights"], sources, facts=True))
-    section.tables = [table for table in section.tables if table.rows]
+        sources = [(short(source.name, 400), short(source.sha256)) for source in merge.sources]
+        section.listings.append(Listing("Merged adapters", sources))
+    section.listings = [listing for listing in section.listings if listing.rows]
     return section
 
 
@@ -141,18 +140,14 @@ def _sentence(config: RunConfig, files: RunFiles) -> str:
     )
 
 
-def _error(error: float) -> str:
-    return f"a relative error of {error:.1e}" if error else "no error"
-
-
-def _settings(config: RunConfig) -> Table:
+def _settings(config: RunConfig) -> Listing:
     """Lists every setting. Values that `auto` chose are listed under provenance."""
     rows = [
-        [key, short(", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value), 400)]
+        (key, short(", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value), 400))
         for key, value in flatten(config).items()
         if value is not None
     ]
-    return Table("Every setting", ["", "value"], rows, facts=True)
+    return Listing("Every setting", rows)
 
 
 def _curves(
@@ -163,7 +158,6 @@ def _curves(
     limit: tuple[str, float] | None = None,
 ) -> Chart:
     mean = figures.mean_curve(curves)
-    values = [value for curve in curves.values() for _, value in curve]
     longest = max(map(len, curves.values()))
     (first, start), (last, end) = mean[0], mean[-1]
     description = (
@@ -173,5 +167,5 @@ def _curves(
         caption += " Neighbouring steps are averaged."
     if len(curves) > figures.MAX_CURVES:
         caption += f" The first {figures.MAX_CURVES} of {len(curves)} adapters are drawn."
-    figure = figures.curves_figure(curves, label=label, log=figures.spans_decades(values), limit=limit)
+    figure = figures.curves_figure(curves, label=label, limit=limit)
     return chart(figure, f"{title} of each adapter", description, f"{caption} {description}")

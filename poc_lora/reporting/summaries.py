@@ -1,8 +1,11 @@
-"""Summaries that the command line prints after training and merging."""
+"""Sentences about a training and a merge, for the command line and the report."""
 
 from poc_lora.adapters.serving import serving_advice
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.files import size
+from poc_lora.reporting.escape import short
+from poc_lora.reporting.held_out import verdicts
+from poc_lora.reporting.tables import percent
 from poc_lora.training.loop import TrainingResult
 
 IDENTICAL = 0.9999  # a larger cosine suggests the same seed
@@ -11,7 +14,7 @@ UNRELATED = 0.01  # a smaller cosine suggests different base models or tasks
 
 
 def training_summary(done: TrainingResult) -> list[str]:
-    """Summarises a training run, with truncated and dropped rows and diverged adapters."""
+    """Summarises a training run: rows, diverged adapters, and what the merge is worth on the held-out rows."""
     finished = [adapter for adapter, state in done.progress.items() if state.status == "finished"]
     lines = [f"{len(finished)} adapters trained for {done.steps} steps"]
     if done.seconds:
@@ -28,23 +31,37 @@ def training_summary(done: TrainingResult) -> list[str]:
     for adapter, state in done.progress.items():
         if state.status == "diverged":
             lines.append(f"adapter {adapter} diverged after step {state.step} and is left out of the merge")
-    return lines
+    return [*lines, *verdicts(done.folder)]
+
+
+def merge_outcome(report: MergeReport) -> str:
+    """Says in a sentence what was merged, and with what error."""
+    errors = [
+        f"a relative error of {error:.1e}" if error else "no error" for error in (report.error, report.cast_error)
+    ]
+    return (
+        f"{len(report.sources)} adapters were merged by the method “{short(report.method)}” into one of rank "
+        f"{report.rank:,}, with {errors[0]} from its rank and {errors[1]} from rounding to {short(report.dtype)}."
+    )
+
+
+def merge_distance(report: MergeReport) -> str | None:
+    """Says how similar the adapters are, and how far the merge is from that of many; None for one adapter."""
+    if report.mean_cosine is None or report.relative_standard_error is None:
+        return None
+    distance = percent(report.relative_standard_error, 0)
+    next_move = None if report.next_move is None else percent(report.next_move, 1)
+    return (
+        f"The mean cosine between two adapters' updates is {report.mean_cosine:.3f}. By how far they are apart, the "
+        f"merge is about {distance} % of its own norm away from that of ever more such adapters"
+        + (f"; one more would move the merge by about {next_move} %." if next_move else ".")
+    )
 
 
 def merge_summary(report: MergeReport) -> list[str]:
     """Summarises a merge: its errors, its distance from the merge of many adapters, and how to serve it."""
-    M = len(report.sources)
-    lines = [
-        f"{M} adapters merged into one of rank {report.rank}, {report.method}: relative error "
-        f"{report.error:.1e}, and {report.cast_error:.1e} from rounding to {report.dtype}"
-    ]
-    if report.relative_standard_error is not None:
-        lines.append(
-            f"mean cosine of the updates {report.mean_cosine:.3f}; "
-            f"the merge is about {report.relative_standard_error:.0%} of its norm from the limit of many adapters"
-        )
-    if report.next_move is not None:
-        lines.append(f"one more adapter would move the merge by about {report.next_move:.1%}")
+    distance = merge_distance(report)
+    lines = [merge_outcome(report), *([distance] if distance else [])]
     for j, source in enumerate(report.sources):
         missing = [name for name, module in report.modules.items() if j in module.absent]
         if missing:

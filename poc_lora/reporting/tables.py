@@ -1,186 +1,81 @@
-"""The paper's table from the results of an evaluation, for the terminal and as Markdown."""
+"""One model of a table, shown in a terminal, in Markdown and by the template of the report."""
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import rich.table
 from rich import box
-from rich.table import Table
 
-from poc_lora.artifacts.results import Difference, Results, Scored, Subsets
-from poc_lora.artifacts.run_folder import RESULTS_TABLE, RunFolder
-from poc_lora.data.commonsense import BENCHMARKS, BY_FOLDER
+from poc_lora.artifacts.results import Estimate
 from poc_lora.errors import visible
-from poc_lora.files import write_atomic
-from poc_lora.reporting.blocks import percent
-from poc_lora.reporting.escape import code, markdown, markdown_table
+from poc_lora.reporting.escape import markdown
 
-NARROW = {"WinoGrande": "Wino\nGrande", "HellaSwag": "Hella\nSwag", "average": "aver-\nage"}
+Value = str | int | Estimate
 
 
-def table_rows(results: Results) -> list[tuple[str, Scored]]:
-    """Returns the rows of the table from top to bottom. A single adapter has a row of its own."""
-    if len(results.adapters) > 1:
-        adapters = [("LoRA (best)", results.adapters[results.best]), ("LoRA (average)", results.average)]
-    else:
-        adapters = [(f"LoRA {name}", scored) for name, scored in results.adapters.items()]
-    rows = [("base", results.base), *adapters, ("PoC merge", results.merged)]
-    rows += [(f"PoC merge, {results.control_name}", results.control), ("prediction ensemble", results.ensemble)]
-    return [(name, scored) for name, scored in rows if scored is not None]
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names the rows.
 
-
-def columns(results: Results) -> dict[str, str]:
-    """Returns the columns of the table, in the paper's order: benchmark folder to the paper's name."""
-    return {b.folder: b.short for b in BENCHMARKS if b.folder in results.questions}
-
-
-def terminal_table(results: Results) -> Table:
-    """Returns the table for a terminal of at least 80 columns: accuracies in percent above their standard errors."""
-    table = Table(title="Accuracy (%) ± standard error", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("")
-    for name in [*columns(results).values(), "average"]:
-        table.add_column(NARROW.get(name, name), justify="right", no_wrap=True, vertical="bottom")
-    table.add_row("chance level", *_chance(results), style="dim")
-    for name, scored in table_rows(results):
-        table.add_row(visible(name), *_cells(results, scored, "\n±"), style="bold" if name == "PoC merge" else "")
-    return table
-
-
-def results_markdown(results: Results) -> str:
-    """Returns results.md: the table, its notes, and a table of all adapters."""
-    head = ["", *columns(results).values(), "average"]
-    total = sum(results.questions.values())
-    lines = [
-        "# Evaluation",
-        "",
-        f"Base model {code(results.base_model)}, protocol {code(results.protocol)}, prompt {code(results.prompt)}. "
-        "Accuracy in percent ± standard error.",
-        "",
-        *markdown_table(
-            head,
-            [
-                ["questions", *(str(results.questions[b]) for b in columns(results)), str(total)],
-                ["chance level", *_chance(results)],
-                *([markdown(name), *_cells(results, scored, " ± ")] for name, scored in table_rows(results)),
-            ],
-        ),
-        "",
-        *(f"- {markdown(note)}" for note in notes(results)),
-    ]
-    if len(results.adapters) > 1:
-        rows = [[code(name), *_cells(results, scored, " ± ")] for name, scored in results.adapters.items()]
-        lines += ["", "## Every adapter", "", *markdown_table(head, rows)]
-    return "\n".join(lines) + "\n"
-
-
-def notes(results: Results, *, paired: bool = True) -> list[str]:
-    """Returns the notes under the table: how the best adapter was chosen, what was truncated or left out.
-
-    Args:
-        results: The evaluation.
-        paired: Whether to include the paired differences.
+    Attributes:
+        caption: What the table shows.
+        columns: Their titles.
+        rows: The values: texts, counts, and accuracies with their standard errors, which are shown in percent.
+        strong: The names of the rows to highlight.
+        texts: The titles of the columns of texts, which are aligned to the left as the first column is.
+        folded: Whether the report hides the table until it is opened.
     """
-    lines = []
-    if len(results.adapters) > 1:
-        where = "the test questions themselves, as in the paper"
-        if results.best_chosen_on == "validation":
-            where = "validation questions"
-        lines.append(
-            f"LoRA (best) is adapter {results.best} of {len(results.adapters)}, chosen by its average on {where}."
-        )
-    if paired:
-        lines += [f"PoC merge minus {name}: {_difference(d)}." for name, d in paired_differences(results).items()]
-    if results.exact_average:
-        lines.append(
-            f"PoC merge is the exact average of the {len(results.adapters)} adapters, which is not saved: "
-            "`poc-lora merge` saves it."
-        )
-    if results.agreement is not None and not math.isnan(results.agreement):
-        lines.append(
-            f"Merge and prediction ensemble choose the same label on {percent(results.agreement)} % of questions."
-        )
-    if unread := {name: share for name, share in results.unread.items() if not math.isnan(share)}:
-        shares = ", ".join(f"{name} {percent(share)}" for name, share in unread.items())
-        lines.append(f"Answers in which no label was found, in percent: {shares}.")
-    if results.subsets is not None:
-        lines += _subset_notes(results.subsets)
-    for folder, short in columns(results).items():
-        if results.too_long[folder]:
-            then = "count as wrong" if results.protocol != "harness" else "were cut at their start, as lm-eval does"
-            lines.append(
-                f"{short}: {results.too_long[folder]} of {results.questions[folder]} questions do not fit the model's "
-                f"context and {then}."
-            )
-    if results.limit is not None:
-        lines.append(f"Only the first {results.limit} questions of each benchmark were asked.")
-    lines.append("Standard errors are those of sampling questions; they do not cover other training seeds.")
-    return lines
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Value]]
+    strong: Sequence[str] = ()
+    texts: Sequence[str] = ()
+    folded: bool = False
+
+    @property
+    def left(self) -> list[bool]:
+        """For each column, whether it is aligned to the left."""
+        return [i == 0 or title in self.texts for i, title in enumerate(self.columns)]
 
 
-def paired_differences(results: Results) -> dict[str, Difference]:
-    """Returns the differences between PoC merge and its rivals, by the rivals' names."""
-    single = len(results.adapters) == 1
-    names = {
-        "best": "the adapter" if single else "LoRA (best)",
-        "average": "" if single else "LoRA (average)",  # the average of one adapter is the adapter
-        "control": f"PoC merge, {results.control_name}",
-    }
-    return {name: d for rival, d in results.comparisons.items() if (name := names.get(rival, rival))}
+def shown(value: Value) -> tuple[str, str]:
+    """Returns a value as text, and its standard error, if any. Errors of ten points or more have one decimal."""
+    if isinstance(value, Estimate):
+        error = "" if math.isnan(value.error) else percent(value.error, 1 if value.error >= 0.1 else 2)
+        return percent(value.value), error
+    return (f"{value:,}" if isinstance(value, int) else visible(value)), ""
 
 
-def benchmark_table() -> Table:
-    """Returns sizes, sources, licences and chance levels of the eight benchmarks, in 80 columns."""
-    table = Table(title="Benchmarks", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("name", "questions", "chance %", "source on the Hub", "split", "licence"):
-        number = name in ("questions", "chance %")
-        table.add_column(name, justify="right" if number else "left", no_wrap=name != "licence", overflow="fold")
-    for folder, benchmark in BY_FOLDER.items():
-        size, chance = f"{benchmark.questions:,}", percent(benchmark.chance)
-        table.add_row(folder, size, chance, benchmark.source, benchmark.split, benchmark.licence)
-    return table
+def percent(share: float, digits: int = 2) -> str:
+    return f"{100 * share:.{digits}f}"
 
 
-def write_report(folder: Path, results: Results) -> Path:
-    """Writes results.md to `folder`, or to the evaluation's folder in it if it is a run; returns its path."""
-    run = RunFolder(folder)
-    place = run.evaluation(results.protocol) if run.is_run else folder
-    write_atomic(place / RESULTS_TABLE, results_markdown(results))
-    return place / RESULTS_TABLE
+def terminal_table(table: Table, narrow: Mapping[str, str] | None = None) -> rich.table.Table:
+    """Returns the table for a terminal, with standard errors below their values.
+
+    `narrow` maps titles to shorter ones or to ones on several lines, so that 80 columns are enough.
+    """
+    made = rich.table.Table(title=table.caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    titles = [(narrow or {}).get(title, title) for title in table.columns]
+    lines = max(title.count("\n") for title in titles)
+    wraps = table.texts[-1] if table.texts else table.columns[0]
+    for title, name, left in zip(table.columns, titles, table.left, strict=True):
+        low = "\n" * (lines - name.count("\n")) + name
+        made.add_column(low, justify="left" if left else "right", no_wrap=title != wraps, overflow="fold")
+    for row in table.rows:
+        made.add_row(*(_joined(value, "\n±") for value in row), style="bold" if row[0] in table.strong else "")
+    return made
 
 
-def _subset_notes(subsets: Subsets) -> Iterator[str]:
-    points = ", ".join(
-        f"m = {p.m}: {percent(p.accuracy)}" + ("" if math.isnan(p.error) else f" ± {percent(p.error)}")
-        for p in subsets.points
-    )
-    yield f"Accuracy of merges of m adapters (± over subsets): {points}."
-    law = subsets.variance_law
-    if law is None:
-        yield "The law of their distance from the merge of all is not fitted: it needs at least five adapters."
-    else:
-        distances = ", ".join(f"m = {p.m}: {p.distance:.3g}" for p in subsets.points if p.distance is not None)
-        yield (
-            f"Squared distance of their label logits from the merge of all: {distances}; "
-            f"fitted as c (1/m − 1/M) + floor with c = {law.c:.3g}, floor = {law.floor:.3g}."
-        )
+def markdown_table(table: Table, text: Callable[[str], str] = markdown) -> list[str]:
+    """Returns the lines of the table in Markdown, without its caption; `text` turns texts into Markdown."""
+    rule = ["---" if left else "---:" for left in table.left]
+    rows = [[text(value) if isinstance(value, str) else _joined(value, " ± ") for value in row] for row in table.rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (table.columns, rule, *rows)]
 
 
-def _cells(results: Results, scored: Scored, separator: str) -> list[str]:
-    """The accuracies with their standard errors. Errors of ten points or more get one decimal, to fit the column."""
-    estimates = [*(scored.benchmarks[b] for b in columns(results)), scored.average]
-    return [
-        percent(e.value) + ("" if math.isnan(e.error) else separator + percent(e.error, 1 if e.error >= 0.1 else 2))
-        for e in estimates
-    ]
-
-
-def _chance(results: Results) -> list[str]:
-    levels = [results.chance[b] for b in columns(results)]
-    return [percent(x) for x in [*levels, sum(levels) / len(levels)]]
-
-
-def _difference(d: Difference) -> str:
-    return (
-        f"{100 * d.value:+.2f} points on average (95 % interval {100 * d.low:+.2f} to {100 * d.high:+.2f}, "
-        f"p = {d.p:.2g}, paired bootstrap)"
-    )
+def _joined(value: Value, separator: str) -> str:
+    text, error = shown(value)
+    return text + (separator + error if error else "")

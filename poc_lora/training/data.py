@@ -16,13 +16,15 @@ from poc_lora.data.rows import BadRows, read_sources, source_files
 from poc_lora.errors import ConfigError, DataError
 from poc_lora.files import sha256_file
 
+MAX_HELD_OUT = 120  # rows that `data.validation: auto` holds out
+
 
 @dataclass(frozen=True)
 class TrainingData:
     """Tokenised rows, split into training and validation, and the order in which they are drawn."""
 
     train: list[Example]
-    validation: list[Example]
+    validation: list[Example]  # with a loss on the answers alone
     order: BatchOrder
     total_steps: int
     truncated: int
@@ -75,16 +77,17 @@ def prepare_data(
     if not section.skip_bad_rows:
         bad.raise_if_any()
     order = rng.permutation(len(encoded.examples), rng.key(config.adapters.seed, 0, "validation split"))
-    if len(order) <= section.validation:
+    held_out = min(MAX_HELD_OUT, len(order) // 10) if section.validation == "auto" else section.validation
+    if len(order) <= held_out:
         raise DataError(
-            f"{len(order)} usable rows leave none to train on once {section.validation} are held out"
+            f"{len(order)} usable rows leave none to train on once {held_out} are held out"
             f" ({encoded.dropped} rows lost their whole answer to data.max_length={section.max_length}"
             + (f", {bad.count} are bad: {bad.first[0].what}" if bad.count else "")
             + ")",
             where="data",
             fix="lower data.validation, raise data.max_length, or give more rows",
         )
-    train = [encoded.examples[i] for i in sorted(order[section.validation :])]
+    train = [encoded.examples[i] for i in sorted(order[held_out:])]
     batches = BatchOrder(
         [len(e.ids) for e in train],
         config.train.batch_size,
@@ -94,7 +97,7 @@ def prepare_data(
     steps = config.train.max_steps or max(1, round(batches.steps_per_epoch * (config.train.epochs or 0)))
     return TrainingData(
         train=train,
-        validation=[encoded.examples[i] for i in sorted(order[: section.validation])],
+        validation=[encoded.answers[i] for i in sorted(order[:held_out])],
         order=batches,
         total_steps=steps,
         truncated=encoded.truncated,

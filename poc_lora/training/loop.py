@@ -136,8 +136,7 @@ class TrainingLoop:
         """Train one pack from step `start` to the end; then write, commit and validate its adapters."""
         result, total = self.result, self.result.steps
         own_pack = pack if pack.bank.adapters[0] in self.own else None
-        if start < total:
-            self._validate_if_due(pack, start, own_pack, bar)
+        held_out = self._validate_if_due(pack, start, own_pack, bar) if start < total else ""
         for step in range(start, total):
             self.ranks.heartbeat(f"at step {step + 1} of {total}")
             self.commits.check()
@@ -154,9 +153,9 @@ class TrainingLoop:
                 bar.advance(total - step, "every adapter diverged")
                 self._commit(own_pack)
                 return
-            bar.advance(1, f"{_spread(pack, done)}{result.tokens / result.seconds:,.0f} tokens/s")
+            bar.advance(1, f"{_spread(pack, done)}{held_out}{result.tokens / result.seconds:,.0f} tokens/s")
             if step + 1 < total:
-                self._validate_if_due(pack, step + 1, own_pack, bar)
+                held_out = self._validate_if_due(pack, step + 1, own_pack, bar) or held_out
                 if self._steps_since_commit >= self.config.checkpoint.every_steps:
                     self._commit(own_pack)
         # What is trained is saved before anything else happens: validation may take longer than training did.
@@ -179,20 +178,20 @@ class TrainingLoop:
         """Change the progress of some adapters."""
         self.result.progress |= {a: replace(self.result.progress[a], **changes) for a in adapters}  # type: ignore[arg-type]
 
-    def _validate_if_due(self, pack: Pack, step: int, own_pack: Pack | None, bar: ProgressBar) -> None:
-        """Validate in the course of training; what is trained is committed first."""
+    def _validate_if_due(self, pack: Pack, step: int, own_pack: Pack | None, bar: ProgressBar) -> str:
+        """Validate in the course of training; what is trained is committed first. Returns the result in words."""
         every = self.config.train.validate_every
         if not every or step % every:
-            return
+            return ""
         if self._steps_since_commit:
             self._commit(own_pack)
-        self._validate(pack, step, own_pack, bar)
+        return self._validate(pack, step, own_pack, bar)
 
-    def _validate(self, pack: Pack, step: int, own_pack: Pack | None, bar: ProgressBar) -> None:
-        """Validate and log it, unless that was done before the run was interrupted."""
+    def _validate(self, pack: Pack, step: int, own_pack: Pack | None, bar: ProgressBar) -> str:
+        """Validate and log it, unless that was done before the run was interrupted. Returns the result in words."""
         due = any(self.result.progress[a].validated < step for a in _live(pack))
         if not (all_reduce_max([due])[0] if self.sharded else due):
-            return
+            return ""
 
         def stop() -> bool:
             self.ranks.heartbeat(f"validating after step {step}")
@@ -201,9 +200,14 @@ class TrainingLoop:
         measures = validate(pack, stop=stop, report=bar.report)
         if measures is None:
             self._commit(own_pack)  # raises Interrupted
-        elif own_pack and pack.live:
+            return ""
+        if own_pack and pack.live:
             self.metrics.validation(pack, step, measures)
             self._update(_live(pack), validated=step)
+        losses = [measures[a]["validation_loss"] for a in _live(pack) if "validation_loss" in measures.get(a, {})]
+        if not losses:
+            return ""
+        return f"held out {min(losses):.3f} to {max(losses):.3f}, merge {measures['merge']['validation_loss']:.3f}, "
 
     def _write_adapters(self, pack: Pack) -> None:
         section = self.config.model

@@ -1,9 +1,8 @@
 """One optimizer step of a pack: adapters at the same step, trained together on one base model."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -181,20 +180,22 @@ class Pack:
         return without_waiting(torch.tensor(keys, dtype=torch.int64), self.device)
 
     @torch.no_grad()
-    def loss(self, examples: Sequence[Example], stop: Callable[[], bool] = lambda: False) -> float | None:
-        """Return the mean loss per supervised token of `examples` under the bank's present view.
+    def row_losses(self, examples: Sequence[Example], stop: Callable[[], bool] = lambda: False) -> list[float] | None:
+        """Return the loss of each example, summed over its supervised tokens, under the bank's present view.
 
         None if `stop`, which is asked before every micro-batch, returned True before all of them had been processed.
         """
         self.model.eval()
-        count = sum(supervised_tokens(e) for e in examples)
-        tokens = torch.tensor([float(count)], device=self.device)
-        shares = []
+        losses = [0.0] * len(examples)
         for batch in self._micro_batches(examples, [range(len(examples))]):
             if all_reduce_max([stop()])[0] if self.sharded else stop():
                 return None
-            shares.append(float(packed_loss(self.model, batch, tokens, plain_head=self._plain_head)[1]))
-        return math.fsum(shares)
+            by_row = replace(batch, slot=batch.row)
+            ones = torch.ones(len(batch.examples), device=self.device)
+            found = packed_loss(self.model, by_row, ones, plain_head=self._plain_head)[1]
+            for example, loss in zip(batch.examples, found.tolist(), strict=True):
+                losses[example] = loss
+        return losses
 
     def close(self) -> None:
         """Give the base model its own modules back."""

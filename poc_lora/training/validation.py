@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from poc_lora.adapters.factors import Factors
+from poc_lora.data.batches import supervised_tokens
 from poc_lora.merging.gram import cosine, gram, summary
 from poc_lora.merging.stacked import exact_device, stack
 from poc_lora.models.sharding import all_reduce_max
@@ -28,14 +30,16 @@ def validate(
         report: Called with a note on progress before each model.
 
     Returns:
-        Measures by name: `base`, each live adapter by its id, and `merge`. Each has its `validation_loss` if there are
-        validation rows; `merge` also has the adapters' pairwise `cosines` and the figures of `merging.gram.summary`,
-        among them S² and the merge variance S²/M. None if `stop` returned True.
+        Measures by name: `base`, each live adapter by its id, and `merge`. If there are validation rows, each has its
+        `validation_loss` per token of their answers and its `row_losses`, summed over each row's answer; `base` has
+        the answers' `row_tokens`. `merge` also has the adapters' pairwise `cosines` and the figures of
+        `merging.gram.summary`, among them S² and the merge variance S²/M. None if `stop` returned True.
     """
     bank, examples = pack.bank, pack.data.validation
     measures: dict[int | str, dict[str, Any]] = {"merge": _similarity(pack) if pack.live else {}}
     if not examples:
         return measures
+    tokens = [supervised_tokens(example) for example in examples]
     # Ranks that share a base run it equally often: those with fewer adapters measure the base once more instead.
     most = all_reduce_max([len(pack.live)])[0] if pack.sharded else len(pack.live)
     views: list[tuple[int | str, Callable[[], contextlib.AbstractContextManager[None]]]] = [
@@ -46,10 +50,12 @@ def validate(
     for number, (name, view) in enumerate(views, start=1):
         report(f"validating, model {number} of {len(views)}")
         with view():
-            loss = pack.loss(examples, stop)
-        if loss is None:
+            losses = pack.row_losses(examples, stop)
+        if losses is None:
             return None
-        measures[name] = {"validation_loss": loss} | measures.get(name, {})
+        found = {"validation_loss": math.fsum(losses) / sum(tokens), "row_losses": [round(loss, 4) for loss in losses]}
+        measures[name] = found | measures.get(name, {})
+    measures["base"]["row_tokens"] = tokens
     return measures
 
 

@@ -141,7 +141,7 @@ def ours(
         bank = AdapterBank.from_adapters(model, [read_adapter(folder) for folder in sources])
         first: dict[Item, Answer] = {}
         start = time.perf_counter()
-        for batch, answers in evaluator.answer([folder.name for folder in sources], items):
+        for batch, answers in evaluator.answer_batches([folder.name for folder in sources], items):
             first |= zip(batch, answers[0], strict=True)
         taken += time.perf_counter() - start
         bank.remove()

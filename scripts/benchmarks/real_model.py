@@ -40,6 +40,7 @@ import numpy as np
 import torch
 
 from poc_lora.config import validate
+from poc_lora.data.batches import supervised_tokens
 from poc_lora.data.commonsense import ANSWER_FORMAT, BENCHMARKS, Question, read_questions
 from poc_lora.evaluation.protocols import label
 from poc_lora.files import write_atomic, write_json
@@ -242,7 +243,7 @@ class Study:
         }
         return validate(raw, where=job.name)
 
-    def _heldout(self, pack: Pack, job: Job, *, lines: bool = True) -> dict[str, float | None]:
+    def _heldout(self, pack: Pack, job: Job, *, lines: bool = True) -> dict[str, float]:
         """The loss per token of the answers held out: of the base, each adapter, the merges, and on lines between.
 
         `line_J_0.25` has a quarter of adapter J and three quarters of its pack's merge: the average of a list of
@@ -250,14 +251,19 @@ class Study:
         """
         bank, M = pack.bank, job.members
         rows = list(prepare_data(self._config(replace(job, batch=1, learn="last"), "heldout"), self.tokenizer).train)
+        tokens = sum(map(supervised_tokens, rows))
+
+        def loss() -> float:
+            return sum(pack.row_losses(rows) or []) / tokens
+
         with bank.disabled():
-            found = {"base": pack.loss(rows)}
+            found = {"base": loss()}
         for slot in range(job.count):
             with bank.only(slot):
-                found[f"adapter_{slot}"] = pack.loss(rows)
+                found[f"adapter_{slot}"] = loss()
         for name, members in job.merges():
             with bank.merged(members):
-                found[name] = pack.loss(rows)
+                found[name] = loss()
         if lines and M > 1:
             for slot in range(0, job.count, M):
                 every = list(range(slot, slot + M))
@@ -267,7 +273,7 @@ class Study:
                     (0.75, every + [slot] * (3 * M)),
                 ):
                     with bank.merged(members):
-                        found[f"line_{slot}_{share}"] = pack.loss(rows)
+                        found[f"line_{slot}_{share}"] = loss()
         return found
 
     def _ask(self, pack: Pack, job: Job) -> dict[str, dict[str, float]]:

@@ -73,3 +73,29 @@ def test_all_of_merge_json_and_results_json_is_public_and_nothing_of_run_json():
     assert not any(PUBLIC in field.metadata for field in RunInfo.model_fields.values())
     for artifact in (MergeReport.model_validate(merge_report()), results()):
         assert artifact.public({}) == artifact
+
+
+@pytest.mark.parametrize("artifact", [MergeReport, Results, RunInfo])
+def test_no_integer_of_a_file_is_unbounded(artifact):
+    """Python's have no limit, and what shows them as numbers of bytes or draws them fails on those of 400 digits."""
+
+    def integers(node):
+        if isinstance(node, dict):
+            if node.get("type") == "integer":
+                yield node
+            node = node.values()
+        for inner in node if not isinstance(node, str | int | float | bool | None) else ():
+            yield from integers(inner)
+
+    found = list(integers(artifact.model_json_schema()))
+    assert len(found) > 3
+    for node in found:
+        assert {"maximum", "exclusiveMaximum"} & node.keys(), node
+        assert {"minimum", "exclusiveMinimum"} & node.keys(), node
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1e31, float("inf")])
+def test_a_number_that_cannot_be_drawn_is_refused(tmp_path, value):
+    (tmp_path / "example.json").write_text(json.dumps({"parts": {}, "value": value}))
+    with pytest.raises(RunError, match="value"):
+        Example.read(tmp_path / "example.json")

@@ -7,6 +7,8 @@ import shutil
 
 import pytest
 
+from poc_lora.config import load_config
+from poc_lora.microworld import MODEL_DIR
 from poc_lora.training.checkpoint import Commits
 from poc_lora.training.run import Run
 from tests.conftest import instruction_rows
@@ -28,6 +30,24 @@ def test_check_prints_what_a_run_will_do(poc_lora, config):
     assert next(line for line in table if line.startswith("memory on")).endswith(" kB")
     assert f"poc-lora train {config} train.max_steps=7" in out
     assert not (config.parent / "run").exists()
+
+
+def test_init_writes_a_configuration_that_check_takes_at_once(poc_lora, refused, config, tiny_model_dir):
+    rows = ["--data", "train.json", "--data", "train.json"]
+    status, out, err = poc_lora("init", "mine.yaml", "--model", tiny_model_dir, *rows)
+    assert (status, err) == (0, "")
+    assert out == "\nthe configuration: mine.yaml\nnext: poc-lora check mine.yaml\n"
+    status, out, err = poc_lora("check", "mine.yaml")
+    assert status == 0, err
+    assert "runs/mine (new)" in out
+    assert "where: mine.yaml" in refused("init", "mine.yaml")
+
+
+def test_init_without_a_model_or_rows_takes_the_demos_and_says_so(poc_lora, config):
+    status, out, _ = poc_lora("init", "mine.yaml", "--data", "train.json")
+    assert status == 0
+    assert out.startswith("model.name is the demo's: set your own in the file\n\nthe configuration: mine.yaml\n")
+    assert load_config("mine.yaml").model.name == str(MODEL_DIR)
 
 
 @pytest.mark.parametrize("verb", ["check", "train"])

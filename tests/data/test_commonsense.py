@@ -63,6 +63,9 @@ def test_a_missing_file_is_named(tmp_path):
         ([GOOD, GOOD | {"instruction": "Answer format: hat//cup"}], "none of them empty"),
         ([GOOD, GOOD | {"instruction": "Answer format: hat/cup / hat"}], "stands twice"),
         ([GOOD, GOOD | {"instruction": "\ud800 Answer format: cup/hat"}], "surrogate"),
+        ([GOOD, GOOD | {"instruction": "Answer format: " + "/".join(map(str, range(100_000)))}], "more than 1000"),
+        ([GOOD, GOOD | {"instruction": "Answer format: a/" + "b" * 2**17}], "longer than 65,536"),
+        ([GOOD, GOOD | {"input": "x" * 5_000_000}], "a text of 5,000,0"),
     ],
 )
 def test_bad_input_is_a_data_error_naming_file_and_row(tmp_path, content, said):

@@ -188,6 +188,16 @@ def test_the_llm_adapters_template_has_that_projects_bytes():
         assert render_prompt("DO", text, "llm-adapters", purpose=purpose) == prompt
 
 
+@pytest.mark.parametrize(
+    "row", [InstructionRow("a " * 2**21, "", "b", where="row 2"), CompletionRow("a", "b" * 2**22, where="row 2")]
+)
+def test_a_text_that_would_take_the_tokenizer_minutes_is_refused(tokenizer, row, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *_, **__: pytest.fail("tokenised"))
+    with pytest.raises(DataError, match="4,194,304 are the most") as problem:
+        encode(tokenizer, CompletionRow("a", "b"), row)
+    assert problem.value.where == "row 2"
+
+
 @pytest.mark.parametrize("adds_eos", [False, True])
 def test_a_row_rendered_beforehand_is_the_chat_that_the_template_renders(fresh_tokenizer, adds_eos):
     """One BOS and one EOS, although the tokenizer would add them to any other text."""

@@ -75,7 +75,7 @@ def test_a_column_that_is_not_text_is_named(write, value):
     assert "'completion' is empty or not text" in problem.what
 
 
-@pytest.mark.parametrize("value", [3, ["a"], "half a pair \udc00"])
+@pytest.mark.parametrize("value", [3, 0, False, ["a"], "half a pair \udc00"])
 def test_an_input_that_is_not_text_is_refused(write, value):
     assert "'input'" in refusal(write([{**INSTRUCTION, "input": value}])).what
 

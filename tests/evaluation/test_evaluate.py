@@ -22,7 +22,7 @@ from poc_lora.evaluation.protocols import harness
 from poc_lora.evaluation.protocols.label import prepare, score_labels
 from poc_lora.evaluation.variants import adapter_digest
 from poc_lora.models.load import load_base
-from poc_lora.reporting.tables import notes
+from poc_lora.reporting.results_tables import notes
 from tests.launch import finish, processes
 
 TARGETS = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.up_proj": (32, 48)}
@@ -411,7 +411,7 @@ def test_another_runs_merge_is_a_control(run, data, tmp_path, tiny_model_dir):
     with pytest.raises(RunError, match="the control run has no evaluated merge"):
         evaluate([run], data=data, benchmarks=["piqa"], control=other)
     evaluate([other], data=data, benchmarks=["piqa"], limit=3)
-    with pytest.raises(RunError, match="was not asked piqa, row 4"):
+    with pytest.raises(RunError, match="did not answer piqa, row 4"):
         evaluate([run], data=data, benchmarks=["piqa"], control=other)
     theirs = evaluate([other], data=data, benchmarks=["piqa"])
     results = evaluate([run], data=data, benchmarks=["piqa"], control=other)
@@ -438,7 +438,7 @@ def test_another_runs_merge_is_a_control(run, data, tmp_path, tiny_model_dir):
     rows = json.loads((data / "piqa" / "test.json").read_text())
     rows[1]["instruction"] = "And " + rows[1]["instruction"]
     (data / "piqa" / "test.json").write_text(json.dumps(rows))
-    with pytest.raises(RunError, match="row 2, or not in these words"):
+    with pytest.raises(RunError, match="row 2, or that question has changed"):
         evaluate([run], data=data, benchmarks=["piqa"], control=other)
 
 
@@ -534,3 +534,20 @@ def test_the_eight_real_benchmarks_are_scored(run):
     results = evaluate([run], data=REAL, limit=3)
     assert len(results.questions) == 8
     assert set(results.questions.values()) == {3}
+
+
+@pytest.mark.parametrize("protocol", ["label", "generate", "harness"])
+def test_a_token_without_an_embedding_is_named_before_anything_runs(run, data, padded_model_dir, protocol):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["name"] = str(padded_model_dir)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    path = data / "piqa" / "test.json"
+    rows = json.loads(path.read_text())
+    rows[3]["instruction"] = f"[PAD] {rows[3]['instruction']}"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(ModelError, match=r"'\[PAD\]', is beyond the base model's \d+ embeddings"):
+        evaluate([run], data=data, benchmarks=["piqa"], protocol=protocol)
+    assert not list(run.glob("eval*/results.json"))
+    rows[3]["instruction"] = rows[3]["instruction"].removeprefix("[PAD] ")
+    path.write_text(json.dumps(rows))
+    evaluate([run], data=data, benchmarks=["piqa"], protocol=protocol)

@@ -17,7 +17,7 @@ def test_few_questions_keep_many_ranks_busy():
     )
     given = []
     for rank in range(8):
-        batches = Evaluator(None, None, protocol, Ranks(rank, 8)).answer(["base"], items)
+        batches = Evaluator(None, None, protocol, Ranks(rank, 8)).answer_batches(["base"], items)
         given.append({item for batch, answers in batches if answers for item in batch})
     assert sum(map(len, given)) == len(set().union(*given)) == 100
     assert all(7 <= len(answers) <= 14 for answers in given)

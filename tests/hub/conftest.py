@@ -84,7 +84,7 @@ def make_run(folder, *, base="org/base", evaluated=True, real=True):
         "model": {"name": base},
         "lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]},
         "adapters": {"count": 2},
-        "data": {"train": ["org/rows", "secret-project/train.jsonl"]},
+        "data": {"train": ["org/rows:train", "org/rows:test", "secret-project/train.jsonl"]},
         "optim": {"temperature": 3e-4},
         "train": {"max_steps": 7},
         "output": "run",
@@ -93,7 +93,13 @@ def make_run(folder, *, base="org/base", evaluated=True, real=True):
         write_adapter(small_adapter(i, base=base), folder / "adapters" / f"{i:02d}")
     merge_folders([folder], folder / "merged")
     (folder / "config.yaml").write_text(dump_yaml(validate(config, where="test")))
-    benchmark = {"data_sha256": {"secret-project/train.jsonl": "ab" * 32, "tokenised rows": "cd" * 32}}
+    benchmark = {
+        "data_sha256": {
+            "secret-project/train.jsonl": "ab" * 32,
+            "tokenised rows": "cd" * 32,
+            "tokens with a loss": "ef" * 32,
+        }
+    }
     (folder / "run.json").write_text(json.dumps(benchmark))
     if evaluated:
         write_results(folder / "eval", some_results(["00", "01"], real=real, base=base))

@@ -166,7 +166,7 @@ def test_an_evaluation_older_than_the_weights_is_not_theirs(run):
     merge_folders([run], run / "merged", rank=1)
     subject = collect(run)
     assert subject.evaluation is None
-    assert subject.left_out == {"eval/results.json": "of other weights than the adapter has now: evaluate again"}
+    assert subject.left_out == {"eval/results.json": "the weights have changed since: evaluate again"}
     assert subject.config is not None
 
 

@@ -107,7 +107,7 @@ def test_an_evaluation_is_known_by_its_weights_and_not_by_times(run):
     os.utime(run / "eval" / "results.json")
     subject = collect(run)
     assert subject.evaluation is None
-    assert subject.left_out == {"eval/results.json": "of other weights than the adapter has now: evaluate again"}
+    assert subject.left_out == {"eval/results.json": "the weights have changed since: evaluate again"}
 
 
 @pytest.mark.parametrize("name", ["../../secret", "a\0b", "x" * 5000, "\ud800"])

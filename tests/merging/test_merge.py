@@ -122,6 +122,7 @@ def test_low_precision_factors_are_merged_in_float64():
         ({"weights": [float("nan"), 0.5, 0.5]}, "not a finite"),
         ({"weights": [1.0, 1.0, 1.0]}, "sum to 3"),
         ({"dtype": torch.int8}, "int8"),
+        ({"method": "random", "rank": 3, "seed": 10**400}, "seed"),
     ],
 )
 def test_requests_that_cannot_be_met_are_refused(mixed, change, words):

@@ -35,7 +35,7 @@ def everything():
         "averages": figures.averages_figure(
             [("base", "base", [(40.0, 1.0)]), ("two", "adapter", [(41.0, 1.0)] * 2)], 25
         ),
-        "curves": figures.curves_figure({"00": curve, "01": curve}, label="loss", log=True, limit=("limit", 0.5)),
+        "curves": figures.curves_figure({"00": curve, "01": curve}, label="loss", limit=("limit", 0.5)),
         "validation": figures.validation_figure(curve[:1], {"00": curve[:9]}, {"merge of 2": curve[:9]}),
         "heatmap": figures.heatmap_figure(cosines, ["a", "b", "c", "d"]),
         "key": figures.heatmap_figure(np.eye(12).tolist(), [f"{i:04d}" for i in range(12)]),

@@ -93,6 +93,13 @@ def test_the_tokens_it_counts_are_those_that_are_trained_on(settings):
     assert masked["supervised tokens per epoch and adapter"] < facts["supervised tokens per epoch and adapter"]
 
 
+@pytest.mark.parametrize(("rows", "held_out"), [(9, 0), (60, 6), (1300, 120)])
+def test_auto_holds_out_a_tenth_of_the_rows_and_at_most_120(settings, train_file, rows, held_out):
+    train_file.write_text(json.dumps(instruction_rows(rows)))
+    facts = check(config(settings, data__validation="auto"), device=CPU)
+    assert (facts["training rows"], facts["validation rows"]) == (rows - held_out, held_out)
+
+
 def test_what_does_not_fit_is_told(settings, monkeypatch):
     monkeypatch.setattr(plan, "free_bytes", lambda device: 1000)
     auto = dict(adapters__per_device="auto", train__tokens_per_microbatch="auto", train__gradient_checkpointing="auto")
@@ -120,10 +127,13 @@ def test_the_disk_is_asked_for_the_adapters_that_wait(settings, monkeypatch):
 def test_the_cost_of_validation_is_told(settings, every, times, monkeypatch):
     run = config(settings, train__validate_every=every)
     seen = []
-    original = Pack.loss
-    monkeypatch.setattr(
-        Pack, "loss", lambda pack, rows, *rest: (seen.extend(len(e.ids) for e in rows), original(pack, rows, *rest))[1]
-    )
+    original = Pack.row_losses
+
+    def row_losses(pack, rows, *rest):
+        seen.extend(len(e.ids) for e in rows)
+        return original(pack, rows, *rest)
+
+    monkeypatch.setattr(Pack, "row_losses", row_losses)
     told = check(run, device=CPU)["validation, about"]
     train(run)
     assert told == f"{sum(seen):,} tokens: 6 rows × 5 models × {times} validations per pack"

@@ -35,7 +35,7 @@ def written(folder, merge=lambda line: "merge"):
     for line in metrics(folder):
         name = merge(line) if line["adapter"] == "merge" else line["adapter"]
         for measure, value in line.items():
-            if measure not in ("step", "adapter", "members", "cosines"):
+            if measure not in ("step", "adapter") and not isinstance(value, list):
                 found.setdefault(f"{measure}/{name}", []).append((line["step"], float(np.float32(value))))
     return found
 

@@ -36,12 +36,9 @@ def generate_answers(
 
     Args:
         model: In eval mode.
-        tokenizer: Its tokenizer.
-        questions: What to answer.
         prompt: The template.
         beams: 1 is greedy.
-        copies: How often the model expects each batch to be repeated: M for a bank of M packed adapters
-            (adapter-major), otherwise 1.
+        copies: As for `score_labels`.
 
     Returns:
         The answers of each copy to every question, [copies][n].

@@ -27,7 +27,7 @@ from poc_lora.progress import progress_bar
 class TaskScores:
     """lm-eval's scores of one variant on the n questions of one task, which have up to k labels."""
 
-    log_probs: Tensor  # [n, k] of the labels, -inf where there is none
+    log_probs: Tensor  # [n, k] of the labels, -inf for missing ones
     answers: Tensor  # [n], the index of the right one
     truncated: Tensor  # [n], the prompt was cut on the left, as lm-eval does with what exceeds the context
 
@@ -49,12 +49,10 @@ def harness_answers(
 
     Args:
         model: The base model, without a bank.
-        tokenizer: Its tokenizer.
         tasks: From `load_tasks`.
-        variants: What to score.
         data: The folder of the local tasks' questions; None for lm-eval's own tasks.
         limit: Only the first questions of each task.
-        stop: May be set from elsewhere to stop between answers.
+        stop: Set to stop between answers.
 
     Returns:
         The questions, and for every variant but the ensemble its answers. A question that exceeds the context has an
@@ -133,7 +131,7 @@ def _right_choice(task: Any, sample: dict[str, Any]) -> int:
 
 
 def _items(data: Path | None, scores: Mapping[str, TaskScores]) -> list[Item]:
-    """The questions that were asked; of lm-eval's own tasks only the numbers of their labels are known here."""
+    """The questions that were asked; for lm-eval's own tasks, stand-ins with as many labels."""
     items = []
     for folder, found in scores.items():
         if data is not None:

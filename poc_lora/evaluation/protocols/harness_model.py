@@ -17,14 +17,13 @@ UNLIMITED = 2**40  # tokens, where the model's config states no limit: lm-eval w
 
 
 class LoadedModel(HFLM):  # type: ignore[misc, unused-ignore]
-    """lm-eval's Hugging Face model around one that is already loaded, so that a bank's views show it one variant each.
+    """lm-eval's Hugging Face model around a loaded one, so that lm-eval scores the variant that a bank computes.
 
     Logits have the model's dtype, so in bfloat16 some labels tie. Log-probabilities are computed and summed in float32;
     otherwise many more would.
 
     Args:
-        model: The loaded model.
-        tokenizer: Its tokenizer, which is copied, since lm-eval adds a pad token.
+        tokenizer: Is copied, since lm-eval adds a pad token.
         on_answer: Called after every request.
 
     Attributes:

@@ -28,16 +28,12 @@ def local_task(benchmark: Benchmark) -> str:
 
 
 def load_tasks(benchmarks: Sequence[Benchmark], *, data: Path | None, prompt: str = "clean") -> dict[str, Any]:
-    """Load lm-eval task objects.
+    """Load an lm-eval task for each benchmark, by its folder's name.
 
     Args:
-        benchmarks: To load a task for each.
         data: The folder of BENCHMARK/test.json files, for the local tasks. None takes lm-eval's own tasks, with their
             own prompts and with data from the Hub.
         prompt: The prompt template of the local tasks.
-
-    Returns:
-        Folder name to task.
 
     Raises:
         RequestError: If lm-eval is not installed.
@@ -76,8 +72,8 @@ def local_dataset(*, benchmark: str, data: str | None = None, prompt: str = "cle
     """The questions of `<data>/<benchmark>/test.json`; called by lm-eval for the tasks' YAML files.
 
     Args:
-        benchmark: Its folder, from the YAML file.
-        data, prompt: From the metadata that lm-eval was given; it adds keys of its own.
+        benchmark: From the YAML file.
+        data, prompt: From lm-eval's metadata, which has more keys.
 
     Raises:
         RequestError: If `data` is missing or there is no such prompt template.

@@ -125,7 +125,7 @@ def score_labels(model: PreTrainedModel, prepared: PreparedQuestions, *, copies:
             (adapter-major), otherwise 1.
 
     Returns:
-        Log-probabilities, float32 on the CPU [copies, n, k]; -inf where there is no label or no score.
+        Log-probabilities, float32 on the CPU [copies, n, k]; -inf for labels that do not exist or have no score.
     """
     n, k = prepared.label_exists.shape
     if model.device.type == "cpu":
@@ -229,9 +229,9 @@ def _rows_of(sequences: list[list[int]], slot: int) -> list[tuple[list[int], lis
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what each layer frees for the next one, by freeing a large block, from which it learns how much.
+    """Free a large block, from which glibc learns to keep the memory that one layer frees for the next one.
 
-    Otherwise pages go back to the system and are allocated anew, which took a fifth of the time of a small model.
+    Otherwise pages go back to the system and are allocated again, which took a fifth of the time of a small model.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)  # glibc learns from blocks of up to 32 MB
 
@@ -246,7 +246,7 @@ def _prefix_length(prepared: PreparedQuestions) -> int:
 
 
 def _shared_length(sequences: list[list[int]]) -> int:
-    """How many first tokens all sequences share: as many as the smallest and the largest in lexical order do."""
+    """How many first tokens all sequences share, which the first and the last in lexical order show."""
     least, greatest = min(sequences), max(sequences)
     return next((i for i, (a, b) in enumerate(zip(least, greatest, strict=False)) if a != b), len(least))
 

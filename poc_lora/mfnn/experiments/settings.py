@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from poc_lora.config_files import (
-    NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
     Section,
+    Seed,
     apply_overrides,
     read_config,
     validate_as,
@@ -88,7 +88,7 @@ class MultiIndexAt(StartedMultiIndex):
 class Settings(Section):
     """What every experiment has: the seed that all its draws descend from."""
 
-    seed: NonNegative = 0
+    seed: Seed = 0
 
 
 def _check_members(members: tuple[int, ...], networks: int) -> None:

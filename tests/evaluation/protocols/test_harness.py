@@ -17,7 +17,7 @@ from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.data.commonsense import BENCHMARKS, BY_FOLDER, find_benchmarks, read_questions
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError
-from poc_lora.evaluation import statistics as scores
+from poc_lora.evaluation import scores
 from poc_lora.evaluation.protocols.harness import harness_answers, score_tasks
 from poc_lora.evaluation.protocols.harness_tasks import TASKS_FOLDER, load_tasks, local_task
 from poc_lora.evaluation.protocols.label import prepare, score_labels

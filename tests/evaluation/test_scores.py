@@ -7,7 +7,7 @@ import torch
 
 from poc_lora.data.commonsense import Question
 from poc_lora.evaluation.answers import Answer, Item
-from poc_lora.evaluation.statistics import (
+from poc_lora.evaluation.scores import (
     Estimate,
     agreement,
     correct_by_benchmark,

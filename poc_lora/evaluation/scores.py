@@ -1,0 +1,194 @@
+"""From answers to Results: accuracies with their standard errors, the prediction ensemble and paired tests.
+
+Standard errors are those of sampling the test questions, with the adapters fixed. They say nothing about other training
+seeds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poc_lora import rng
+from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
+from poc_lora.artifacts.run_folder import RESULTS
+from poc_lora.evaluation.answers import Answer, Item
+from poc_lora.evaluation.variants import Variants, adapter_key
+from poc_lora.files import write_json
+
+RESAMPLES = 10_000
+
+
+def summarise(
+    answers: Mapping[str, Mapping[Item, Answer]],
+    items: Sequence[Item],
+    *,
+    adapters: Sequence[str],
+    seed: int,
+    **described: Any,
+) -> Results:
+    """Compute Results from answers.
+
+    Args:
+        answers: By variant: `base`, the `adapter_key` of each adapter and, if there are such, `merged`, `ensemble` and
+            `control`. Adapters answer all `items`, the other variants only test questions.
+        seed: The seed of the bootstrap.
+        described: The fields of Results that do not depend on answers.
+    """
+    test = [item for item in items if item.split == "test"]
+    validation = [item for item in items if item.split == "validation"]
+    correct = {variant: correct_by_benchmark(test, given) for variant, given in answers.items()}
+    benchmarks = list(correct["base"])
+    members = [correct[adapter_key(a)] for a in adapters] or [correct["base"]]  # a model alone is its own average
+    rivals = {"average": {b: torch.stack([member[b] for member in members]).mean(0) for b in benchmarks}}
+    scored = {variant: _scored(parts) for variant, parts in (correct | rivals).items()}
+    chosen_on = {a: _scored(correct_by_benchmark(validation or test, answers[adapter_key(a)])) for a in adapters}
+    best = max(adapters, key=lambda a: chosen_on[a].average.value, default="")
+    if best:
+        rivals = {"best": correct[adapter_key(best)]} | rivals
+    if "control" in correct:
+        rivals["control"] = correct["control"]
+    merged, together = answers.get("merged"), answers.get("ensemble")
+    return Results(
+        questions={b: len(values) for b, values in correct["base"].items()},
+        too_long={b: sum(i.benchmark == b and answers["base"][i].too_long for i in test) for b in benchmarks},
+        unread=_unread(answers, test) if described["protocol"] == "generate" else {},
+        base=scored["base"],
+        adapters={a: scored[adapter_key(a)] for a in adapters},
+        best=best,
+        best_chosen_on="validation" if validation else "test",
+        average=scored["average"],
+        merged=scored.get("merged"),
+        ensemble=scored.get("ensemble"),
+        control=scored.get("control"),
+        comparisons={name: paired_difference(correct["merged"], rival, seed=seed) for name, rival in rivals.items()}
+        if merged
+        else {},
+        agreement=agreement(merged, together) if merged and together else None,
+        **described,
+    )
+
+
+def write_results(variants: Variants, results: Results, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a JSON file for each variant, then results.json: if it is there, the others are complete.
+
+    Args:
+        settings: By variant, what its answers depend on besides the questions; its `adapters` are digests.
+    """
+    read = {adapter_key(name): adapter for name, adapter in variants.adapters.items()}
+    read |= {"merged": variants.merged} if variants.merged else {}
+    found: dict[str, Scored | None] = {adapter_key(name): scored for name, scored in results.adapters.items()}
+    found |= {"base": results.base, "merged": results.merged, "ensemble": results.ensemble}
+    for variant, scored in found.items():
+        if scored is None:
+            continue
+        summary = {
+            "variant": variant,
+            "source": read[variant].source if variant in read else None,
+            "adapter_digest": settings[variant]["adapters"][0] if variant in read else None,
+            "base_model": results.base_model,
+            "protocol": results.protocol,
+            "prompt": results.prompt,
+            "benchmarks": {b: _plain(e) | {"questions": results.questions[b]} for b, e in scored.benchmarks.items()},
+            "average": _plain(scored.average),
+            "settings": settings[variant],
+        }
+        write_json(variants.out / f"{variant}.json", summary)
+    results.write(variants.out / RESULTS)
+
+
+def correct_by_benchmark(items: Sequence[Item], answers: Mapping[Item, Answer]) -> dict[str, Tensor]:
+    """For each benchmark 1.0 (correct) or 0.0 per question, float64 [n], in the order of `items`.
+
+    A question that was too long, or whose answer has no label, counts as wrong.
+    """
+    found: dict[str, list[bool]] = {}
+    for item in items:
+        found.setdefault(item.benchmark, []).append(answers[item].choice == item.question.answer)
+    return {benchmark: torch.tensor(values, dtype=torch.float64) for benchmark, values in found.items()}
+
+
+def mean(values: Tensor) -> Estimate:
+    """The mean of `values` [n] and its standard error, sqrt(sample variance / n)."""
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(values.mean().item(), error)
+
+
+def macro_average(parts: Mapping[str, Estimate]) -> Estimate:
+    """The unweighted mean over benchmarks, which are independent samples: its error is sqrt(Σ error²) / number."""
+    total = math.fsum(part.value for part in parts.values())
+    error = math.sqrt(math.fsum(part.error**2 for part in parts.values()))
+    return Estimate(total / len(parts), error / len(parts))
+
+
+def ensemble(item: Item, members: Sequence[Answer]) -> Answer:
+    """The prediction ensemble's answer: the label with the largest mean probability over the members.
+
+    Each member's label probabilities are normalised to sum to one before the mean is taken.
+
+    Returns:
+        The answer with the logarithms of the mean probabilities, or one marked `too_long` if a member has none.
+    """
+    members_log_probs = [answer.log_probs for answer in members]
+    if None in members_log_probs:
+        return Answer(None, too_long=True)
+    values = torch.tensor(members_log_probs, dtype=torch.float64).log_softmax(-1)  # [members, labels]
+    mean = values.logsumexp(0) - math.log(len(members))
+    log_probs = tuple(round(value, 6) for value in mean.tolist())
+    return Answer(item.question.labels[int(mean.argmax())], log_probs=log_probs)
+
+
+def paired_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, seed: int) -> Difference:
+    """The macro average of `ours` minus that of `theirs`, with a percentile bootstrap (Efron 1979).
+
+    Questions are resampled within each benchmark. p is twice the smaller share of resamples on one side of zero, with
+    one resample added to each side so that it is never zero.
+
+    Args:
+        ours, theirs: For each benchmark a value per question [n], in the same order.
+        seed: Of the bootstrap.
+    """
+    resampled = np.zeros(RESAMPLES)
+    observed = 0.0
+    for benchmark in ours:
+        difference = (ours[benchmark] - theirs[benchmark]).double().numpy()
+        values, counts = np.unique(difference, return_counts=True)
+        # n draws with replacement take few distinct values, so their counts are drawn: the same law, much less work.
+        stream = np.random.default_rng(rng.key(seed, 0, "bootstrap", name=benchmark))
+        drawn = stream.multinomial(len(difference), counts / len(difference), size=RESAMPLES)
+        resampled += drawn @ values / len(difference)
+        observed += difference.mean()
+    resampled /= len(ours)
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    p = min(1.0, 2 * (int(tail) + 1) / (RESAMPLES + 1))
+    return Difference(value=float(observed / len(ours)), low=float(low), high=float(high), p=p)
+
+
+def agreement(ours: Mapping[Item, Answer], theirs: Mapping[Item, Answer]) -> float:
+    """The share of questions that fit the context on which two variants choose the same label; NaN if none fits."""
+    same = [ours[item].choice == theirs[item].choice for item in ours if not ours[item].too_long]
+    return sum(same) / len(same) if same else math.nan
+
+
+def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item]) -> dict[str, float]:
+    """The share of answers without a label, among the questions that fit."""
+    shares = {}
+    for variant, given in answers.items():
+        if variant == "control":
+            continue
+        asked = [given[item] for item in items if not given[item].too_long]
+        shares[variant] = sum(answer.choice is None for answer in asked) / len(asked) if asked else math.nan
+    return shares
+
+
+def _plain(estimate: Estimate) -> dict[str, float | None]:
+    return {"accuracy": estimate.value, "error": None if math.isnan(estimate.error) else estimate.error}
+
+
+def _scored(correct: Mapping[str, Tensor]) -> Scored:
+    parts = {b: mean(values) for b, values in correct.items()}
+    return Scored(benchmarks=parts, average=macro_average(parts))

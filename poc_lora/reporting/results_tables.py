@@ -1,0 +1,192 @@
+"""The tables of an evaluation, the paper's first, and the notes below them."""
+
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import rich.table
+
+from poc_lora.artifacts.results import Difference, Estimate, Results, Scored, Subsets
+from poc_lora.artifacts.run_folder import RESULTS_TABLE, RunFolder
+from poc_lora.data.commonsense import BENCHMARKS
+from poc_lora.files import write_atomic
+from poc_lora.reporting.escape import code, markdown, short
+from poc_lora.reporting.tables import Table, Value, markdown_table, percent, terminal_table
+
+NARROW = {"WinoGrande": "Wino\nGrande", "HellaSwag": "Hella\nSwag", "average": "aver-\nage"}
+
+
+def table_rows(results: Results) -> list[tuple[str, str, Scored]]:
+    """Returns the rows of the table: name, role in `plotting.COLOURS`, accuracies. A single adapter has its own row."""
+    if len(results.adapters) > 1:
+        best = results.adapters[results.best]
+        adapters = [("LoRA (best)", "best", best), ("LoRA (average)", "adapter", results.average)]
+    else:
+        adapters = [(f"LoRA {name}", "adapter", scored) for name, scored in results.adapters.items()]
+    rows = [
+        ("base", "base", results.base),
+        *adapters,
+        ("PoC merge", "merge", results.merged),
+        (f"PoC merge, {results.control_name}", "violet", results.control),
+        ("prediction ensemble", "ensemble", results.ensemble),
+    ]
+    return [(name, role, scored) for name, role, scored in rows if scored is not None]
+
+
+def columns(results: Results) -> dict[str, str]:
+    """Returns the columns of the table, in the paper's order: benchmark folder to the paper's name."""
+    return {b.folder: b.short for b in BENCHMARKS if b.folder in results.questions}
+
+
+def accuracy_table(results: Results, of: str = "") -> Table:
+    """Returns the paper's table: accuracies of the variants; `of` ends its caption if there are other evaluations."""
+    chance = [results.chance[b] for b in columns(results)]
+    asked = [results.questions[b] for b in columns(results)]
+    levels = [Estimate(level, math.nan) for level in [*chance, statistics.fmean(chance)]]
+    rows = [_row(results, name, scored) for name, _, scored in table_rows(results)]
+    return Table(
+        f"Accuracy (%) ± standard error{of}",
+        ["", *columns(results).values(), "average"],
+        [["questions", *asked, sum(asked)], ["chance level", *levels], *rows],
+        strong=["PoC merge"],
+    )
+
+
+def adapters_table(results: Results, of: str = "") -> Table:
+    """Returns the accuracies of every adapter."""
+    rows = [_row(results, name, scored) for name, scored in results.adapters.items()]
+    head = ["", *columns(results).values(), "average"]
+    caption = f"Every adapter: accuracy (%) ± standard error{of}"
+    return Table(caption, head, rows, strong=[results.best], folded=True)
+
+
+def paired_table(results: Results, of: str = "") -> Table:
+    """Returns the differences between PoC merge and its rivals."""
+    return Table(
+        f"PoC merge minus, in points of average accuracy (paired bootstrap over questions){of}",
+        ["", "difference", "95 % interval", "p"],
+        [
+            [short(name), f"{100 * d.value:+.2f}", f"{100 * d.low:+.2f} to {100 * d.high:+.2f}", f"{d.p:.2g}"]
+            for name, d in paired_differences(results).items()
+        ],
+    )
+
+
+def results_summary(results: Results) -> list[rich.table.Table | str]:
+    """Returns what the command line prints after an evaluation: the table, in 80 columns, and its notes."""
+    table = accuracy_table(results)
+    return [terminal_table(replace(table, rows=table.rows[1:]), NARROW), *notes(results)]
+
+
+def results_markdown(results: Results) -> str:
+    """Returns results.md: the table, its notes, and a table of all adapters."""
+    lines = [
+        "# Evaluation",
+        "",
+        f"Base model {code(results.base_model)}, protocol {code(results.protocol)}, prompt {code(results.prompt)}. "
+        "Accuracy in percent ± standard error.",
+        "",
+        *markdown_table(accuracy_table(results)),
+        "",
+        *(f"- {markdown(note)}" for note in notes(results)),
+    ]
+    if len(results.adapters) > 1:
+        lines += ["", "## Every adapter", "", *markdown_table(adapters_table(results), code)]
+    return "\n".join(lines) + "\n"
+
+
+def notes(results: Results, *, paired: bool = True) -> list[str]:
+    """Returns the notes below the table: the choice of the best adapter, differences if `paired`, what was left out."""
+    lines = []
+    if len(results.adapters) > 1:
+        where = "the test questions themselves, as in the paper"
+        if results.best_chosen_on == "validation":
+            where = "validation questions"
+        lines.append(
+            f"LoRA (best) is adapter {results.best} of {len(results.adapters)}, chosen by its average on {where}."
+        )
+    if paired:
+        lines += [f"PoC merge minus {name}: {_difference(d)}." for name, d in paired_differences(results).items()]
+    if results.exact_average:
+        lines.append(
+            f"PoC merge is the exact average of the {len(results.adapters)} adapters, which is not saved: "
+            "`poc-lora merge` saves it."
+        )
+    if results.agreement is not None and not math.isnan(results.agreement):
+        lines.append(
+            f"Merge and prediction ensemble choose the same label on {percent(results.agreement)} % of questions."
+        )
+    if unread := {name: share for name, share in results.unread.items() if not math.isnan(share)}:
+        shares = ", ".join(f"{name} {percent(share)}" for name, share in unread.items())
+        lines.append(f"Answers in which no label was found, in percent: {shares}.")
+    if results.subsets is not None:
+        lines += _subset_notes(results.subsets)
+    for folder, name in columns(results).items():
+        if results.too_long[folder]:
+            then = "count as wrong" if results.protocol != "harness" else "were cut at their start, as lm-eval does"
+            lines.append(
+                f"{name}: {results.too_long[folder]} of {results.questions[folder]} questions do not fit the model's "
+                f"context and {then}."
+            )
+    if results.limit is not None:
+        lines.append(f"Only the first {results.limit} questions of each benchmark were asked.")
+    lines.append("Standard errors are those of sampling questions; they do not cover other training seeds.")
+    return lines
+
+
+def paired_differences(results: Results) -> dict[str, Difference]:
+    """Returns the differences between PoC merge and its rivals, by the rivals' names."""
+    single = len(results.adapters) == 1
+    names = {
+        "best": "the adapter" if single else "LoRA (best)",
+        "average": "" if single else "LoRA (average)",  # the average of one adapter is the adapter
+        "control": f"PoC merge, {results.control_name}",
+    }
+    return {name: d for rival, d in results.comparisons.items() if (name := names.get(rival, rival))}
+
+
+def benchmark_table() -> rich.table.Table:
+    """Returns sizes, sources, licences and chance levels of the eight benchmarks, in 80 columns."""
+    texts = ["source on the Hub", "split", "licence"]
+    rows: list[list[Value]] = [
+        [b.folder, b.questions, Estimate(b.chance, math.nan), b.source, b.split, b.licence] for b in BENCHMARKS
+    ]
+    return terminal_table(Table("Benchmarks", ["name", "questions", "chance %", *texts], rows, texts=texts))
+
+
+def write_report(folder: Path, results: Results) -> Path:
+    """Writes results.md to `folder`, or to the evaluation's folder in it if it is a run; returns its path."""
+    run = RunFolder(folder)
+    place = run.evaluation(results.protocol) if run.is_run else folder
+    write_atomic(place / RESULTS_TABLE, results_markdown(results))
+    return place / RESULTS_TABLE
+
+
+def _subset_notes(subsets: Subsets) -> Iterator[str]:
+    points = ", ".join(
+        f"m = {p.m}: {percent(p.accuracy)}" + ("" if math.isnan(p.error) else f" ± {percent(p.error)}")
+        for p in subsets.points
+    )
+    yield f"Accuracy of merges of m adapters (± over subsets): {points}."
+    law = subsets.variance_law
+    if law is None:
+        yield "The law of their distance from the merge of all is not fitted: it needs at least five adapters."
+    else:
+        distances = ", ".join(f"m = {p.m}: {p.distance:.3g}" for p in subsets.points if p.distance is not None)
+        yield (
+            f"Squared distance of their label logits from the merge of all: {distances}; "
+            f"fitted as c (1/m − 1/M) + floor with c = {law.c:.3g}, floor = {law.floor:.3g}."
+        )
+
+
+def _row(results: Results, name: str, scored: Scored) -> list[Value]:
+    return [name, *(scored.benchmarks[b] for b in columns(results)), scored.average]
+
+
+def _difference(d: Difference) -> str:
+    return (
+        f"{100 * d.value:+.2f} points on average (95 % interval {100 * d.low:+.2f} to {100 * d.high:+.2f}, "
+        f"p = {d.p:.2g}, paired bootstrap)"
+    )

@@ -1,0 +1,113 @@
+"""What the merge is worth on the held-out rows: read from metrics.jsonl, compared by rows, and said."""
+
+import json
+
+import numpy as np
+import pytest
+
+from poc_lora.reporting.held_out import paired_interval, read_held_out, verdict
+
+ROWS = 40
+
+
+def write(folder, *packs, step=6, members=None):
+    """metrics.jsonl with the last validation of packs: dicts of row losses by name; `base` and `merge` among them."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for pack in packs:
+        together = members or [name for name in pack if isinstance(name, int)]
+        for name, losses in pack.items():
+            line = {"step": step, "adapter": name, "members": together, "row_losses": list(losses)}
+            lines.append(line | ({"row_tokens": [2, 3] * (len(losses) // 2)} if name == "base" else {}))
+    with (folder / "metrics.jsonl").open("a") as out:
+        out.writelines(json.dumps(line) + "\n" for line in lines)
+    return folder
+
+
+def pack(seed=0, merge=0.0, base=9.0, members=(0, 1, 2)):
+    """Losses of rows that all share, with `merge` added to the lowest adapter's, and a little noise."""
+    draw = np.random.default_rng(seed)
+    rows = draw.uniform(4, 8, ROWS)
+    found = {"base": rows + base}
+    found |= {adapter: rows + 0.2 * i + draw.normal(0, 0.05, ROWS) for i, adapter in enumerate(members)}
+    return found | {"merge": rows + merge + draw.normal(0, 0.05, ROWS)}
+
+
+@pytest.mark.parametrize(
+    ("merge", "said"),
+    [
+        (-0.3, "is better than every adapter"),
+        (0.0, "cannot be told apart from the best adapter"),
+        (0.3, "is worse than the best adapter"),
+        (0.9, "is worse than every adapter"),
+    ],
+)
+def test_the_merge_is_compared_with_the_best_adapter(tmp_path, merge, said):
+    losses = pack(merge=merge)
+    (found,) = read_held_out(write(tmp_path, losses))
+    tokens = np.array([2, 3] * (ROWS // 2))
+    assert found.adapters == {a: pytest.approx(losses[a].sum() / tokens.sum()) for a in range(3)}
+    assert (found.rows, found.best) == (ROWS, min(found.adapters, key=found.adapters.get))
+    value, low, high = found.over_best
+    assert low < value < high
+    assert value == pytest.approx(found.merge - found.adapters[found.best])
+    assert said in verdict(found)
+    assert f"{found.merge:.3f}" in verdict(found)
+
+
+def test_a_base_that_is_better_than_all_is_said(tmp_path):
+    (found,) = read_held_out(write(tmp_path, pack(base=-2)))
+    assert "the base is better than all" in verdict(found)
+
+
+def test_a_single_adapter_is_compared_with_the_base(tmp_path):
+    (found,) = read_held_out(write(tmp_path, pack(members=(3,))))
+    assert verdict(found).startswith(f"On {ROWS} held-out rows the adapter lowers the loss")
+
+
+def test_the_interval_is_that_of_resampling_rows_one_by_one():
+    draw = np.random.default_rng(1)
+    differences, tokens = draw.normal(0.1, 1, 30), draw.integers(1, 9, 30).astype(float)
+    slow = []
+    for _ in range(10_000):
+        rows = draw.integers(0, 30, 30)
+        slow.append(differences[rows].sum() / tokens[rows].sum())
+    value, low, high = paired_interval(differences, tokens)
+    assert value == pytest.approx(differences.sum() / tokens.sum())
+    width = np.quantile(slow, 0.975) - np.quantile(slow, 0.025)
+    assert (low, high) == pytest.approx(tuple(np.quantile(slow, (0.025, 0.975))), abs=0.05 * width)
+
+
+def test_each_pack_has_its_own_and_the_last_validation_counts(tmp_path):
+    write(tmp_path, pack(merge=0.9), step=3)
+    write(tmp_path, pack(merge=-0.3), pack(members=(3, 4), seed=2), step=6)
+    first, second = read_held_out(tmp_path)
+    assert (list(first.adapters), list(second.adapters)) == ([0, 1, 2], [3, 4])
+    assert "better than every adapter" in verdict(first)
+
+
+def test_an_adapter_that_diverged_is_left_out(tmp_path):
+    write(tmp_path, pack(), step=3)
+    write(tmp_path, pack(members=(0, 2)), step=6)
+    assert [list(found.adapters) for found in read_held_out(tmp_path)] == [[0, 2]]
+
+
+@pytest.mark.parametrize("damage", ["base", "merge", 1, "rows", "tokens", "nan"])
+def test_validations_that_are_not_whole_are_passed_over(tmp_path, damage):
+    losses = pack()
+    if damage == "rows":
+        losses[1] = losses[1][:-1]
+    elif damage == "nan":
+        losses[1][3] = np.nan
+    elif damage != "tokens":
+        del losses[damage]
+    folder = write(tmp_path, losses, members=[0, 1, 2])
+    if damage == "tokens":
+        (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().replace("row_tokens", "odd"))
+    assert read_held_out(folder) == []
+
+
+def test_a_run_without_held_out_rows_has_none(tmp_path):
+    assert read_held_out(tmp_path) == []
+    write(tmp_path, {0: [], 1: [], "base": [], "merge": []})
+    assert read_held_out(tmp_path) == []

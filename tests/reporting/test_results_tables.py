@@ -1,0 +1,116 @@
+"""The layout of the table, and what stands under it."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
+from poc_lora.reporting.results_tables import notes, results_markdown, results_summary, table_rows, write_report
+
+FOLDERS = "social_i_qa piqa winogrande openbookqa ARC-Challenge ARC-Easy boolq hellaswag".split()
+
+
+def scored(value, error=0.0089):
+    return Scored(benchmarks={b: Estimate(value, error) for b in FOLDERS}, average=Estimate(value, error))
+
+
+@pytest.fixture
+def results():
+    return Results(
+        base_model="org/base",
+        prompt="clean",
+        limit=None,
+        questions=dict.fromkeys(FOLDERS, 100),
+        too_long=dict.fromkeys(FOLDERS, 0) | {"boolq": 7},
+        chance=dict.fromkeys(FOLDERS, 0.25),
+        base=scored(0.3),
+        adapters={"00": scored(0.70), "01": scored(0.72)},
+        best="01",
+        average=scored(0.71),
+        merged=scored(0.8117),
+        ensemble=scored(0.80),
+        comparisons={
+            "best": Difference(value=0.0917, low=0.05, high=0.13, p=0.0002),
+            "average": Difference(value=0.1017, low=0.06, high=0.14, p=0.0002),
+        },
+        agreement=0.975,
+    )
+
+
+def printed(results, width=80):
+    out = io.StringIO()
+    Console(file=out, width=width).print(results_summary(results)[0])
+    return out.getvalue()
+
+
+def test_markdown_has_the_papers_rows_and_columns(results):
+    lines = results_markdown(results).splitlines()
+    assert "|  | SIQA | PIQA | WinoGrande | OBQA | ARC-c | ARC-e | BoolQ | HellaSwag | average |" in lines
+    first = [line.split(" | ")[0].strip("| ") for line in lines if line.startswith("| ")]
+    assert first[2:9] == [
+        "questions",
+        "chance level",
+        "base",
+        "LoRA (best)",
+        "LoRA (average)",
+        "PoC merge",
+        "prediction ensemble",
+    ]
+    assert any(line.startswith("| PoC merge | 81.17 ± 0.89 |") for line in lines)
+    assert all(line.count(" | ") == 9 for line in lines if line.startswith("| ") and "---" not in line)
+
+
+def test_the_terminal_table_fits_80_columns_uncut(results):
+    text = printed(results)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for word in ("SIQA", "ARC-c", "BoolQ", "81.17", "±0.89", "PoC merge", "chance level"):
+        assert word in text
+
+
+def test_notes_say_what_was_chosen_how_and_what_does_not_fit(results):
+    said = "\n".join(notes(results))
+    assert "adapter 01 of 2, chosen by its average on the test questions themselves" in said
+    assert "PoC merge minus LoRA (best): +9.17 points on average (95 % interval +5.00 to +13.00, p = 0.0002" in said
+    assert "97.50 % of questions" in said
+    assert "BoolQ: 7 of 100 questions do not fit" in said
+    assert "first" not in said
+    assert "Only the first 9 questions" in "\n".join(notes(results.model_copy(update=dict(limit=9))))
+
+
+def test_one_adapter_without_a_merge_stands_for_itself(results):
+    single = results.model_copy(
+        update=dict(adapters={"a": scored(0.7)}, best="a", merged=None, ensemble=None, comparisons={}, agreement=None)
+    )
+    assert [name for name, *_ in table_rows(single)] == ["base", "LoRA a"]
+    assert "chosen" not in "\n".join(notes(single))
+    assert "Every adapter" not in results_markdown(single)
+
+
+def test_an_error_that_cannot_be_told_is_left_out(results):
+    assert "30.00 |" in results_markdown(results.model_copy(update=dict(base=scored(0.3, float("nan")))))
+    assert "nan" not in printed(results.model_copy(update=dict(base=scored(0.3, float("nan")))))
+
+
+def test_text_of_files_is_not_markup(results):
+    attack = "x`<img src=x>|\n\n# Hello [a](b) $1 *b* ~~c~~"
+    adapters = {attack: scored(0.7), "01": scored(0.72)}
+    hostile = results.model_copy(
+        update=dict(
+            base_model=attack, prompt=attack, protocol=attack, adapters=adapters, best=attack, unread={attack: 0.5}
+        )
+    )
+    for changed in (hostile, hostile.model_copy(update=dict(adapters={attack: scored(0.7)}))):
+        text = results_markdown(changed.model_copy(update=dict(control=scored(0.5), control_name=attack)))
+        assert not re.search(r"(?<!\\)(<img|\[a\]|\*b|~~|`<)|^# Hello", text, flags=re.MULTILINE)
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {11}
+
+
+def test_the_report_lies_in_the_runs_eval_folder(results, tmp_path):
+    assert write_report(tmp_path / "out", results) == tmp_path / "out" / "results.md"
+    (tmp_path / "config.yaml").touch()
+    assert write_report(tmp_path, results) == tmp_path / "eval" / "results.md"
+    assert (tmp_path / "eval" / "results.md").read_text() == results_markdown(results)
