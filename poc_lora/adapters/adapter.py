@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from poc_lora.adapters.factors import DTYPES, Factors, check_name, check_shapes, is_finite
-from poc_lora.adapters.peft_config import auto_mapping, check_config, module_scales, plain_targets
+from poc_lora.adapters.peft_config import auto_mapping, check_config, module_scales, plain_targets, target_pattern
 from poc_lora.adapters.weights_file import PREFIX, LazyFactors, LazyModulesToSave, read_header
 from poc_lora.errors import AdapterError, RequestError
 from poc_lora.files import (
@@ -60,9 +60,11 @@ class Adapter:
         fan_in_fan_out: The base keeps the weights of other modules transposed too, [d_in, d_out], as GPT-2 does. PEFT
             has one flag for all modules, and corrects it for each layer of the base.
         modules_to_save: The parameters that replace the base's (PEFT's modules_to_save), by path (`lm_head.weight`).
+            One of `modules` is the table that its ΔW is added to: PEFT saves it beside the factors.
         task_type: PEFT's task type, which selects its model class; None selects `PeftModel`, which fits any model.
         auto_mapping: The base's class (`base_model_class`, `parent_library`), for PEFT's `AutoPeftModel`.
         targets: Module names (last parts of paths) known to match no other module of the base; see `target_modules`.
+        pattern: PEFT's regular expression of `modules`, known to match no other module of the base.
     """
 
     modules: Mapping[str, Factors]
@@ -75,6 +77,7 @@ class Adapter:
     task_type: str | None = None
     auto_mapping: Mapping[str, str] | None = None
     targets: frozenset[str] = field(default=frozenset(), compare=False)
+    pattern: str | None = field(default=None, compare=False)
 
     def rank(self, module: str) -> int:
         """The rank of a module's factors, without reading them."""
@@ -123,6 +126,7 @@ def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
         task_type=config.get("task_type") or None,
         auto_mapping=auto_mapping(config),
         targets=plain_targets(config),
+        pattern=target_pattern(config, list(header.layers), config_path),
     )
 
 
@@ -152,7 +156,9 @@ def write_adapter(
     folder = Path(folder)
     _check_writable(adapter, folder, dtype)
     rank = max(factors.rank for factors in adapter.modules.values())
-    tensors = {PREFIX + name: tensor.detach().contiguous() for name, tensor in adapter.modules_to_save.items()}
+    tensors = {
+        _saved_key(adapter, name): saved.detach().contiguous() for name, saved in adapter.modules_to_save.items()
+    }
     for name, factors in adapter.modules.items():
         check_name(name, adapter.source)
         check_shapes(name, tuple(factors.A.shape), tuple(factors.B.shape), adapter.source)
@@ -174,11 +180,14 @@ def write_adapter(
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": target_modules(adapter.modules, adapter.targets),
+        "target_modules": adapter.pattern or target_modules(adapter.modules, adapter.targets),
         "bias": "none",
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "init_lora_weights": True,
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.modules_to_save}) or None,
+        "modules_to_save": sorted(
+            {name.rpartition(".")[0] for name in adapter.modules_to_save} - adapter.modules.keys()
+        )
+        or None,
         "use_dora": False,
         "use_rslora": False,
         "rank_pattern": {},
@@ -257,9 +266,16 @@ def _keys(adapter: Adapter, module: str) -> tuple[str, str]:
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
+def _saved_key(adapter: Adapter, name: str) -> str:
+    """PEFT's name of a parameter of modules_to_save."""
+    module, _, last = name.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{last}" if module in adapter.modules else PREFIX + name
+
+
 def _check_written(adapter: Adapter, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Raises AdapterError unless the folder reads back as these tensors, with scales of 1."""
     written = open_adapter(folder)
+    saved = written.modules_to_save
 
     def same(module: str) -> bool:
         found, (key_A, key_B) = written.modules[module], _keys(adapter, module)
@@ -267,9 +283,11 @@ def _check_written(adapter: Adapter, tensors: Mapping[str, Tensor], folder: Path
 
     if not (
         written.modules.keys() == adapter.modules.keys()
-        and written.modules_to_save.keys() == adapter.modules_to_save.keys()
+        and saved.keys() == adapter.modules_to_save.keys()
         and all(same(module) for module in adapter.modules)
-        and all(torch.equal(tensor, tensors[PREFIX + name]) for name, tensor in written.modules_to_save.items())
+        and all(
+            torch.equal(tensor, tensors[_saved_key(adapter, name)]) for name, tensor in written.modules_to_save.items()
+        )
     ):
         raise AdapterError(
             "the file does not read back as it was written", where=folder, fix="check the disk, and write again"

@@ -107,6 +107,18 @@ def plain_targets(config: dict[str, Any]) -> frozenset[str]:
     return frozenset(target for target in targets if isinstance(target, str))
 
 
+def target_pattern(config: dict[str, Any], names: list[str], where: Path) -> str | None:
+    """The regular expression in `target_modules`, if it matches all these modules and cannot take long to match."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, str) or targets == "all-linear" or config.get("exclude_modules"):
+        return None
+    try:
+        _compile([targets], names, where)
+    except AdapterError:
+        return None
+    return targets if all(re.fullmatch(targets, name) for name in names) else None
+
+
 def auto_mapping(config: dict[str, Any]) -> dict[str, str] | None:
     """The base's class in transformers, by which PEFT's AutoPeftModel loads it; None for any other content."""
     given = config.get("auto_mapping")

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import DryRunError, RemoteEntryNotFoundError
 
-from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
+from poc_lora.adapters.adapter import CONFIG_NAME, MAX_TOKENIZER_BYTES, TOKENIZER_FILES, WEIGHTS_NAME
 from poc_lora.adapters.weights_file import MAX_WEIGHTS_BYTES
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.errors import AdapterError, first_line
@@ -32,7 +32,8 @@ def find_sources(source: str | Path) -> list[Source]:
 
     Args:
         source: An adapter folder; a run folder, for its finished adapters by number; or a Hub id, org/name or
-            org/name@revision, if there is no such folder. An adapter on the Hub is downloaded into the cache.
+            org/name@revision, if there is no such folder. An adapter on the Hub is downloaded into the cache, with the
+            tokenizer or chat template beside it.
 
     Raises:
         AdapterError: There is no adapter, or it cannot be downloaded.
@@ -101,6 +102,7 @@ def _fetch(repo: str, revision: str | None) -> Source:
         if planned.file_size > MAX_WEIGHTS_BYTES:
             raise AdapterError(f"{WEIGHTS_NAME} has {planned.file_size:,} bytes, more than any adapter", where=repo)
         hf_hub_download(repo, WEIGHTS_NAME, revision=folder.name)
+        _fetch_tokenizer(repo, folder.name)
     except AdapterError:
         raise
     except RemoteEntryNotFoundError as problem:
@@ -117,6 +119,21 @@ def _fetch(repo: str, revision: str | None) -> Source:
             fix="check the name, the network, and, if it is private, that you are logged in (hf auth login)",
         ) from problem
     return Source(folder, f"{repo}@{folder.name}", folder.parents[1], folder.name)
+
+
+def _fetch_tokenizer(repo: str, commit: str) -> None:
+    """Download the tokenizer or chat template that lies beside an adapter; offline the cache is all there is."""
+    wanted = list(TOKENIZER_FILES)
+    try:
+        planned = snapshot_download(repo, revision=commit, allow_patterns=wanted, dry_run=True)
+    except DryRunError:
+        return
+    for file in planned:
+        if (file.file_size or 0) > MAX_TOKENIZER_BYTES:
+            what = f"{file.filename} has {file.file_size:,} bytes, more than any tokenizer"
+            raise AdapterError(what, where=repo)
+    if planned:
+        snapshot_download(repo, revision=commit, allow_patterns=wanted)
 
 
 def _name(folder: Path) -> str:

@@ -5,7 +5,7 @@ import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import safe_open
@@ -25,9 +25,12 @@ MAX_WEIGHTS_BYTES = 32 * 2**30
 _FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>(embedding_)?[AB])(?P<weight>\.weight)?")
 # PEFT's wrapper around a module that is trained whole: the trained copy, and the base's own.
 _WRAPPED = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.(?P<copy>modules_to_save|original_module)\.(?P<last>[^.]+)")
-# The tables that PEFT saves, without naming them in its configuration, once the vocabulary was resized.
+# The tables that PEFT saves, without naming them in its configuration, once the vocabulary was resized; base_layer
+# where they have factors too.
 _TABLE = re.compile(
-    re.escape(PREFIX) + r"(.+\.)?(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared)\.weight"
+    re.escape(PREFIX)
+    + r"(?P<module>(.+\.)?(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared))"
+    + r"(?P<base>\.base_layer)?\.(?P<last>weight|bias)"
 )
 
 
@@ -66,6 +69,7 @@ def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
     saved: dict[str, tuple[int, ...]] = {}
     saved_keys: dict[str, tuple[str, ...]] = {}
     in_file: dict[str, str] = {}
+    based: dict[str, str] = {}
     _header_bytes(path)
     with open_safetensors(path, error=AdapterError) as stored:
         for key in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
@@ -81,16 +85,17 @@ def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
                 if wrapped["copy"] == "modules_to_save":
                     name = f"{wrapped['module']}.{wrapped['last']}"
                     _add_saved(name, key, stored.get_slice(key), path, saved, saved_keys)
-            elif (plain.startswith(PREFIX) and _is_of(plain.removeprefix(PREFIX), modules_to_save)) or (
-                _TABLE.fullmatch(plain) and len(stored.get_slice(key).get_shape()) == 2
-            ):
+            elif (table := _TABLE.fullmatch(plain)) and _is_table(table, stored.get_slice(key)):
+                name = f"{table['module']}.{table['last']}"
+                _add_saved(name, key, stored.get_slice(key), path, saved, saved_keys)
+                if table["base"]:
+                    based[table["module"]] = key
+            elif plain.startswith(PREFIX) and _is_of(plain.removeprefix(PREFIX), modules_to_save):
                 _add_saved(plain.removeprefix(PREFIX), key, stored.get_slice(key), path, saved, saved_keys)
             else:
-                fix = f"only {PREFIX}<module>.lora_A.weight, .lora_B.weight and .lora_embedding_A, _B are understood"
-                if key.endswith(".base_layer.weight"):
-                    fix = "it is the base's own: save without it, save_pretrained(DIR, save_embedding_layers=False)"
-                what = f"the tensor {key[:MAX_NAME]!r} is not a LoRA factor of a linear layer or an embedding"
-                raise AdapterError(what, where=path, fix=fix)
+                _refuse(key, path)
+        for module in based.keys() - found.keys():
+            _refuse(based[module], path)
         if not found:
             raise AdapterError("there are no LoRA factors in the file", where=path)
         layers = {module: _check_layer(module, found[module], stored.get_slice, path) for module in sorted(found)}
@@ -196,6 +201,21 @@ def _unwrapped(key: str) -> str:
     """A tensor's name without the names of wrappers, which PEFT would not find in the base model."""
     key = WRAPPERS.sub("", key).removeprefix("module.")  # module: DistributedDataParallel's
     return PREFIX + key.removeprefix(PREFIX).removeprefix("module.") if key.startswith(PREFIX) else key
+
+
+def _is_table(table: re.Match[str], part: Any) -> bool:
+    """Whether a tensor is a table of tokens that PEFT saves by itself, or the bias of a head with factors."""
+    return len(part.get_shape()) == (2 if table["last"] == "weight" else 1) and bool(
+        table["base"] or table["last"] == "weight"
+    )
+
+
+def _refuse(key: str, where: Path) -> NoReturn:
+    fix = f"only {PREFIX}<module>.lora_A.weight, .lora_B.weight and .lora_embedding_A, _B are understood"
+    if ".base_layer." in key:
+        fix = "it is the base's own: save the adapter again, with PEFT's save_pretrained"
+    what = f"the tensor {key[:MAX_NAME]!r} is not a LoRA factor of a linear layer or an embedding"
+    raise AdapterError(what, where=where, fix=fix)
 
 
 def _refuse_not_finite(what: str, path: Path, *tensors: Tensor) -> None:

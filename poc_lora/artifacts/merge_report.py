@@ -56,7 +56,10 @@ class MergeOrigin(Schema):
     base_mismatch_allowed: Public[bool] = False
     sources: Public[Annotated[list[MergeSource], Field(min_length=1)]]
     versions: Public[Versions] = Versions()
-    modules_to_save: Public[list[str]] = Field(default_factory=list)
+    modules_to_save: Public[list[str]] = Field(default_factory=list)  # parameters that replace the base's
+    modules_to_save_averaged: Public[list[str]] = Field(
+        default_factory=list
+    )  # those of them that differed; the others were the same
     embeddings: Public[list[str]] = Field(default_factory=list)
 
 

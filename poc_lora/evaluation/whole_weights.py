@@ -20,12 +20,14 @@ def named_as_in(model: PreTrainedModel, adapter: Adapter) -> Adapter:
     names = names_in_model(model, wanted)
     if all(name == found for name, found in names.items()):
         return adapter
-    if len(set(names.values())) < len(wanted):
+    if len(set(names.values())) < len(set(wanted)):
         raise AdapterError("two of its modules are the same module of this base", where=adapter.source)
     modules = {names[f"{m}.weight"].removesuffix(".weight"): factors for m, factors in adapter.modules.items()}
     embeddings = frozenset(names[f"{m}.weight"].removesuffix(".weight") for m in adapter.embeddings)
     saved = {names[name]: tensor for name, tensor in adapter.modules_to_save.items()}
-    return replace(adapter, modules=modules, embeddings=embeddings, modules_to_save=saved, targets=frozenset())
+    return replace(
+        adapter, modules=modules, embeddings=embeddings, modules_to_save=saved, targets=frozenset(), pattern=None
+    )
 
 
 def check_fits(model: PreTrainedModel, adapter: Adapter) -> None:
@@ -35,12 +37,15 @@ def check_fits(model: PreTrainedModel, adapter: Adapter) -> None:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tables = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
-    wanted = {f"{m}.weight": _shape(model, adapter, m) for m in adapter.modules}
-    wanted |= {name: tuple(tensor.shape) for name, tensor in adapter.modules_to_save.items()}
-    for name, shape in wanted.items():
+    saved = {name: tuple(tensor.shape) for name, tensor in adapter.modules_to_save.items()}
+    added = {f"{m}.weight": _shape(model, adapter, m) for m in adapter.modules}
+    for name, shape in [*saved.items(), *added.items()]:
         found = parameters.get(name)
         known = None if found is None else tuple(found.shape)
-        if known and name in adapter.modules_to_save and id(model.get_submodule(name.rpartition(".")[0])) in tables:
+        if known and name in saved and name in added and saved[name] != added[name]:
+            what = f"{name} is of shape {saved[name]}, but its update of shape {added[name]}"
+            raise AdapterError(what, where=adapter.source)
+        if known and name in saved and id(model.get_submodule(name.rpartition(".")[0])) in tables:
             known, shape = known[1:], shape[1:]
         if shape != known:
             what = f"the adapter updates {name} of shape {shape}, the base model has {known or 'no such weight'}"
@@ -53,6 +58,8 @@ def check_fits(model: PreTrainedModel, adapter: Adapter) -> None:
 @contextlib.contextmanager
 def in_weights(model: PreTrainedModel, adapters: Sequence[Adapter]) -> Iterator[None]:
     """Within the block the model's weights include the mean of adapters; a tied table is untied, as in PEFT.
+
+    A table that has an update too stays tied until that is added: PEFT loads it into the base's own.
 
     Raises AdapterError if an adapter does not fit.
     """
@@ -68,7 +75,12 @@ def in_weights(model: PreTrainedModel, adapters: Sequence[Adapter]) -> Iterator[
         check_fits(model, adapter)
     try:
         for name, tensor in adapters[0].modules_to_save.items():
-            put(name, tensor)
+            shared = [name]
+            if name.rpartition(".")[0] in adapters[0].modules:
+                old = model.get_parameter(name)
+                shared = [n for n, parameter in model.named_parameters(remove_duplicate=False) if parameter is old]
+            for each in shared:
+                put(each, tensor)
         for module in dict.fromkeys(module for adapter in adapters for module in adapter.modules):
             weight = model.get_parameter(f"{module}.weight")
             total = torch.zeros(weight.shape, device=weight.device)

@@ -167,6 +167,10 @@ def _making(subject: Subject) -> str:
         rows |= {"weights": weights} if (weights := _weights(merge)) else {}
         rows |= {"rank asked for": str(merge.requested_rank)} if merge.requested_rank is not None else {}
         rows["relative error of the merge"] = f"{merge.error:.1e}"
+        averaged = merge.modules_to_save_averaged
+        same = [name for name in merge.modules_to_save if name not in averaged]
+        rows |= {"saved whole, averaged": _parameters(averaged)} if averaged else {}
+        rows |= {"saved whole, the same in all adapters": _parameters(same)} if same else {}
     if config is not None:
         optim, train = config.optim, config.train
         rows |= {
@@ -192,6 +196,10 @@ def _making(subject: Subject) -> str:
     if versions := (merge.versions.to_json() if merge else {}) or subject.run.versions:
         lines += ["", "Made with " + ", ".join(f"{markdown(k)} {markdown(v)}" for k, v in versions.items()) + "."]
     return "\n".join(lines)
+
+
+def _parameters(names: list[str]) -> str:
+    return ", ".join(map(code, names[:MAX_LISTED])) + (", ..." if len(names) > MAX_LISTED else "")
 
 
 def _sources(merge: MergeReport) -> list[str]:

@@ -15,7 +15,7 @@ from poc_lora.errors import AdapterError, ModelError, PocLoraError, first_line
 from poc_lora.models.load import empty_base
 
 
-def why_not_attached(model: PreTrainedModel, modules: Collection[str], known: Collection[str]) -> str | None:
+def why_not_attached(model: PreTrainedModel, modules: Collection[str], targets: str | list[str]) -> str | None:
     """Returns None if PEFT attaches an adapter of `modules` to exactly these modules, or else what it does.
 
     Routed experts are compared as a whole: PEFT converts those of older checkpoints to parameters.
@@ -23,13 +23,13 @@ def why_not_attached(model: PreTrainedModel, modules: Collection[str], known: Co
     Args:
         model: The base on the meta device, which PEFT changes.
         modules: The paths of the adapter's modules.
-        known: See `Adapter.targets`.
+        targets: The adapter's `target_modules` in PEFT.
     """
     with _quiet_import():
         from peft import LoraConfig  # slow to import
         from peft.tuners.lora import LoraModel
 
-    config = LoraConfig(r=1, target_modules=target_modules(modules, known))
+    config = LoraConfig(r=1, target_modules=targets)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -59,7 +59,7 @@ def _quiet_import() -> Iterator[None]:
 
 def require_attached(model: PreTrainedModel, modules: Collection[str], targets: Collection[str]) -> None:
     """Raises ModelError unless PEFT attaches adapters trained on `targets` to exactly `modules`; it changes `model`."""
-    if problem := why_not_attached(model, modules, targets):
+    if problem := why_not_attached(model, modules, target_modules(modules, targets)):
         raise ModelError(
             f"{problem}; the trained adapter would not be the loaded one",
             where="lora.targets",
@@ -76,16 +76,17 @@ def attachable(adapter: Adapter) -> Adapter:
     Raises:
         AdapterError: PEFT would attach other modules.
     """
-    known: Collection[str] = adapter.targets
     problem = None
-    for named in (known, frozenset[str]()):
-        model = _base_at_hand(adapter)
+    full = replace(adapter, targets=frozenset(), pattern=None)
+    for named in (adapter, replace(adapter, pattern=None), full) if adapter.pattern else (adapter, full):
+        model = _shapes_at_hand(adapter)
         plain = {path for path in adapter.modules if "experts" not in path.split(".")}
         if model is None or not plain <= {path for path, _ in model.named_modules()}:
             return adapter
-        problem = why_not_attached(model, list(adapter.modules), named)
+        targets = named.pattern or target_modules(named.modules, named.targets)
+        problem = why_not_attached(model, list(adapter.modules), targets)
         if problem is None:
-            return replace(adapter, targets=frozenset(named))
+            return named
     raise AdapterError(
         f"{problem}; the written adapter would not be the loaded one",
         where=adapter.source,
@@ -93,18 +94,25 @@ def attachable(adapter: Adapter) -> Adapter:
     )
 
 
-def _base_at_hand(adapter: Adapter) -> PreTrainedModel | None:
-    """The adapter's base on the meta device, if its config is on this machine and can be used."""
+def base_at_hand(adapter: Adapter) -> Path | None:
+    """The folder of the adapter's base, or of what the Hub's cache has of it, if its config is on this machine."""
     name = adapter.base_model
     if not name:
         return None
-    folder = Path(name).expanduser()
     try:
-        if not (folder / "config.json").is_file():
-            cached = try_to_load_from_cache(name, "config.json", revision=adapter.revision)
-            if not isinstance(cached, str):
-                return None
-            folder = Path(cached).parent
-        return empty_base(str(folder))
-    except (PocLoraError, OSError, ValueError):  # another kind of model, a name that is no id
+        folder = Path(name).expanduser()
+        if (folder / "config.json").is_file():
+            return folder
+        cached = try_to_load_from_cache(name, "config.json", revision=adapter.revision)
+        return Path(cached).parent if isinstance(cached, str) else None
+    except (OSError, ValueError, RuntimeError):  # a name that is no id, and no path
+        return None
+
+
+def _shapes_at_hand(adapter: Adapter) -> PreTrainedModel | None:
+    """The adapter's base on the meta device, if its config is on this machine and can be used."""
+    folder = base_at_hand(adapter)
+    try:
+        return None if folder is None else empty_base(str(folder))
+    except PocLoraError:  # another kind of model
         return None

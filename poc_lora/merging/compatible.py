@@ -68,16 +68,23 @@ def _check_modules_to_save(adapters: Sequence[Adapter], *, same: bool) -> None:
     for adapter in adapters[1:]:
         for name in sorted(adapter.modules_to_save.keys() | first.modules_to_save.keys()):
             one, other = adapter.modules_to_save.get(name), first.modules_to_save.get(name)
-            if not (_same(one, other) if same else one is not None and other is not None and one.shape == other.shape):
+            alike = one is not None and other is not None and one.shape == other.shape
+            if not (same_parameter(one, other) if same else alike):
                 fix = "merge adapters that share it unchanged, or train without modules_to_save"
-                if same and one is not None and other is not None and one.shape == other.shape:
+                if one is None or other is None:
+                    fix = "if it is the base's own, save all without it: save_embedding_layers=False"
+                elif same and alike:
                     fix = "average it (--modules-to-save mean); a classifier's labels must stand in the same order"
-                what = f"{name}, of modules_to_save, is not {'the same' if same else 'of the same shape'}"
+                what = f"{name}, saved whole, is not {'the same' if same else 'of the same shape'}"
                 raise AdapterError(f"{what} in {first.source}", where=adapter.source, fix=fix)
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
+def same_parameter(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two adapters' parameters of modules_to_save are one, in the same or in another dtype."""
+    if one is None or other is None:
+        return False
+    wider = torch.promote_types(one.dtype, other.dtype)
+    return one.shape == other.shape and torch.equal(one.to(wider), other.to(wider))
 
 
 def _size(shape: tuple[int, int]) -> str:

@@ -72,7 +72,7 @@ def fold(adapter: str | Path, base: str, out: Path, *, untie_head: bool = False)
     folder = _base_folder(base, read)
     require_new(out)
     config = _read_config(folder)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     plan = plan_fold(read, folder, config, files, untie_head=untie_head)
     others = dict(_other_files(folder)) | dict(_tokenizer_beside(source))
     texts = changed_texts(plan, folder, config, files)
@@ -134,7 +134,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _weight_files(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+def weight_files(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     """The weight files by name, with the shapes of their tensors, from their headers."""
     if (folder / INDEX_NAME).exists():
         index = read_json(folder / INDEX_NAME, error=ModelError)

@@ -67,25 +67,48 @@ def plan_fold(adapter: Adapter, folder: Path, config: Mapping[str, Any], files: 
 
     untied = None
     tied = _tied_tables(model, adapter, config)
-    changed = sorted(name for name in wanted if in_model[name] in tied)
-    if changed and not untie_head:
+    changed = sorted({name for name in wanted if in_model[name] in tied})
+    stays_tied = model is not None and _are_one_table(adapter, changed)
+    if changed and not (untie_head or stays_tied):
         raise AdapterError(
             f"the adapter changes {changed[0].removesuffix('.weight')}, which this base ties to its output head",
             where=adapter.source,
             fix="give the head weights of its own (--untie-head), or use the adapter without folding it",
         )
+    stored: dict[str, str] = {}
     if changed and model is not None:
         table, head = tied
         stored = {name: head_names.get(name, name) for name in (table, head)}
-        if stored[head] not in shapes and stored[table] in shapes:
-            untied = (stored[head], stored[table])
-            shapes[stored[head]] = shapes[stored[table]]
         key_of = {name: stored.get(in_model[name], key_of[name]) for name in wanted}
+        if stored[head] not in shapes and stored[table] in shapes:
+            if stays_tied:
+                key_of = {name: stored[table] if key == stored[head] else key for name, key in key_of.items()}
+            else:
+                untied = (stored[head], stored[table])
+                shapes[stored[head]] = shapes[stored[table]]
     modules = {key_of.get(f"{m}.weight", f"{m}.weight"): m for m in adapter.modules}
     whole = {key_of.get(name, name): name for name in adapter.modules_to_save}
+    for module in adapter.modules:
+        name = f"{module}.weight"
+        if name in changed and name in adapter.modules_to_save:  # PEFT loads it into the base's, which both ends share
+            whole = dict.fromkeys(stored.values(), name) | whole
     transposed = frozenset(key for key, module in modules.items() if is_transposed(module))
-    rows = _check_shapes(adapter, modules, whole, transposed, shapes, _tables(model, in_model, key_of))
-    return FoldPlan(modules, whole, transposed, untied, bool(changed), rows)
+    tables = _tables(model, in_model, key_of) | set(stored.values())
+    rows = _check_shapes(adapter, modules, whole, transposed, shapes, tables)
+    for name in _ends(model) if rows and not stored else ():
+        if (key := head_names.get(name, name)) in shapes.keys() - whole.keys() and shapes[key][0] != rows:
+            what = f"the adapter has a table of {rows} tokens, but no {key}, of which the base has {shapes[key][0]}"
+            fix = "save both: train with modules_to_save=['embed_tokens', 'lm_head']"
+            raise AdapterError(what, where=adapter.source, fix=fix)
+    return FoldPlan(modules, whole, transposed, untied, bool(changed) and not stays_tied, rows)
+
+
+def _are_one_table(adapter: Adapter, names: list[str]) -> bool:
+    """Whether the adapter replaces tied tables by one and the same, so that they stay tied."""
+    if len(names) < 2 or any(name.removesuffix(".weight") in adapter.modules for name in names):
+        return False
+    table, head = (adapter.modules_to_save[name] for name in names)
+    return table.dtype == head.dtype and torch.equal(table, head)
 
 
 def _models(folder: Path, config: Mapping[str, Any]) -> Iterator[PreTrainedModel]:
@@ -119,11 +142,16 @@ def _tied_tables(model: PreTrainedModel | None, adapter: Adapter, config: Mappin
 
 def _tables(model: PreTrainedModel | None, in_model: Mapping[str, str], key_of: Mapping[str, str]) -> set[str]:
     """The keys among those to change that are tables of tokens, which may be resized."""
+    names = _ends(model)
+    return {key_of[name] for name, found in in_model.items() if found in names}
+
+
+def _ends(model: PreTrainedModel | None) -> set[str]:
+    """The names of the weights of the embedding and the head."""
     if model is None:
         return set()
     ends: list[nn.Module | None] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    names = {f"{path}.weight" for path, layer in model.named_modules() if any(layer is end for end in ends)}
-    return {key_of[name] for name, found in in_model.items() if found in names}
+    return {f"{path}.weight" for path, layer in model.named_modules() if any(layer is end for end in ends)}
 
 
 def _check_shapes(

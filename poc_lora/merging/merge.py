@@ -15,7 +15,7 @@ from poc_lora.artifacts.merge_report import MergeStatistics, ModuleReport
 from poc_lora.errors import AdapterError, RequestError
 from poc_lora.hub_ids import is_base_model_id
 from poc_lora.merging import gram, norms
-from poc_lora.merging.compatible import check_compatible, checked_weights
+from poc_lora.merging.compatible import check_compatible, checked_weights, same_parameter
 from poc_lora.merging.decomposition import canonical
 from poc_lora.merging.methods import MergeMethod, ModuleToMerge, find_method
 from poc_lora.merging.stacked import stack
@@ -25,6 +25,7 @@ from poc_lora.merging.stacked import stack
 class Merged:
     adapter: Adapter
     report: MergeStatistics
+    averaged: list[str]  # the parameters of modules_to_save that differed
 
 
 def merge(
@@ -85,9 +86,12 @@ def merge(
         on_module(name)
     bases = [adapter.base_model for adapter in adapters if adapter.base_model is not None]
     bases.sort(key=lambda name: not is_base_model_id(name))  # a Hub id, which others can fetch, before a local folder
+    means = _mean_saved(adapters, used) if modules_to_save == "mean" else {}
+    saved = adapters[0].modules_to_save
     tasks = {adapter.task_type for adapter in adapters}
     mappings = [adapter.auto_mapping for adapter in adapters]
     revisions = {adapter.revision for adapter in adapters}
+    patterns = {adapter.pattern if adapter.modules.keys() == modules.keys() else None for adapter in adapters}
     merged = Adapter(
         modules=modules,
         base_model=bases[0] if bases else None,
@@ -95,18 +99,21 @@ def merge(
         source="merge",
         embeddings=frozenset().union(*(adapter.embeddings for adapter in adapters)),
         fan_in_fan_out=any(adapter.fan_in_fan_out for adapter in adapters),
-        modules_to_save=_mean_saved(adapters, used) if modules_to_save == "mean" else adapters[0].modules_to_save,
+        modules_to_save={**saved, **means} if means else saved,
         task_type=tasks.pop() if len(tasks) == 1 else None,
         auto_mapping=mappings[0] if all(mapping == mappings[0] for mapping in mappings) else None,
         targets=frozenset().union(*(adapter.targets for adapter in adapters)),
+        pattern=patterns.pop() if len(patterns) == 1 else None,
     )
-    return Merged(merged, _total_report(reports, inner, used))
+    return Merged(merged, _total_report(reports, inner, used), sorted(means))
 
 
 def _mean_saved(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:
-    """The weighted means of the parameters of modules_to_save, in their dtype."""
+    """The weighted means of the parameters of modules_to_save that differ, in their dtype."""
     means = {}
     for name, like in adapters[0].modules_to_save.items():
+        if all(same_parameter(like, adapter.modules_to_save[name]) for adapter in adapters[1:]):
+            continue
         total = torch.zeros(like.shape, dtype=torch.float64, device=like.device)
         for weight, adapter in zip(weights, adapters, strict=True):
             total += weight * adapter.modules_to_save[name].to(total)

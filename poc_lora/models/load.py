@@ -28,8 +28,9 @@ from poc_lora.hub_ids import is_base_model_id
 from poc_lora.models.float8 import quantize_float8, require_float8
 
 BITSANDBYTES = ("nf4", "int8")  # the quantisations that it does
-# The packages and modules that read checkpoints which are quantised already, by quant_method. Others, such as fp8 and
-# mxfp4, are dequantised by transformers where they cannot be computed with.
+# Stored so, weights are dequantised as they are read: kernels that compute with them are code from the Hub.
+DEQUANTIZED = ("fp8", "mxfp4")
+# The packages and modules that read checkpoints which are quantised already, by quant_method.
 STORED_NEEDS = {
     "aqlm": {"aqlm": "aqlm"},
     "auto-round": {"auto-round": "auto_round"},
@@ -83,7 +84,8 @@ def load_base(
         revision: The branch, tag or commit on the Hub.
         dtype: A torch dtype's name, or `auto`; see `resolve_dtype`.
         quantization: None, or for linear layers but the head bitsandbytes' `nf4` or `int8`, computing in `dtype`, or
-            `fp8`; see `Float8Linear`. A checkpoint that is quantised already takes only None.
+            `fp8`; see `Float8Linear`. A checkpoint that is quantised already takes only None; int8 ones are computed
+            without outlier columns, and those in `DEQUANTIZED` in `dtype`.
         device: The device to load to; default: `default_device()`.
         floats_only: Store 4-bit weights in tensors of `dtype`, since FSDP shards only floating-point tensors.
 
@@ -93,15 +95,12 @@ def load_base(
     """
     device = device or default_device()
     require_quantization(quantization, device)
-    packed = quantization in BITSANDBYTES  # while it is read, and straight to the device
     name = resolve_base(name)
+    stored = require_stored(name, quantization, revision=revision)
+    packed = quantization in BITSANDBYTES or stored is not None  # while it is read, and straight to the device
     tokenizer = load_tokenizer(name, revision=revision)
     if not sys.stderr.isatty():
         disable_progress_bar()  # a bar in a log file is noise
-    own = stored_quantization(name, revision=revision)
-    if own is not None:
-        _require_stored(own, name, quantization)
-        packed = True
     chosen = _quantization(quantization, resolve_dtype(dtype, device), floats_only=floats_only)
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(
@@ -122,6 +121,8 @@ def load_base(
         raise _cannot_load(name, ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}"))
     model.requires_grad_(False)
     keep_differentiable(model)
+    if stored == "int8":
+        _without_outlier_columns(model)
     if quantization == "fp8":
         quantize_float8(model, device)
     return (model if packed else model.to(device)).eval(), tokenizer
@@ -156,12 +157,12 @@ def _quantization(kind: str | None, dtype: str, *, floats_only: bool) -> BitsAnd
             bnb_4bit_compute_dtype=getattr(torch, dtype),
             bnb_4bit_quant_storage=getattr(torch, dtype) if floats_only else torch.uint8,
         )
-    # Threshold 0: outlier columns would be picked over all rows of a pack, and tie its adapters together.
+    # Threshold 0, as in `_without_outlier_columns`.
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 
 
 def stored_quantization(name: str, *, revision: str | None = None) -> str | None:
-    """The method with which a checkpoint's weights are quantised, or None. Raises ModelError."""
+    """How a checkpoint's weights are quantised: `nf4`, `int8` or another method's name, or None. Raises ModelError."""
     name = resolve_base(name)
     try:
         config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
@@ -169,11 +170,23 @@ def stored_quantization(name: str, *, revision: str | None = None) -> str | None
         raise _cannot_load(name, problem) from problem
     parts = (config, config.get("text_config"))  # a model of images and text may keep it in either
     own = next((part["quantization_config"] for part in parts if part and part.get("quantization_config")), None)
-    return None if own is None else str(own.get("quant_method") or "bitsandbytes")
+    if own is None:
+        return None
+    if own.get("load_in_4bit") or own.get("load_in_8bit"):
+        return "nf4" if own.get("load_in_4bit") else "int8"
+    return str(own.get("quant_method") or "bitsandbytes")
 
 
-def _require_stored(method: str, name: str, quantization: str | None) -> None:
-    """Raises ModelError if the package of a checkpoint's quantisation is missing, or another one is asked for."""
+def require_stored(name: str, quantization: str | None, *, revision: str | None = None) -> str | None:
+    """Returns `stored_quantization`.
+
+    Raises:
+        ModelError: The package that it needs is missing, or another quantisation is asked for.
+    """
+    kind = stored_quantization(name, revision=revision)
+    if kind is None:
+        return None
+    method = "bitsandbytes" if kind in BITSANDBYTES else kind
     if quantization is not None:
         what = (
             f"the weights of '{name}' are quantised already ({method}), so they cannot be quantised to {quantization}"
@@ -186,6 +199,14 @@ def _require_stored(method: str, name: str, quantization: str | None) -> None:
         raise ModelError(what, where="model.name", fix=fix)
     if method == "bitsandbytes":
         _quiet_bitsandbytes()
+    return kind
+
+
+def _without_outlier_columns(model: nn.Module) -> None:
+    """Keep int8 layers from picking outlier columns over all rows of a pack, which would tie its adapters together."""
+    for module in model.modules():
+        if getattr(getattr(module, "state", None), "threshold", 0.0):
+            vars(module)["state"].threshold = 0.0
 
 
 def _is_there(module: str) -> bool:
@@ -267,6 +288,9 @@ def _config(name: str, revision: str | None) -> PretrainedConfig:
                 where=name,
                 fix="remove attn_implementation from its config.json",
             )
+        stored = getattr(part, "quantization_config", None)
+        if isinstance(stored, dict) and stored.get("quant_method") in DEQUANTIZED:
+            stored["dequantize"] = True
     return config
 
 

@@ -9,6 +9,7 @@ from poc_lora.reporting.tables import percent
 from poc_lora.training.loop import TrainingResult
 
 IDENTICAL = 0.9999  # a larger cosine suggests the same seed
+MAX_LISTED = 4  # names in a line
 UNRELATED = 0.01  # a smaller cosine suggests different base models or tasks
 
 
@@ -66,8 +67,26 @@ def merge_summary(report: MergeReport) -> list[str]:
         if missing:
             number = f"{len(missing)} of {len(report.modules)} modules"
             lines.append(f"{source.name} lacks {number}, such as {min(missing)}: they count as zero")
+    lines += whole_modules(report)
     whole, embeddings = bool(report.modules_to_save), bool(report.embeddings)
     return [*lines, *_warnings(report), *serving_advice(report.rank, modules_to_save=whole, embeddings=embeddings)]
+
+
+def whole_modules(report: MergeReport) -> list[str]:
+    """Says which modules that were trained whole were averaged, and which are the same in all adapters."""
+    same = [name for name in report.modules_to_save if name not in report.modules_to_save_averaged]
+    lines = []
+    if report.modules_to_save_averaged:
+        what = f"saved whole and averaged: {_listed(report.modules_to_save_averaged)}"
+        lines.append(f"{what}; labels, if it has such, must stand in the same order in all adapters")
+    if same:
+        lines.append(f"saved whole, the same in all adapters: {_listed(same)}")
+    return lines
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
 
 
 def rank_table(report: MergeReport) -> list[str]:

@@ -20,6 +20,7 @@ from poc_lora.models.load import (
     load_tokenizer,
     require_gradients,
     require_quantization,
+    require_stored,
     resolve_dtype,
 )
 from poc_lora.models.vocabulary import require_embeddings
@@ -67,7 +68,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     room = require_room(folder, 0 if in_use else on_disk)
     tokens = sum(len(e.ids) for e in data.train)
     rows = M * config.train.batch_size
-    quantized = config.model.quantization
+    quantized = footprint.quantization
     return {
         "base parameters": sum(p.numel() for p in model.parameters()),
         "base weights": footprint.dtype if quantized is None else f"{quantized}, computing in {footprint.dtype}",
@@ -118,6 +119,7 @@ def preflight(config: RunConfig, device: torch.device, *, resume: bool) -> tuple
     run = find_run(config, resume=resume)
     require_trackers(config)
     require_quantization(config.model.quantization, device)
+    require_stored(config.model.name, config.model.quantization, revision=config.model.revision)
     compiles(config.train.compile, device)
     dtype = (run.info and run.info.dtype) or resolve_dtype(config.model.dtype, device)
     require_gradients(dtype)

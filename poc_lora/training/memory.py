@@ -33,7 +33,7 @@ from poc_lora.lora.bank import AdapterBank
 from poc_lora.models.compilation import compiled_parts, compiles, memory_of_kernel
 from poc_lora.models.float8 import float8_bytes, float8_layers
 from poc_lora.models.forward import has_plain_head, one_sequence_per_row
-from poc_lora.models.load import empty_base, resolve_dtype
+from poc_lora.models.load import empty_base, resolve_dtype, stored_quantization
 from poc_lora.models.recomputation import gradient_checkpointing
 from poc_lora.training.loss import chunk_rows, packed_loss
 
@@ -44,7 +44,8 @@ FAST_TOKENS = {"cpu": 2048, "cuda": 4096}
 SLOW_TOKENS = {"cpu": 256, "cuda": 1024}
 GATHERED_TIMES = 4  # as many of both where the base is sharded: it is gathered twice for every micro-batch
 SPARE = 0.1  # of the free memory is left alone: allocators waste some, and the estimate is one
-QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0}  # per weight, block scales included
+# Per weight, block scales included; checkpoints stored in other ways count as not quantised.
+QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64, "int8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class Footprint:
             except Exception as problem:  # as in `_activations`
                 self.plain_head, self.not_simulated = False, first_line(problem)
             self.can_recompute = any(isinstance(m, GradientCheckpointingLayer) for m in model.modules())
-            self.weights, self.largest = _weight_bytes(model, section.quantization, device)
+            stored = stored_quantization(section.name, revision=section.revision)
+            self.quantization = section.quantization or (stored if stored in QUANTIZED_BYTES else None)
+            self.weights, self.largest = _weight_bytes(model, self.quantization, device)
             if section.shard and ranks > 1:
                 self.weights = self.weights // ranks + _gathered_bytes(model, self.weights)
             bank = AdapterBank.blank(model, targets=config.lora.targets, rank=config.lora.rank, adapters=[0])

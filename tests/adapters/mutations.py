@@ -710,7 +710,6 @@ def configuration_in_another_encoding(draw, folder):
     text = (folder / CONFIG).read_text()
     raw = text.encode()
     wrong = [
-        text.encode("utf-8-sig"),
         text.encode("utf-16"),
         text.encode("utf-16-le"),
         text.encode("utf-32"),

@@ -7,7 +7,7 @@ import torch
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -88,14 +88,30 @@ def test_adapters_saved_in_subfolders(tmp_path):
     assert len(merge_folders([tmp_path / "both"], tmp_path / "alone").sources) == 1
 
 
-def test_a_head_is_read_without_its_base_weights_and_refused_with_them(tmp_path):
-    """PEFT saves the whole head beside the factors, unless it is told not to."""
-    model = trained(get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=["lm_head", "q_proj"])))
+@pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["embed_tokens", "q_proj"], ["embed_tokens", "lm_head"]])
+def test_a_table_with_factors_is_read_with_its_base_weights_and_without_them(tmp_path, targets):
+    """PEFT saves the whole table beside the factors, unless it is told not to."""
+    model = trained(get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=targets)))
     model.save_pretrained(tmp_path / "plain", save_embedding_layers=False)
     check_updates(tmp_path / "plain", model)
     model.save_pretrained(tmp_path / "whole")
-    with pytest.raises(AdapterError, match=r"lm_head\.base_layer\.weight"):
-        read_adapter(tmp_path / "whole")
+    check_updates(tmp_path / "whole", model)
+    assert not read_adapter(tmp_path / "plain").modules_to_save
+    saved = read_adapter(tmp_path / "whole").modules_to_save
+    tables = {f"{name}.weight" for name in model.base_model.targeted_module_names if "q_proj" not in name}
+    assert saved.keys() == tables
+    assert all(torch.equal(saved[name], tiny_llama().state_dict()[name]) for name in tables)
+
+
+def test_base_weights_without_factors_are_refused(tmp_path):
+    model = trained(get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=["q_proj"])))
+    model.save_pretrained(tmp_path / "a")
+    stored = load_file(tmp_path / "a" / WEIGHTS)
+    for module in ("lm_head", "model.layers.0.self_attn.q_proj"):
+        key = f"base_model.model.{module}.base_layer.weight"
+        save_file(stored | {key: torch.ones(32, 32)}, tmp_path / "a" / WEIGHTS)
+        with pytest.raises(AdapterError, match="base_layer"):
+            read_adapter(tmp_path / "a")
 
 
 # Starts that change the base

@@ -1,16 +1,20 @@
 """Where adapters come from: a Hub cache as huggingface_hub lays it out, and links that lead elsewhere."""
 
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import DryRunError
+from safetensors.torch import save_file
 
 from poc_lora.adapters import sources
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.adapters.serving import serving_advice
 from poc_lora.errors import AdapterError
+from poc_lora.merging.fold import fold
 from poc_lora.merging.folders import merge_folders
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -32,8 +36,65 @@ def hub(tmp_path, monkeypatch):
         asked.append((name, file, revision))
         return SimpleNamespace(file_size=sizes.get(file, 100)) if dry_run else str(snapshot / file)
 
+    def download_all(name, *, revision, allow_patterns, dry_run=False):
+        assert (name, revision) == ("org/name", COMMIT)
+        remote = tmp_path / "remote"
+        files = [path for path in remote.iterdir() if path.name in allow_patterns] if remote.exists() else []
+        if dry_run:
+            if sizes.get("offline"):
+                raise DryRunError
+            return [SimpleNamespace(filename=p.name, file_size=sizes.get(p.name, p.stat().st_size)) for p in files]
+        for path in files:
+            shutil.copy(path, repo / "blobs")
+            (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+        return str(snapshot)
+
     monkeypatch.setattr(sources, "hf_hub_download", download)
+    monkeypatch.setattr(sources, "snapshot_download", download_all)
     return snapshot, asked, sizes
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """What lies beside the adapter on the Hub."""
+    (tmp_path / "remote").mkdir()
+    for name in ("chat_template.jinja", "tokenizer.json", "training_args.bin", "README.md"):
+        (tmp_path / "remote" / name).write_text(f"the adapter's {name}")
+
+
+def test_the_tokenizer_beside_an_adapter_on_the_hub_is_carried(hub, remote, tmp_path):
+    merge_folders(["org/name"], tmp_path / "merged")
+    carried = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert carried == {
+        "adapter_config.json", "adapter_model.safetensors", "merge.json", "chat_template.jinja", "tokenizer.json"
+    }  # fmt: skip
+    assert (tmp_path / "merged/tokenizer.json").read_text() == "the adapter's tokenizer.json"
+
+
+def test_the_tokenizer_beside_an_adapter_on_the_hub_is_folded(hub, remote, tmp_path, tiny_model_dir):
+    snapshot, *_ = hub
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file(
+        {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(32, 2)},
+        (snapshot / "adapter_model.safetensors").resolve(),
+    )
+    fold("org/name", str(tiny_model_dir), tmp_path / "folded")
+    for name in ("chat_template.jinja", "tokenizer.json"):
+        assert (tmp_path / "folded" / name).read_text() == f"the adapter's {name}"
+
+
+def test_a_tokenizer_beyond_the_limit_is_not_fetched(hub, remote, tmp_path):
+    snapshot, _, sizes = hub
+    sizes["tokenizer.json"] = 2**40
+    with pytest.raises(AdapterError, match="more than any tokenizer"):
+        merge_folders(["org/name"], tmp_path / "merged")
+    assert not (snapshot / "tokenizer.json").exists()
+
+
+def test_offline_the_cache_is_all_there_is(hub, remote, tmp_path):
+    hub[2]["offline"] = True
+    merge_folders(["org/name"], tmp_path / "merged")
+    assert not (tmp_path / "merged/tokenizer.json").exists()
 
 
 def test_a_hub_id_is_fetched_and_its_commit_is_written_down(hub, tmp_path):

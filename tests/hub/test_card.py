@@ -293,6 +293,16 @@ def test_a_weighted_merge_and_the_rank_asked_for_are_said(tmp_path):
     assert (made["weights"], made["rank asked for"], made["rank"]) == ("0.75, 0.25", "3", "3")
 
 
+def test_the_modules_saved_whole_are_said_to_be_averaged_or_the_same(tmp_path):
+    for i in range(2):
+        whole = {"score.weight": torch.ones(3, 8) * i, "model.embed_tokens.weight": torch.ones(9, 8)}
+        write_adapter(small_adapter(i, whole=whole, task="SEQ_CLS"), tmp_path / f"{i}")
+    merge_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "merged", modules_to_save="mean")
+    text = card(tmp_path / "merged")
+    assert re.search(r"\| saved whole, averaged \| `score.weight` +\|", text)
+    assert re.search(r"\| saved whole, the same in all adapters \| `model.embed_tokens.weight` +\|", text)
+
+
 def test_the_citation_is_there(run):
     assert "@inproceedings{nitanda2025propagation," in card(run)
 

@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from poc_lora.adapters.adapter import open_adapter
+from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.errors import AdapterError
 from poc_lora.evaluation.whole_weights import in_weights, named_as_in
 from poc_lora.hub.collect import collect
 from poc_lora.merging.fold import fold
 from poc_lora.merging.folders import merge_folders
+from poc_lora.reporting.summaries import merge_summary
 
 TOKENS = torch.arange(1, 13).view(2, 6)
 
@@ -189,9 +191,19 @@ def test_whole_modules_are_averaged_on_request(tmp_path):
     with pytest.raises(AdapterError, match="not the same") as problem:
         merge_folders(sources, tmp_path / "merged")
     assert "--modules-to-save mean" in problem.value.fix
-    merge_folders(sources, tmp_path / "merged", weights=[0.25, 0.75], modules_to_save="mean")
+    report = merge_folders(sources, tmp_path / "merged", weights=[0.25, 0.75], modules_to_save="mean")
     merged = open_adapter(tmp_path / "merged").modules_to_save["lm_head.weight"]
     torch.testing.assert_close(merged, 0.25 * heads[0] + 0.75 * heads[1])
+    assert MergeReport.read(tmp_path / "merged/merge.json") == report
+    assert (report.modules_to_save, report.modules_to_save_averaged) == (["lm_head.weight"], ["lm_head.weight"])
+    (line,) = [line for line in merge_summary(report) if "saved whole" in line]
+    assert line.startswith("saved whole and averaged: lm_head.weight; labels")
+    for name in "ab":  # one head
+        stored = load_file(tmp_path / name / "adapter_model.safetensors")
+        save_file(stored | {"base_model.model.lm_head.weight": heads[0]}, tmp_path / name / "adapter_model.safetensors")
+    report = merge_folders(sources, tmp_path / "same", modules_to_save="mean")
+    assert (report.modules_to_save, report.modules_to_save_averaged) == (["lm_head.weight"], [])
+    assert "saved whole, the same in all adapters: lm_head.weight" in merge_summary(report)
 
 
 def test_peft_s_wrapped_names_and_plain_ones_are_one_table(tmp_path):

@@ -1,5 +1,6 @@
 """Merging of folders: what is written, what is refused, and what PEFT and transformers make of it."""
 
+import json
 import warnings
 import weakref
 from pathlib import Path
@@ -231,3 +232,29 @@ def test_modules_that_a_short_name_would_add_are_named_in_full(tmp_path):
     merge_folders(folders, tmp_path / "merged")
     model = PeftModel.from_pretrained(build_llama(97), tmp_path / "merged")
     assert model.base_model.targeted_module_names == ["model.layers.0.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept"),
+    [
+        (r".*\.(q|v)_proj", True),
+        (r"model\.layers\.\d\.self_attn\.(q_proj|v_proj)", True),
+        (r"(.*)*\.(q|v)_proj", False),  # could take very long to match
+        (r"(?!visual).*\.(q|v)_proj", False),
+    ],
+)
+def test_a_pattern_of_modules_that_all_sources_share_is_kept(tmp_path, pattern, kept):
+    for seed, given in enumerate([r".*[qv]_proj", pattern, pattern]):
+        base = build_llama(50)
+        torch.manual_seed(seed)
+        settings = LoraConfig(r=2, target_modules=r".*[qv]_proj", init_lora_weights=False)
+        get_peft_model(base, settings).save_pretrained(tmp_path / f"{seed}")
+        path = tmp_path / f"{seed}/adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": given}))
+    merge_folders([tmp_path / "1", tmp_path / "2"], tmp_path / "merged")
+    targets = json.loads((tmp_path / "merged/adapter_config.json").read_text())["target_modules"]
+    modules = [f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qv"]
+    assert targets == (pattern if kept else sorted(modules))
+    merge_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "mixed")
+    targets = json.loads((tmp_path / "mixed/adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(modules)
