@@ -55,12 +55,12 @@ def merge(
     chosen = None if weights is None else numbers(weights, float, "--weights", "0.5,0.25,0.25")
     ranks = [] if rank_sweep is None else numbers(rank_sweep, int, "--rank-sweep", "8,16,32,64")
 
-    import torch
-
-    from poc_lora.merging.folders import merge_folders
-    from poc_lora.reporting.summaries import merge_summary
-
     with interruptible("nothing was written"):
+        import torch
+
+        from poc_lora.merging.folders import merge_folders
+        from poc_lora.reporting.summaries import merge_summary
+
         report = merge_folders(
             sources,
             out,
@@ -111,9 +111,9 @@ def fold(
 
     Example: poc-lora fold runs/demo/merged --base poc_lora/microworld/model --out folded
     """
-    from poc_lora.merging.fold import fold
-
     with interruptible("nothing was written"):
+        from poc_lora.merging.fold import fold
+
         done = fold(adapter, base, out, untie_head=untie_head)
     show(f"{done.modules} modules folded into {done.files} files of weights")
     if done.left_out:
