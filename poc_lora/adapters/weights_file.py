@@ -78,6 +78,9 @@ def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
                 what = f"{key[:MAX_NAME]!r} and {in_file[plain][:MAX_NAME]!r} are one tensor"
                 raise AdapterError(what, where=path, fix="save the adapter again, from the model without wrappers")
             in_file[plain] = key
+            if plain.startswith(PREFIX * 2):
+                what = f"{key[:MAX_NAME]!r} was trained on a base that has an adapter already"
+                raise AdapterError(what, where=path, fix="fold that adapter into the base before training on it")
             match = _FACTOR.fullmatch(plain)
             if match and bool(match["weight"]) != match["factor"].startswith("embedding_"):
                 found.setdefault(match["module"], {})[match["factor"]] = key
@@ -224,8 +227,8 @@ def _refuse_not_finite(what: str, path: Path, *tensors: Tensor) -> None:
 
 
 def _is_of(parameter: str, modules: Collection[str]) -> bool:
-    """Whether a parameter belongs to one of the modules, which are named by the last parts of their paths."""
-    return any(f".{name}." in f".{parameter}" for name in modules)
+    """Whether a parameter belongs to one of the modules, which PEFT names by how their paths end: norm, layernorm."""
+    return any(f"{name}." in parameter for name in modules)
 
 
 def _header_bytes(path: Path) -> int:
@@ -281,4 +284,5 @@ def _check_saved(key: str, part: Any, where: Path) -> tuple[int, ...]:
 
 def _check_dtype(what: str, part: Any, where: Path) -> None:
     if part.get_dtype() not in DTYPES:
-        raise AdapterError(f"{what} is {part.get_dtype()}, not F32, F16 or BF16", where=where)
+        fix = "save the adapter in float32, float16 or bfloat16"
+        raise AdapterError(f"{what} is {part.get_dtype()}, not F32, F16 or BF16", where=where, fix=fix)
