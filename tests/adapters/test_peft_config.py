@@ -103,6 +103,16 @@ def test_a_table_with_factors_is_read_with_its_base_weights_and_without_them(tmp
     assert all(torch.equal(saved[name], tiny_llama().state_dict()[name]) for name in tables)
 
 
+def test_a_table_with_factors_is_known_whatever_its_name(tmp_path):
+    model = trained(get_peft_model(tiny_gpt2(), LoraConfig(r=3, target_modules=["wte"])))
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    path = tmp_path / "a" / WEIGHTS
+    stored = load_file(path)
+    assert "base_model.model.transformer.wte.base_layer.weight" in stored
+    save_file({key.replace("wte", "tokens"): tensor for key, tensor in stored.items()}, path)
+    assert set(read_adapter(tmp_path / "a").modules_to_save) == {"lm_head.weight", "transformer.tokens.weight"}
+
+
 def test_base_weights_without_factors_are_refused(tmp_path):
     model = trained(get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=["q_proj"])))
     model.save_pretrained(tmp_path / "a")

@@ -1,6 +1,7 @@
 """Evaluations of what no bank can hold: models without an adapter, and adapters with modules trained whole."""
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -9,6 +10,7 @@ from poc_lora.cli.app import app
 from poc_lora.errors import RequestError
 from poc_lora.evaluation.evaluate import evaluate
 from poc_lora.merging.fold import fold
+from poc_lora.merging.folders import merge_folders
 from tests.evaluation.test_evaluate import data  # noqa: F401
 
 
@@ -40,3 +42,20 @@ def test_a_model_alone_and_its_report(tiny_model_dir, data, tmp_path):  # noqa: 
         assert done.exit_code == 0, done.output
     with pytest.raises(RequestError, match="its own base"):
         evaluate([tiny_model_dir], data=data, base="gpt2", out=tmp_path / "f")
+
+
+def test_an_embedding_and_the_table_that_peft_saves_beside_its_factors_are_scored(tiny_model_dir, data, tmp_path):  # noqa: F811
+    for seed in range(2):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(std=0.3)
+        model.save_pretrained(tmp_path / f"{seed}")
+    sources = [tmp_path / "0", tmp_path / "1"]
+    results = evaluate(sources, data=data, benchmarks=["piqa"], out=tmp_path / "eval")
+    merge_folders(sources, tmp_path / "merged")
+    fold(tmp_path / "merged", str(tiny_model_dir), tmp_path / "folded", untie_head=True)
+    alone = evaluate([tmp_path / "folded"], data=data, benchmarks=["piqa"], out=tmp_path / "eval-folded")
+    assert alone.base.average.value == results.merged.average.value
