@@ -18,6 +18,7 @@ from poc_lora.files import read_json
 from poc_lora.models.load import empty_models
 from poc_lora.models.names import names_in_model
 
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 INDEX_NAME = "model.safetensors.index.json"
 AUTO_CLASSES = (
     "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM",
@@ -166,11 +167,13 @@ def _check_shapes(
 
 def _check_shape(adapter: Adapter, key: str, shape: tuple[int, ...], known: Mapping[str, tuple[int, ...]]) -> None:
     if known.get(key) != shape:
-        raise AdapterError(
-            f"the adapter changes {key} of shape {shape}, the base has {known.get(key) or 'no such weight'}",
-            where=adapter.source,
-            fix="fold it into the base model it was trained on",
-        )
+        fix = "fold it into the base model it was trained on"
+        if key not in known and adapter.task_type in HEAD_TASKS:
+            fix = (
+                "a head made for a task is in no file of the base: load base and adapter with PEFT, merge_and_unload()"
+            )
+        what = f"the adapter changes {key} of shape {shape}, the base has {known.get(key) or 'no such weight'}"
+        raise AdapterError(what, where=adapter.source, fix=fix)
 
 
 def changed_texts(plan: FoldPlan, folder: Path, config: Mapping[str, Any], files: Files) -> dict[str, str]:
