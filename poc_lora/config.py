@@ -24,6 +24,8 @@ from poc_lora.config_files import (
 from poc_lora.errors import RequestError
 from poc_lora.files import write_atomic
 
+MAX_ADAPTERS = 4096
+
 
 class ModelSection(Section):
     """The frozen base model: a local folder or a Hub id."""
@@ -62,7 +64,7 @@ class LoraSection(Section):
 class AdaptersSection(Section):
     """How many adapters, and the seed that all their draws descend from."""
 
-    count: Annotated[Positive, Field(le=4096)] = 8
+    count: Annotated[Positive, Field(le=MAX_ADAPTERS)] = 8
     """M, the number of adapters. It may grow when a run is resumed."""
     per_device: Literal["auto"] | Positive = "auto"
     """Adapters trained at once on a device. `auto`: as many as fit in its memory."""

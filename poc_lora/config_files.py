@@ -125,7 +125,7 @@ def values_in_words(field: Mapping[str, Any]) -> str:
             return f"list of {len(field['prefixItems'])}: {values_in_words(field['prefixItems'][0])}"
         return f"list of {values_in_words(field['items'])}" + (", at least one" if field.get("minItems") else "")
     if field["type"] == "object":
-        return f"text: {values_in_words(field['additionalProperties'])}"
+        return f"mapping of text to {values_in_words(field['additionalProperties'])}"
     words = {
         "string": "text",
         "boolean": "`true` or `false`",

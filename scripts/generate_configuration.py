@@ -44,7 +44,7 @@ adapters.count=12
 adapters.per_device=4
 adapters.seed=1
 data.train=[my/train.jsonl]
-data.columns={question:instruction,hints:null}
+data.columns={question: instruction, hints: null}
 data.skip_bad_rows=true
 data.prompt=llm-adapters
 data.max_length=512
@@ -70,7 +70,7 @@ checkpoint.every_steps=50
 checkpoint.keep=3
 track=[tensorboard]
 output=runs/mine
-""".split()
+""".strip().splitlines()
 
 
 def configuration_page() -> str:

@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from poc_lora.artifacts.schema import LARGEST, Schema
+from poc_lora.config import MAX_ADAPTERS
 from poc_lora.errors import RunError
 from poc_lora.files import read_text
 
 Whole = Annotated[int, Field(strict=True, ge=0, le=2**40)]
+Adapter = Annotated[int, Field(strict=True, ge=0, lt=MAX_ADAPTERS)]
 
 
 def _drawable(value: Any) -> Any:
@@ -42,7 +44,7 @@ class MetricsLine(Schema):
     """
 
     step: Whole
-    adapter: Whole | Literal["base", "merge"]
+    adapter: Adapter | Literal["base", "merge"]
     diverged: Literal[True] | None = None
     loss: Measure = None
     grad_norm: Measure = None
@@ -56,7 +58,7 @@ class MetricsLine(Schema):
     merge_variance: Measure = None
     relative_standard_error: Measure = None
     cosines: list[list[Measure]] | None = None
-    members: list[Whole] | None = None
+    members: list[Adapter] | None = None
 
 
 def read_metrics(path: Path, *, max_bytes: int) -> Iterator[tuple[str, MetricsLine]]:

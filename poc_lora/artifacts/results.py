@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, NamedTuple, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from poc_lora.artifacts.schema import Artifact, Count, Finite, Number, OrNan, Public, Schema, Share
+from poc_lora.config import MAX_ADAPTERS
 from poc_lora.data.commonsense import BENCHMARKS
 
 
@@ -15,7 +16,6 @@ def _is_error(value: float) -> float:
     return value
 
 
-MAX_ADAPTERS = 4096  # as a run may have
 Accuracy = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 StandardError = Annotated[OrNan, AfterValidator(_is_error)]
 

@@ -17,7 +17,8 @@ LARGEST = 1e30  # matplotlib cannot draw larger values
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1.001, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, le=2**53)]
+MAX_COUNT = 2**53
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +13,7 @@ from poc_lora.errors import DataError, ModelError
 
 Turn = dict[str, Any]
 # Keys that tie a tool's answer to its call, which most templates leave to the order of the turns.
-LINKS = {"tool": frozenset({"name", "tool_call_id"})}
+LINKS = dict.fromkeys(("tool", "function", "ipython"), frozenset({"name", "tool_call_id"}))
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ChatTemplate:
             whole = self._text(row, row.messages)
         except Exception as problem:  # a template runs on the row, and can fail in any way
             raise DataError(f"the tokenizer's chat template refuses the row: {problem}", where=row.where) from problem
-        self._require_used(row, whole)
+        self._require_used(row)
         spans = tuple(self._place(row, i, whole) for i in learned)
         return RenderedRow(whole[: max(spans[-1][1], len(whole.rstrip("\n")))], spans)
 
@@ -73,16 +73,16 @@ class ChatTemplate:
 
     def _place(self, row: ChatRow, i: int, whole: str) -> tuple[int, int]:
         """The span of turn i's answer in the text: after the prompt for it, up to and with the mark of its end."""
-        turns, name = row.messages, _name(row, i)
+        turns, name, is_last = row.messages, _name(row, i), i == len(row.messages) - 1
         try:
             before = self._text(row, turns[:i])
             prompt = self._text(row, turns[:i], prompt=True)
-            through = whole if i == len(turns) - 1 else self._text(row, turns[: i + 1])
+            through = whole if is_last else self._text(row, turns[: i + 1])
         except Exception as problem:
             raise DataError(
                 f"the chat template cannot write the chat up to {name}, so its place cannot be told: {problem}",
                 where=row.where,
-                fix="give the turn weight 0, or set data.learn: last",
+                fix=None if is_last else "give the turn weight 0, or set data.learn: last",
             ) from problem
         start, end = common_prefix(prompt, whole), through.rstrip("\n")
         own = common_prefix(before, prompt)  # without the mark of a chat's end that some templates write
@@ -92,11 +92,13 @@ class ChatTemplate:
             if content and end.endswith(content):
                 end = ""  # the end of the turn is marked otherwise once others follow
         if start < own or not end or not whole.startswith(end):
+            other = "the turns before it otherwise than in its prompt" if is_last else "it otherwise once others follow"
+            split = "" if is_last else "set data.learn: last and give each of the assistant's turns its own row, or "
             raise DataError(
-                f"the chat template writes {name} otherwise once other turns follow, so its place cannot be told",
+                f"the place of {name} cannot be told: the chat template writes {other}",
                 where=row.where,
-                fix="set data.learn: last and give each of the assistant's turns a row of its own, or give the "
-                "tokenizer a template that does not look ahead, such as those of TRL's get_training_chat_template",
+                fix=f"{split}give the tokenizer a template that does not look ahead, such as those of TRL's "
+                "get_training_chat_template",
             )
         if _squeezed(content) not in _squeezed(whole[own : len(end)]):
             raise DataError(
@@ -107,7 +109,7 @@ class ChatTemplate:
             )
         return start, max(start, len(end))
 
-    def _require_used(self, row: ChatRow, whole: str) -> None:
+    def _require_used(self, row: ChatRow) -> None:
         """Refuse what carries content and can be changed without changing the text."""
         turns, found = row.messages, []
         for i, turn in enumerate(turns):
@@ -115,7 +117,7 @@ class ChatTemplate:
             filled = frozenset(key for key, value in turn.items() if carries(value))
             shape = (*around, filled, len(turn.get("tool_calls", ())), bool(row.tools))
             if shape not in self._unused:
-                self._unused[shape] = self._unused_keys(row, i, whole)
+                self._unused[shape] = self._unused_keys(row, i)
             found += [(key, i) for key in self._unused[shape]]
         if found:
             key, i = found[0]
@@ -128,7 +130,7 @@ class ChatTemplate:
             )
         if row.tools:
             if "tools" not in self._unused:
-                self._unused["tools"] = ["tools"] * (self._text(ChatRow(turns), turns) == whole)
+                self._unused["tools"] = ["tools"] * self._same(ChatRow(turns), row)
             if self._unused["tools"]:
                 raise DataError(
                     "the chat template does not write the row's tools",
@@ -136,7 +138,7 @@ class ChatTemplate:
                     fix=f"use a chat template that does, or leave them out: {leave_out(['tools'])}",
                 )
 
-    def _unused_keys(self, row: ChatRow, i: int, whole: str) -> list[str]:
+    def _unused_keys(self, row: ChatRow, i: int) -> list[str]:
         """The keys of turn i that the template does not write, be the turn inside the chat or its last."""
         turns, turn = row.messages, row.messages[i]
         metadata = {"role", *METADATA, *LINKS.get(turn["role"], ())}
@@ -150,18 +152,20 @@ class ChatTemplate:
                 lesser = [{**turn, key: turn[key][:j] + turn[key][j + 1 :]} for j in range(len(turn[key]))]
             for other in lesser:
                 rest = [*turns[:i], other, *turns[i + 1 :]]
-                if self._same(row, rest, turns) and self._same(row, rest[: i + 1], turns[: i + 1]):
+                without = replace(row, messages=tuple(rest))
+                if self._same(without, row) and self._same(_up_to(without, i), _up_to(row, i)):
                     unused.append(key)
                     break
         return unused
 
-    def _same(self, row: ChatRow, some: Sequence[Turn], others: Sequence[Turn]) -> bool:
+    def _same(self, changed: ChatRow, row: ChatRow) -> bool:
+        """Whether the template writes both chats alike, or cannot write this one at all."""
         try:
-            expected = self._text(row, others)
+            expected = self._text(row, row.messages)
         except Exception:
-            return True  # says nothing about the difference
+            return True
         try:
-            return self._text(row, some) == expected
+            return self._text(changed, changed.messages) == expected
         except Exception:
             return False
 
@@ -203,6 +207,10 @@ def _with_written_arguments(turn: Turn) -> Turn:
         for call in turn["tool_calls"]
     ]
     return {**turn, "tool_calls": calls}
+
+
+def _up_to(row: ChatRow, i: int) -> ChatRow:
+    return replace(row, messages=row.messages[: i + 1])
 
 
 def _name(row: ChatRow, i: int) -> str:

@@ -121,8 +121,8 @@ def verdict(found: HeldOut) -> str:
     else:
         said = "is worse than every adapter" if found.merge > max(losses) else "is worse than the best adapter"
         advice = (
-            f"Use adapter {found.best}, or train adapters that stay closer together: a lower optim.lr, fewer epochs, "
-            "more rows."
+            f"Use adapter {found.best}. If the losses still fell at the end, train longer; if not, a lower optim.lr "
+            "keeps adapters closer together."
         )
     if found.base <= min(found.merge, *losses):
         said += ", and the base is better than all"

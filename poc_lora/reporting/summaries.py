@@ -1,5 +1,7 @@
 """Sentences about a training and a merge, for the command line and the report."""
 
+import statistics
+
 from poc_lora.adapters.serving import serving_advice
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.files import size
@@ -11,6 +13,10 @@ from poc_lora.training.loop import TrainingResult
 IDENTICAL = 0.9999  # a larger cosine suggests the same seed
 MAX_LISTED = 4  # names in a line
 UNRELATED = 0.01  # a smaller cosine suggests different base models or tasks
+# Cosines below these are that much: of M updates of equal norm with mean cosine c, the average has the share
+# c + (1 - c)/M of one update's squared norm.
+SHARED = {0.1: "almost nothing", 0.3: "little", 0.6: "a part", 0.9: "most"}
+DOMINANT = 2.0  # times the median norm
 
 
 def training_summary(done: TrainingResult) -> list[str]:
@@ -52,10 +58,16 @@ def merge_distance(report: MergeReport) -> str | None:
     distance = percent(report.relative_standard_error, 0)
     next_move = None if report.next_move is None else percent(report.next_move, 1)
     return (
-        f"The mean cosine between two adapters' updates is {report.mean_cosine:.3f}. By how far they are apart, the "
-        f"merge is about {distance} % of its own norm away from that of ever more such adapters"
+        f"The mean cosine between two adapters' updates is {report.mean_cosine:.3f}: they share {_shared(report)} of "
+        f"what they learnt, and averaging shrinks the rest. By how far they are apart, the merge is about {distance} % "
+        "of its own norm away from that of ever more such adapters"
         + (f"; one more would move the merge by about {next_move} %." if next_move else ".")
     )
+
+
+def _shared(report: MergeReport) -> str:
+    cosine = report.mean_cosine or 0.0
+    return next((words for limit, words in SHARED.items() if cosine < limit), "nearly all")
 
 
 def merge_summary(report: MergeReport) -> list[str]:
@@ -103,7 +115,7 @@ def rank_table(report: MergeReport) -> list[str]:
 
 
 def _warnings(report: MergeReport) -> list[str]:
-    """Warns about adapters that are identical or unrelated."""
+    """Warns about adapters that are identical or unrelated, or much larger than the others."""
     cosines, names = report.cosines, [source.name for source in report.sources]
     M = len(names)
     pairs = [(cosines[i][j], i, j) for i in range(M) for j in range(i)]
@@ -111,6 +123,12 @@ def _warnings(report: MergeReport) -> list[str]:
         f"warning: {names[j]} and {names[i]} are the same update (cosine {cosine:.5f}). Do they have the same seed?"
         for cosine, i, j in pairs
         if cosine > IDENTICAL
+    ]
+    typical = statistics.median(report.norms)
+    lines += [
+        f"warning: {name} is {norm / typical:.1f} times as large as the median adapter and weighs more in the merge"
+        for name, norm in zip(names, report.norms, strict=True)
+        if norm > DOMINANT * typical > 0
     ]
     if M == 2 and cosines[0][1] < UNRELATED:
         return [*lines, f"warning: {names[0]} and {names[1]} look unrelated (their cosine is {cosines[0][1]:.3f})"]

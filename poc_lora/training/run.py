@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.artifacts.metrics_line import MetricsLine, read_metrics
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.artifacts.run_info import NO_FILES, RunInfo
+from poc_lora.artifacts.run_info import NO_FILES, SUPERVISED_TOKENS, RunInfo
 from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
 from poc_lora.environment import environment
 from poc_lora.errors import CheckpointError, RunError
@@ -188,9 +188,13 @@ def require_same_rows(run: Run, files: Mapping[str, str]) -> None:
         run: The run to resume.
         files: Checksums by path, and of the tokenised rows under the keys `NO_FILES`.
     """
-    if run.info is None or run.info.data_sha256 == files:
+    if run.info is None:
         return
     before = run.info.data_sha256
+    if SUPERVISED_TOKENS not in before:  # a run of before it was recorded
+        files = {path: digest for path, digest in files.items() if path != SUPERVISED_TOKENS}
+    if before == files:
+        return
     changed = sorted(path for path in before.keys() | files.keys() if before.get(path) != files.get(path))
     changed_files = [path for path in changed if path not in NO_FILES]
     if changed_files:

@@ -23,6 +23,7 @@ def test_what_cannot_be_told_is_null_in_the_file_and_nan_in_memory(tmp_path):
     ("field", "value"),
     [
         ("best", "none"),
+        ("adapters", {f"{i}": scored(0.5) for i in range(100_000)}),
         ("questions", {"unheard-of": 1}),
         ("too_long", {}),
         ("chance", {}),

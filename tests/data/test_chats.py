@@ -101,7 +101,7 @@ def test_the_learnt_turns_are_the_same_as_one_by_one_or_are_refused_by_name(toke
     try:
         found = learnt(tokenizer, FOUR, "assistant")
     except DataError as problem:
-        known = ("otherwise once other turns follow", "refuses the row", "does not write 'content'")
+        known = ("otherwise once others follow", "refuses the row", "does not write 'content'")
         assert any(words in problem.what for words in known)  # noqa: PT017
         assert problem.where == "rows.json, row 1"  # noqa: PT017
         return
@@ -116,7 +116,7 @@ def test_the_learnt_turns_are_the_same_as_one_by_one_or_are_refused_by_name(toke
 def test_a_template_that_writes_earlier_turns_otherwise_is_refused_with_a_way_out(tokenizer, template):
     use(tokenizer, template, "<|return|>" if template == "gptoss" else "<|im_end|>")
     problem = refusal(tokenizer, FOUR, "assistant")
-    assert "turn 2 (assistant) otherwise once other turns follow" in problem.what
+    assert problem.what.startswith("the place of turn 2 (assistant) cannot be told")
     assert "data.learn: last" in problem.fix
     assert "four" in learnt(tokenizer, FOUR, "last")[0]
 
@@ -275,3 +275,14 @@ def test_every_turn_is_checked_wherever_it_stands(tokenizer):
     encoded = encode_rows([fine, lost, fine, lost], tokenizer, template="clean", max_length=999, bad=bad)
     assert len(encoded.examples) == 2
     assert [problem.where for problem in bad.first] == ["row 2", "row 2"]
+
+
+def test_a_prompt_that_the_whole_chat_does_not_begin_with_is_refused(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if not (messages[-1].role == 'assistant' and loop.index0 == 0) %}<p>{% endif %}"
+        "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    for learn in ("last", "all"):
+        problem = refusal(tokenizer, FOUR, learn)
+        assert "writes the turns before it otherwise than in its prompt" in problem.what
+        assert "data.learn: last" not in problem.fix

@@ -53,3 +53,21 @@ def test_twins_and_strangers_are_pointed_out(tmp_path):
 def test_two_with_nothing_in_common_are_pointed_out(tmp_path):
     q, up = (Adapter({name: factors}) for name, factors in adapter(1).modules.items())
     assert "warning: 0 and 1 look unrelated" in "\n".join(merge_summary(report(tmp_path, [q, up])))
+
+
+def test_an_adapter_that_is_much_larger_than_the_rest_is_pointed_out(tmp_path):
+    sources = [adapter(i) for i in range(3)]
+    sources.append(Adapter({name: Factors(3 * f.A, f.B) for name, f in adapter(4).modules.items()}))
+    text = "\n".join(merge_summary(report(tmp_path, sources)))
+    assert "warning: 3 is 3.0 times as large as the median adapter" in text
+    assert text.count("times as large") == 1
+
+
+@pytest.mark.parametrize(("common", "words"), [(0, "almost nothing"), (0.5, "little"), (1, "a part"), (2, "most")])
+def test_a_cosine_is_said_in_words(tmp_path, common, words):
+    # Updates of equal size with a common part: the cosine is c² / (1 + c²) for a part of c times the size of the rest.
+    draw = torch.Generator().manual_seed(0)
+    shared = torch.randn(1, 400, generator=draw)
+    rows = [torch.randn(1, 400, generator=draw) + common * shared for _ in range(4)]
+    sources = [Adapter({"layers.0.q_proj": Factors(row, torch.ones(1, 1))}) for row in rows]
+    assert f"they share {words} of what" in "\n".join(merge_summary(report(tmp_path, sources)))
