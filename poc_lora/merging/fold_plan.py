@@ -95,7 +95,7 @@ def plan_fold(adapter: Adapter, folder: Path, config: Mapping[str, Any], files: 
     transposed = frozenset(key for key, module in modules.items() if is_transposed(module))
     tables = _tables(model, in_model, key_of) | set(stored.values())
     rows = _check_shapes(adapter, modules, whole, transposed, shapes, tables)
-    for name in _ends(model) if rows and not stored else ():
+    for name in _ends(model) if rows else ():
         if (key := head_names.get(name, name)) in shapes.keys() - whole.keys() and shapes[key][0] != rows:
             what = f"the adapter has a table of {rows} tokens, but no {key}, of which the base has {shapes[key][0]}"
             fix = "save both: train with modules_to_save=['embed_tokens', 'lm_head']"

@@ -278,7 +278,7 @@ def empty_models(folder: Path) -> Iterator[PreTrainedModel]:
     There are none of a class that transformers does not have.
     """
     try:
-        config = _config(str(folder), None)
+        config = _config(resolve_base(str(folder)), None)
     except Exception:  # of many kinds
         return
     with contextlib.suppress(ModelError):
