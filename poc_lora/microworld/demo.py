@@ -50,6 +50,9 @@ def run_demo(
     results = evaluate([out], data=DATA_DIR, limit=limit)
     write_report(out, results)
     show(*results_summary(results), headline(results)[0])
-    show("The merge is one adapter and costs what one adapter costs; the prediction ensemble runs all of them.")
+    show(
+        f"The merge is one adapter of rank {merged.rank}: folded into the base it costs nothing, truncated to rank "
+        f"{config.lora.rank} what one adapter costs. The prediction ensemble runs all {config.adapters.count}."
+    )
     write_page(out)
     return results

@@ -37,7 +37,7 @@ def test_it_leaves_a_whole_run(demo):
 def test_it_shows_the_papers_rows_and_two_sentences(demo):
     _, results, shown = demo
     assert shown[-2] == headline(results)[0]
-    assert "costs what one adapter costs" in shown[-1]
+    assert "truncated to rank 4 what one adapter costs" in shown[-1]
     rows = (demo[0] / "eval/results.md").read_text()
     for name in ("base", "LoRA (best)", "LoRA (average)", "PoC merge", "prediction ensemble"):
         assert f"| {name} |" in rows
