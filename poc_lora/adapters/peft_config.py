@@ -124,8 +124,8 @@ def target_pattern(config: dict[str, Any], names: list[str], where: Path) -> str
 def auto_mapping(config: dict[str, Any]) -> dict[str, str] | None:
     """The base's class in transformers, by which PEFT's AutoPeftModel loads it; None for any other content."""
     given = config.get("auto_mapping")
-    if not isinstance(given, dict) or given.keys() != {"base_model_class", "parent_library"}:
-        return None
+    if not isinstance(given, dict) or not given.keys() >= {"base_model_class", "parent_library"}:
+        return None  # Unsloth adds a key of its own
     name, library = str(given["base_model_class"]), str(given["parent_library"])
     # PEFT imports the library by its name.
     known = re.fullmatch(r"transformers(\.\w{1,80}){0,8}", library, re.ASCII)

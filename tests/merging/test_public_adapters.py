@@ -33,6 +33,10 @@ PEFT_0_4 = {
     "lora_alpha": 6, "lora_dropout": 0.05, "modules_to_save": None, "peft_type": "LORA", "r": 4, "revision": None,
     "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM",
 }  # fmt: skip
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|v_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\.(?:(?:q_proj|v_proj)))"
+)
 PREFIX = "base_model.model."
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
@@ -103,6 +107,7 @@ READ = {
     "patterns that are expressions": dict(rank_pattern={r"^model.layers.0.self_attn.(q|v)_proj": 2}, use_rslora=True),
     "layers_to_transform": dict(layers_to_transform=[1], layers_pattern=["layers"]),
     "exclude_modules": dict(target_modules="all-linear", exclude_modules=r".*\.(up|down)_proj"),
+    "Unsloth's expression": dict(target_modules=UNSLOTH, fields={"task_type": None, "lora_dropout": 0}),
     "no modules_to_save": dict(fields={"modules_to_save": []}),
     "an orthogonal start": dict(init_lora_weights="orthogonal"),
     "fields of other starts": dict(
