@@ -14,7 +14,7 @@ from poc_lora.errors import AdapterError
 
 MAX_ALPHA = 1e6
 MAX_BASE_NAME = 4096  # the longest path; a merge copies the name
-MAX_MODULES_TO_SAVE = 64
+MAX_MODULES_TO_SAVE = 1024
 COMPILE_STEPS = 1e5
 MAX_PATTERN_STEPS = 3e8  # what matching all patterns may cost at worst; 1,000 plain ones on as many modules: 6e7
 
@@ -59,7 +59,8 @@ def check_config(config: Any, where: Path) -> None:
     if not isinstance(config, dict):
         raise AdapterError("the configuration is not a JSON object", where=where)
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"peft_type is {str(config.get('peft_type'))[:80]!r}, not 'LORA'", where=where)
+        what = f"peft_type is {str(config.get('peft_type'))[:80]!r}, not 'LORA'"
+        raise AdapterError(what, where=where, fix="use an adapter of plain LoRA: other methods have other updates")
     for name, value in config.items():
         if name in HARMLESS or name in UNDERSTOOD or _is_off(value):
             continue
@@ -71,7 +72,8 @@ def check_config(config: Any, where: Path) -> None:
             f"the field {name[:MAX_NAME]!r} is not known, so neither is the update", where=where, fix=fix
         )
     if config.get("bias", "none") not in ("none", None):
-        raise AdapterError(f"bias is {str(config['bias'])[:80]!r}: biases were trained beside the factors", where=where)
+        what = f"bias is {str(config['bias'])[:80]!r}: biases were trained beside the factors"
+        raise AdapterError(what, where=where, fix="use an adapter trained with bias='none'")
     for name in ("base_model_name_or_path", "revision"):
         text = config.get(name)
         if not isinstance(text, str | None) or len(text or "") > MAX_BASE_NAME:
@@ -122,8 +124,8 @@ def target_pattern(config: dict[str, Any], names: list[str], where: Path) -> str
 def auto_mapping(config: dict[str, Any]) -> dict[str, str] | None:
     """The base's class in transformers, by which PEFT's AutoPeftModel loads it; None for any other content."""
     given = config.get("auto_mapping")
-    if not isinstance(given, dict) or given.keys() != {"base_model_class", "parent_library"}:
-        return None
+    if not isinstance(given, dict) or not given.keys() >= {"base_model_class", "parent_library"}:
+        return None  # Unsloth adds a key of its own
     name, library = str(given["base_model_class"]), str(given["parent_library"])
     # PEFT imports the library by its name.
     known = re.fullmatch(r"transformers(\.\w{1,80}){0,8}", library, re.ASCII)

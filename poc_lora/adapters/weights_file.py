@@ -27,11 +27,9 @@ _FACTOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>(embe
 _WRAPPED = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.(?P<copy>modules_to_save|original_module)\.(?P<last>[^.]+)")
 # The tables that PEFT saves, without naming them in its configuration, once the vocabulary was resized; base_layer
 # where they have factors too.
-_TABLE = re.compile(
-    re.escape(PREFIX)
-    + r"(?P<module>(.+\.)?(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared))"
-    + r"(?P<base>\.base_layer)?\.(?P<last>weight|bias)"
-)
+_TABLES = "embed_tokens|lm_head|wte|word_embeddings|tok_embeddings|embeddings|embed_in|embed_out|output_layer|shared"
+_TABLE = re.compile(re.escape(PREFIX) + rf"((.+\.)?({_TABLES}))\.weight")
+_BASE = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.base_layer\.(?P<last>weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,9 @@ def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
                 what = f"{key[:MAX_NAME]!r} and {in_file[plain][:MAX_NAME]!r} are one tensor"
                 raise AdapterError(what, where=path, fix="save the adapter again, from the model without wrappers")
             in_file[plain] = key
+            if plain.startswith(PREFIX * 2):
+                what = f"{key[:MAX_NAME]!r} was trained on a base that has an adapter already"
+                raise AdapterError(what, where=path, fix="fold that adapter into the base before training on it")
             match = _FACTOR.fullmatch(plain)
             if match and bool(match["weight"]) != match["factor"].startswith("embedding_"):
                 found.setdefault(match["module"], {})[match["factor"]] = key
@@ -85,17 +86,19 @@ def read_header(path: Path, modules_to_save: Collection[str] = ()) -> Header:
                 if wrapped["copy"] == "modules_to_save":
                     name = f"{wrapped['module']}.{wrapped['last']}"
                     _add_saved(name, key, stored.get_slice(key), path, saved, saved_keys)
-            elif (table := _TABLE.fullmatch(plain)) and _is_table(table, stored.get_slice(key)):
-                name = f"{table['module']}.{table['last']}"
-                _add_saved(name, key, stored.get_slice(key), path, saved, saved_keys)
-                if table["base"]:
-                    based[table["module"]] = key
-            elif plain.startswith(PREFIX) and _is_of(plain.removeprefix(PREFIX), modules_to_save):
+            elif base := _BASE.fullmatch(plain):
+                _add_saved(f"{base['module']}.{base['last']}", key, stored.get_slice(key), path, saved, saved_keys)
+                based[base["module"]] = key
+            elif (plain.startswith(PREFIX) and _is_of(plain.removeprefix(PREFIX), modules_to_save)) or (
+                _TABLE.fullmatch(plain) and len(stored.get_slice(key).get_shape()) == 2
+            ):
                 _add_saved(plain.removeprefix(PREFIX), key, stored.get_slice(key), path, saved, saved_keys)
             else:
                 _refuse(key, path)
-        for module in based.keys() - found.keys():
-            _refuse(based[module], path)
+        for module, key in based.items():  # that of another layer was changed, as by PiSSA, or PEFT would not save it
+            factors = found.get(module, {})
+            if not ("embedding_A" in factors or (factors and _TABLE.fullmatch(f"{PREFIX}{module}.weight"))):
+                _refuse(key, path)
         if not found:
             raise AdapterError("there are no LoRA factors in the file", where=path)
         layers = {module: _check_layer(module, found[module], stored.get_slice, path) for module in sorted(found)}
@@ -203,13 +206,6 @@ def _unwrapped(key: str) -> str:
     return PREFIX + key.removeprefix(PREFIX).removeprefix("module.") if key.startswith(PREFIX) else key
 
 
-def _is_table(table: re.Match[str], part: Any) -> bool:
-    """Whether a tensor is a table of tokens that PEFT saves by itself, or the bias of a head with factors."""
-    return len(part.get_shape()) == (2 if table["last"] == "weight" else 1) and bool(
-        table["base"] or table["last"] == "weight"
-    )
-
-
 def _refuse(key: str, where: Path) -> NoReturn:
     fix = f"only {PREFIX}<module>.lora_A.weight, .lora_B.weight and .lora_embedding_A, _B are understood"
     if ".base_layer." in key:
@@ -224,8 +220,8 @@ def _refuse_not_finite(what: str, path: Path, *tensors: Tensor) -> None:
 
 
 def _is_of(parameter: str, modules: Collection[str]) -> bool:
-    """Whether a parameter belongs to one of the modules, which are named by the last parts of their paths."""
-    return any(f".{name}." in f".{parameter}" for name in modules)
+    """Whether a parameter belongs to one of the modules, which PEFT names by how their paths end: norm, layernorm."""
+    return any(f"{name}." in parameter for name in modules)
 
 
 def _header_bytes(path: Path) -> int:
@@ -281,4 +277,5 @@ def _check_saved(key: str, part: Any, where: Path) -> tuple[int, ...]:
 
 def _check_dtype(what: str, part: Any, where: Path) -> None:
     if part.get_dtype() not in DTYPES:
-        raise AdapterError(f"{what} is {part.get_dtype()}, not F32, F16 or BF16", where=where)
+        fix = "save the adapter in float32, float16 or bfloat16"
+        raise AdapterError(f"{what} is {part.get_dtype()}, not F32, F16 or BF16", where=where, fix=fix)

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.errors import AdapterError
+from poc_lora.lora.bank import AdapterBank
 from poc_lora.models.names import names_in_model
 
 
@@ -31,10 +32,12 @@ def named_as_in(model: PreTrainedModel, adapter: Adapter) -> Adapter:
 
 
 def check_fits(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Raises AdapterError unless the adapter's updates have the shapes of floating-point weights of the model.
+    """Raises AdapterError unless the adapter's updates have the shapes of weights of the model.
 
-    A table of tokens that replaces the model's own may have more or fewer rows.
+    A table of tokens that replaces the model's own may have more or fewer rows. Updates of quantised linear layers are
+    computed beside them; what else the adapter changes must be floating-point.
     """
+    adapter, _ = _split(model, adapter)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tables = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     saved = {name: tuple(tensor.shape) for name, tensor in adapter.modules_to_save.items()}
@@ -47,12 +50,12 @@ def check_fits(model: PreTrainedModel, adapter: Adapter) -> None:
             raise AdapterError(what, where=adapter.source)
         if known and name in saved and id(model.get_submodule(name.rpartition(".")[0])) in tables:
             known, shape = known[1:], shape[1:]
-        if shape != known:
-            what = f"the adapter updates {name} of shape {shape}, the base model has {known or 'no such weight'}"
-            raise AdapterError(what, where=adapter.source, fix="use the base model that the adapter was trained on")
         if found is not None and not found.is_floating_point():
             what = f"{name} is quantised, so it cannot be changed as a whole"
             raise AdapterError(what, where=adapter.source, fix="evaluate it on the unquantised base")
+        if shape != known:
+            what = f"the adapter updates {name} of shape {shape}, the base model has {known or 'no such weight'}"
+            raise AdapterError(what, where=adapter.source, fix="use the base model that the adapter was trained on")
 
 
 @contextlib.contextmanager
@@ -73,6 +76,8 @@ def in_weights(model: PreTrainedModel, adapters: Sequence[Adapter]) -> Iterator[
 
     for adapter in adapters:
         check_fits(model, adapter)
+    adapters, beside = (list(parts) for parts in zip(*(_split(model, adapter) for adapter in adapters), strict=True))
+    bank = AdapterBank.from_adapters(model, beside) if any(adapter.modules for adapter in beside) else None
     try:
         for name, tensor in adapters[0].modules_to_save.items():
             shared = [name]
@@ -91,11 +96,30 @@ def in_weights(model: PreTrainedModel, adapters: Sequence[Adapter]) -> Iterator[
                     update = factors.scale / len(adapters) * (B @ A)
                     total += update.T if _transposed(model, adapter, module) else update
             put(f"{module}.weight", weight + total)
-        yield
+        with contextlib.nullcontext() if bank is None else bank.merged():
+            yield
     finally:
+        if bank is not None:
+            bank.remove()
         for name, old in before.items():
             path, _, last = name.rpartition(".")
             setattr(model.get_submodule(path), last, old)
+
+
+def _split(model: PreTrainedModel, adapter: Adapter) -> tuple[Adapter, Adapter]:
+    """The adapter without its updates of quantised linear layers, and these alone."""
+    layers = dict(model.named_modules())
+    beside = {module: layers[module] for module in adapter.modules if module in layers}
+    beside = {module: layer for module, layer in beside.items() if isinstance(layer, nn.Linear) and _is_packed(layer)}
+    if not beside:
+        return adapter, replace(adapter, modules={}, modules_to_save={})
+    rest = {module: factors for module, factors in adapter.modules.items() if module not in beside}
+    alone = {module: adapter.modules[module] for module in beside}
+    return replace(adapter, modules=rest), replace(adapter, modules=alone, modules_to_save={})
+
+
+def _is_packed(layer: nn.Linear) -> bool:
+    return not layer.weight.is_floating_point() or layer.weight.shape != (layer.out_features, layer.in_features)
 
 
 def _transposed(model: PreTrainedModel, adapter: Adapter, module: str) -> bool:

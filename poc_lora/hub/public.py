@@ -47,8 +47,10 @@ def public_config(
     for name in ("target_modules", "exclude_modules"):
         if isinstance(public.get(name), str):
             _check_pattern(name, public[name], where)
-    if public.get("auto_mapping") is not None and auto_mapping(config) is None:
-        del public["auto_mapping"]
+    if public.get("auto_mapping") is not None:
+        public["auto_mapping"] = auto_mapping(config)
+        if public["auto_mapping"] is None:
+            del public["auto_mapping"]
     for name, kind, form in (
         ("task_type", str, r"[A-Z0-9_]{1,40}"),
         ("peft_version", str, r"[\w.+@-]{1,80}"),

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from poc_lora.adapters.adapter import Adapter, target_modules
 from poc_lora.errors import AdapterError, ModelError, PocLoraError, first_line
-from poc_lora.models.load import empty_base
+from poc_lora.models.load import empty_base, empty_models
+from poc_lora.models.names import names_in_model
 
 
 def why_not_attached(model: PreTrainedModel, modules: Collection[str], targets: str | list[str]) -> str | None:
@@ -74,7 +75,7 @@ def attachable(adapter: Adapter) -> Adapter:
     It is returned as it is if its base's config is not on this machine, or has other modules.
 
     Raises:
-        AdapterError: PEFT would attach other modules.
+        AdapterError: PEFT would attach other modules, or none.
     """
     problem = None
     full = replace(adapter, targets=frozenset(), pattern=None)
@@ -82,6 +83,7 @@ def attachable(adapter: Adapter) -> Adapter:
         model = _shapes_at_hand(adapter)
         plain = {path for path in adapter.modules if "experts" not in path.split(".")}
         if model is None or not plain <= {path for path, _ in model.named_modules()}:
+            _require_a_module(adapter, plain)
             return adapter
         targets = named.pattern or target_modules(named.modules, named.targets)
         problem = why_not_attached(model, list(adapter.modules), targets)
@@ -92,6 +94,22 @@ def attachable(adapter: Adapter) -> Adapter:
         where=adapter.source,
         fix="merge adapters without these modules, or with the version of transformers and PEFT that they are from",
     )
+
+
+def _require_a_module(adapter: Adapter, modules: Collection[str]) -> None:
+    """Raises AdapterError if the base, as any class that its config names, has none of the modules."""
+    folder = base_at_hand(adapter)
+    models = [] if folder is None or not modules else list(empty_models(folder))
+    for model in models:
+        there = model.state_dict()
+        if any(name in there for name in names_in_model(model, [f"{module}.weight" for module in modules]).values()):
+            return
+    if models:
+        raise AdapterError(
+            f"its base {adapter.base_model} has no module {min(modules)}, nor any other that the adapter is for",
+            where=adapter.source,
+            fix="correct base_model_name_or_path, or save the adapter again with PEFT's save_pretrained",
+        )
 
 
 def base_at_hand(adapter: Adapter) -> Path | None:

@@ -68,15 +68,20 @@ def _check_modules_to_save(adapters: Sequence[Adapter], *, same: bool) -> None:
     for adapter in adapters[1:]:
         for name in sorted(adapter.modules_to_save.keys() | first.modules_to_save.keys()):
             one, other = adapter.modules_to_save.get(name), first.modules_to_save.get(name)
-            alike = one is not None and other is not None and one.shape == other.shape
-            if not (same_parameter(one, other) if same else alike):
+            if one is None or other is None:
+                has, lacks = (first, adapter) if one is None else (adapter, first)
+                fix = "merge adapters that all have it, or, if it is the base's own, save them without it"
+                fix += " (save_embedding_layers=False)"
+                raise AdapterError(f"{name} is saved whole in {has.source}, but not here", where=lacks.source, fix=fix)
+            if same and not same_parameter(one, other):
                 fix = "merge adapters that share it unchanged, or train without modules_to_save"
-                if one is None or other is None:
-                    fix = "if it is the base's own, save all without it: save_embedding_layers=False"
-                elif same and alike:
+                if one.shape == other.shape:
                     fix = "average it (--modules-to-save mean); a classifier's labels must stand in the same order"
-                what = f"{name}, saved whole, is not {'the same' if same else 'of the same shape'}"
-                raise AdapterError(f"{what} in {first.source}", where=adapter.source, fix=fix)
+                what = f"{name}, saved whole, is not the same in {first.source}"
+                raise AdapterError(what, where=adapter.source, fix=fix)
+            if one.shape != other.shape:
+                what = f"{name}, saved whole, is not of the same shape in {first.source}"
+                raise AdapterError(what, where=adapter.source, fix=SAME_BASE)
 
 
 def same_parameter(one: Tensor | None, other: Tensor | None) -> bool:

@@ -1,8 +1,7 @@
 """Which tensors of a base's files an adapter changes, by transformers' own loading maps, and what to write beside."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,16 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.errors import AdapterError, ModelError
 from poc_lora.files import read_json
-from poc_lora.models.load import empty_base
+from poc_lora.models.load import empty_models
 from poc_lora.models.names import names_in_model
 
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 INDEX_NAME = "model.safetensors.index.json"
 AUTO_CLASSES = (
     "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM",
@@ -47,7 +47,7 @@ def plan_fold(adapter: Adapter, folder: Path, config: Mapping[str, Any], files: 
     wanted = [f"{module}.weight" for module in adapter.modules] + list(adapter.modules_to_save)
     model, key_of = None, {key: key for key in shapes}  # of no known class: only its files are known
     best = -1
-    for candidate in _models(folder, config):
+    for candidate in empty_models(folder):
         names = names_in_model(candidate, dict.fromkeys([*shapes, *wanted]))
         by_name = {names[key]: key for key in shapes}
         keys = {name: by_name.get(names[name], name) for name in wanted}
@@ -95,7 +95,7 @@ def plan_fold(adapter: Adapter, folder: Path, config: Mapping[str, Any], files: 
     transposed = frozenset(key for key, module in modules.items() if is_transposed(module))
     tables = _tables(model, in_model, key_of) | set(stored.values())
     rows = _check_shapes(adapter, modules, whole, transposed, shapes, tables)
-    for name in _ends(model) if rows and not stored else ():
+    for name in _ends(model) if rows else ():
         if (key := head_names.get(name, name)) in shapes.keys() - whole.keys() and shapes[key][0] != rows:
             what = f"the adapter has a table of {rows} tokens, but no {key}, of which the base has {shapes[key][0]}"
             fix = "save both: train with modules_to_save=['embed_tokens', 'lm_head']"
@@ -109,20 +109,6 @@ def _are_one_table(adapter: Adapter, names: list[str]) -> bool:
         return False
     table, head = (adapter.modules_to_save[name] for name in names)
     return table.dtype == head.dtype and torch.equal(table, head)
-
-
-def _models(folder: Path, config: Mapping[str, Any]) -> Iterator[PreTrainedModel]:
-    """The model as a causal language model, and as the class that its config names, on the meta device."""
-    with contextlib.suppress(ModelError):
-        yield empty_base(str(folder))
-    for name in config.get("architectures") or ():
-        kind = getattr(transformers, str(name), None)
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-            try:
-                with torch.device("meta"):
-                    yield kind(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-            except Exception:  # noqa: S112  (of many kinds; such a base is known by its files alone)
-                continue
 
 
 def _tied_tables(model: PreTrainedModel | None, adapter: Adapter, config: Mapping[str, Any]) -> list[str]:
@@ -181,11 +167,13 @@ def _check_shapes(
 
 def _check_shape(adapter: Adapter, key: str, shape: tuple[int, ...], known: Mapping[str, tuple[int, ...]]) -> None:
     if known.get(key) != shape:
-        raise AdapterError(
-            f"the adapter changes {key} of shape {shape}, the base has {known.get(key) or 'no such weight'}",
-            where=adapter.source,
-            fix="fold it into the base model it was trained on",
-        )
+        fix = "fold it into the base model it was trained on"
+        if key not in known and adapter.task_type in HEAD_TASKS:
+            fix = (
+                "a head made for a task is in no file of the base: load base and adapter with PEFT, merge_and_unload()"
+            )
+        what = f"the adapter changes {key} of shape {shape}, the base has {known.get(key) or 'no such weight'}"
+        raise AdapterError(what, where=adapter.source, fix=fix)
 
 
 def changed_texts(plan: FoldPlan, folder: Path, config: Mapping[str, Any], files: Files) -> dict[str, str]:

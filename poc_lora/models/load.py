@@ -4,10 +4,12 @@ import contextlib
 import importlib.util
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch._guards import detect_fake_mode
 from transformers import (
@@ -268,6 +270,27 @@ def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32"
         return model
     except Exception as problem:  # the library raises many kinds, all of which mean that it cannot be loaded
         raise _cannot_load(name, problem) from problem
+
+
+def empty_models(folder: Path) -> Iterator[PreTrainedModel]:
+    """A base as a causal language model, and as the classes that its config names, without weights as in `empty_base`.
+
+    There are none of a class that transformers does not have.
+    """
+    try:
+        config = _config(resolve_base(str(folder)), None)
+    except Exception:  # of many kinds
+        return
+    with contextlib.suppress(ModelError):
+        yield empty_base(str(folder))
+    for name in config.architectures or ():
+        kind = getattr(transformers, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            try:
+                with torch.device("meta"):
+                    yield kind(config)
+            except Exception:  # noqa: S112  (of many kinds)
+                continue
 
 
 def _config(name: str, revision: str | None) -> PretrainedConfig:

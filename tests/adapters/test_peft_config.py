@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file, save_file
@@ -101,6 +101,16 @@ def test_a_table_with_factors_is_read_with_its_base_weights_and_without_them(tmp
     tables = {f"{name}.weight" for name in model.base_model.targeted_module_names if "q_proj" not in name}
     assert saved.keys() == tables
     assert all(torch.equal(saved[name], tiny_llama().state_dict()[name]) for name in tables)
+
+
+def test_a_table_with_factors_is_known_whatever_its_name(tmp_path):
+    model = trained(get_peft_model(tiny_gpt2(), LoraConfig(r=3, target_modules=["wte"])))
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    path = tmp_path / "a" / WEIGHTS
+    stored = load_file(path)
+    assert "base_model.model.transformer.wte.base_layer.weight" in stored
+    save_file({key.replace("wte", "tokens"): tensor for key, tensor in stored.items()}, path)
+    assert set(read_adapter(tmp_path / "a").modules_to_save) == {"lm_head.weight", "transformer.tokens.weight"}
 
 
 def test_base_weights_without_factors_are_refused(tmp_path):
@@ -203,3 +213,22 @@ def test_convolutions_are_refused(tmp_path):
     get_peft_model(Pictures(), LoraConfig(r=2, target_modules=["conv", "head"])).save_pretrained(tmp_path / "a")
     with pytest.raises(AdapterError, match=r"conv has factors A \[2, 3, 3, 3\]"):
         read_adapter(tmp_path / "a")
+
+
+def test_modules_trained_whole_are_named_by_how_their_paths_end(tmp_path):
+    """norm is every layer norm for PEFT, as in LongLoRA's ["embed_tokens", "norm"]."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["norm"]))
+    trained(model).save_pretrained(tmp_path / "a")
+    saved = read_adapter(tmp_path / "a").modules_to_save
+    assert len(saved) == 2 * len(tiny_llama().model.layers) + 1
+    merge_folders([tmp_path / "a"], tmp_path / "merged")
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "merged").eval()(input_ids=TOKENS).logits
+    torch.testing.assert_close(again, model.eval()(input_ids=TOKENS).logits)
+
+
+def test_an_adapter_of_a_model_with_an_adapter_is_refused(tmp_path):
+    inner = get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=["q_proj"]))
+    get_peft_model(inner, LoraConfig(r=3, target_modules=["v_proj"]), "second").save_pretrained(tmp_path / "a")
+    folder = tmp_path / "a" / "second"
+    with pytest.raises(AdapterError, match="a base that has an adapter already"):
+        read_adapter(folder if folder.exists() else tmp_path / "a")

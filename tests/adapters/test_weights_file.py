@@ -113,7 +113,7 @@ def test_modules_to_save_and_the_same_in_all_are_kept(tiny_model_dir, members, t
 def test_modules_to_save_that_differ_are_refused(tiny_model_dir, members, tmp_path, modules_to_save):
     other = member(tiny_model_dir, tmp_path / "other", 3, shared=2.0, modules_to_save=modules_to_save)
     for order in ([*members, other], [other, *members]):
-        with pytest.raises(AdapterError, match="saved whole, is not the same"):
+        with pytest.raises(AdapterError, match=r"saved whole(, is not the same| in .*, but not here)"):
             merge_folders(order, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -151,7 +151,7 @@ def test_tensors_beside_the_factors_are_checked(members, change, words):
         read_adapter(members[0])
 
 
-@pytest.mark.parametrize("value", ["lm_head", ["a"] * 65, [3], {"a": 1}, 1, [["lm_head"]], ["../x"], [""]])
+@pytest.mark.parametrize("value", ["lm_head", ["a"] * 1025, [3], {"a": 1}, 1, [["lm_head"]], ["../x"], [""]])
 def test_modules_to_save_is_a_short_list_of_names(members, value):
     path = members[0] / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": value}))

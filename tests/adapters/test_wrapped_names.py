@@ -1,5 +1,7 @@
 """Adapters saved from wrapped models, with many modules, or of one folder's name, merge into what PEFT loads."""
 
+import json
+
 import pytest
 import torch
 from peft import AutoPeftModel, LoraConfig, get_peft_model
@@ -85,6 +87,10 @@ def test_auto_peft_model_loads_the_merge(tmp_path):
         model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
         model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
         model.save_pretrained(tmp_path / f"{seed}")
+        path = tmp_path / f"{seed}" / CONFIG_NAME
+        config = json.loads(path.read_text())
+        config["auto_mapping"]["unsloth_fixed"] = True  # as Unsloth does
+        path.write_text(json.dumps(config))
     merge_folders([tmp_path / "0", tmp_path / "1"], tmp_path / "merged")
     loaded = AutoPeftModel.from_pretrained(tmp_path / "merged")
     assert type(loaded.base_model.model).__name__ == "LlamaForCausalLM"

@@ -126,5 +126,7 @@ def test_the_class_of_the_base_is_published_if_it_is_of_transformers(run):
     mapping = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}
     change(config_of(run), auto_mapping=mapping)
     assert content(collect(run), "adapter_config.json")["auto_mapping"] == mapping
+    change(config_of(run), auto_mapping=mapping | {"unsloth_fixed": True})
+    assert content(collect(run), "adapter_config.json")["auto_mapping"] == mapping
     change(config_of(run), auto_mapping=mapping | {"parent_library": "os"})
     assert "auto_mapping" not in content(collect(run), "adapter_config.json")

@@ -24,6 +24,7 @@ from poc_lora.errors import AdapterError, ModelError
 from poc_lora.lora.bank import AdapterBank, matching_linears
 from poc_lora.lora.peft_targets import require_attached
 from poc_lora.merging.folders import merge_folders
+from tests.conftest import build_llama
 
 SIZES = dict(
     vocab_size=64,
@@ -146,3 +147,17 @@ assert why_not_attached(build_llama(50), paths, ["q_proj"]) is None
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_merge_of_modules_that_its_base_does_not_have_is_refused(tmp_path):
+    model = build_llama(50)
+    model.config.save_pretrained(tmp_path / "base")
+    paths = list(matching_linears(model, ["q_proj"]))
+    for name, old in (("inner", "model."), ("other", "model")):
+        for i in range(2):
+            own = adapter_of(model, paths, "", ["q_proj"]).modules
+            renamed = {path.replace(old, "decoder" if name == "other" else ""): own[path] for path in paths}
+            write_adapter(Adapter(renamed, base_model=str(tmp_path / "base")), tmp_path / f"{name}{i}")
+    merge_folders([tmp_path / "inner0", tmp_path / "inner1"], tmp_path / "merged")  # of the model without its head
+    with pytest.raises(AdapterError, match=r"has no module decoder\.layers\.0"):
+        merge_folders([tmp_path / "other0", tmp_path / "other1"], tmp_path / "again")

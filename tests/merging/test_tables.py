@@ -39,12 +39,12 @@ def base(tmp_path, request):
     return tmp_path / "base"
 
 
-def peft_adapter(base, folder, targets, *, seed=0, rows=None, save="auto"):
+def peft_adapter(base, folder, targets, *, seed=0, rows=None, save="auto", **options):
     """An adapter as PEFT saves it, of a base whose table may have been resized before, and PEFT's logits with it."""
     torch.manual_seed(99)  # the new rows
     model = load(base, rows)
     torch.manual_seed(seed)
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, **options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -107,12 +107,14 @@ def test_a_table_that_is_the_base_s_is_left_out_where_another_source_has_none(ba
     stored = load_file(tmp_path / "whole" / WEIGHTS_NAME)
     key = "base_model.model.model.embed_tokens.base_layer.weight"
     save_file(stored | {key: stored[key] + 1}, tmp_path / "whole" / WEIGHTS_NAME)
-    with pytest.raises(AdapterError, match=r"model\.embed_tokens\.weight, saved whole, is not the same") as problem:
+    with pytest.raises(
+        AdapterError, match=r"model\.embed_tokens\.weight is saved whole in .*whole, but not here"
+    ) as problem:
         merge_folders([tmp_path / "whole", tmp_path / "plain"], tmp_path / "again")
     assert "save_embedding_layers=False" in problem.value.fix
     save_file(stored, tmp_path / "whole" / WEIGHTS_NAME)
     (base / "config.json").rename(tmp_path / "config.json")  # a base that is not at hand
-    with pytest.raises(AdapterError, match="saved whole, is not the same"):
+    with pytest.raises(AdapterError, match=r"is saved whole in .*, but not here"):
         merge_folders([tmp_path / "whole", tmp_path / "plain"], tmp_path / "again")
 
 
@@ -124,3 +126,10 @@ def test_tied_tables_that_peft_resized_stay_tied(base, tmp_path):
     torch.testing.assert_close(logits(folded), expected, rtol=1e-5, atol=1e-5)
     assert (folded.lm_head.weight is folded.model.embed_tokens.weight) == folded.config.tie_word_embeddings
     torch.testing.assert_close(in_the_weights(base, tmp_path / "a"), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("whole", ["embed_tokens", "lm_head"])
+def test_a_resized_table_without_its_partner_is_not_folded(base, tmp_path, whole):
+    peft_adapter(base, tmp_path / "a", ["q_proj"], rows=53, save=False, modules_to_save=[whole])
+    with pytest.raises(AdapterError, match="has a table of 53 tokens, but no"):
+        fold(tmp_path / "a", str(base), tmp_path / "folded", untie_head=True)
