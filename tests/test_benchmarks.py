@@ -71,7 +71,7 @@ def test_one_process_and_two(tmp_path):
     assert len(found["tokens_per_s"]) == 2
     (ratio,) = found["ratio"]["rounds"]
     one, two = (each["median"] for each in found["tokens_per_s"].values())
-    assert ratio == pytest.approx(two / one, rel=0.01)
+    assert ratio == pytest.approx(two / one, rel=0.01, abs=6e-4)  # it is rounded to three decimals
 
 
 @pytest.mark.slow

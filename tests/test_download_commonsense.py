@@ -13,7 +13,7 @@ import pytest
 
 from poc_lora.data.commonsense import BENCHMARKS, find_benchmarks, read_questions
 from poc_lora.data.formats import InstructionRow
-from poc_lora.data.rows import read_file, source_files
+from poc_lora.data.rows import read_sources, source_files
 from poc_lora.errors import DataError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "download_commonsense.py"
@@ -197,9 +197,9 @@ def test_the_package_reads_what_is_built(hub, tmp_path, capsys):
         assert questions[0].instruction == EXAMPLES[benchmark.folder][1]
     trains = source_files([str(out)])  # what `data.train: [DIR]` stands for: the mixture is not learnt a second time
     assert [p.parent.name for p in trains] == sorted(b.folder for b in BENCHMARKS)
-    mixture = read_file(out / "mixture.json")
+    mixture = read_sources([str(out / "mixture.json")])
     assert len(mixture) == 7 * 2 + 6 * 2
-    assert sorted(map(repr, mixture)) == sorted(repr(row) for path in trains for row in read_file(path))
+    assert sorted(map(repr, mixture)) == sorted(repr(row) for path in trains for row in read_sources([str(path)]))
     assert isinstance(mixture[0], InstructionRow)
     shown = capsys.readouterr().out
     assert "mixture.json: 26 rows (10 of them repeats), a re-rendering of commonsense_170k" in shown

@@ -9,6 +9,7 @@ from poc_lora.adapters import adapter, factors, weights_file
 from poc_lora.artifacts import schema
 from poc_lora.data import bounded, limits, rows
 from poc_lora.models import load
+from poc_lora.reporting import held_out
 
 TEXT = (Path(__file__).parents[1] / "SECURITY.md").read_text()
 
@@ -38,6 +39,7 @@ def size(nbytes):
         ("a row or question", f"of {limits.MAX_LABELS_LENGTH:,} characters in all"),
         ("a run's JSON files", f"{size(files.MAX_JSON_BYTES)}, {files.MAX_JSON_DEPTH} levels"),
         ("a run's JSON files", f"integers up to 2^{schema.MAX_COUNT.bit_length() - 1}"),
+        ("a run's JSON files", f"`metrics.jsonl` {size(held_out.MAX_METRICS_BYTES)}"),
         ("a file of rows", size(rows.MAX_DATA_BYTES)),
     ],
 )

@@ -122,11 +122,6 @@ def read_sources(
     return rows
 
 
-def read_file(path: Path) -> list[Row]:
-    """Read the rows of one file. Raises DataError."""
-    return read_sources([str(path)])
-
-
 def _parts(sources: Sequence[str]) -> Iterator[tuple[str | Path, Iterable[Any]]]:
     """Yields the files and Hub data sets of the sources, with the rows of each as plain values."""
     for path in source_files(sources):

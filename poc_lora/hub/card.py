@@ -21,6 +21,7 @@ from poc_lora.errors import RequestError
 from poc_lora.hub.collect import Evaluation, File, Subject
 from poc_lora.hub.usage import TASKS, UNKNOWN_TASK, usage
 from poc_lora.merging.methods import METHODS
+from poc_lora.optim.schedules import MAX_WARMUP_STEPS
 from poc_lora.reporting.escape import code, markdown
 from poc_lora.reporting.results_tables import results_markdown
 from poc_lora.reporting.tables import Table, markdown_table
@@ -173,12 +174,15 @@ def _making(subject: Subject) -> str:
         rows |= {"saved whole, the same in all adapters": _parameters(same)} if same else {}
     if config is not None:
         optim, train = config.optim, config.train
+        warmup = f"{optim.warmup_steps} warm-up steps"
+        if optim.warmup_steps == "auto":
+            warmup = f"warm-up over a tenth of the steps, at most {MAX_WARMUP_STEPS}"
         rows |= {
             "λ (temperature of the noise)": f"{optim.temperature:g}",
             "rank and alpha in training": f"{config.lora.rank} and {config.lora.alpha:g}",
             "modules": ", ".join(map(code, config.lora.targets)),
             "optimizer": f"{'noisy ' if optim.temperature else ''}AdamW, lr {optim.lr:g}, "
-            f"weight decay {optim.weight_decay:g}, {optim.schedule} schedule, {optim.warmup_steps} warm-up steps",
+            f"weight decay {optim.weight_decay:g}, {optim.schedule} schedule, {warmup}",
             "length": f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs",
             "batch": f"{train.batch_size} rows per adapter and step, at most {config.data.max_length} tokens each",
             "prompt": code(config.data.prompt),

@@ -9,12 +9,16 @@ import sys
 import pytest
 
 from poc_lora.data.formats import ChatRow, CompletionRow, InstructionRow
-from poc_lora.data.rows import BadRows, read_file, read_sources, source_files
+from poc_lora.data.rows import BadRows, read_sources, source_files
 from poc_lora.errors import DataError
 
 INSTRUCTION = {"instruction": "Add.", "input": "1 2", "output": "3", "answer": "3"}
 COMPLETION = {"prompt": "1 + 2 =", "completion": " 3"}
 TURNS = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "3"}]
+
+
+def read_file(path):
+    return read_sources([str(path)])
 
 
 @pytest.fixture

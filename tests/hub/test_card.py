@@ -94,6 +94,14 @@ def test_how_it_was_made_is_what_the_run_says(run):
     assert "the merge of 2 adapters by the average of the products B·A" in text
 
 
+@pytest.mark.parametrize(("steps", "said"), [(20, "20 warm-up steps"), ("auto", "warm-up over a tenth of the steps")])
+def test_the_warm_up_is_said(run, steps, said):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["optim"]["warmup_steps"] = steps
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert said in benchmark(card(run))["optimizer"]
+
+
 def test_files_of_a_folder_are_told_apart(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"]["train"] = ["secret-project"]

@@ -78,6 +78,19 @@ def test_the_interval_is_that_of_resampling_rows_one_by_one():
     assert (low, high) == pytest.approx(tuple(np.quantile(slow, (0.025, 0.975))), abs=0.05 * width)
 
 
+def test_the_interval_of_many_rows_is_that_of_the_bootstrap_and_takes_little_memory(monkeypatch):
+    draw = np.random.default_rng(2)
+    differences, tokens = draw.normal(0.1, 1, 1001), draw.integers(1, 9, 1001).astype(float)
+    normal = paired_interval(differences, tokens)
+    monkeypatch.setattr("poc_lora.reporting.held_out.MAX_RESAMPLED", 1001)
+    resampled = paired_interval(differences, tokens)
+    assert normal != resampled
+    assert normal == pytest.approx(resampled, abs=0.05 * (resampled[2] - resampled[1]))
+    monkeypatch.undo()
+    rows = 2_000_000  # of which the draws would take 160 GB
+    assert paired_interval(draw.normal(0, 1, rows), np.ones(rows))[1] < 0.01
+
+
 def test_each_pack_has_its_own_and_the_last_validation_counts(tmp_path):
     write(tmp_path, pack(merge=0.9), step=3)
     write(tmp_path, pack(merge=-0.3), pack(members=(3, 4), seed=2), step=6)
@@ -92,18 +105,20 @@ def test_an_adapter_that_diverged_is_left_out(tmp_path):
     assert [list(found.adapters) for found in read_held_out(tmp_path)] == [[0, 2]]
 
 
-@pytest.mark.parametrize("damage", ["base", "merge", 1, "rows", "tokens", "nan"])
+@pytest.mark.parametrize("damage", ["base", "merge", 1, "rows", "tokens", "no tokens", "nan"])
 def test_validations_that_are_not_whole_are_passed_over(tmp_path, damage):
     losses = pack()
     if damage == "rows":
         losses[1] = losses[1][:-1]
     elif damage == "nan":
         losses[1][3] = np.nan
-    elif damage != "tokens":
+    elif damage not in ("tokens", "no tokens"):
         del losses[damage]
     folder = write(tmp_path, losses, members=[0, 1, 2])
     if damage == "tokens":
         (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().replace("row_tokens", "odd"))
+    if damage == "no tokens":
+        (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().replace("[2, 3", "[0, 3"))
     assert read_held_out(folder) == []
 
 
