@@ -2,7 +2,7 @@
 
 model.py      networks as particles [M, N, P], their objective and its gradient in closed form
 langevin.py   noisy gradient descent of many networks, each with noise of its own key
-problems.py   double circle, multi-index regression, and linear regression for the solvable analogue
+problems.py   the paper's double circle and multi-index regression, sines, and a linear one for the solvable analogue
 ensemble.py   merging, pruning, distances
 theory.py     the bounds
 gaussian.py   the solvable analogue: every law in closed form
@@ -12,8 +12,19 @@ experiments/  figure1, figure2, table2 and poc, run by `poc-lora mfnn`
 from poc_lora.mfnn.ensemble import merge, merged_outputs, prune, squared_l2, sup_norm
 from poc_lora.mfnn.gaussian import Gaussian, Modes, from_samples
 from poc_lora.mfnn.langevin import train
-from poc_lora.mfnn.model import LOGISTIC, SQUARED, Linear, Loss, Neuron, Objective, Tanh, TanhBias, outputs
-from poc_lora.mfnn.problems import Problem, double_circle, linear, multi_index
+from poc_lora.mfnn.model import (
+    LOGISTIC,
+    MEAN_SQUARED_ERROR,
+    SQUARED,
+    Linear,
+    Loss,
+    Neuron,
+    Objective,
+    Tanh,
+    TanhProduct,
+    outputs,
+)
+from poc_lora.mfnn.problems import Problem, double_circle, linear, multi_index, sines
 from poc_lora.mfnn.theory import (
     curvature_constant,
     ensemble_error_bound,
@@ -24,6 +35,7 @@ from poc_lora.mfnn.theory import (
 
 __all__ = [
     "LOGISTIC",
+    "MEAN_SQUARED_ERROR",
     "SQUARED",
     "Gaussian",
     "Linear",
@@ -33,7 +45,7 @@ __all__ = [
     "Objective",
     "Problem",
     "Tanh",
-    "TanhBias",
+    "TanhProduct",
     "curvature_constant",
     "double_circle",
     "ensemble_error_bound",
@@ -47,6 +59,7 @@ __all__ = [
     "objective_gap_bound",
     "outputs",
     "prune",
+    "sines",
     "squared_l2",
     "sup_norm",
     "train",
