@@ -1,5 +1,6 @@
 """Where a larger λ is better after a few epochs, over learning rate, batch size and start; and why."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from poc_lora.mfnn.ensemble import mean_and_error, squared_l2
 from poc_lora.mfnn.experiments.cells import Folder
 from poc_lora.mfnn.experiments.figures import COLOURS, new_figure, power, save_csv, save_figure, styled, trained_as
 from poc_lora.mfnn.experiments.settings import Sweep
+from poc_lora.mfnn.experiments.table2 import PAPER, PAPER_WIDTHS
 from poc_lora.mfnn.experiments.training import trained
 from poc_lora.mfnn.model import Neuron, Objective, outputs
 
@@ -20,7 +22,7 @@ def run(folder: Folder, settings: Sweep) -> list[dict[str, Any]]:
     """Train, measure, draw; returns the rows of sweep.csv: one for each start, η, batch size and λ.
 
     In a row: mean and standard error over networks of ln(test MSE) after the last epoch, the merge's test MSE, and the
-    first network's largest `overshoot` after any epoch.
+    first network's largest `overshoot` after any epoch, and the setup's `distance` from the paper's Table 2.
     """
     grid = [(s, lr, b) for s in settings.initial_stds for lr in settings.lrs for b in settings.batch_sizes]
     cells = {
@@ -30,6 +32,8 @@ def run(folder: Folder, settings: Sweep) -> list[dict[str, Any]]:
     }
     found = folder.compute(cells)
     rows = [found[name] for name in cells]
+    for row in rows:
+        row["distance"] = distance(rows, _setup(row)) if settings.width == 300 else math.nan
     save_csv(folder.out, "sweep", rows)
     _draw(folder, settings, rows)
     return rows
@@ -39,6 +43,16 @@ def advantage(rows: list[dict[str, Any]], setup: Setup) -> float:
     """ln(MSE) at the smallest λ minus that at the largest: positive where the larger λ is better."""
     mine = sorted((row["temperature"], row["log_test_mse"]) for row in rows if _setup(row) == setup)
     return float(mine[0][1] - mine[-1][1])
+
+
+def distance(rows: list[dict[str, Any]], setup: Setup) -> float:
+    """Root mean square over λ of ln(merged MSE / the paper's), for N = 300: how far a setup is from its Table 2."""
+    logs = [
+        math.log(row["merged_mse"] / PAPER[row["temperature"]][PAPER_WIDTHS.index(300)])
+        for row in rows
+        if _setup(row) == setup and row["temperature"] in PAPER
+    ]
+    return math.sqrt(math.fsum(value**2 for value in logs) / len(logs)) if logs else math.nan
 
 
 def overshoot(objective: Objective, particles: Tensor, lr: float, batch_size: int) -> float:
@@ -146,15 +160,18 @@ def _draw(folder: Folder, settings: Sweep, rows: list[dict[str, Any]]) -> None:
         x, y = [row["overshoot"] for row in mine], [table[_setup(row)] for row in mine]
         axis.plot(x, y, "o", color=colour, label=f"start {start:g}")
     axis.axhline(0, color="k", lw=0.8)
-    axis.axvline(1, color="k", lw=0.8, ls="--")
+    axis.axvline(2, color="k", lw=0.8, ls="--")
     axis.set_xscale("log")
     axis.set(xlabel=f"overshoot of a step at λ = {power(low)}", ylabel="larger λ is worse (−) or better (+)")
-    axis.set_title("a larger λ is better where steps overshoot")
+    axis.set_title("a larger λ is better where steps are unstable (> 2)")
     axis.legend()
+    near = min(rows, key=lambda row: (math.isnan(row["distance"]), row["distance"]))
+    nearest = f"start {near['initial_std']:g}, η {near['lr']:g}, batches of {near['batch_size']}"
     save_figure(
         figure,
         folder.out,
         "sweep",
         f"seed {settings.seed}; mean ln(test MSE) of {settings.networks} networks of {settings.width} neurons; frame: "
-        f"the values of Figure 2\nmulti-index regression: {trained_as(base)}, but for what is swept",
+        f"the values of Figure 2\nmulti-index regression: {trained_as(base)}, but for what is swept\n"
+        f"nearest to the paper's Table 2 at N = 300: {nearest} (rms log ratio {near['distance']:.2f})",
     )
