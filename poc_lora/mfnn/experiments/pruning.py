@@ -93,7 +93,9 @@ def _draw(folder: Folder, settings: Pruning, rows: list[dict[str, Any]]) -> None
     for axis, (title, name) in zip(axes, zip(sections, ("double_circle", "multi_index"), strict=True), strict=True):
         for colour, kind in zip(COLOURS, ("pruned", "trained"), strict=False):
             mine = [row for row in rows if (row["problem"], row["kind"]) == (name, kind)]
-            steep = f"{slope(rows, name, kind):.2f}".replace("-", "−") if len(mine) > 1 else "none"
+            label = f"{settings.width:,} pruned to s" if kind == "pruned" else "trained with s"
+            if len(mine) > 1:
+                label += f", slope {slope(rows, name, kind):.2f}".replace("-", "−")
             axis.errorbar(
                 [row["s"] for row in mine],
                 [row["error"] for row in mine],
@@ -101,9 +103,8 @@ def _draw(folder: Folder, settings: Pruning, rows: list[dict[str, Any]]) -> None
                 fmt="o-",
                 color=colour,
                 capsize=2,
-                label=f"{settings.width:,} pruned to s" if kind == "pruned" else "trained with s",
+                label=label,
             )
-            axis.plot([], [], " ", label=f"  slope {steep}")
         log_axes(axis, settings.kept)
         axis.set(xlabel="s, neurons", ylabel="squared error to the limit (bars: 2 standard errors)")
         axis.set_title(f"{title} (λ = {power(sections[title].temperature)}, {sections[title].epochs} epochs)")

@@ -163,7 +163,7 @@ def _draw(folder: Folder, settings: Sweep, rows: list[dict[str, Any]]) -> None:
     axis.axvline(2, color="k", lw=0.8, ls="--")
     axis.set_xscale("log")
     axis.set(xlabel=f"overshoot of a step at λ = {power(low)}", ylabel="larger λ is worse (−) or better (+)")
-    axis.set_title("a larger λ is better where steps are unstable (> 2)")
+    axis.set_title("a larger λ is better\nwhere steps are unstable (above 2)")
     axis.legend()
     near = min(rows, key=lambda row: (math.isnan(row["distance"]), row["distance"]))
     nearest = f"start {near['initial_std']:g}, η {near['lr']:g}, batches of {near['batch_size']}"

@@ -127,9 +127,7 @@ def _draw(folder: Folder, settings: Table2, rows: list[dict[str, Any]]) -> None:
                 capsize=2,
                 label=f"λ = {power(temperature)}, {f'merge of {settings.members}' if kind == 'merged' else 'single'}",
             )
-        axis.plot(
-            widths, [row["paper"] for row in mine], "s--", color=colour, mfc="none", lw=0.8, label="the paper's merge"
-        )
+        axis.plot(widths, [row["paper"] for row in mine], "s--", color=colour, mfc="none", lw=0.8)
     log_axes(axis, settings.widths)
     axis.set(xlabel="N, neurons of each network", ylabel="test MSE (bars: standard deviation over seeds)")
     axis.set_title("merged (●) and single (×) networks, and the paper's merges (□)")

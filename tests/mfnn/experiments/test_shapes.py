@@ -157,7 +157,7 @@ def test_the_tangent_kernel_says_how_a_small_step_changes_outputs():
     assert sweep.overshoot(objective, x, 0.1, 400) == pytest.approx(0.1 * 2 * largest / 32)  # all 32 there are
 
 
-def test_pruned_networks_are_as_near_as_trained_ones_and_both_fall_as_one_over_s(tmp_path):
+def test_the_errors_of_pruned_and_of_trained_networks_fall_as_one_over_s(tmp_path):
     settings, rows = run(
         pruning, "pruning", tmp_path, "double_circle.epochs=20", "multi_index.epochs=20", "kept=[25, 100, 400]"
     )
