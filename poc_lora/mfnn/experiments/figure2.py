@@ -100,19 +100,25 @@ def _draw(folder: Folder, settings: Curves, rows: list[dict[str, Any]]) -> None:
             epoch = torch.tensor([row["epoch"] for row in mine])
             mean, error = (torch.tensor([row[f"log_test_{k}"] for row in mine]) for k in ("mse", "standard_error"))
             label = f"λ = {power(temperature)}" + (f", epoch {settled(mine)}" if long else "")
-            axis.plot(epoch, mean, "-" if long else "o-", color=colour, label=label)
-            axis.fill_between(epoch, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, lw=0)
+            if long:
+                axis.plot(epoch, mean, color=colour, label=label)
+                axis.fill_between(epoch, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, lw=0)
+            else:
+                axis.errorbar(epoch, mean, 2 * error, fmt="o-", color=colour, capsize=2, label=label)
         if long:
             axis.set_xscale("log")
         else:
             axis.set_xticks(range(1, section.epochs + 1))
         axis.set(xlabel="epoch", ylabel="mean ln(test MSE)")
         axis.set_title(f"N = {width}, neurons start from N(0, {initial_std:g}²)")
-        axis.legend(title="λ, and when within 10 % of the last value" if long else None, loc="upper right")
+        if long:
+            axis.legend(title="λ, and when within 10 % of the last value")
+    if not long:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     save_figure(
         figure,
         folder.out,
         folder.name,
-        f"seed {settings.seed}; means over {settings.networks} networks, bands: 2 standard errors\n"
+        f"seed {settings.seed}; means over {settings.networks} networks, bands or bars: 2 standard errors\n"
         f"{section.problem(settings.seed).name}: {trained_as(section)}",
     )
