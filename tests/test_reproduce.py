@@ -59,7 +59,7 @@ def test_table_3_is_not_made_without_a_control(tmp_path):
 def test_the_figures_are_made(tmp_path):
     done = run("reproduce_figures.sh", tmp_path / "figures")
     assert done.returncode == 0, done.stderr
-    for name in ("figure1", "figure2", "table2", "poc"):
+    for name in ("figure1", "figure2", "figure2_long", "table2", "sweep", "pruning", "poc"):
         assert (tmp_path / "figures" / f"{name}-toy" / f"{name}.png").stat().st_size > 10_000
         assert list((tmp_path / "figures" / f"{name}-toy").glob(f"{name}*.csv"))
 

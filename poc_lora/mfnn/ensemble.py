@@ -34,6 +34,17 @@ def merged_outputs(outputs: Tensor, members: int) -> Tensor:
     return outputs[: groups * members].view(groups, members, -1).mean(1)
 
 
+def random_merges(outputs: Tensor, members: int, subsets: int, *, seed: int) -> Tensor:
+    """Returns outputs [subsets, n] of merges of random subsets of `members` networks, from outputs [M, n].
+
+    A subset has no network twice. Subsets are keyed by (seed, members). Raises RequestError unless 1 <= members <= M.
+    """
+    if not 1 <= members <= len(outputs):
+        raise RequestError(f"cannot merge {members} of {len(outputs)} networks", where="random_merges")
+    keys = [rng.key(seed, 0, "mfnn subset", members, str(i)) for i in range(subsets)]
+    return torch.stack([outputs[rng.permutation(len(outputs), key)[:members]].mean(0) for key in keys])
+
+
 def sup_norm(outputs: Tensor, reference: Tensor) -> Tensor:
     """Returns the maximum over inputs of |h − h_ref|: [...] from outputs [..., n] and reference [n]."""
     return (outputs - reference).abs().amax(-1)

@@ -2,9 +2,10 @@
 
     X ← X − η N ∇_X F(ρ_X) + sqrt(2 η λ) ξ,   ξ ~ N(0, I)
 
-with learning rate η and temperature λ (Nitanda et al., ICML 2025). As η → 0 it samples the law with density
-proportional to exp(−(N/λ) F(ρ_X)); a finite η adds a bias of its own, known exactly for linear neurons
-(poc_lora.mfnn.gaussian).
+with learning rate η and temperature λ (Nitanda et al., ICML 2025). With mini-batches F is the mean over the samples of
+the step's batch; a network takes every sample once an epoch, in an order of its own. With all samples, as η → 0, it
+samples the law with density proportional to exp(−(N/λ) F(ρ_X)); a finite η adds a bias of its own, known exactly for
+linear neurons (poc_lora.mfnn.gaussian).
 
 Network j's path is a function of the seed, j, the sizes and the settings: it does not depend, by a bit, on which other
 networks run beside it, nor on the number of threads. On a CPU every network is computed by one thread, and as many
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from poc_lora import rng
 from poc_lora.errors import RequestError, TrainingError
-from poc_lora.mfnn.model import Objective
+from poc_lora.mfnn.model import Objective, Samples
 
 # Numbers drawn from one key. Making a generator costs as much as drawing 4,000 numbers, so small networks
 # draw the noise of several steps at once.
@@ -56,6 +57,31 @@ class Noise:
         return self._drawn[offset]
 
 
+class Batches:
+    """The mini-batches of one network: a function of (seed, network, step), the samples in a new order every epoch."""
+
+    def __init__(self, objective: Objective, width: int, batch_size: int, seed: int, network: int):
+        self.objective, self.width, self.batch_size = objective, width, batch_size
+        self.seed, self.network = seed, network
+        self._epoch = -1
+        self._cut: list[Samples] = []
+
+    def at(self, step: int) -> Samples:
+        """Returns the samples of a step's batch, in slices."""
+        epoch, number = divmod(step, steps_per_epoch(len(self.objective.inputs), self.batch_size))
+        if epoch != self._epoch:
+            order = rng.permutation(len(self.objective.inputs), rng.key(self.seed, self.network, "mfnn order", epoch))
+            rows = torch.tensor(order, device=self.objective.inputs.device)
+            self._cut = [self.objective.slices(self.width, part) for part in rows.split(self.batch_size)]
+            self._epoch = epoch
+        return self._cut[number]
+
+
+def steps_per_epoch(samples: int, batch_size: int | None) -> int:
+    """Returns the number of batches of `samples` samples, the last of which may be smaller; 1 for no batch size."""
+    return 1 if batch_size is None else math.ceil(samples / batch_size)
+
+
 def initial_particles(networks: Sequence[int], width: int, size: int, *, seed: int, std: float, like: Tensor) -> Tensor:
     """Returns N(0, std² I) particles [M, N, P] with the dtype and device of `like`, keyed by (seed, network)."""
     keys = [rng.key(seed, network, "mfnn initial") for network in networks]
@@ -71,6 +97,7 @@ def train(
     lr: float,
     temperature: float,
     seed: int,
+    batch_size: int | None = None,
     initial_std: float = 1.0,
     log_at: Sequence[int] = (),
     on_log: OnLog | None = None,
@@ -88,6 +115,7 @@ def train(
         lr: The learning rate η.
         temperature: λ; 0 means no noise.
         seed: The seed from which all draws descend.
+        batch_size: Samples of a step's gradient; None takes all of them. See `steps_per_epoch`.
         initial_std: Standard deviation of the initial particles, N(0, initial_std² I).
         log_at: Steps after which `on_log` is called; 0 is the start.
         on_log: Called as `on_log(step, particles)` with particles [M, N, P].
@@ -100,11 +128,18 @@ def train(
         TrainingError: If particles are no longer finite.
     """
     _check(networks, width, steps, lr, temperature, objective.regularization)
+    if batch_size is not None and not 1 <= batch_size <= len(objective.inputs):
+        raise RequestError(
+            f"batches of {batch_size} of {len(objective.inputs)} samples",
+            where="mfnn.langevin.train",
+            fix="batch_size from 1 to the number of samples, or None for all samples",
+        )
     inputs = objective.inputs
     start = initial_particles(networks, width, objective.neuron.size, seed=seed, std=initial_std, like=inputs)
     states = [x.t().contiguous() for x in start]
     noises = [Noise(seed, network, (objective.neuron.size, width), inputs) for network in networks]
-    slices = objective.slices(width)
+    whole = objective.slices(width)
+    batches = [Batches(objective, width, batch_size, seed, network) for network in networks] if batch_size else []
     stop = threading.Event()
     noise_std = math.sqrt(2 * lr * temperature)
 
@@ -115,7 +150,7 @@ def train(
         for step in range(first, last):
             if stop.is_set():
                 return
-            objective.data_gradient(x, slices, workspace, gradient)
+            objective.data_gradient(x, batches[j].at(step) if batches else whole, workspace, gradient)
             x.mul_(1 - 2 * lr * objective.regularization).add_(gradient, alpha=-lr)
             if noise_std:
                 x.add_(noise.at(step), alpha=noise_std)
@@ -133,7 +168,7 @@ def train(
 
     logged = sorted({step for step in log_at if 0 <= step <= steps}) if on_log else []
     done = 0
-    with _workers(inputs.device, width * len(inputs)) as pool:
+    with _workers(inputs.device, width * (batch_size or len(inputs))) as pool:
         try:
             for until in sorted({*logged, steps}):
                 list(pool.map(advance, range(len(states)), [done] * len(states), [until] * len(states)))

@@ -4,8 +4,8 @@
     F(μ)   = E ℓ(h_μ(Z), Y) + λ' E_μ |x|²
 
 A network is its particles `[N, P]`: N neurons of P numbers each, and M networks are `[M, N, P]`. Three kinds of neuron:
-`Tanh` (bounded, the default), `TanhBias` (bounded, of Suzuki et al. 2023) and `Linear` (unbounded; its laws are
-Gaussian and known, see poc_lora.mfnn.gaussian).
+`TanhProduct` (bounded, the paper's), `Tanh` (bounded) and `Linear` (unbounded; its laws are Gaussian and known, see
+poc_lora.mfnn.gaussian).
 
 Each network is computed by itself, in slices of the samples whose size depends on N alone. So what comes out does not
 depend on the other networks, by a bit, and beside the particles there is never more in memory than one slice a thread.
@@ -39,6 +39,7 @@ class Loss:
 
 
 SQUARED = Loss("squared", lambda h, y: (h - y).square() / 2, lambda h, y: h - y, 1.0)
+MEAN_SQUARED_ERROR = Loss("mean squared error", lambda h, y: (h - y).square(), lambda h, y: 2 * (h - y), 2.0)
 LOGISTIC = Loss("logistic", lambda h, y: softplus(-y * h), lambda h, y: -y * torch.sigmoid(-y * h), 0.25)
 
 
@@ -103,32 +104,37 @@ class Tanh:
 
 
 @dataclass(frozen=True)
-class TanhBias:
-    """R [tanh(<w, z> + b) + 2 tanh(a)] / 3, with x = (w, b, a) in R^(d+2) and `bound` R (Suzuki et al. 2023)."""
+class TanhProduct:
+    """R tanh(a) tanh(<w, z> + b), with x = (w, b, a) in R^(d+2) and `bound` R: the neuron of the paper's experiments.
+
+    As `Tanh`, with S = sigmoid(2(<w, z> + b)). Sums over neurons, and over samples for a, are matrix-vector products.
+    """
 
     dim: int
-    bound: float = 5.0
+    bound: float = 10.0
 
     @property
     def size(self) -> int:
         return self.dim + 2
 
-    @property
-    def _tanh(self) -> Tanh:
-        return Tanh(self.dim, self.bound / 3)
-
     def features(self, inputs: Tensor) -> Tensor:
-        return self._tanh.features(inputs)
+        return Tanh(self.dim, self.bound).features(inputs)
 
     def values(self, x: Tensor, inputs: Tensor) -> Tensor:
-        return self._tanh.values(x[:-1], inputs) + self.bound * 2 / 3 * torch.tanh(x[-1])
+        return self.bound * torch.tanh(x[-1]) * torch.tanh(inputs @ x[: self.dim] + x[self.dim])
 
     def forward(self, x: Tensor, features: Tensor, work: Tensor) -> Tensor:
-        return self._tanh.forward(x[:-1], features, work) + self.bound * 2 / 3 * torch.tanh(x[-1]).mean()
+        torch.mm(features, x[:-1], out=work)
+        work.sigmoid_()
+        factor = torch.tanh(x[-1]).mul_(self.bound / x.shape[1])
+        return torch.mv(work, factor).mul_(2).sub_(factor.sum())
 
     def add_gradient(self, gradient: Tensor, x: Tensor, features_t: Tensor, slope: Tensor, work: Tensor) -> None:
-        self._tanh.add_gradient(gradient[:-1], x, features_t, slope, work)
-        gradient[-1] += self.bound * 2 / 3 * slope.sum() * (1 - torch.tanh(x[-1]).square())
+        factor = torch.tanh(x[-1])
+        towards = torch.mv(work.t(), slope).mul_(2).sub_(slope.sum())  # Σ_k slope_k tanh(<w, z_k> + b)
+        gradient[-1].add_(towards.addcmul_(towards, factor * factor, value=-1), alpha=self.bound)
+        torch.addcmul(work, work, work, value=-1, out=work)
+        gradient[:-1].addmm_(features_t * slope, work.mul_(factor), alpha=2 * self.bound)
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,10 @@ class Linear:
 
     def add_gradient(self, gradient: Tensor, x: Tensor, features_t: Tensor, slope: Tensor, work: Tensor) -> None:
         gradient += (features_t @ slope)[:, None]
+
+
+# Slices of samples: of each its features [B, rows], the same transposed, and targets [B].
+Samples = list[tuple[Tensor, Tensor, Tensor]]
 
 
 class Objective:
@@ -190,13 +200,12 @@ class Objective:
         self.targets = targets
         self.regularization = regularization
 
-    def slices(self, width: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Returns the samples in slices that fit `width` neurons: features [B, rows], transposed, and targets [B]."""
+    def slices(self, width: int, rows: Tensor | None = None) -> Samples:
+        """Returns the samples, or those of the numbers `rows` [n'], in slices that fit `width` neurons."""
+        inputs, targets = (self.inputs, self.targets) if rows is None else (self.inputs[rows], self.targets[rows])
         return [
-            (features, features.t().contiguous(), targets)
-            for features, targets in zip(
-                _slices(self.neuron.features(self.inputs), width), _slices(self.targets, width), strict=True
-            )
+            (features, features.t().contiguous(), y)
+            for features, y in zip(_slices(self.neuron.features(inputs), width), _slices(targets, width), strict=True)
         ]
 
     def workspace(self, width: int) -> Tensor:
@@ -204,11 +213,12 @@ class Objective:
         n = len(next(_slices(self.inputs, width)))
         return torch.empty(n * width, dtype=self.inputs.dtype, device=self.inputs.device)
 
-    def data_gradient(
-        self, x: Tensor, slices: list[tuple[Tensor, Tensor, Tensor]], workspace: Tensor, gradient: Tensor
-    ) -> Tensor:
-        """Write E ℓ'(h_X(Z), Y) ∇_x h(x_i, Z), without the regulariser, into `gradient` [P, N] for x [P, N]."""
-        n, width = len(self.inputs), x.shape[1]
+    def data_gradient(self, x: Tensor, slices: Samples, workspace: Tensor, gradient: Tensor) -> Tensor:
+        """Write E ℓ'(h_X(Z), Y) ∇_x h(x_i, Z), without the regulariser, into `gradient` [P, N] for x [P, N].
+
+        The mean is over the samples of the slices.
+        """
+        n, width = sum(len(targets) for _, _, targets in slices), x.shape[1]
         gradient.zero_()
         for features, features_t, targets in slices:
             work = workspace[: len(targets) * width].view(-1, width)

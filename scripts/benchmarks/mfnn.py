@@ -1,18 +1,18 @@
 """Neuron-samples per second of mean-field training, against a loop that trains one network after another with autograd.
 
-    python scripts/benchmarks/mfnn.py --baseline mfnn_loop.py --out FILE
+    python scripts/benchmarks/mfnn.py --out FILE
 
-In alternating rounds, in float32: this library, the loop (a program that prints one JSON line with
-neuron_samples_per_s), and the two matrix products of a step alone, which bound the rate. The first round is not
-counted.
-On a GPU, `--device cuda`: this library alone, larger, against what the memory's bandwidth allows.
+In alternating rounds, in float32, with the paper's neuron: this library, the loop, both also without noise, and the two
+matrix products of a step alone, which bound the rate. The first round is not counted. Both sides take the same samples,
+batches and settings, and noise of the same law. On a GPU, `--device cuda`: larger shapes, against what the memory's
+bandwidth allows instead of the products.
 """
 
 import argparse
 import json
+import math
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,25 +26,37 @@ import torch
 from poc_lora import rng
 from poc_lora.environment import environment
 from poc_lora.files import write_json
-from poc_lora.mfnn import SQUARED, Objective, Tanh, train
+from poc_lora.mfnn import MEAN_SQUARED_ERROR, Objective, TanhProduct, train
+from poc_lora.mfnn.langevin import steps_per_epoch
 
-SHAPES = {
-    "d2": {"networks": 8, "neurons": 256, "samples": 500, "dim": 2, "steps": 500},
-    "d100": {"networks": 4, "neurons": 800, "samples": 400, "dim": 100, "steps": 100},
+Shape = dict[str, Any]
+
+SHAPES: dict[str, Shape] = {
+    "circle_batches": {"networks": 4, "neurons": 500, "samples": 160, "dim": 2, "batch_size": 32, "steps": 1000},
+    "regression_batches": {"networks": 4, "neurons": 800, "samples": 400, "dim": 100, "batch_size": 32, "steps": 260},
+    "circle": {"networks": 4, "neurons": 500, "samples": 160, "dim": 2, "batch_size": None, "steps": 500},
+    "regression": {"networks": 4, "neurons": 800, "samples": 400, "dim": 100, "batch_size": None, "steps": 100},
 }
-GPU_SHAPES = {
-    "d2": {"networks": 8, "neurons": 16384, "samples": 16384, "dim": 2, "steps": 20},
-    "d100": {"networks": 8, "neurons": 16384, "samples": 16384, "dim": 100, "steps": 20},
+GPU_SHAPES: dict[str, Shape] = {
+    "circle": {"networks": 8, "neurons": 16384, "samples": 16384, "dim": 2, "batch_size": None, "steps": 20},
+    "regression": {"networks": 8, "neurons": 16384, "samples": 16384, "dim": 100, "batch_size": None, "steps": 20},
+    "regression_batches": {
+        "networks": 8,
+        "neurons": 16384,
+        "samples": 16384,
+        "dim": 100,
+        "batch_size": 1024,
+        "steps": 160,
+    },
 }
-SETTINGS = {"lr": 0.1, "temperature": 1e-3, "regularization": 1e-3, "bound": 5.0}
-# A neuron-sample's float32 on its way: written by the product, read and written by sigmoid, read by the mean, read and
-# written by S(1 − S), read by the second product.
-BYTES_PER_NEURON_SAMPLE = 4 * 7
+SETTINGS = {"lr": 0.1, "temperature": 1e-2, "regularization": 0.1, "bound": 10.0}
+# A neuron-sample's float32 on its way: written by the product, read and written by sigmoid, read by the sums over
+# neurons and over samples, read and written by S(1 − S) and by the factor tanh(a), read by the second product.
+BYTES_PER_NEURON_SAMPLE = 4 * 10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--baseline", type=Path, help="the loop's program; without it the library is timed alone")
     parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
@@ -59,22 +71,22 @@ def main() -> None:
     }
     report: dict[str, Any] = {"device": str(device), "shapes": {}}
     for name, shape in shapes.items():
+        noisy = SETTINGS["temperature"]
         sides: dict[str, Callable[[], float]] = {
-            "poc_lora": partial(library, shape, device, SETTINGS["temperature"]),
+            "poc_lora": partial(library, shape, device, noisy),
+            "loop": partial(loop, shape, device, noisy),
             "poc_lora_without_noise": partial(library, shape, device, 0.0),
+            "loop_without_noise": partial(loop, shape, device, 0.0),
         }
         if device.type == "cpu":
             sides["matmuls"] = partial(matmuls, shape)
-            if a.baseline:
-                sides["loop"] = partial(loop, a.baseline, shape)
         else:
             sides["bandwidth_limit"] = lambda: bandwidth(device) / BYTES_PER_NEURON_SAMPLE
         report["shapes"][name] = shape | compare(name, sides, a.rounds)
-    words = [Path(word).name if word == str(a.baseline) else word for word in sys.argv[1:]]
     report |= {
         "unit": "neuron-samples per second",
         "settings": SETTINGS | {"dtype": "float32", "threads": torch.get_num_threads()},
-        "command": shlex.join(["python", "scripts/benchmarks/mfnn.py", *words]),
+        "command": shlex.join(["python", "scripts/benchmarks/mfnn.py", *sys.argv[1:]]),
         **environment(),
     }
     print(json.dumps(report))
@@ -83,7 +95,7 @@ def main() -> None:
 
 
 def compare(name: str, sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
-    """Rates of all sides in alternating rounds, and the library's ratio to each of the others."""
+    """Rates of all sides in alternating rounds, and the library's ratio to the others."""
     found: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(1 + rounds):
         for side, measure in sides.items():
@@ -91,10 +103,11 @@ def compare(name: str, sides: dict[str, Callable[[], float]], rounds: int) -> di
         shown = ", ".join(f"{side} {rates[-1] / 1e6:,.0f} M/s" for side, rates in found.items())
         print(f"{name}, round {number} of {rounds}: {shown}", file=sys.stderr)
     counted = {side: rates[1:] for side, rates in found.items()}
+    pairs = {side: ("poc_lora", side) for side in counted if side not in ("poc_lora", "loop_without_noise")}
+    pairs["loop, both without noise"] = ("poc_lora_without_noise", "loop_without_noise")
     ratios = {
-        side: [ours / theirs for ours, theirs in zip(counted["poc_lora"], rates, strict=True)]
-        for side, rates in counted.items()
-        if side != "poc_lora"
+        name: [ours / theirs for ours, theirs in zip(counted[first], counted[second], strict=True)]
+        for name, (first, second) in pairs.items()
     }
     return {
         "rates": {
@@ -111,16 +124,27 @@ def compare(name: str, sides: dict[str, Callable[[], float]], rounds: int) -> di
     }
 
 
-def work(shape: dict[str, int]) -> int:
-    """Neuron-samples of a run."""
-    return shape["networks"] * shape["neurons"] * shape["samples"] * shape["steps"]
+def batch(shape: Shape) -> int:
+    """Samples of a step."""
+    return int(shape["batch_size"] or shape["samples"])
 
 
-def library(shape: dict[str, int], device: torch.device, temperature: float) -> float:
-    """This library's rate, initialisation included, on the loop's data and settings."""
+def work(shape: Shape) -> float:
+    """Neuron-samples of a run of whole epochs."""
+    epochs = shape["steps"] / steps_per_epoch(shape["samples"], shape["batch_size"])
+    return float(shape["networks"] * shape["neurons"] * shape["samples"] * epochs)
+
+
+def case(shape: Shape, device: torch.device) -> Objective:
+    """The objective of both sides."""
     inputs = rng.normal((shape["samples"], shape["dim"]), rng.key(0, 0, "benchmark inputs"), device)
-    neuron = Tanh(shape["dim"], SETTINGS["bound"])
-    objective = Objective(neuron, SQUARED, inputs, torch.tanh(2 * inputs[:, 0]), SETTINGS["regularization"])
+    neuron = TanhProduct(shape["dim"], SETTINGS["bound"])
+    return Objective(neuron, MEAN_SQUARED_ERROR, inputs, torch.tanh(2 * inputs[:, 0]), SETTINGS["regularization"])
+
+
+def library(shape: Shape, device: torch.device, temperature: float) -> float:
+    """This library's rate, initialisation included."""
+    objective = case(shape, device)
     start = time.perf_counter()
     train(
         objective,
@@ -130,29 +154,53 @@ def library(shape: dict[str, int], device: torch.device, temperature: float) -> 
         lr=SETTINGS["lr"],
         temperature=temperature,
         seed=0,
+        batch_size=shape["batch_size"],
     )
+    return work(shape) / seconds_since(start, device)
+
+
+def loop(shape: Shape, device: torch.device, temperature: float) -> float:
+    """The rate of the plain loop: the formulas as they are written, gradients by autograd, initialisation included."""
+    objective = case(shape, device)
+    inputs, targets, neurons = objective.inputs, objective.targets, shape["neurons"]
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    for _ in range(shape["networks"]):
+        w = torch.randn(neurons, shape["dim"], device=device, requires_grad=True)
+        b, a = (torch.randn(neurons, device=device, requires_grad=True) for _ in range(2))
+        batches: list[torch.Tensor] = []
+        for _ in range(shape["steps"]):
+            z, y = inputs, targets
+            if shape["batch_size"]:
+                batches = batches or list(torch.randperm(len(inputs), device=device).split(batch(shape)))
+                rows = batches.pop()
+                z, y = inputs[rows], targets[rows]
+            h = (SETTINGS["bound"] * torch.tanh(a) * torch.tanh(z @ w.T + b)).mean(1)
+            squares = w.square().sum() + b.square().sum() + a.square().sum()
+            loss = (h - y).square().mean() + SETTINGS["regularization"] * squares / neurons
+            loss.backward()
+            with torch.no_grad():
+                for x in (w, b, a):
+                    x -= SETTINGS["lr"] * neurons * x.grad
+                    if temperature:
+                        x += math.sqrt(2 * SETTINGS["lr"] * temperature) * torch.randn_like(x)
+                    x.grad = None
+    return work(shape) / seconds_since(start, device)
+
+
+def seconds_since(start: float, device: torch.device) -> float:
+    """Seconds since `start`, once the device has done all it was given."""
     if device.type != "cpu":
         torch.cuda.synchronize(device)
-    return work(shape) / (time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
-def loop(program: Path, shape: dict[str, int]) -> float:
-    """The baseline's rate, by its own clock."""
-    sizes = [word for key, value in shape.items() for word in (f"--{key}", str(value))]
-    settings = ["--lr", SETTINGS["lr"], "--temperature", SETTINGS["temperature"]]
-    settings += ["--weight-decay", SETTINGS["regularization"], "--scale", SETTINGS["bound"]]
-    ended = subprocess.run(
-        [sys.executable, str(program), *sizes, *map(str, settings)], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return float(json.loads(ended.stdout)["neuron_samples_per_s"])
-
-
-def matmuls(shape: dict[str, int]) -> float:
+def matmuls(shape: Shape) -> float:
     """The rate at which the two products of every step run alone: the better of two ways to use all threads.
 
     One product after another on all threads, or each network's on a thread of its own.
     """
-    networks, neurons, samples, rows = shape["networks"], shape["neurons"], shape["samples"], shape["dim"] + 1
+    networks, neurons, samples, rows = shape["networks"], shape["neurons"], batch(shape), shape["dim"] + 1
     features = torch.randn(samples, rows)
     features_t = features.t().contiguous()
     state = [

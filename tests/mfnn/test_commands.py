@@ -1,6 +1,7 @@
 """`poc-lora mfnn`: what a user sees, and what they are told when they ask for what cannot be."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 
 from poc_lora.cli import app as cli
 
-SMALL = ["temperatures=[1e-2]", "widths=[5, 10]", "multi_index.samples=20", "multi_index.steps=3", "members=2"]
+SMALL = ["temperatures=[1e-2]", "widths=[5, 300]", "multi_index.samples=50", "multi_index.epochs=1", "members=2"]
+SMALL += ["seeds=1"]
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def mfnn(monkeypatch, capsys, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("name", ["figure1", "figure2", "table2", "poc"])
+@pytest.mark.parametrize("name", ["figure1", "figure2", "table2", "sweep", "pruning", "poc"])
 def test_every_verb_has_help_with_an_example(mfnn, name):
     status, out, _ = mfnn(name, "--help")
     assert status == 0
@@ -41,10 +43,20 @@ def test_every_verb_has_help_with_an_example(mfnn, name):
 def test_a_verb_says_where_the_result_lies_and_what_to_run_next(mfnn, tmp_path):
     status, out, err = mfnn("table2", "--quick", "--out", "here", *SMALL)
     assert status == 0, err
-    assert out == "\nthe figure: here/table2.png (also .svg; numbers in table2.csv)\nnext: poc-lora mfnn table2\n"
+    table, said = out.split("\n\n\n")
+    assert re.fullmatch(r"\| λ \| N = 5 \| N = 300 \|\n.*\n\| 0.01 \| [\d.]+ \| [\d.]+; 1.233; [\d.]+ \|", table)
+    assert said == "the figure: here/table2.png (also .svg; numbers in table2.csv)\nnext: poc-lora mfnn table2\n"
     assert "2/2" in err
     files = {path.name for path in (tmp_path / "here").iterdir()}
     assert files == {"settings.json", "cells", "table2.csv", "table2.md", "table2.png", "table2.svg"}
+
+
+def test_the_long_figure_2_has_a_file_of_its_own(mfnn, tmp_path):
+    few = ["sines.epochs=2", "widths=[5]", "networks=1", "temperatures=[1e-2]", "initial_stds=[1.0]"]
+    status, out, err = mfnn("figure2", "--long", "--quick", *few)
+    assert status == 0, err
+    assert "runs/mfnn/figure2_long-quick/figure2_long.png" in out
+    assert (tmp_path / "runs/mfnn/figure2_long-quick/figure2_long.csv").is_file()
 
 
 def test_without_out_it_goes_to_runs(mfnn, tmp_path):
@@ -70,7 +82,7 @@ def test_a_bad_setting_is_refused_before_anything_is_made(mfnn, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_cells_and_the_same_command_goes_on(tmp_path):
-    arguments = ["table2", "--quick", "--out", str(tmp_path / "here"), "multi_index.steps=60"]
+    arguments = ["table2", "--quick", "--out", str(tmp_path / "here"), "multi_index.epochs=20"]
     command = [sys.executable, "-m", "poc_lora", "mfnn", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     cells = tmp_path / "here" / "cells"
@@ -80,10 +92,10 @@ def test_ctrl_c_keeps_cells_and_the_same_command_goes_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "of 8 cells done" in err
+    assert "of 16 cells done" in err
     assert "Traceback" not in err
     done = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
-    assert 1 <= len(done) < 8
+    assert 1 <= len(done) < 16
     assert subprocess.run(command, check=False).returncode == 0
-    assert len(list(cells.glob("*.json"))) == 8
+    assert len(list(cells.glob("*.json"))) == 16
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from poc_lora.errors import RequestError
-from poc_lora.mfnn.ensemble import log_slope, mean_and_error, merge, merged_outputs, prune, squared_l2, sup_norm
+from poc_lora.mfnn.ensemble import (
+    log_slope,
+    mean_and_error,
+    merge,
+    merged_outputs,
+    prune,
+    random_merges,
+    squared_l2,
+    sup_norm,
+)
 from poc_lora.mfnn.model import Tanh, outputs
 
 NEURON = Tanh(3, 2.0)
@@ -30,6 +39,17 @@ def test_merges_of_groups_are_disjoint():
     found = merged_outputs(h, 3)
     assert torch.allclose(found, torch.stack([h[:3].mean(0), h[3:6].mean(0)]))
     assert torch.equal(merged_outputs(h, 1), h)
+
+
+def test_random_merges_are_means_of_subsets_drawn_anew():
+    h = 2.0 ** torch.arange(6)[:, None].double()  # a sum names its subset
+    found = random_merges(h, 3, 200, seed=0)[:, 0] * 3
+    subsets = {tuple(bool(int(total) & 2**j) for j in range(6)) for total in found.round().tolist()}
+    assert all(sum(subset) == 3 for subset in subsets)
+    assert len(subsets) == 20  # each of the 6 choose 3: one is missed in 20 (19/20)^200 = 0.07 % of seeds
+    assert torch.equal(random_merges(h, 3, 5, seed=0), random_merges(h, 3, 200, seed=0)[:5])
+    assert not torch.equal(random_merges(h, 3, 5, seed=1), random_merges(h, 3, 5, seed=0))
+    assert torch.allclose(random_merges(h, 6, 2, seed=0), h.mean(0).expand(2, 1))
 
 
 def test_pruning_keeps_random_neurons_without_repeating_one():
@@ -78,3 +98,5 @@ def test_a_number_of_neurons_that_is_not_there_is_refused(keep):
 def test_a_number_of_networks_that_is_not_there_is_refused(members):
     with pytest.raises(RequestError, match=f"cannot merge {members} of 7"):
         merged_outputs(draw(7, 11), members)
+    with pytest.raises(RequestError, match=f"cannot merge {members} of 7"):
+        random_merges(draw(7, 11), members, 2, seed=0)

@@ -61,10 +61,10 @@ def test_the_gap_is_at_most_the_expected_bregman_term(neurons, temperature, dim)
     assert gap == pytest.approx(entropy_gap(analogue, neurons), rel=1e-6)
     # exactly 1/N
     assert gap * neurons == pytest.approx(analogue.gap(1), rel=1e-12)
-    # gap = (λ/N) KL + Bregman, so KL ≤ N gap/λ, which is theory.kl_bound
+    # gap = (λ/N) KL + Bregman, so KL/N ≤ gap/λ, which is theory.kl_per_neuron_bound
     bregman = sum(analogue.prediction_split(analogue.stationary(), neurons)) / 2  # ½ E_z E (h_X − h_μ*)²
     assert gap == pytest.approx(temperature * analogue.kl() / neurons + bregman, rel=1e-12)
-    assert analogue.kl() <= theory.kl_bound(gap, neurons, temperature)
+    assert analogue.kl() / neurons <= theory.kl_per_neuron_bound(gap, temperature)
 
 
 def test_the_bound_is_attained_as_the_data_weigh_less():

@@ -10,8 +10,8 @@ import torch
 from poc_lora import rng
 from poc_lora.errors import RequestError, TrainingError
 from poc_lora.mfnn import langevin
-from poc_lora.mfnn.langevin import Noise, initial_particles, train
-from poc_lora.mfnn.model import SQUARED, Linear, Objective, Tanh, TanhBias, outputs
+from poc_lora.mfnn.langevin import Batches, Noise, initial_particles, steps_per_epoch, train
+from poc_lora.mfnn.model import SQUARED, Linear, Objective, Tanh, TanhProduct, outputs
 
 
 def problem(neuron=None, samples=30, dtype=torch.float32, regularization=0.02):
@@ -24,7 +24,7 @@ def run(objective, networks=(0, 1), width=6, **changed):
     return train(objective, networks, width, **{"steps": 20, "lr": 0.1, "temperature": 0.01, "seed": 3, **changed})
 
 
-@pytest.mark.parametrize("neuron", [Tanh(2, 3.0), TanhBias(2, 3.0), Linear(2)], ids=lambda n: type(n).__name__)
+@pytest.mark.parametrize("neuron", [Tanh(2, 3.0), TanhProduct(2, 3.0), Linear(2)], ids=lambda n: type(n).__name__)
 @pytest.mark.parametrize("temperature", [0.0, 0.05])
 def test_a_step_is_the_one_in_the_docstring(neuron, temperature):
     objective, width = problem(neuron, dtype=torch.float64), 6
@@ -37,24 +37,63 @@ def test_a_step_is_the_one_in_the_docstring(neuron, temperature):
     assert torch.allclose(found, x, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("neuron", [Tanh(2, 3.0), TanhProduct(2, 3.0)], ids=lambda n: type(n).__name__)
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_training_is_the_plain_loop_with_autograd(neuron, batch_size):
+    """The loss as it is written, its gradient by autograd, the samples of each step's batch by their numbers."""
+    objective, width, lr, temperature = problem(neuron, dtype=torch.float64), 6, 0.1, 0.05
+    x = initial_particles((4,), width, neuron.size, seed=3, std=0.5, like=objective.inputs)[0].requires_grad_()
+    noise = Noise(3, 4, (neuron.size, width), objective.inputs)
+    step = 0
+    for epoch in range(3):
+        order = torch.arange(30) if batch_size is None else rng.permutation(30, rng.key(3, 4, "mfnn order", epoch))
+        for rows in torch.as_tensor(order).split(batch_size or 30):
+            h = neuron.values(x.t(), objective.inputs[rows]).mean(1)
+            fit = objective.loss.value(h, objective.targets[rows]).mean()
+            (slope,) = torch.autograd.grad(fit + objective.regularization * x.square().sum(1).mean(), x)
+            with torch.no_grad():
+                x -= lr * width * slope
+                x += math.sqrt(2 * lr * temperature) * noise.at(step).t()
+            step += 1
+    assert step == 3 * steps_per_epoch(30, batch_size) == (3 if batch_size is None else 15)
+    found = run(
+        objective, (4,), width, steps=step, lr=lr, temperature=temperature, initial_std=0.5, batch_size=batch_size
+    )
+    assert torch.allclose(found[0], x, rtol=1e-12, atol=1e-13)
+
+
+def test_every_sample_is_in_one_batch_of_an_epoch():
+    objective = problem(Linear(2), samples=10)
+    batches = Batches(objective, 6, 4, seed=0, network=1)
+    epochs = [torch.cat([slices[0][0] for slices in map(batches.at, range(3 * e, 3 * e + 3))]) for e in range(2)]
+    assert [len(slices[0][2]) for slices in map(batches.at, range(3))] == [4, 4, 2]
+    for seen in epochs:
+        assert torch.equal(seen.sort(0).values, objective.inputs.sort(0).values)
+    assert not torch.equal(*epochs)
+    other = Batches(objective, 6, 4, seed=0, network=2)
+    assert not torch.equal(other.at(0)[0][0], batches.at(0)[0][0])
+
+
+@pytest.mark.parametrize("batch_size", [None, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 # 67 neurons: rows that fill no vector register, where slices of a larger tensor would be computed in other pieces
 @pytest.mark.parametrize("width", [6, 67])
-def test_a_networks_path_does_not_depend_on_the_others_by_a_bit(dtype, width):
-    objective = problem(samples=700, dtype=dtype)
-    together = run(objective, range(7), width)
-    assert torch.equal(run(objective, (5,), width)[0], together[5])
-    assert torch.equal(run(objective, (6, 2), width), together[[6, 2]])
+def test_a_networks_path_does_not_depend_on_the_others_by_a_bit(dtype, width, batch_size):
+    objective = problem(TanhProduct(2, 3.0), samples=700, dtype=dtype)
+    together = run(objective, range(7), width, batch_size=batch_size)
+    assert torch.equal(run(objective, (5,), width, batch_size=batch_size)[0], together[5])
+    assert torch.equal(run(objective, (6, 2), width, batch_size=batch_size), together[[6, 2]])
 
 
-def test_a_networks_path_does_not_depend_on_threads_by_a_bit(monkeypatch):
+@pytest.mark.parametrize("batch_size", [None, 300])
+def test_a_networks_path_does_not_depend_on_threads_by_a_bit(monkeypatch, batch_size):
     objective, threads = problem(samples=1000), torch.get_num_threads()
     monkeypatch.setattr(langevin, "WORTH_A_THREAD", 0)
     found = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(run(objective, range(5), 200))
+            found.append(run(objective, range(5), 200, batch_size=batch_size))
             assert torch.get_num_threads() == count  # given back
     finally:
         torch.set_num_threads(threads)
@@ -137,6 +176,8 @@ def test_divergence_names_the_network_and_the_remedy():
         ({"lr": 0.0}, "lr must be positive"),
         ({"lr": float("nan")}, "lr must be positive"),
         ({"lr": 50.0}, "diverge"),
+        ({"batch_size": 0}, "batches of 0 of 30"),
+        ({"batch_size": 31}, "batches of 31 of 30"),
         ({"temperature": -1e-3}, "temperature must be at least 0"),
     ],
 )

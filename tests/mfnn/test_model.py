@@ -5,10 +5,10 @@ import torch
 
 from poc_lora.errors import RequestError
 from poc_lora.mfnn import model
-from poc_lora.mfnn.model import LOGISTIC, SQUARED, Linear, Objective, Tanh, TanhBias, outputs
+from poc_lora.mfnn.model import LOGISTIC, MEAN_SQUARED_ERROR, SQUARED, Linear, Objective, Tanh, TanhProduct, outputs
 
-NEURONS = [Tanh(3, 2.0), TanhBias(3, 2.0), Linear(3)]
-LOSSES = [SQUARED, LOGISTIC]
+NEURONS = [Tanh(3, 2.0), TanhProduct(3, 2.0), Linear(3)]
+LOSSES = [SQUARED, MEAN_SQUARED_ERROR, LOGISTIC]
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -36,11 +36,11 @@ def test_values_are_the_neurons_of_the_paper():
     w, b, a = x[:, :3], x[:, 3], x[:, 4]
     tanh = torch.tanh(z @ w.t() + b)
     assert torch.allclose(Tanh(3, 2.0).values(x[:, :4].t(), z), 2 * tanh)
-    assert torch.allclose(TanhBias(3, 2.0).values(x.t(), z), 2 * (tanh + 2 * torch.tanh(a)) / 3)
+    assert torch.allclose(TanhProduct(3, 2.0).values(x.t(), z), 2 * torch.tanh(a) * tanh)
     assert torch.allclose(Linear(3).values(w.t(), z), z @ w.t())
 
 
-@pytest.mark.parametrize("neuron", [Tanh(3, 2.0), TanhBias(3, 2.0)], ids=["tanh", "tanh_bias"])
+@pytest.mark.parametrize("neuron", [Tanh(3, 2.0), TanhProduct(3, 2.0)], ids=["tanh", "tanh_product"])
 def test_bounded_neurons_are_bounded_by_R(neuron):
     values = neuron.values(30 * draw(100, neuron.size).t(), 30 * draw(50, 3))
     assert values.abs().max() <= 2.0
@@ -99,9 +99,10 @@ def test_the_workspace_is_bounded_whatever_the_number_of_samples():
     assert objective.workspace(10**6).numel() == model.FEWEST_SAMPLES * 10**6
 
 
-def test_the_float32_gradient_is_that_of_float64_up_to_rounding():
-    double, single = (make(Tanh(3, 5.0), samples=200, dtype=dtype) for dtype in (torch.float64, torch.float32))
-    x = 3 * draw(2, 50, 4)
+@pytest.mark.parametrize("neuron", [Tanh(3, 5.0), TanhProduct(3, 5.0)], ids=["tanh", "tanh_product"])
+def test_the_float32_gradient_is_that_of_float64_up_to_rounding(neuron):
+    double, single = (make(neuron, samples=200, dtype=dtype) for dtype in (torch.float64, torch.float32))
+    x = 3 * draw(2, 50, neuron.size)
     error = (single.gradient(x.float()).double() - double.gradient(x)).abs().max()
     assert error < 20 * torch.finfo(torch.float32).eps * 5  # some roundings of sums of terms up to R
 

@@ -1,5 +1,6 @@
-"""Figure 2: mean squared error per epoch at several λ, the average of many networks."""
+"""Figure 2: mean logarithm of the squared error per epoch at several λ, over many networks."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -8,50 +9,45 @@ from torch import Tensor
 
 from poc_lora.mfnn.ensemble import mean_and_error, squared_l2
 from poc_lora.mfnn.experiments.cells import Folder
-from poc_lora.mfnn.experiments.figures import (
-    COLOURS,
-    log_axes,
-    new_figure,
-    power,
-    save_csv,
-    save_figure,
-    styled,
-    trained_as,
-)
-from poc_lora.mfnn.experiments.settings import Figure2
-from poc_lora.mfnn.langevin import train
+from poc_lora.mfnn.experiments.figures import COLOURS, new_figure, power, save_csv, save_figure, styled, trained_as
+from poc_lora.mfnn.experiments.settings import Curves
+from poc_lora.mfnn.experiments.training import trained
 from poc_lora.mfnn.model import outputs
 
 LOGGED = 60  # epochs at which the error is measured, evenly spaced in their logarithm
 NEAR = 1.1  # a curve has settled once it stays below this times its own last value
+LONG = 30  # from this many epochs on, the axis of epochs is logarithmic and the legend says when a curve settles
 
 
-def run(folder: Folder, settings: Figure2) -> list[dict[str, Any]]:
-    """Train, measure, draw; returns the rows of figure2.csv: one for each start, λ and logged epoch.
+def run(folder: Folder, settings: Curves) -> list[dict[str, Any]]:
+    """Train, measure, draw; returns the CSV's rows: one for each start, N, λ and logged epoch.
 
-    An epoch is one step: the gradient is that of all samples. Test targets are free of noise. The standard error is
-    that of the mean over networks.
+    Means over networks of the natural logarithm of each network's mean squared error, and their standard errors. Test
+    targets are free of noise.
     """
     cells = {
-        f"initial_std_{s:g}_temperature_{t:g}": partial(_trained, settings, s, t)
+        f"initial_std_{s:g}_N{n}_temperature_{t:g}": partial(_trained, settings, s, n, t)
         for s in settings.initial_stds
+        for n in settings.widths
         for t in settings.temperatures
     }
     found = folder.compute(cells)
     rows = [row for name in cells for row in found[name]["rows"]]
-    save_csv(folder.out, "figure2", rows)
+    save_csv(folder.out, folder.name, rows)
     _draw(folder, settings, rows)
     return rows
 
 
-def curve(rows: list[dict[str, Any]], initial_std: float, temperature: float) -> list[dict[str, Any]]:
-    """The rows of one start and temperature."""
-    return [row for row in rows if (row["initial_std"], row["temperature"]) == (initial_std, temperature)]
+def curve(rows: list[dict[str, Any]], initial_std: float, width: int, temperature: float) -> list[dict[str, Any]]:
+    """The rows of one start, N and temperature."""
+    mine = (initial_std, width, temperature)
+    return [row for row in rows if (row["initial_std"], row["N"], row["temperature"]) == mine]
 
 
 def settled(mine: list[dict[str, Any]]) -> int:
     """The first logged epoch of a curve from which on the test error stays below NEAR times its last value."""
-    outside = [i for i, row in enumerate(mine) if row["test_mse"] > NEAR * mine[-1]["test_mse"]]
+    near = mine[-1]["log_test_mse"] + math.log(NEAR)
+    outside = [i for i, row in enumerate(mine) if row["log_test_mse"] > near]
     return int(mine[outside[-1] + 1 if outside else 0]["epoch"])
 
 
@@ -60,63 +56,69 @@ def epochs(last: int) -> list[int]:
     return sorted({round(last ** (i / (LOGGED - 1))) for i in range(LOGGED)})
 
 
-def _trained(settings: Figure2, initial_std: float, temperature: float) -> dict[str, Any]:
-    section = settings.multi_index
+def _trained(settings: Curves, initial_std: float, width: int, temperature: float) -> dict[str, Any]:
+    section = settings.section
     problem = section.problem(settings.seed)
-    objective = section.objective(problem)
+    neuron = section.neuron(problem.dim)
     rows: list[dict[str, Any]] = []
 
     def measure(epoch: int, particles: Tensor) -> None:
-        train_h = outputs(objective.neuron, particles, problem.inputs)
-        test_h = outputs(objective.neuron, particles, problem.test_inputs)
-        train_mse, train_error = mean_and_error(squared_l2(train_h, problem.targets))
-        test_mse, test_error = mean_and_error(squared_l2(test_h, problem.test_targets))
-        rows.append(
-            {
-                "initial_std": initial_std,
-                "temperature": temperature,
-                "epoch": epoch,
-                "train_mse": train_mse,
-                "train_standard_error": train_error,
-                "test_mse": test_mse,
-                "test_standard_error": test_error,
-            }
-        )
+        train_mse = squared_l2(outputs(neuron, particles, problem.inputs), problem.targets)
+        test_mse = squared_l2(outputs(neuron, particles, problem.test_inputs), problem.test_targets)
+        row: dict[str, Any] = {"initial_std": initial_std, "N": width, "temperature": temperature, "epoch": epoch}
+        for name, mse in (("train", train_mse), ("test", test_mse)):
+            row[f"log_{name}_mse"], row[f"log_{name}_standard_error"] = mean_and_error(mse.log())
+        rows.append(row)
 
-    train(
-        objective,
+    trained(
+        section,
+        problem,
         range(settings.networks),
-        settings.width,
-        steps=section.steps,
-        lr=section.lr,
+        width,
         temperature=temperature,
-        seed=settings.seed,
         initial_std=initial_std,
-        log_at=epochs(section.steps),
-        on_log=measure,
+        seed=settings.seed,
+        log_epochs=epochs(section.epochs),
+        on_epoch=measure,
     )
     return {"rows": rows}
 
 
 @styled
-def _draw(folder: Folder, settings: Figure2, rows: list[dict[str, Any]]) -> None:
-    figure, axes = new_figure(4.8 * len(settings.initial_stds), 4.2, len(settings.initial_stds))
-    for axis, initial_std in zip(axes, settings.initial_stds, strict=True):
+def _draw(folder: Folder, settings: Curves, rows: list[dict[str, Any]]) -> None:
+    panels = [(s, n) for s in settings.initial_stds for n in settings.widths]
+    columns = min(3, len(panels))
+    height = -(-len(panels) // columns)
+    figure, axes = new_figure(3.6 * columns + 1, 3.2 * height + 0.6, columns, height)
+    section = settings.section
+    long = section.epochs >= LONG
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (initial_std, width) in zip(axes, panels, strict=False):
         for colour, temperature in zip(COLOURS, settings.temperatures, strict=False):
-            mine = curve(rows, initial_std, temperature)
+            mine = curve(rows, initial_std, width, temperature)
             epoch = torch.tensor([row["epoch"] for row in mine])
-            test, error = (torch.tensor([row[k] for row in mine]) for k in ("test_mse", "test_standard_error"))
-            axis.plot(epoch, test, color=colour, label=f"λ = {power(temperature)}, epoch {settled(mine)}")
-            axis.fill_between(epoch, test - 2 * error, test + 2 * error, color=colour, alpha=0.2, lw=0)
-        log_axes(axis)
-        axis.set(xlabel="epoch", ylabel="test MSE (band: 2 standard errors)")
-        axis.set_title(f"neurons start from N(0, {initial_std:g}²)")
-        axis.legend(title="λ, and when within 10 % of the last value", loc="upper right")
-    section = settings.multi_index
+            mean, error = (torch.tensor([row[f"log_test_{k}"] for row in mine]) for k in ("mse", "standard_error"))
+            label = f"λ = {power(temperature)}" + (f", epoch {settled(mine)}" if long else "")
+            if long:
+                axis.plot(epoch, mean, color=colour, label=label)
+                axis.fill_between(epoch, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.2, lw=0)
+            else:
+                axis.errorbar(epoch, mean, 2 * error, fmt="o-", color=colour, capsize=2, label=label)
+        if long:
+            axis.set_xscale("log")
+        else:
+            axis.set_xticks(range(1, section.epochs + 1))
+        axis.set(xlabel="epoch", ylabel="mean ln(test MSE)")
+        axis.set_title(f"N = {width}, neurons start from N(0, {initial_std:g}²)")
+        if long:
+            axis.legend(title="λ, and when within 10 % of the last value")
+    if not long:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     save_figure(
         figure,
         folder.out,
-        "figure2",
-        f"seed {settings.seed}; average of {settings.networks} networks of {settings.width} neurons\n"
-        f"multi-index regression: {trained_as(section)}",
+        folder.name,
+        f"seed {settings.seed}; means over {settings.networks} networks, bands or bars: 2 standard errors\n"
+        f"{section.problem(settings.seed).name}: {trained_as(section)}",
     )

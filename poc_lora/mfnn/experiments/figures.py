@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from poc_lora import __version__, plotting
 from poc_lora.files import write_atomic
-from poc_lora.mfnn.experiments.settings import MultiIndex, Started, Training
+from poc_lora.mfnn.experiments.settings import DoubleCircle, MultiIndex, Sines, Started, Training
 from poc_lora.plotting import SERIES
 
 COLOURS = (*SERIES[:-1], plotting.COLOURS["ink"])  # in order of temperature or size
@@ -32,11 +32,18 @@ def save_figure(figure: Figure, folder: Path, name: str, footer: str) -> None:
 
 def trained_as(section: Training) -> str:
     """How networks were trained, for a footer: all of the section but the temperature, which the figure shows."""
-    shape = f"d {section.dim}, {section.directions} directions, " if isinstance(section, MultiIndex) else ""
+    shape = ""
+    if isinstance(section, MultiIndex):
+        shape = f"d {section.dim}, k {section.directions}, R̄ {section.scale:g}, r {section.radius:g}, "
+    elif isinstance(section, Sines):
+        shape = f"d {section.dim}, {section.directions} directions, noise {section.noise:g}, "
+    elif isinstance(section, DoubleCircle):
+        shape = f"noise {section.noise:g}, "
     start = f" from N(0, {section.initial_std:g}²)" if isinstance(section, Started) else ""
+    batches = f"batches of {section.batch_size}" if section.batch_size else "all samples a step"
     return (
-        f"{shape}{section.samples} samples, noise {section.noise:g}, {section.neuron} neurons{start}, R "
-        f"{section.bound:g}, η {section.lr:g}, λ' {section.regularization:g}, {section.steps} steps"
+        f"{shape}{section.samples} samples, {type(section.neuron(1)).__name__} neurons{start}, R "
+        f"{section.bound:g}, η {section.lr:g}, λ' {section.regularization:g}, {section.epochs} epochs, {batches}"
     )
 
 

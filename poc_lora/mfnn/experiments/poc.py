@@ -82,7 +82,7 @@ def _split(settings: Chain, seed: int) -> dict[str, Any]:
 
 
 def _bounded(settings: Bounded, temperature: float, networks: range, width: int, seed: int) -> dict[str, Any]:
-    h = trained_outputs(settings.multi_index, networks, width, temperature=temperature, seed=seed)
+    h = trained_outputs(settings.sines, networks, width, temperature=temperature, seed=seed)
     return {"outputs": h.tolist()}
 
 
@@ -129,8 +129,8 @@ def _draw(folder: Folder, settings: Poc, results: dict[str, Rows]) -> None:
         f"seed {settings.seed}; linear: {chain.networks} networks, d {chain.dim}, {chain.samples} samples, λ "
         f"{chain.temperature:g}, λ' {chain.regularization:g}, η {chain.lr:g}, {chain.early_steps} and {chain.steps} "
         f"steps, start from N(0, {chain.initial_std:g}²)\ntanh: {bounded.networks} networks; limit: "
-        f"{bounded.reference_width:,} neurons after as many steps\nmulti-index regression: "
-        f"{trained_as(bounded.multi_index)}",
+        f"{bounded.reference_width:,} neurons after as many steps\nsines: "
+        f"{trained_as(bounded.sines)}",
     )
 
 

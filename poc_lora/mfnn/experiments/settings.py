@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,7 @@ from poc_lora.config_files import (
     validate_as,
 )
 from poc_lora.mfnn import problems
-from poc_lora.mfnn.model import Neuron, Objective, Tanh, TanhBias
+from poc_lora.mfnn.model import Neuron, Objective, Tanh, TanhProduct
 
 Widths = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Temperatures = Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
@@ -30,47 +30,74 @@ _FOLDERS = (_HERE / "configs", _HERE.parents[2] / "configs" / "mfnn")
 class Training(Section):
     """How networks of one problem are trained: see poc_lora.mfnn.langevin."""
 
-    neuron: Literal["tanh", "tanh_bias"] = "tanh"
     bound: PositiveFloat  # R
     lr: PositiveFloat
     regularization: NonNegativeFloat  # λ'
-    steps: Positive
+    epochs: Positive
+    batch_size: Positive | None = None  # None: all samples at every step
     samples: Positive
-    noise: NonNegativeFloat
 
-    def objective(self, problem: problems.Problem) -> Objective:
-        """F for this problem's training samples."""
-        neuron: Neuron = (Tanh if self.neuron == "tanh" else TanhBias)(problem.dim, self.bound)
-        return Objective(neuron, problem.loss, problem.inputs, problem.targets, self.regularization)
-
-
-class DoubleCircle(Training):
-    """Classification of two circles."""
+    def neuron(self, dim: int) -> Neuron:
+        """The kind of neuron, for inputs in R^dim: the paper's."""
+        return TanhProduct(dim, self.bound)
 
     def problem(self, seed: int) -> problems.Problem:
         """The samples; see poc_lora.mfnn.problems."""
+        raise NotImplementedError
+
+    def objective(self, problem: problems.Problem) -> Objective:
+        """F for this problem's training samples."""
+        return Objective(self.neuron(problem.dim), problem.loss, problem.inputs, problem.targets, self.regularization)
+
+
+class DoubleCircle(Training):
+    """Classification of two circles, the paper's."""
+
+    noise: NonNegativeFloat
+
+    def problem(self, seed: int) -> problems.Problem:
         return problems.double_circle(self.samples, noise=self.noise, seed=seed)
 
 
 class MultiIndex(Training):
-    """Multi-index regression."""
+    """Multi-index regression, the paper's."""
 
+    dim: Positive  # d
+    directions: Positive  # k
+    scale: PositiveFloat  # R̄
+    radius: PositiveFloat  # r
+
+    def problem(self, seed: int) -> problems.Problem:
+        shape = {"scale": self.scale, "radius": self.radius}
+        return problems.multi_index(self.samples, self.dim, self.directions, **shape, seed=seed)
+
+
+class Sines(Training):
+    """Regression of a few sines, ours, with neurons of one tanh."""
+
+    noise: NonNegativeFloat
     dim: Positive
     directions: Positive
 
+    def neuron(self, dim: int) -> Neuron:
+        return Tanh(dim, self.bound)
+
     def problem(self, seed: int) -> problems.Problem:
-        """The samples; see poc_lora.mfnn.problems."""
-        return problems.multi_index(self.samples, self.dim, self.directions, noise=self.noise, seed=seed)
+        return problems.sines(self.samples, self.dim, self.directions, noise=self.noise, seed=seed)
 
 
-class Started(Section):
+class Started(Training):
     """Neurons start from N(0, initial_std² I)."""
 
-    initial_std: NonNegativeFloat = 1.0
+    initial_std: NonNegativeFloat
 
 
 class StartedMultiIndex(MultiIndex, Started):
     """Multi-index regression from a given start."""
+
+
+class StartedSines(Sines, Started):
+    """Sines from a given start."""
 
 
 class DoubleCircleAt(DoubleCircle, Started):
@@ -103,7 +130,8 @@ class Figure1(Settings):
     multi_index: MultiIndexAt
     widths: Widths  # N
     members: Widths  # M
-    networks: Positive  # trained for every N, and merged in groups of M
+    networks: Positive  # trained for every N; of these M are merged
+    subsets: Positive  # random subsets of M networks, whose mean is shown
     reference_width: Positive
 
     @model_validator(mode="after")
@@ -112,14 +140,38 @@ class Figure1(Settings):
         return self
 
 
-class Figure2(Settings):
+class Curves(Settings):
     """MSE per epoch."""
 
-    multi_index: MultiIndex
     initial_stds: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
     temperatures: Temperatures
-    width: Positive
+    widths: Widths
     networks: Positive
+
+    @property
+    def section(self) -> MultiIndex | Sines:
+        """How networks are trained."""
+        raise NotImplementedError
+
+
+class Figure2(Curves):
+    """The paper's problem and epochs."""
+
+    multi_index: MultiIndex
+
+    @property
+    def section(self) -> MultiIndex:
+        return self.multi_index
+
+
+class Figure2Long(Curves):
+    """Ours, trained to its end."""
+
+    sines: Sines
+
+    @property
+    def section(self) -> Sines:
+        return self.sines
 
 
 class Table2(Settings):
@@ -129,7 +181,35 @@ class Table2(Settings):
     temperatures: Temperatures
     widths: Widths
     members: Positive  # M
-    ensembles: Positive  # merges, of M networks of their own, whose spread gives the standard error
+    seeds: Positive  # data sets, seed and those after it, each with M networks of its own: their spread is shown
+
+
+class Sweep(Settings):
+    """Figure 2 over what the paper does not state, around the values that multi_index has."""
+
+    multi_index: StartedMultiIndex
+    lrs: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+    batch_sizes: Widths
+    initial_stds: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]
+    temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=2)]
+    width: Positive
+    networks: Positive
+
+
+class Pruning(Settings):
+    """Pruned networks beside networks trained at their size."""
+
+    double_circle: DoubleCircleAt
+    multi_index: MultiIndexAt
+    kept: Widths  # s
+    width: Positive  # N, pruned to s neurons, and of the reference
+    networks: Positive  # trained with s neurons, and prunings of the one network of N
+
+    @model_validator(mode="after")
+    def _kept(self) -> "Pruning":
+        if max(self.kept) > self.width:
+            raise ValueError(f"kept has {max(self.kept)}, but the network to prune has {self.width} neurons (width)")
+        return self
 
 
 class Chain(Section):
@@ -169,7 +249,7 @@ class ClosedForm(Section):
 class Bounded(Section):
     """Networks of bounded neurons against the limit."""
 
-    multi_index: StartedMultiIndex
+    sines: StartedSines
     temperatures: Temperatures
     widths: Widths
     networks: Positive
@@ -184,7 +264,15 @@ class Poc(Settings):
     bounded: Bounded
 
 
-SCHEMAS: dict[str, type[Settings]] = {"figure1": Figure1, "figure2": Figure2, "table2": Table2, "poc": Poc}
+SCHEMAS: dict[str, type[Settings]] = {
+    "figure1": Figure1,
+    "figure2": Figure2,
+    "figure2_long": Figure2Long,
+    "table2": Table2,
+    "sweep": Sweep,
+    "pruning": Pruning,
+    "poc": Poc,
+}
 
 
 def load(name: str, *, quick: bool = False, overrides: Sequence[str] = (), path: Path | None = None) -> Settings:

@@ -8,11 +8,11 @@ from poc_lora.mfnn.experiments.settings import load
 
 def test_overrides_go_over_quick_which_goes_over_the_file():
     full, quick = load("figure2"), load("figure2", quick=True)
-    assert quick.multi_index.steps < full.multi_index.steps
+    assert quick.networks < full.networks
     assert quick.multi_index.dim == full.multi_index.dim  # quick names only what it makes smaller
-    changed = load("figure2", quick=True, overrides=["multi_index.steps=7", "seed=3"])
-    assert (changed.multi_index.steps, changed.seed) == (7, 3)
-    assert changed.width == quick.width
+    changed = load("figure2", quick=True, overrides=["multi_index.epochs=7", "seed=3"])
+    assert (changed.multi_index.epochs, changed.seed) == (7, 3)
+    assert changed.widths == quick.widths
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_overrides_go_over_quick_which_goes_over_the_file():
         ("multi_index.lr=-1", r"multi_index\.lr: "),
         ("multi_index.lr=nan", r"multi_index\.lr: "),
         ("temperatures=[]", "temperatures: "),
-        ("width=[1", "not valid YAML"),
+        ("widths=[1", "not valid YAML"),
     ],
 )
 def test_bad_overrides_are_refused(override, expected):
@@ -36,6 +36,7 @@ def test_bad_overrides_are_refused(override, expected):
     ("name", "overrides", "expected"),
     [
         ("figure1", ["members=[1, 64]", "networks=32"], "members has 64, but only 32 networks are trained"),
+        ("pruning", ["width=300"], "kept has 400, but the network to prune has 300 neurons"),
         ("poc", ["chain.networks=4"], "chain: .*members has 8, but only 4 networks"),
         ("poc", ["chain.early_steps=30", "chain.steps=10"], "chain: .*early_steps, 30, is not less than steps, 10"),
         ("poc", ["chain.early_steps=200", "chain.steps=200"], "chain: .*early_steps"),
