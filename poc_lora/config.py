@@ -88,8 +88,8 @@ class DataSection(Section):
     """Leave out rows that cannot be used, and count them, instead of refusing them."""
     prompt: Literal["clean", "llm-adapters", "bare"] = "clean"
     """The prompt template of instruction rows. `bare`: the instruction alone."""
-    max_length: Positive = 256
-    """Longest row in tokens; longer rows are truncated."""
+    max_length: Literal["auto"] | Positive = "auto"
+    """Longest row in tokens; longer rows are truncated. `auto`: 2048, or the base's context if that is shorter."""
     learn: Learn = "all"
     """Tokens with a loss: the answer (a chat's `last` turn), every turn of the `assistant`, or `all`."""
     group_by_length: Flag = True

@@ -73,9 +73,12 @@ def check(
     from poc_lora.training.check import check
 
     facts = check(loaded, processes=processes)
+    row, found = facts.pop("a row"), facts.pop("warnings")
     width = max(map(len, facts))
     for name, value in facts.items():
         show(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
+    for line in ("", "A training row, and what of it has a loss:", *row, *(f"warning: {line}" for line in found)):
+        show(line)
     launcher = (
         "poc-lora" if processes == 1 else f"accelerate launch --multi_gpu --num_processes {processes} -m poc_lora"
     )

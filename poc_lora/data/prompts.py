@@ -44,6 +44,7 @@ class Encoded:
 
     examples: list[Example]
     answers: list[Example]  # the same with a loss on the answers alone, whatever is learnt
+    lengths: list[int]  # tokens of every row before truncation, dropped ones too
     truncated: int  # rows truncated to max_length that keep a part of what is learnt
     dropped: int  # rows left out because truncation removes all answers
 
@@ -106,8 +107,9 @@ def encode_rows(
                 problems.add(problem)
     if bad is None:
         problems.raise_if_any()
-    encoded = Encoded([], [], 0, 0)
+    encoded = Encoded([], [], [], 0, 0)
     for ids, spans in _tokenise(tokenizer, texts, chats):
+        encoded.lengths.append(len(ids))
         if spans[0][0] >= max_length:
             encoded.dropped += 1
             continue

@@ -184,7 +184,8 @@ def _making(subject: Subject) -> str:
             "optimizer": f"{'noisy ' if optim.temperature else ''}AdamW, lr {optim.lr:g}, "
             f"weight decay {optim.weight_decay:g}, {optim.schedule} schedule, {warmup}",
             "length": f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs",
-            "batch": f"{train.batch_size} rows per adapter and step, at most {config.data.max_length} tokens each",
+            "batch": f"{train.batch_size} rows per adapter and step"
+            + ("" if config.data.max_length == "auto" else f", at most {config.data.max_length} tokens each"),
             "prompt": code(config.data.prompt),
             "seed": str(config.adapters.seed),
             "data": ", ".join(_data(subject)),

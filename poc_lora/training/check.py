@@ -28,6 +28,14 @@ from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.memory import Footprint, free_bytes, snapshot_bytes
 from poc_lora.training.metrics import require_trackers
 from poc_lora.training.placement import Progress, place
+from poc_lora.training.preview import (
+    LOSS,
+    learning_rate_in_words,
+    lengths_in_words,
+    row_preview,
+    unknown_tokens,
+    warnings,
+)
 from poc_lora.training.run import Run, find_run, require_same_rows
 from poc_lora.training.targets import require_targets
 
@@ -41,7 +49,8 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         processes: How many processes `accelerate launch` will start, on machines like this one.
 
     Returns:
-        What the run will do, as names and values to read; memory is the predicted peak on `device`.
+        What the run will do, as names and values to read; memory is the predicted peak on `device`. The values are
+        numbers and texts, those of `a row` and `warnings` lists of texts.
 
     Raises:
         PocLoraError: As `train` would: run folder, trackers, compiler, target modules, rows, disk space.
@@ -68,6 +77,8 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     room = require_room(folder, 0 if in_use else on_disk)
     tokens = sum(len(e.ids) for e in data.train)
     rows = M * config.train.batch_size
+    everything = [*data.train, *data.validation]
+    unknown = unknown_tokens(everything, tokenizer)
     quantized = footprint.quantization
     return {
         "base parameters": sum(p.numel() for p in model.parameters()),
@@ -76,13 +87,17 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "parameters per adapter": P,
         "training rows": len(data.train),
         "validation rows": len(data.validation),
+        "tokens of a row": lengths_in_words(data.lengths, data.max_length),
         "rows shortened to max_length": data.truncated,
         "rows left out (whole answer cut off)": data.dropped,
         "rows left out (data.skip_bad_rows)": data.skipped,
+        "unknown tokens": "none: the tokenizer knows every text" if unknown is None else f"{unknown:.2%}",
+        "what has a loss": LOSS[config.data.learn],
         "tokens per epoch and adapter": tokens,
         "supervised tokens per epoch and adapter": sum(supervised_tokens(e) for e in data.train),
         "rows per step": f"{rows:,}: {config.train.batch_size} of each adapter",
         "steps": data.total_steps,
+        "learning rate": learning_rate_in_words(config.optim, data.total_steps),
         "tokens of the whole run, about": round(tokens / len(data.train) * rows * data.total_steps),
         "validation, about": _validation_cost(data, sizes.per_device, config.train.validate_every),
         "adapters trained at once": sizes.per_device,
@@ -108,6 +123,8 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         + ("" if memory.total < free else ": TOO MUCH"),
         "disk": f"{size(on_disk)} of {size(room)} free",
         "run folder": f"{folder} ({'existing run; --resume continues it' if in_use else 'new'})",
+        "a row": row_preview(data.train, tokenizer),
+        "warnings": warnings(config, data, unknown),
     }
 
 

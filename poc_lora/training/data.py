@@ -16,6 +16,7 @@ from poc_lora.data.rows import BadRows, read_sources, source_files
 from poc_lora.errors import ConfigError, DataError
 from poc_lora.files import sha256_file
 
+LONGEST_ROW = 2048  # tokens of a row under `data.max_length: auto`
 MAX_HELD_OUT = 120  # rows that `data.validation: auto` holds out
 
 
@@ -27,6 +28,8 @@ class TrainingData:
     validation: list[Example]  # with a loss on the answers alone
     order: BatchOrder
     total_steps: int
+    max_length: int  # tokens that rows were truncated to
+    lengths: list[int]  # tokens of every row before that
     truncated: int
     dropped: int
     skipped: int  # rows that could not be used
@@ -58,9 +61,11 @@ def prepare_data(
         ConfigError: `data.max_length` exceeds the context.
     """
     section = config.data
-    if context is not None and section.max_length > context:
+    longest = min(context or LONGEST_ROW, LONGEST_ROW)
+    max_length = longest if section.max_length == "auto" else section.max_length
+    if context is not None and max_length > context:
         raise ConfigError(
-            f"rows of {section.max_length} tokens do not fit the base model's context of {context}",
+            f"rows of {max_length} tokens do not fit the base model's context of {context}",
             where="data.max_length",
             fix=f"lower it to {context} or less",
         )
@@ -69,7 +74,7 @@ def prepare_data(
         read_sources(section.train, columns=section.columns, bad=bad),
         tokenizer,
         template=section.prompt,
-        max_length=section.max_length,
+        max_length=max_length,
         learn=section.learn,
         now=now,
         bad=bad,
@@ -81,7 +86,7 @@ def prepare_data(
     if len(order) <= held_out:
         raise DataError(
             f"{len(order)} usable rows leave none to train on once {held_out} are held out"
-            f" ({encoded.dropped} rows lost their whole answer to data.max_length={section.max_length}"
+            f" ({encoded.dropped} rows lost their whole answer to data.max_length={max_length}"
             + (f", {bad.count} are bad: {bad.first[0].what}" if bad.count else "")
             + ")",
             where="data",
@@ -100,6 +105,8 @@ def prepare_data(
         validation=[encoded.answers[i] for i in sorted(order[:held_out])],
         order=batches,
         total_steps=steps,
+        max_length=max_length,
+        lengths=encoded.lengths,
         truncated=encoded.truncated,
         dropped=encoded.dropped,
         skipped=bad.count,

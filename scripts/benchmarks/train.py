@@ -216,7 +216,19 @@ def random_work(a: argparse.Namespace, config: RunConfig, device: torch.device) 
     )
     rows = [random_row(i, vocabulary) for i in range(a.rows)]
     order = batch_order(rows, config)
-    data = TrainingData(rows, [], order, total_steps=a.steps, truncated=0, dropped=0, skipped=0, files={})
+    lengths = [len(row.ids) for row in rows]
+    data = TrainingData(
+        rows,
+        [],
+        order,
+        total_steps=a.steps,
+        max_length=max(lengths),
+        lengths=lengths,
+        truncated=0,
+        dropped=0,
+        skipped=0,
+        files={},
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({PAD: 0})), pad_token=PAD)
     free = free_bytes(device)
     torch.manual_seed(0)
