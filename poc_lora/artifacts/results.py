@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from poc_lora.artifacts.schema import Artifact, Count, Finite, Number, OrNan, Public, Schema, Share
 from poc_lora.config import MAX_ADAPTERS
-from poc_lora.data.commonsense import BENCHMARKS
+from poc_lora.data.commonsense import MAX_BENCHMARKS, OWN_NAME
 
 
 def _is_error(value: float) -> float:
@@ -37,10 +37,15 @@ class Difference(Schema):
 
 
 class Scored(Schema):
-    """The accuracy of one variant: by benchmark folder, and their plain average."""
+    """The accuracy of one variant: by benchmark folder, and their plain average.
+
+    `per_byte` has those of benchmarks with choices of free text, chosen by log-probability per byte; the average is of
+    the plain ones.
+    """
 
     benchmarks: Public[dict[str, Estimate]]
     average: Public[Estimate]
+    per_byte: Public[dict[str, Estimate]] = Field(default_factory=dict)
 
 
 class SubsetPoint(Schema):
@@ -118,12 +123,17 @@ class Results(Artifact):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         asked = self.questions.keys()
-        if not asked & {benchmark.folder for benchmark in BENCHMARKS}:
-            raise ValueError("no benchmark that is known")
+        if not asked or len(asked) > MAX_BENCHMARKS:
+            raise ValueError("no benchmark, or too many")
+        if not all(OWN_NAME.fullmatch(name) for name in asked):
+            raise ValueError("a name that no benchmark can have")
         if self.best not in (self.adapters or {""}):  # a model without adapters has no best one
             raise ValueError("the best adapter is not among the adapters")
         rows = [self.base, self.average, self.merged, self.ensemble, self.control, *self.adapters.values()]
         known = [self.too_long.keys(), self.chance.keys(), *(row.benchmarks.keys() for row in rows if row)]
         if not all(asked <= benchmarks for benchmarks in known):
             raise ValueError("benchmarks without an accuracy, a chance level or a count")
+        per_byte = [row.per_byte.keys() for row in (self.base, self.average, *self.adapters.values())]
+        if not all(names == self.base.per_byte.keys() for names in per_byte) or not self.base.per_byte.keys() <= asked:
+            raise ValueError("accuracies per byte of some variants alone")
         return self

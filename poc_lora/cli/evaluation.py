@@ -18,10 +18,15 @@ def evaluate(
     targets: Annotated[
         list[Path] | None, typer.Argument(help="One run folder, one model's folder, or adapters of one base.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of BENCHMARK/test.json files.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of NAME/test.json (or .jsonl) files; any NAME is a benchmark.")
+    ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks and exit.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the run or adapters name.")] = None,
-    benchmarks: Annotated[str | None, typer.Option(help="Comma-separated names; default: all eight.")] = None,
+    benchmarks: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated names; default: all eight, or all that --data has where some are yours."),
+    ] = None,
     protocol: Annotated[
         Protocol,
         typer.Option(
@@ -49,7 +54,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: RUN/eval.")] = None,
 ) -> None:
-    """Score base, adapters, merge and prediction ensemble on the eight commonsense benchmarks.
+    """Score base, adapters, merge and prediction ensemble on your own questions or the eight commonsense benchmarks.
 
     Example: poc-lora eval runs/demo --data ../commonsense --benchmarks openbookqa,boolq --limit 200
     """

@@ -44,7 +44,10 @@ def summarise(
     benchmarks = list(correct["base"])
     members = [correct[adapter_key(a)] for a in adapters] or [correct["base"]]  # a model alone is its own average
     rivals = {"average": {b: torch.stack([member[b] for member in members]).mean(0) for b in benchmarks}}
-    scored = {variant: _scored(parts) for variant, parts in (correct | rivals).items()}
+    per_byte = {variant: correct_per_byte(test, given) for variant, given in answers.items() if variant != "ensemble"}
+    own = [per_byte[adapter_key(a)] for a in adapters] or [per_byte["base"]]
+    per_byte["average"] = {b: torch.stack([member[b] for member in own]).mean(0) for b in per_byte["base"]}
+    scored = {variant: _scored(parts, per_byte.get(variant)) for variant, parts in (correct | rivals).items()}
     chosen_on = {a: _scored(correct_by_benchmark(validation or test, answers[adapter_key(a)])) for a in adapters}
     best = max(adapters, key=lambda a: chosen_on[a].average.value, default="")
     if best:
@@ -108,6 +111,22 @@ def correct_by_benchmark(items: Sequence[Item], answers: Mapping[Item, Answer]) 
     found: dict[str, list[bool]] = {}
     for item in items:
         found.setdefault(item.benchmark, []).append(answers[item].choice == item.question.answer)
+    return {benchmark: torch.tensor(values, dtype=torch.float64) for benchmark, values in found.items()}
+
+
+def correct_per_byte(items: Sequence[Item], answers: Mapping[Item, Answer]) -> dict[str, Tensor]:
+    """As `correct_by_benchmark`, for questions with choices of free text, by log-probability per byte of the choice.
+
+    Longer texts have lower probabilities; lm-eval calls this acc_bytes (and its acc_norm divides by characters).
+    """
+    found: dict[str, list[bool]] = {}
+    for item in items:
+        if item.question.form == "labels":
+            continue
+        log_probs, labels = answers[item].log_probs, item.question.labels
+        values = [p / len(label.encode()) for p, label in zip(log_probs or (), labels, strict=bool(log_probs))]
+        right = bool(values) and labels[values.index(max(values))] == item.question.answer
+        found.setdefault(item.benchmark, []).append(right)
     return {benchmark: torch.tensor(values, dtype=torch.float64) for benchmark, values in found.items()}
 
 
@@ -189,6 +208,7 @@ def _plain(estimate: Estimate) -> dict[str, float | None]:
     return {"accuracy": estimate.value, "error": None if math.isnan(estimate.error) else estimate.error}
 
 
-def _scored(correct: Mapping[str, Tensor]) -> Scored:
+def _scored(correct: Mapping[str, Tensor], per_byte: Mapping[str, Tensor] | None = None) -> Scored:
     parts = {b: mean(values) for b, values in correct.items()}
-    return Scored(benchmarks=parts, average=macro_average(parts))
+    by_bytes = {b: mean(values) for b, values in (per_byte or {}).items()}
+    return Scored(benchmarks=parts, average=macro_average(parts), per_byte=by_bytes)

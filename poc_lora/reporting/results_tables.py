@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from poc_lora.files import write_atomic
 from poc_lora.reporting.escape import code, markdown, short
 from poc_lora.reporting.tables import Table, Value, markdown_table, percent, terminal_table
 
+PER_BYTE = " per byte"  # ends the title of a column
 NARROW = {"WinoGrande": "Wino\nGrande", "HellaSwag": "Hella\nSwag", "average": "aver-\nage"}
 
 
@@ -36,20 +37,26 @@ def table_rows(results: Results) -> list[tuple[str, str, Scored]]:
 
 
 def columns(results: Results) -> dict[str, str]:
-    """Returns the columns of the table, in the paper's order: benchmark folder to the paper's name."""
-    return {b.folder: b.short for b in BENCHMARKS if b.folder in results.questions}
+    """Returns the benchmarks, folder to title: those of the paper in its order, then others."""
+    paper = {b.folder: b.short for b in BENCHMARKS if b.folder in results.questions}
+    return paper | {name: name for name in results.questions if name not in paper}
 
 
 def accuracy_table(results: Results, of: str = "") -> Table:
     """Returns the paper's table: accuracies of the variants; `of` ends its caption if there are other evaluations."""
-    chance = [results.chance[b] for b in columns(results)]
-    asked = [results.questions[b] for b in columns(results)]
-    levels = [Estimate(level, math.nan) for level in [*chance, statistics.fmean(chance)]]
+    asked = {b: results.questions[b] for b in columns(results)}
+    chance = {b: results.chance[b] for b in columns(results)}
+    levels = {b: Estimate(level, math.nan) for b, level in chance.items()}
+    mean_level = Estimate(statistics.fmean(chance.values()), math.nan)
     rows = [_row(results, name, scored) for name, _, scored in table_rows(results)]
     return Table(
         f"Accuracy (%) ± standard error{of}",
-        ["", *columns(results).values(), "average"],
-        [["questions", *asked, sum(asked)], ["chance level", *levels], *rows],
+        _titles(results),
+        [
+            ["questions", *_cells(results, asked, asked), sum(asked.values())],
+            ["chance level", *_cells(results, levels, levels), mean_level],
+            *rows,
+        ],
         strong=["PoC merge"],
     )
 
@@ -57,9 +64,8 @@ def accuracy_table(results: Results, of: str = "") -> Table:
 def adapters_table(results: Results, of: str = "") -> Table:
     """Returns the accuracies of every adapter."""
     rows = [_row(results, name, scored) for name, scored in results.adapters.items()]
-    head = ["", *columns(results).values(), "average"]
     caption = f"Every adapter: accuracy (%) ± standard error{of}"
-    return Table(caption, head, rows, strong=[results.best], folded=True)
+    return Table(caption, _titles(results), rows, strong=[results.best], folded=True)
 
 
 def paired_table(results: Results, of: str = "") -> Table:
@@ -77,7 +83,8 @@ def paired_table(results: Results, of: str = "") -> Table:
 def results_summary(results: Results) -> list[rich.table.Table | str]:
     """Returns what the command line prints after an evaluation: the table, in 80 columns, and its notes."""
     table = accuracy_table(results)
-    return [terminal_table(replace(table, rows=table.rows[1:]), NARROW), *notes(results)]
+    narrow = NARROW | {title: title.replace(PER_BYTE, "\nper byte") for title in table.columns if PER_BYTE in title}
+    return [terminal_table(replace(table, rows=table.rows[1:]), narrow), *notes(results)]
 
 
 def results_markdown(results: Results) -> str:
@@ -130,6 +137,10 @@ def notes(results: Results, *, paired: bool = True) -> list[str]:
                 f"{name}: {results.too_long[folder]} of {results.questions[folder]} questions do not fit the model's "
                 f"context and {then}."
             )
+    if results.base.per_byte:
+        lines.append(
+            "“per byte” takes the choice of the largest log-probability per byte of its text; it is not averaged."
+        )
     if results.limit is not None:
         lines.append(f"Only the first {results.limit} questions of each benchmark were asked.")
     lines.append("Standard errors are those of sampling questions; they do not cover other training seeds.")
@@ -182,7 +193,23 @@ def _subset_notes(subsets: Subsets) -> Iterator[str]:
 
 
 def _row(results: Results, name: str, scored: Scored) -> list[Value]:
-    return [name, *(scored.benchmarks[b] for b in columns(results)), scored.average]
+    return [name, *_cells(results, scored.benchmarks, scored.per_byte), scored.average]
+
+
+def _titles(results: Results) -> list[str]:
+    names = columns(results)
+    per_byte = {folder: title + PER_BYTE for folder, title in names.items()}
+    return ["", *(title for title in _cells(results, names, per_byte) if isinstance(title, str)), "average"]
+
+
+def _cells(results: Results, plain: Mapping[str, Value], per_byte: Mapping[str, Value]) -> list[Value]:
+    """One value for each benchmark, and a second one where choices are also scored per byte."""
+    cells: list[Value] = []
+    for folder in columns(results):
+        cells.append(plain[folder])
+        if folder in results.base.per_byte:
+            cells.append(per_byte.get(folder, ""))
+    return cells
 
 
 def _difference(d: Difference) -> str:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from poc_lora.data.commonsense import Question
+from poc_lora.data.questions import Question
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.scores import (
     Estimate,

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from poc_lora.data.commonsense import Question
 from poc_lora.data.prompts import render_prompt
+from poc_lora.data.questions import Question
 from poc_lora.evaluation.answers import Answer
 from poc_lora.evaluation.protocols.label import batch_ranges, encode
 from poc_lora.models.load import context_length
