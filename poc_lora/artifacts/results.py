@@ -27,13 +27,33 @@ class Estimate(NamedTuple):
     error: StandardError
 
 
+class Measure(NamedTuple):
+    """A value that is no share, such as a loss, and its standard error."""
+
+    value: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    error: StandardError
+
+
 class Difference(Schema):
-    """A paired difference of macro averages with its 95 % bootstrap interval and two-sided p-value."""
+    """A paired difference of macro averages with its 95 % bootstrap interval and two-sided p-value.
+
+    `detectable` is the smallest difference that as many questions, answered as differently, show in 80 % of evaluations
+    at the 5 % level; None if no answer differed, and in older files.
+    """
 
     value: Public[Finite]
     low: Public[Finite]
     high: Public[Finite]
     p: Public[Finite]
+    detectable: Public[Number | None] = None
+
+
+class Calibration(Schema):
+    """Log loss, Brier score and expected calibration error of one variant: see `poc_lora.evaluation.calibration`."""
+
+    nll: Public[Measure]
+    brier: Public[Measure]
+    ece: Public[Measure]
 
 
 class Scored(Schema):
@@ -93,6 +113,7 @@ class Results(Artifact):
         unread: By variant, the share of generated answers without a label; NaN where no question fits.
         control: The merge of another run.
         subsets: See `poc_lora.evaluation.subsets`.
+        calibration: Of `base`, `best`, `merged` and `ensemble`, where every label has a probability.
     """
 
     content: ClassVar[str] = "the results of an evaluation"
@@ -119,6 +140,7 @@ class Results(Artifact):
     control_name: Public[str | None] = None
     subsets: Public[Subsets | None] = None
     exact_average: Public[bool] = False
+    calibration: Public[dict[str, Calibration]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -1,5 +1,6 @@
 """The verbs `eval` and `report`."""
 
+import contextlib
 import shlex
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from poc_lora.cli.terminal import print_next, show
-from poc_lora.errors import RequestError
+from poc_lora.errors import DataError, RequestError
 
 Protocol = Literal["label", "generate", "harness"]
 Prompt = Literal["clean", "llm-adapters", "bare"]
@@ -69,16 +70,20 @@ def evaluate(
         raise RequestError(f"{missing} is missing", fix="for example: poc-lora eval runs/demo --data ../commonsense")
 
     from poc_lora.distributed import is_first_rank
-    from poc_lora.evaluation.evaluate import evaluate
-    from poc_lora.reporting.results_tables import results_summary, write_report
+    from poc_lora.evaluation.evaluate import count_questions, evaluate
+    from poc_lora.reporting.results_tables import power_note, results_summary, write_report
 
+    names = None if benchmarks is None else [name.strip() for name in benchmarks.split(",")]
+    if data is not None and (limit is None or limit > 0) and is_first_rank():
+        with contextlib.suppress(DataError):  # `evaluate` raises it, after what is wrong with the targets
+            show(power_note(count_questions(data, names, limit)))
     results = evaluate(
         targets,
         data=data,
         base=base,
         dtype=dtype,
         quantization=quantization,
-        benchmarks=None if benchmarks is None else [name.strip() for name in benchmarks.split(",")],
+        benchmarks=names,
         protocol=protocol,
         beams=beams,
         prompt=prompt,

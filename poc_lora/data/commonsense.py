@@ -102,6 +102,11 @@ def find_benchmarks(names: Sequence[str] | None, data: Path | None = None) -> tu
     return tuple(b for b in (*BENCHMARKS, *own.values()) if b.folder in wanted)
 
 
+def own_benchmark(name: str) -> Benchmark:
+    """Returns a benchmark beside the eight, of which nothing but its name is known."""
+    return Benchmark(name, name, name, lm_eval="", source="", split="test", licence="unknown", labels={})
+
+
 def _own_benchmarks(data: Path, names: Sequence[str] | None) -> dict[str, Benchmark]:
     """The benchmarks of `data` beside the eight, by name. `names` are those that are asked for, None for all."""
     if not data.is_dir():
@@ -118,7 +123,7 @@ def _own_benchmarks(data: Path, names: Sequence[str] | None) -> dict[str, Benchm
             what = f"a benchmark cannot be called {visible(name[:60])!r}"
             fix = "rename the folder: letters, digits and . + - _, at most 40, and no name of another column"
             raise DataError(what, where=data, fix=fix)
-        found.append(Benchmark(name, name, name, lm_eval="", source="", split="test", licence="unknown", labels={}))
+        found.append(own_benchmark(name))
     most = MAX_BENCHMARKS - len(BENCHMARKS)
     if len(found) > most and names is None:
         what = f"the folder holds {len(found):,} benchmarks beside the eight; {most} are the most at once"

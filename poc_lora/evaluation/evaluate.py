@@ -172,6 +172,11 @@ def evaluate(
     return results
 
 
+def count_questions(data: Path, benchmarks: Sequence[str] | None = None, limit: int | None = None) -> dict[str, int]:
+    """Returns how many test questions `evaluate` would ask, by benchmark. Raises DataError."""
+    return {b.folder: len(read_questions(data, b, limit=limit)) for b in find_benchmarks(benchmarks, data)}
+
+
 def _check_request(protocol: str, *, limit: int | None, beams: int, subsets: bool, control: Path | None) -> None:
     """Raises RequestError for arguments that do not fit together."""
     if protocol not in PROTOCOLS:

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from poc_lora import rng
-from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
+from poc_lora.artifacts.results import Calibration, Difference, Estimate, Results, Scored
 from poc_lora.artifacts.run_folder import RESULTS
 from poc_lora.evaluation.answers import Answer, Item
+from poc_lora.evaluation.calibration import calibrate
 from poc_lora.evaluation.variants import Variants, adapter_key
 from poc_lora.files import write_json
 
 RESAMPLES = 10_000
+SMALLEST = 2.802  # standard errors: the normal quantiles of 0.975, for the 5 % level, and of 0.8, for the power
+DISCORDANT = 0.2
 
 
 def summarise(
@@ -70,6 +73,7 @@ def summarise(
         comparisons={name: paired_difference(correct["merged"], rival, seed=seed) for name, rival in rivals.items()}
         if merged
         else {},
+        calibration=_calibrations(answers, test, best),
         agreement=agreement(merged, together) if merged and together else None,
         **described,
     )
@@ -184,13 +188,36 @@ def paired_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], 
     low, high = np.quantile(resampled, (0.025, 0.975))
     tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
     p = min(1.0, 2 * (int(tail) + 1) / (RESAMPLES + 1))
-    return Difference(value=float(observed / len(ours)), low=float(low), high=float(high), p=p)
+    detectable = SMALLEST * float(resampled.std())
+    return Difference(
+        value=float(observed / len(ours)), low=float(low), high=float(high), p=p, detectable=detectable or None
+    )
+
+
+def smallest_difference(questions: Mapping[str, int]) -> float:
+    """The smallest difference of macro averages that an evaluation shows with 80 % power at the 5 % level.
+
+    For two variants of which one is right and the other wrong on one question in five: the difference per question then
+    has the variance 1/5. Variants that differ more often need more questions.
+
+    Args:
+        questions: Their number, by benchmark.
+    """
+    return SMALLEST * math.sqrt(math.fsum(DISCORDANT / n for n in questions.values())) / len(questions)
 
 
 def agreement(ours: Mapping[Item, Answer], theirs: Mapping[Item, Answer]) -> float:
     """The share of questions that fit the context on which two variants choose the same label; NaN if none fits."""
     same = [ours[item].choice == theirs[item].choice for item in ours if not ours[item].too_long]
     return sum(same) / len(same) if same else math.nan
+
+
+def _calibrations(
+    answers: Mapping[str, Mapping[Item, Answer]], test: Sequence[Item], best: str
+) -> dict[str, Calibration]:
+    shown = {"base": "base", "best": adapter_key(best), "merged": "merged", "ensemble": "ensemble"}
+    found = {name: calibrate(test, answers[key]) for name, key in shown.items() if key in answers}
+    return {name: calibration for name, calibration in found.items() if calibration}
 
 
 def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item]) -> dict[str, float]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import rich.table
 
-from poc_lora.artifacts.results import Difference, Estimate, Results, Scored, Subsets
+from poc_lora.artifacts.results import Difference, Estimate, Measure, Results, Scored, Subsets
 from poc_lora.artifacts.run_folder import RESULTS_TABLE, RunFolder
 from poc_lora.data.commonsense import BENCHMARKS
+from poc_lora.evaluation.scores import RESAMPLES, smallest_difference
 from poc_lora.files import write_atomic
 from poc_lora.reporting.escape import code, markdown, short
 from poc_lora.reporting.tables import Table, Value, markdown_table, percent, terminal_table
@@ -72,11 +73,42 @@ def paired_table(results: Results, of: str = "") -> Table:
     """Returns the differences between PoC merge and its rivals."""
     return Table(
         f"PoC merge minus, in points of average accuracy (paired bootstrap over questions){of}",
-        ["", "difference", "95 % interval", "p"],
+        ["", "difference", "95 % interval", "p", "smallest that would show"],
         [
-            [short(name), f"{100 * d.value:+.2f}", f"{100 * d.low:+.2f} to {100 * d.high:+.2f}", f"{d.p:.2g}"]
+            [
+                short(name),
+                f"{100 * d.value:+.2f}",
+                f"{100 * d.low:+.2f} to {100 * d.high:+.2f}",
+                _p(d.p),
+                "" if d.detectable is None else f"{100 * d.detectable:.2f}",
+            ]
             for name, d in paired_differences(results).items()
         ],
+    )
+
+
+def calibration_table(results: Results, of: str = "") -> Table:
+    """Returns log loss, Brier score and expected calibration error of the variants."""
+    single = len(results.adapters) == 1
+    names = {
+        "best": "the adapter" if single else "LoRA (best)",
+        "merged": "PoC merge",
+        "ensemble": "prediction ensemble",
+    }
+    rows: list[list[Value]] = [
+        [names.get(variant, variant), *(_measure(measure) for measure in (found.nll, found.brier, found.ece))]
+        for variant, found in results.calibration.items()
+    ]
+    caption = f"Calibration ± standard error, mean over benchmarks; lower is better{of}"
+    return Table(caption, ["", "log loss", "Brier score", "expected calibration error"], rows, strong=["PoC merge"])
+
+
+def power_note(questions: Mapping[str, int]) -> str:
+    """Says before an evaluation which differences its questions can show."""
+    n, points = sum(questions.values()), 100 * smallest_difference(questions)
+    return (
+        f"{n:,} question{'s' if n > 1 else ''}: a difference of {points:.1f} points or more would show, in 80 % of "
+        "evaluations at the 5 % level, between variants of which one is right and one wrong on a question in five."
     )
 
 
@@ -84,7 +116,8 @@ def results_summary(results: Results) -> list[rich.table.Table | str]:
     """Returns what the command line prints after an evaluation: the table, in 80 columns, and its notes."""
     table = accuracy_table(results)
     narrow = NARROW | {title: title.replace(PER_BYTE, "\nper byte") for title in table.columns if PER_BYTE in title}
-    return [terminal_table(replace(table, rows=table.rows[1:]), narrow), *notes(results)]
+    calibration = [terminal_table(calibration_table(results))] if results.calibration else []
+    return [terminal_table(replace(table, rows=table.rows[1:]), narrow), *calibration, *notes(results)]
 
 
 def results_markdown(results: Results) -> str:
@@ -99,6 +132,8 @@ def results_markdown(results: Results) -> str:
         "",
         *(f"- {markdown(note)}" for note in notes(results)),
     ]
+    if results.calibration:
+        lines += ["", "## Calibration", "", *markdown_table(calibration_table(results))]
     if len(results.adapters) > 1:
         lines += ["", "## Every adapter", "", *markdown_table(adapters_table(results), code)]
     return "\n".join(lines) + "\n"
@@ -212,8 +247,20 @@ def _cells(results: Results, plain: Mapping[str, Value], per_byte: Mapping[str, 
     return cells
 
 
+def _measure(measure: Measure) -> str:
+    return f"{measure.value:.3f}" + ("" if math.isnan(measure.error) else f" ± {measure.error:.3f}")
+
+
 def _difference(d: Difference) -> str:
+    p = _p(d.p)
+    shows = "" if d.detectable is None else f"; {100 * d.detectable:.2f} points would show, with 80 % power"
     return (
         f"{100 * d.value:+.2f} points on average (95 % interval {100 * d.low:+.2f} to {100 * d.high:+.2f}, "
-        f"p = {d.p:.2g}, paired bootstrap)"
+        f"p {p if p.startswith('≤') else f'= {p}'}, paired bootstrap{shows})"
     )
+
+
+def _p(p: float) -> str:
+    """A p-value of the bootstrap, which cannot tell less than its number of resamples."""
+    resolution = 2 / (RESAMPLES + 1)
+    return f"≤ {resolution:.1g}" if p <= resolution * 1.01 else f"{p:.2g}"

@@ -83,8 +83,8 @@ def test_the_table_says_what_results_json_says(whole, page):
 def test_the_paired_tests_are_a_table(page):
     (caption,) = [name for name in page.tables if "paired bootstrap" in name]
     assert page.tables[caption][1:] == [
-        ["LoRA (best)", "+4.57", "+2.00 to +7.00", "0.0002"],
-        ["LoRA (average)", "+4.87", "+3.00 to +8.00", "0.0004"],
+        ["LoRA (best)", "+4.57", "+2.00 to +7.00", "≤ 0.0002", ""],
+        ["LoRA (average)", "+4.87", "+3.00 to +8.00", "0.0004", ""],
     ]
 
 
@@ -243,7 +243,7 @@ def test_a_control_and_other_protocols_stand_beside(tmp_path):
     assert [row[0] for row in table][-2:] == ["PoC merge, λ = 0", "prediction ensemble"]
     assert "PoC merge" in [row[0] for row in page.tables["Accuracy (%) ± standard error, protocol generate"]]
     (caption,) = [name for name in page.tables if "paired" in name and name.endswith("label")]
-    assert page.tables[caption][1:] == [["PoC merge, λ = 0", "+1.00", "-1.00 to +3.00", "0.3"]]
+    assert page.tables[caption][1:] == [["PoC merge, λ = 0", "+1.00", "-1.00 to +3.00", "0.3", ""]]
     assert "no label was found, in percent: base 25.00." in page.text
 
 
