@@ -3,7 +3,7 @@
 import contextlib
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +21,10 @@ def evaluate(
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of NAME/test.json (or .jsonl) files; any NAME is a benchmark.")
+    ] = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(help="A file of rows as for training: losses on its answers instead of accuracies. Repeatable."),
     ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks and exit.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the run or adapters name.")] = None,
@@ -58,12 +62,23 @@ def evaluate(
     """Score base, adapters, merge and prediction ensemble on your own questions or the eight commonsense benchmarks.
 
     Example: poc-lora eval runs/demo --data ../commonsense --benchmarks openbookqa,boolq --limit 200
+
+    Example: poc-lora eval runs/mine --rows held-out.jsonl
     """
     if show_list:
         from poc_lora.reporting.results_tables import benchmark_table
 
         show(benchmark_table())
         print_next("the benchmarks as LLM-Adapters renders them", "python scripts/download_commonsense.py --out DIR")
+        return
+    if rows:
+        given = dict(data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None)
+        for name, value in given.items():
+            if value is not None:
+                raise RequestError(f"--{name} is for benchmarks", where="--rows", fix="leave one of them out")
+        if protocol != "label" or beams != 1:
+            raise RequestError("rows have one protocol", where="--rows", fix="leave out --protocol and --beams")
+        _evaluate_rows(targets, rows, base=base, dtype=dtype, quantization=quantization, prompt=prompt, out=out)
         return
     if not targets or (data is None and protocol != "harness"):
         missing = "TARGETS" if not targets else "--data"
@@ -97,6 +112,24 @@ def evaluate(
     written = write_report(out or targets[0], results)
     show(*results_summary(results))
     print_next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")
+
+
+def _evaluate_rows(targets: list[Path] | None, rows: list[str], *, out: Path | None, **options: Any) -> None:
+    from poc_lora.artifacts.run_folder import ROW_LOSSES, RunFolder
+    from poc_lora.evaluation.rows import evaluate_rows
+    from poc_lora.reporting.held_out import rows_notes, rows_table
+    from poc_lora.reporting.tables import terminal_table
+
+    if not targets:
+        raise RequestError("TARGETS is missing", fix="for example: poc-lora eval runs/mine --rows held-out.jsonl")
+    found = evaluate_rows(targets, rows, out=out, **options)
+    show(terminal_table(rows_table(found)), *rows_notes(found))
+    place, target = out or RunFolder(targets[0]).evaluation("rows"), shlex.quote(str(targets[0]))
+    if found.exact_average and RunFolder(targets[0]).is_run:
+        command = f"poc-lora merge {target} --out {shlex.quote(str(RunFolder(targets[0]).merged))}"
+    else:
+        command = f"poc-lora report {target}" if RunFolder(targets[0]).is_run else f"poc-lora eval {target} --data DIR"
+    print_next(f"the losses of each row: {place / ROW_LOSSES}", command)
 
 
 def report(

@@ -8,7 +8,8 @@ from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.metrics_line import read_metrics
 from poc_lora.artifacts.results import Results
-from poc_lora.artifacts.run_folder import RESULTS, RunFolder
+from poc_lora.artifacts.row_losses import RowLosses
+from poc_lora.artifacts.run_folder import RESULTS, ROW_LOSSES, RunFolder
 from poc_lora.artifacts.run_info import RunInfo
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import RunError
@@ -39,6 +40,7 @@ class RunFiles:
     merge: MergeReport | None
     evaluations: tuple[Results, ...]  # one for each protocol, `label` first
     held_out: tuple[HeldOut, ...] = ()  # one for each pack that was validated
+    rows: RowLosses | None = None  # of `poc-lora eval --rows`
     changed: tuple[tuple[str, ...], ...] = ()  # for each evaluation, what has other weights now than were evaluated
 
     @property
@@ -63,6 +65,7 @@ def read_run(folder: Path) -> RunFiles:
         merge=MergeReport.read_if_there(run.merge_report),
         evaluations=evaluations,
         held_out=tuple(read_held_out(folder)),
+        rows=RowLosses.read_if_there(run.evaluation("rows") / ROW_LOSSES),
         changed=tuple(_changed(run, *found) for found in zip(evaluated, evaluations, strict=True)),
     )
 

@@ -8,6 +8,7 @@ from poc_lora.artifacts.results import Estimate, Results, Scored
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Chart, Section, chart
 from poc_lora.reporting.escape import short
+from poc_lora.reporting.held_out import rows_notes, rows_table
 from poc_lora.reporting.results_tables import (
     accuracy_table,
     adapters_table,
@@ -51,6 +52,9 @@ def headline(results: Results | None) -> tuple[str, list[tuple[str, Estimate]]]:
 
 def benchmarks(files: RunFiles) -> Section:
     section = Section("benchmarks", "Benchmarks")
+    if files.rows is not None:
+        section.tables.append(rows_table(files.rows))
+        section.paragraphs += rows_notes(files.rows)
     if not files.evaluations:
         section.omitted.append("Nothing has been evaluated: poc-lora eval RUN --data DIR.")
         return section

@@ -150,7 +150,7 @@ def score_labels(model: PreTrainedModel, prepared: PreparedQuestions, *, copies:
             x.to(model.device) for x in (prepared.read_token[reads], prepared.read_slot[reads], where)
         )
         ids, rows, columns = (x.to(model.device) for x in (ids.repeat(copies, 1), rows, columns))
-        with _head_in_float32(model):
+        with head_in_float32(model):
             logits = logits_at(model, ids, rows, columns, past=past).float().view(copies, len(position), -1)
         scores.index_add_(1, slot, logits[:, where, token] - logits.logsumexp(-1)[:, where])
     scored = prepared.label_exists & ~prepared.too_long[:, None]
@@ -158,7 +158,7 @@ def score_labels(model: PreTrainedModel, prepared: PreparedQuestions, *, copies:
 
 
 @contextlib.contextmanager
-def _head_in_float32(model: PreTrainedModel) -> Iterator[None]:
+def head_in_float32(model: PreTrainedModel) -> Iterator[None]:
     """Within the block a linear head computes its logits in float32, before anything scales or caps them."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or head.weight.dtype == torch.float32:
