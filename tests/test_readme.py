@@ -143,7 +143,7 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
         call(monkeypatch, words)
         ran.append(words[1])
     readme = ["check", "train", "merge", "eval", "report", "check", "merge", "merge", "fold"]
-    assert ran == [*readme, *["eval"] * 5, "merge", "push", "check", "train"]
+    assert ran == [*readme, *["eval"] * 5, "sample", "merge", "push", "check", "train"]
     assert "PoC merge" in capsys.readouterr().out
 
 

@@ -132,6 +132,29 @@ def _evaluate_rows(targets: list[Path] | None, rows: list[str], *, out: Path | N
     print_next(f"the losses of each row: {place / ROW_LOSSES}", command)
 
 
+def sample(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    text: Annotated[str, typer.Argument(help="What to ask; it is put into the run's prompt template.")],
+    adapter: Annotated[str | None, typer.Option(help="An adapter, such as 03; default: the best one so far.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the base's chat template instead.")] = False,
+    tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 128,
+) -> None:
+    """Show what base, best adapter and merge write after one prompt, greedily.
+
+    Example: poc-lora sample runs/mine "Where is my order?"
+    """
+    from poc_lora.artifacts.run_folder import RunFolder
+    from poc_lora.evaluation.sample import sample_texts
+    from poc_lora.reporting.run_files import best_adapter, read_run
+
+    best = adapter or (best_adapter(read_run(run)) if RunFolder(run).is_run else None)
+    for name, written in sample_texts(run, text, adapter=best, chat=chat, new_tokens=tokens).items():
+        title = name if name in ("base", "merge") else f"adapter {name}"
+        show("", f"{title}:", *written.splitlines())
+    if best is None:
+        show("", "Which adapter is the best is not known yet: poc-lora eval RUN --rows FILE tells it.")
+
+
 def report(
     runs: Annotated[list[Path], typer.Argument(help="A run, or a folder of results.", metavar="RUN")],
     compare: Annotated[

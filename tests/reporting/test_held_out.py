@@ -1,6 +1,7 @@
 """What the merge is worth on the held-out rows: read from metrics.jsonl, compared by rows, and said."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from poc_lora.artifacts.row_losses import RowLosses
 from poc_lora.reporting import held_out
 from poc_lora.reporting.held_out import paired_interval, read_held_out, rows_notes, rows_table, verdict
+from poc_lora.reporting.run_files import best_adapter, read_run
+from tests.reporting.run_folder import make_run, results
 
 ROWS = 40
 
@@ -176,3 +179,17 @@ def test_of_many_rows_the_interval_is_the_normal_one_which_is_nearly_the_bootstr
     # A quantile of 10,000 resamples has an error of 2.7 % of their standard error; the interval is 3.9 of those wide.
     width = bootstrap[2] - bootstrap[1]
     assert paired_interval(differences, tokens) == pytest.approx(bootstrap, abs=0.03 * width)
+
+
+def test_the_best_adapter_is_that_of_rows_else_of_benchmarks_else_of_the_run(tmp_path):
+    run = make_run(tmp_path / "run", found=results(best="01"))
+    assert best_adapter(read_run(run)) == "01"
+    (run / "eval-rows").mkdir()
+    scored_rows().write(run / "eval-rows" / "rows.json")
+    assert best_adapter(read_run(run)) == "00"
+    shutil.rmtree(run / "eval-rows")
+    shutil.rmtree(run / "eval")
+    assert best_adapter(read_run(run)) is None
+    (run / "metrics.jsonl").unlink()
+    write(run, pack())
+    assert best_adapter(read_run(run)) == "00"
