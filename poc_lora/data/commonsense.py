@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from poc_lora.data.questions import questions_file
 from poc_lora.errors import DataError, visible
 
 MAX_BENCHMARKS = 100  # of one evaluation
@@ -100,6 +99,14 @@ def find_benchmarks(names: Sequence[str] | None, data: Path | None = None) -> tu
     if not wanted:
         raise DataError("no benchmark was named", fix="name at least one, or leave the choice out to take all")
     return tuple(b for b in (*BENCHMARKS, *own.values()) if b.folder in wanted)
+
+
+def questions_file(folder: Path, split: str) -> Path | None:
+    """Returns `<folder>/<split>.json` or `.jsonl`; None if there is neither. Raises DataError if there are both."""
+    found = [path for suffix in ("json", "jsonl") if (path := folder / f"{split}.{suffix}").is_file()]
+    if len(found) > 1:
+        raise DataError(f"both {split}.json and {split}.jsonl are there", where=folder, fix="remove one of them")
+    return found[0] if found else None
 
 
 def own_benchmark(name: str) -> Benchmark:

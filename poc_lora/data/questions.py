@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from poc_lora.data.commonsense import Benchmark, questions_file
 from poc_lora.data.limits import MAX_LABELS, MAX_LABELS_LENGTH, require_length
 from poc_lora.data.rows import file_rows
 from poc_lora.errors import DataError
 from poc_lora.files import read_json
-
-if TYPE_CHECKING:
-    from poc_lora.data.commonsense import Benchmark
 
 ANSWER_FORMAT = "Answer format:"
 CHOICES_FIX = "a row has `question` or `prompt`, `choices` (texts), and `answer`: a number from 0, or the choice's text"
@@ -39,16 +37,8 @@ class Question:
         return self.labels.index(self.answer)
 
 
-def questions_file(folder: Path, split: str) -> Path | None:
-    """Returns `<folder>/<split>.json` or `.jsonl`; None if there is neither. Raises DataError if there are both."""
-    found = [path for suffix in ("json", "jsonl") if (path := folder / f"{split}.{suffix}").is_file()]
-    if len(found) > 1:
-        raise DataError(f"both {split}.json and {split}.jsonl are there", where=folder, fix="remove one of them")
-    return found[0] if found else None
-
-
 def read_questions(
-    data: Path, benchmark: "Benchmark", *, split: str = "test", limit: int | None = None
+    data: Path, benchmark: Benchmark, *, split: str = "test", limit: int | None = None
 ) -> list[Question]:
     """Read the questions of `<data>/<benchmark>/<split>.json` or `.jsonl`, or the first `limit` of them.
 

@@ -8,8 +8,8 @@ import torch
 
 from poc_lora.artifacts.results import Results, Subsets
 from poc_lora.artifacts.run_folder import PROTOCOLS, RESULTS
-from poc_lora.data.commonsense import Benchmark, find_benchmarks
-from poc_lora.data.questions import chance_level, questions_file, read_questions
+from poc_lora.data.commonsense import Benchmark, find_benchmarks, questions_file
+from poc_lora.data.questions import chance_level, read_questions
 from poc_lora.distributed import open_ranks
 from poc_lora.errors import RequestError
 from poc_lora.evaluation.answers import AnswerFile, Item
