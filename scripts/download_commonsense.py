@@ -42,7 +42,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poc_lora.data.commonsense import ANSWER_FORMAT, BY_FOLDER, find_benchmarks
+from poc_lora.data.commonsense import BY_FOLDER, find_benchmarks
+from poc_lora.data.questions import ANSWER_FORMAT
 from poc_lora.data.rows import MAX_DATA_BYTES
 from poc_lora.errors import DataError, PocLoraError, RequestError
 from poc_lora.files import read_json, sha256_file, write_atomic, write_json

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from poc_lora.data.commonsense import BENCHMARKS, find_benchmarks, read_questions
+from poc_lora.data.commonsense import BENCHMARKS, find_benchmarks
 from poc_lora.data.formats import InstructionRow
+from poc_lora.data.questions import read_questions
 from poc_lora.data.rows import read_sources, source_files
 from poc_lora.errors import DataError
 

@@ -112,8 +112,18 @@ def call(monkeypatch, words):
 
 
 @pytest.mark.slow
+def write_own_tasks(folder):
+    """A task for each row that docs/evaluation.md shows, as JSON lines."""
+    (rows,) = blocks("docs/evaluation.md", "json")
+    for name, row in zip(["quiz", "yesno"], rows.splitlines(), strict=True):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "test.jsonl").write_text(row + "\n")
+
+
 def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
     ran, merged = [], ""
+    write_own_tasks(Path("mytasks"))
+    Path("held-out.jsonl").write_text(json.dumps({"instruction": "Where is it?", "output": "in the attic"}))
     paths = {"path/to/a": "runs/mine/adapters/00", "path/to/b": "runs/mine/adapters/01"}
     paths["path/to/base"] = "poc_lora/microworld/model"
     pages = ["README.md", *(f"docs/{name}.md" for name in ("scaling", "evaluation", "merging", "training"))]
@@ -128,12 +138,12 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
             words[-1] = "2"
         if words[1] in ("check", "train"):
             words += SMALL
-        if words[1] == "eval":
+        if words[1] == "eval" and "--rows" not in words:
             words += ["--limit", "5"]
         call(monkeypatch, words)
         ran.append(words[1])
     readme = ["check", "train", "merge", "eval", "report", "check", "merge", "merge", "fold"]
-    assert ran == [*readme, "eval", "eval", "merge", "push", "check", "train"]
+    assert ran == [*readme, *["eval"] * 5, "sample", "merge", "push", "check", "train"]
     assert "PoC merge" in capsys.readouterr().out
 
 

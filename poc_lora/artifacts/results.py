@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from poc_lora.artifacts.schema import Artifact, Count, Finite, Number, OrNan, Public, Schema, Share
 from poc_lora.config import MAX_ADAPTERS
-from poc_lora.data.commonsense import BENCHMARKS
+from poc_lora.data.commonsense import MAX_BENCHMARKS, OWN_NAME
 
 
 def _is_error(value: float) -> float:
@@ -27,20 +27,45 @@ class Estimate(NamedTuple):
     error: StandardError
 
 
+class Measure(NamedTuple):
+    """A value that is no share, such as a loss, and its standard error."""
+
+    value: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    error: StandardError
+
+
 class Difference(Schema):
-    """A paired difference of macro averages with its 95 % bootstrap interval and two-sided p-value."""
+    """A paired difference of macro averages with its 95 % bootstrap interval and two-sided p-value.
+
+    `detectable` is the smallest difference that as many questions, answered as differently, show in 80 % of evaluations
+    at the 5 % level; None if no answer differed, and in older files.
+    """
 
     value: Public[Finite]
     low: Public[Finite]
     high: Public[Finite]
     p: Public[Finite]
+    detectable: Public[Number | None] = None
+
+
+class Calibration(Schema):
+    """Log loss, Brier score and expected calibration error of one variant: see `poc_lora.evaluation.calibration`."""
+
+    nll: Public[Measure]
+    brier: Public[Measure]
+    ece: Public[Measure]
 
 
 class Scored(Schema):
-    """The accuracy of one variant: by benchmark folder, and their plain average."""
+    """The accuracy of one variant: by benchmark folder, and their plain average.
+
+    `per_byte` has those of benchmarks with choices of free text, chosen by log-probability per byte; the average is of
+    the plain ones.
+    """
 
     benchmarks: Public[dict[str, Estimate]]
     average: Public[Estimate]
+    per_byte: Public[dict[str, Estimate]] = Field(default_factory=dict)
 
 
 class SubsetPoint(Schema):
@@ -88,6 +113,7 @@ class Results(Artifact):
         unread: By variant, the share of generated answers without a label; NaN where no question fits.
         control: The merge of another run.
         subsets: See `poc_lora.evaluation.subsets`.
+        calibration: Of `base`, `best`, `merged` and `ensemble`, where every label has a probability.
     """
 
     content: ClassVar[str] = "the results of an evaluation"
@@ -114,16 +140,22 @@ class Results(Artifact):
     control_name: Public[str | None] = None
     subsets: Public[Subsets | None] = None
     exact_average: Public[bool] = False
+    calibration: Public[dict[str, Calibration]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
         asked = self.questions.keys()
-        if not asked & {benchmark.folder for benchmark in BENCHMARKS}:
-            raise ValueError("no benchmark that is known")
+        if not asked or len(asked) > MAX_BENCHMARKS:
+            raise ValueError("no benchmark, or too many")
+        if not all(OWN_NAME.fullmatch(name) for name in asked):
+            raise ValueError("a name that no benchmark can have")
         if self.best not in (self.adapters or {""}):  # a model without adapters has no best one
             raise ValueError("the best adapter is not among the adapters")
         rows = [self.base, self.average, self.merged, self.ensemble, self.control, *self.adapters.values()]
         known = [self.too_long.keys(), self.chance.keys(), *(row.benchmarks.keys() for row in rows if row)]
         if not all(asked <= benchmarks for benchmarks in known):
             raise ValueError("benchmarks without an accuracy, a chance level or a count")
+        per_byte = [row.per_byte.keys() for row in (self.base, self.average, *self.adapters.values())]
+        if not all(names == self.base.per_byte.keys() for names in per_byte) or not self.base.per_byte.keys() <= asked:
+            raise ValueError("accuracies per byte of some variants alone")
         return self

@@ -5,6 +5,7 @@ from pathlib import Path
 MERGE_REPORT = "merge.json"  # in the folder of any merged adapter
 RESULTS = "results.json"  # in the folder of any evaluation
 RESULTS_TABLE = "results.md"
+ROW_LOSSES = "rows.json"  # beside them, of an evaluation on rows
 PROTOCOLS = ("label", "generate", "harness")
 
 

@@ -56,6 +56,7 @@ def _root(
 for _verb in (training.demo, training.init, training.check, training.train, merging.merge, merging.fold):
     app.command()(_verb)
 app.command("eval")(evaluation.evaluate)
+app.command()(evaluation.sample)
 app.command()(evaluation.report)
 app.command()(hub.push)
 app.add_typer(mfnn.app, name="mfnn")

@@ -1,13 +1,14 @@
 """The verbs `eval` and `report`."""
 
+import contextlib
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from poc_lora.cli.terminal import print_next, show
-from poc_lora.errors import RequestError
+from poc_lora.errors import DataError, RequestError
 
 Protocol = Literal["label", "generate", "harness"]
 Prompt = Literal["clean", "llm-adapters", "bare"]
@@ -18,10 +19,19 @@ def evaluate(
     targets: Annotated[
         list[Path] | None, typer.Argument(help="One run folder, one model's folder, or adapters of one base.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of BENCHMARK/test.json files.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of NAME/test.json (or .jsonl) files; any NAME is a benchmark.")
+    ] = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(help="A file of rows as for training: losses on its answers instead of accuracies. Repeatable."),
+    ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks and exit.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the run or adapters name.")] = None,
-    benchmarks: Annotated[str | None, typer.Option(help="Comma-separated names; default: all eight.")] = None,
+    benchmarks: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated names; default: all eight, or all that --data has where some are yours."),
+    ] = None,
     protocol: Annotated[
         Protocol,
         typer.Option(
@@ -49,9 +59,11 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: RUN/eval.")] = None,
 ) -> None:
-    """Score base, adapters, merge and prediction ensemble on the eight commonsense benchmarks.
+    """Score base, adapters, merge and prediction ensemble on your own questions or the eight commonsense benchmarks.
 
     Example: poc-lora eval runs/demo --data ../commonsense --benchmarks openbookqa,boolq --limit 200
+
+    Example: poc-lora eval runs/mine --rows held-out.jsonl
     """
     if show_list:
         from poc_lora.reporting.results_tables import benchmark_table
@@ -59,21 +71,34 @@ def evaluate(
         show(benchmark_table())
         print_next("the benchmarks as LLM-Adapters renders them", "python scripts/download_commonsense.py --out DIR")
         return
+    if rows:
+        given = dict(data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None)
+        for name, value in given.items():
+            if value is not None:
+                raise RequestError(f"--{name} is for benchmarks", where="--rows", fix="leave one of them out")
+        if protocol != "label" or beams != 1:
+            raise RequestError("rows have one protocol", where="--rows", fix="leave out --protocol and --beams")
+        _evaluate_rows(targets, rows, base=base, dtype=dtype, quantization=quantization, prompt=prompt, out=out)
+        return
     if not targets or (data is None and protocol != "harness"):
         missing = "TARGETS" if not targets else "--data"
         raise RequestError(f"{missing} is missing", fix="for example: poc-lora eval runs/demo --data ../commonsense")
 
     from poc_lora.distributed import is_first_rank
-    from poc_lora.evaluation.evaluate import evaluate
-    from poc_lora.reporting.results_tables import results_summary, write_report
+    from poc_lora.evaluation.evaluate import count_questions, evaluate
+    from poc_lora.reporting.results_tables import power_note, results_summary, write_report
 
+    names = None if benchmarks is None else [name.strip() for name in benchmarks.split(",")]
+    if data is not None and (limit is None or limit > 0) and is_first_rank():
+        with contextlib.suppress(DataError):  # `evaluate` raises it, after what is wrong with the targets
+            show(power_note(count_questions(data, names, limit)))
     results = evaluate(
         targets,
         data=data,
         base=base,
         dtype=dtype,
         quantization=quantization,
-        benchmarks=None if benchmarks is None else [name.strip() for name in benchmarks.split(",")],
+        benchmarks=names,
         protocol=protocol,
         beams=beams,
         prompt=prompt,
@@ -87,6 +112,47 @@ def evaluate(
     written = write_report(out or targets[0], results)
     show(*results_summary(results))
     print_next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")
+
+
+def _evaluate_rows(targets: list[Path] | None, rows: list[str], *, out: Path | None, **options: Any) -> None:
+    from poc_lora.artifacts.run_folder import ROW_LOSSES, RunFolder
+    from poc_lora.evaluation.rows import evaluate_rows
+    from poc_lora.reporting.held_out import rows_notes, rows_table
+    from poc_lora.reporting.tables import terminal_table
+
+    if not targets:
+        raise RequestError("TARGETS is missing", fix="for example: poc-lora eval runs/mine --rows held-out.jsonl")
+    found = evaluate_rows(targets, rows, out=out, **options)
+    show(terminal_table(rows_table(found)), *rows_notes(found))
+    place, target = out or RunFolder(targets[0]).evaluation("rows"), shlex.quote(str(targets[0]))
+    if found.exact_average and RunFolder(targets[0]).is_run:
+        command = f"poc-lora merge {target} --out {shlex.quote(str(RunFolder(targets[0]).merged))}"
+    else:
+        command = f"poc-lora report {target}" if RunFolder(targets[0]).is_run else f"poc-lora eval {target} --data DIR"
+    print_next(f"the losses of each row: {place / ROW_LOSSES}", command)
+
+
+def sample(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    text: Annotated[str, typer.Argument(help="What to ask; it is put into the run's prompt template.")],
+    adapter: Annotated[str | None, typer.Option(help="An adapter, such as 03; default: the best one so far.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the base's chat template instead.")] = False,
+    tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 128,
+) -> None:
+    """Show what base, best adapter and merge write after one prompt, greedily.
+
+    Example: poc-lora sample runs/mine "Where is my order?"
+    """
+    from poc_lora.artifacts.run_folder import RunFolder
+    from poc_lora.evaluation.sample import sample_texts
+    from poc_lora.reporting.run_files import best_adapter, read_run
+
+    best = adapter or (best_adapter(read_run(run)) if RunFolder(run).is_run else None)
+    for name, written in sample_texts(run, text, adapter=best, chat=chat, new_tokens=tokens).items():
+        title = name if name in ("base", "merge") else f"adapter {name}"
+        show("", f"{title}:", *written.splitlines())
+    if best is None:
+        show("", "Which adapter is the best is not known yet: poc-lora eval RUN --rows FILE tells it.")
 
 
 def report(

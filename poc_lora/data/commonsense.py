@@ -1,16 +1,15 @@
-"""The eight commonsense benchmarks, and their questions from local JSON files in the LLM-Adapters format."""
+"""The eight commonsense benchmarks, and the benchmarks that a folder of questions holds."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from poc_lora.data.limits import MAX_LABELS, MAX_LABELS_LENGTH, require_length
-from poc_lora.errors import DataError
-from poc_lora.files import read_json
+from poc_lora.errors import DataError, visible
 
-ANSWER_FORMAT = "Answer format:"
+MAX_BENCHMARKS = 100  # of one evaluation
+OWN_NAME = re.compile(r"\w[\w .+-]{0,39}")  # of their folders, which are titles of columns too
 
 
 @dataclass(frozen=True)
@@ -70,115 +69,76 @@ BENCHMARKS = (
 BY_FOLDER = {benchmark.folder: benchmark for benchmark in BENCHMARKS}
 
 
-@dataclass(frozen=True)
-class Question:
-    """A test question; `answer` is one of `labels`, which are in the question's order."""
+def find_benchmarks(names: Sequence[str] | None, data: Path | None = None) -> tuple[Benchmark, ...]:
+    """Find benchmarks by their folder or paper names.
 
-    instruction: str
-    input: str
-    labels: tuple[str, ...]
-    answer: str
+    Args:
+        names: None takes all that `data` holds if some are not of the eight, otherwise the eight.
+        data: A folder of NAME/test.json or NAME/test.jsonl files, where any other NAME is a benchmark too.
 
-    @property
-    def answer_index(self) -> int:
-        return self.labels.index(self.answer)
-
-
-def find_benchmarks(names: Sequence[str] | None) -> tuple[Benchmark, ...]:
-    """Returns the benchmarks with these folder or paper names in the paper's order; all if None. Raises DataError."""
-    if names is None:
-        return BENCHMARKS
-    known = {name.lower(): b for b in BENCHMARKS for name in (b.folder, b.short)}
-    for name in names:
-        if name.lower() not in known:
-            near = difflib.get_close_matches(name.lower(), known, n=1)
-            guess = f"did you mean {known[near[0]].folder}? " if near else ""
-            choices = ", ".join(b.folder for b in BENCHMARKS)
-            raise DataError(f"no benchmark is called {name!r}", fix=f"{guess}known: {choices}")
-    if not names:
-        raise DataError("no benchmark was named", fix="name at least one, or leave the choice out to take all eight")
-    wanted = {known[name.lower()].folder for name in names}
-    return tuple(b for b in BENCHMARKS if b.folder in wanted)
-
-
-def read_questions(
-    data: Path, benchmark: Benchmark, *, split: str = "test", limit: int | None = None
-) -> list[Question]:
-    """Read the questions of `<data>/<benchmark>/<split>.json`, or the first `limit` of them.
+    Returns:
+        The benchmarks: the eight in the paper's order, then the others by name.
 
     Raises:
-        DataError: The file is missing, or one of its rows, also those beyond `limit`, is not a question.
+        DataError: For a name that is not known, or that a benchmark cannot have.
     """
-    path = data / benchmark.folder / f"{split}.json"
-    if not path.is_file():
+    own = {} if data is None else _own_benchmarks(data, names)
+    known = {name.lower(): b for b in BENCHMARKS for name in (b.folder, b.short)}
+    if names is None:
+        held = [b for b in BENCHMARKS if own and data and questions_file(data / b.folder, "test")]
+        return (*(held if own else BENCHMARKS), *own.values())
+    wanted = set()
+    for name in names:
+        found = own.get(name) or known.get(name.lower())
+        if found is None:
+            near = difflib.get_close_matches(name.lower(), [*known, *own], n=1)
+            guess = f"did you mean {(own.get(near[0]) or known[near[0]]).folder}? " if near else ""
+            choices = ", ".join([*(b.folder for b in BENCHMARKS), *own])
+            raise DataError(f"no benchmark is called {name!r}", where=data, fix=f"{guess}known: {choices}")
+        wanted.add(found.folder)
+    if not wanted:
+        raise DataError("no benchmark was named", fix="name at least one, or leave the choice out to take all")
+    return tuple(b for b in (*BENCHMARKS, *own.values()) if b.folder in wanted)
+
+
+def questions_file(folder: Path, split: str) -> Path | None:
+    """Returns `<folder>/<split>.json` or `.jsonl`; None if there is neither. Raises DataError if there are both."""
+    found = [path for suffix in ("json", "jsonl") if (path := folder / f"{split}.{suffix}").is_file()]
+    if len(found) > 1:
+        raise DataError(f"both {split}.json and {split}.jsonl are there", where=folder, fix="remove one of them")
+    return found[0] if found else None
+
+
+def own_benchmark(name: str) -> Benchmark:
+    """Returns a benchmark beside the eight, of which nothing but its name is known."""
+    return Benchmark(name, name, name, lm_eval="", source="", split="test", licence="unknown", labels={})
+
+
+def _own_benchmarks(data: Path, names: Sequence[str] | None) -> dict[str, Benchmark]:
+    """The benchmarks of `data` beside the eight, by name. `names` are those that are asked for, None for all."""
+    if not data.is_dir():
+        raise DataError("no such folder", where=data, fix="give the folder of NAME/test.json files")
+    reserved = {name.lower() for b in BENCHMARKS for name in (b.folder, b.short)} | {"average", "questions"}
+    found = []
+    for folder in sorted(data.iterdir()):
+        name = folder.name
+        if name in BY_FOLDER or not questions_file(folder, "test"):
+            continue
+        if name.lower() in reserved or not OWN_NAME.fullmatch(name):
+            if names is not None and name not in names:
+                continue
+            what = f"a benchmark cannot be called {visible(name[:60])!r}"
+            fix = "rename the folder: letters, digits and . + - _, at most 40, and no name of another column"
+            raise DataError(what, where=data, fix=fix)
+        found.append(own_benchmark(name))
+    most = MAX_BENCHMARKS - len(BENCHMARKS)
+    if len(found) > most and names is None:
+        what = f"the folder holds {len(found):,} benchmarks beside the eight; {most} are the most at once"
+        raise DataError(what, where=data, fix="choose some with --benchmarks")
+    if not found and names is None and questions_file(data, "test"):
         raise DataError(
-            f"the {split} file of {benchmark.folder} is missing",
-            where=path,
-            fix="check the data folder, or name the benchmarks that it holds",
+            "the questions stand in the folder itself",
+            where=data,
+            fix=f"give the folder above it, --data {data.resolve().parent}, or move them to {data}/NAME/",
         )
-    if path.stat().st_size == 0:
-        raise DataError("the file is empty", where=path, fix="fetch or build it again")
-    rows = read_json(path, error=DataError)
-    if not isinstance(rows, list):
-        raise DataError(
-            "the file is not a list of rows",
-            where=path,
-            fix="write one JSON list of {instruction, input, output, answer}",
-        )
-    if not rows:
-        raise DataError("the file has no rows", where=path, fix="fetch or build it again")
-    return [_question(row, f"{path}, row {i}") for i, row in enumerate(rows, start=1)][:limit]
-
-
-def chance_level(questions: Sequence[Question]) -> float:
-    """The expected accuracy of random guessing: the mean of 1 / number of labels."""
-    return sum(1 / len(q.labels) for q in questions) / len(questions)
-
-
-def _question(row: Any, where: str) -> Question:
-    if not isinstance(row, dict):
-        raise DataError("the row is not a mapping of columns", where=where)
-    instruction, answer = (_column(row, name, where) for name in ("instruction", "answer"))
-    extra = row.get("input") or ""
-    if not isinstance(extra, str):
-        raise DataError("column 'input' is not text", where=where)
-    require_length(instruction + extra, where)
-    labels = _labels(instruction, where)
-    answer = answer.strip()
-    if answer not in labels:
-        raise DataError(
-            f"the answer {answer!r} is not among the labels {'/'.join(labels)}",
-            where=where,
-            fix=f"correct the answer, or the labels after {ANSWER_FORMAT!r}",
-        )
-    try:
-        (instruction + extra).encode()
-    except UnicodeEncodeError as problem:
-        raise DataError("the text holds half of a surrogate pair, which is no character", where=where) from problem
-    return Question(instruction, extra, labels, answer)
-
-
-def _column(row: dict[str, Any], name: str, where: str) -> str:
-    if name not in row:
-        raise DataError(f"column {name!r} is missing", where=where, fix="every row needs 'instruction' and 'answer'")
-    if not isinstance(row[name], str):
-        raise DataError(f"column {name!r} is not text", where=where)
-    text: str = row[name]
-    return text
-
-
-def _labels(instruction: str, where: str) -> tuple[str, ...]:
-    """`... Answer format: a/b / c` -> ("a", "b", "c")."""
-    _, found, formats = instruction.rpartition(ANSWER_FORMAT)
-    fix = f"end the instruction with '{ANSWER_FORMAT} a/b/c'"
-    if not found:
-        raise DataError("the instruction names no labels", where=where, fix=fix)
-    labels = tuple(label.strip() for label in formats.split("/", MAX_LABELS))
-    if len(labels) > MAX_LABELS or len(formats) > MAX_LABELS_LENGTH:
-        what = f"the labels are more than {MAX_LABELS}, or longer than {MAX_LABELS_LENGTH:,} characters in all"
-        raise DataError(what, where=where, fix=fix)
-    if len(labels) < 2 or "" in labels:
-        raise DataError(f"a question needs at least two labels, none of them empty: {formats!r}", where=where, fix=fix)
-    if len(set(labels)) < len(labels):
-        raise DataError(f"the same label stands twice in {formats.strip()!r}", where=where, fix=fix)
-    return labels
+    return {b.folder: b for b in found}

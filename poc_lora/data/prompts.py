@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
@@ -19,6 +19,7 @@ from poc_lora.data.limits import require_length
 from poc_lora.data.rows import BadRows
 from poc_lora.errors import DataError, ModelError
 
+LONGEST_ROW = 2048  # tokens, where a run does not say
 # Template name -> for training and for evaluation -> without an input and with one. `llm-adapters` is what that project
 # trains and evaluates with to the byte (github.com/HZQ950419/LLM-Adapters, 6e05a24): its two differ in white space.
 TEMPLATES: dict[str, dict[str, dict[str, str]]] = json.loads(
@@ -55,6 +56,11 @@ def render_prompt(instruction: str, input: str, template: str, *, purpose: str =
     head, _, tail = text.partition("{instruction}")
     middle, _, end = tail.partition("{input}")
     return head + instruction + (middle + input + end if input else tail)
+
+
+def row_limit(max_length: int | Literal["auto"], context: int | None) -> int:
+    """Returns the tokens that rows are truncated to: `auto` is `LONGEST_ROW`, or the base's context if shorter."""
+    return min(context or LONGEST_ROW, LONGEST_ROW) if max_length == "auto" else max_length
 
 
 def encode_rows(

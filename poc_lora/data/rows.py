@@ -125,13 +125,13 @@ def read_sources(
 def _parts(sources: Sequence[str]) -> Iterator[tuple[str | Path, Iterable[Any]]]:
     """Yields the files and Hub data sets of the sources, with the rows of each as plain values."""
     for path in source_files(sources):
-        yield path, _file_rows(path)
+        yield path, file_rows(path)
     for source in sources:
         if not Path(source).expanduser().exists():
             yield source, _hub_rows(source)
 
 
-def _file_rows(path: Path) -> Iterable[Any]:
+def file_rows(path: Path) -> Iterable[Any]:
     """The rows of a file as plain values; a line that cannot be read is a DataError in its row's place."""
     name = path.name.lower()
     if name.endswith(".parquet"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poc_lora.data.commonsense import Question
+from poc_lora.data.questions import Question
 from poc_lora.errors import AdapterError, ModelError, WriteError
 from poc_lora.files import system_errors_as, write_atomic
 
@@ -113,7 +113,8 @@ class AnswerFile:
 
     def _key(self, item: Item) -> str:
         asked = [item.benchmark, item.split, item.row, item.question.instruction, item.question.input]
-        return self._same_settings + _hash(json.dumps([asked, item.question.labels, item.question.answer]))
+        form = [] if item.question.form == "labels" else [item.question.form]
+        return self._same_settings + _hash(json.dumps([asked, item.question.labels, item.question.answer, *form]))
 
     def _line(self, item: Item, answer: Answer) -> dict[str, Any]:
         line = {

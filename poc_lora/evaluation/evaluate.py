@@ -8,7 +8,8 @@ import torch
 
 from poc_lora.artifacts.results import Results, Subsets
 from poc_lora.artifacts.run_folder import PROTOCOLS, RESULTS
-from poc_lora.data.commonsense import Benchmark, chance_level, find_benchmarks, read_questions
+from poc_lora.data.commonsense import Benchmark, find_benchmarks, questions_file
+from poc_lora.data.questions import chance_level, read_questions
 from poc_lora.distributed import open_ranks
 from poc_lora.errors import RequestError
 from poc_lora.evaluation.answers import AnswerFile, Item
@@ -53,10 +54,12 @@ def evaluate(
     Args:
         targets: A run folder, the folder of a model (scored alone), or adapter folders and Hub ids. Without a merge,
             the exact average of several adapters is scored as the merge.
-        data: The folder of BENCHMARK/test.json files. None, for `harness` only, takes lm-eval's own tasks.
+        data: The folder of BENCHMARK/test.json (or .jsonl) files; a name beside the eight is a benchmark of your own.
+            None, for `harness` only, takes lm-eval's own tasks.
         base, revision: The base model; default: the run's, or the one that the adapters name.
         dtype, quantization, prompt: Default: the run's, or `auto`, None and `clean`.
-        benchmarks: Folder names or the paper's short names; default: all eight.
+        benchmarks: Folder names or the paper's short names; default: all eight, or all that `data` holds if it has
+            benchmarks of your own.
         protocol: `label`, `generate` or `harness` (lm-eval).
         beams: For `generate`; 1 is greedy.
         limit: Only the first questions of each benchmark.
@@ -78,7 +81,7 @@ def evaluate(
     device = device or default_device()
     with open_ranks(device) as ranks, without_cudnn_attention():
         with ranks.raise_on_all():
-            chosen = find_benchmarks(benchmarks)
+            chosen = find_benchmarks(benchmarks, data)
             variants = find_variants(
                 targets,
                 base=base,
@@ -102,6 +105,8 @@ def evaluate(
             else:
                 how = Protocol(protocol, variants.prompt, beams)
                 items, settings = _read_items(data, chosen, limit), how.settings
+                if protocol == "generate":
+                    _require_labels(items)
             settings |= {
                 "base": base_digest(variants.base, variants.revision),
                 "dtype": resolve_dtype(variants.dtype, device),
@@ -167,6 +172,11 @@ def evaluate(
     return results
 
 
+def count_questions(data: Path, benchmarks: Sequence[str] | None = None, limit: int | None = None) -> dict[str, int]:
+    """Returns how many test questions `evaluate` would ask, by benchmark. Raises DataError."""
+    return {b.folder: len(read_questions(data, b, limit=limit)) for b in find_benchmarks(benchmarks, data)}
+
+
 def _check_request(protocol: str, *, limit: int | None, beams: int, subsets: bool, control: Path | None) -> None:
     """Raises RequestError for arguments that do not fit together."""
     if protocol not in PROTOCOLS:
@@ -190,6 +200,13 @@ def _check_out(out: Path) -> None:
         raise RequestError("a file stands where the results' folder would be", where=out, fix="choose another --out")
 
 
+def _require_labels(items: Sequence[Item]) -> None:
+    for item in items:
+        if item.question.form != "labels":
+            what = "free choices are not named in the prompt, so no generated text can be read as one of them"
+            raise RequestError(what, where=item.benchmark, fix="take --protocol label, which scores their probability")
+
+
 def _test(items: Sequence[Item]) -> list[Item]:
     return [item for item in items if item.split == "test"]
 
@@ -198,7 +215,7 @@ def _read_items(data: Path | None, benchmarks: Sequence[Benchmark], limit: int |
     """The test questions in the paper's order, then the validation questions if all benchmarks have some."""
     if data is None:
         raise RequestError("there is no folder of questions", where="--data", fix="add --data DIR")
-    has_validation = all((data / b.folder / "validation.json").is_file() for b in benchmarks)
+    has_validation = all(questions_file(data / b.folder, "validation") for b in benchmarks)
     return [
         Item(b.folder, split, row, question)
         for split in ("test", *(["validation"] if has_validation else []))

@@ -15,7 +15,7 @@ from poc_lora.distributed import Ranks
 from poc_lora.errors import Interrupted, RunError
 from poc_lora.evaluation.answers import Answer, AnswerFile, Item, check_numbers
 from poc_lora.evaluation.protocols.generate import NEW_TOKENS, generate_answers
-from poc_lora.evaluation.protocols.label import ANSWER_PREFIX, encode, label_answers
+from poc_lora.evaluation.protocols.label import ANSWER_PREFIX, answered, encode, label_answers
 from poc_lora.evaluation.variants import Variants, activate_variants
 from poc_lora.models.vocabulary import may_exceed, require_embeddings
 from poc_lora.progress import progress_bar
@@ -47,11 +47,11 @@ class Protocol:
         """Raise ModelError, which names the token, if a question has a token without an embedding in the model."""
         if not may_exceed(model, tokenizer):
             return
-        prompts = [render_prompt(item.question.instruction, item.question.input, self.prompt) for item in items]
         if self.name == "label":
-            labels = [item.question.labels for item in items]
-            prompts = [f"{p}{ANSWER_PREFIX} {label}" for p, own in zip(prompts, labels, strict=True) for label in own]
-        require_embeddings(model, tokenizer, encode(tokenizer, prompts), where="--data")
+            texts = [text for item in items for text in answered(item.question, self.prompt)]
+        else:
+            texts = [render_prompt(item.question.instruction, item.question.input, self.prompt) for item in items]
+        require_embeddings(model, tokenizer, encode(tokenizer, texts), where="--data")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from poc_lora import rng
-from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
+from poc_lora.artifacts.results import Calibration, Difference, Estimate, Results, Scored
 from poc_lora.artifacts.run_folder import RESULTS
 from poc_lora.evaluation.answers import Answer, Item
+from poc_lora.evaluation.calibration import calibrate
 from poc_lora.evaluation.variants import Variants, adapter_key
 from poc_lora.files import write_json
 
 RESAMPLES = 10_000
+SMALLEST = 2.802  # standard errors: the normal quantiles of 0.975, for the 5 % level, and of 0.8, for the power
+DISCORDANT = 0.2
 
 
 def summarise(
@@ -44,7 +47,10 @@ def summarise(
     benchmarks = list(correct["base"])
     members = [correct[adapter_key(a)] for a in adapters] or [correct["base"]]  # a model alone is its own average
     rivals = {"average": {b: torch.stack([member[b] for member in members]).mean(0) for b in benchmarks}}
-    scored = {variant: _scored(parts) for variant, parts in (correct | rivals).items()}
+    per_byte = {variant: correct_per_byte(test, given) for variant, given in answers.items() if variant != "ensemble"}
+    own = [per_byte[adapter_key(a)] for a in adapters] or [per_byte["base"]]
+    per_byte["average"] = {b: torch.stack([member[b] for member in own]).mean(0) for b in per_byte["base"]}
+    scored = {variant: _scored(parts, per_byte.get(variant)) for variant, parts in (correct | rivals).items()}
     chosen_on = {a: _scored(correct_by_benchmark(validation or test, answers[adapter_key(a)])) for a in adapters}
     best = max(adapters, key=lambda a: chosen_on[a].average.value, default="")
     if best:
@@ -67,6 +73,7 @@ def summarise(
         comparisons={name: paired_difference(correct["merged"], rival, seed=seed) for name, rival in rivals.items()}
         if merged
         else {},
+        calibration=_calibrations(answers, test, best),
         agreement=agreement(merged, together) if merged and together else None,
         **described,
     )
@@ -108,6 +115,22 @@ def correct_by_benchmark(items: Sequence[Item], answers: Mapping[Item, Answer]) 
     found: dict[str, list[bool]] = {}
     for item in items:
         found.setdefault(item.benchmark, []).append(answers[item].choice == item.question.answer)
+    return {benchmark: torch.tensor(values, dtype=torch.float64) for benchmark, values in found.items()}
+
+
+def correct_per_byte(items: Sequence[Item], answers: Mapping[Item, Answer]) -> dict[str, Tensor]:
+    """As `correct_by_benchmark`, for questions with choices of free text, by log-probability per byte of the choice.
+
+    Longer texts have lower probabilities; lm-eval calls this acc_bytes (and its acc_norm divides by characters).
+    """
+    found: dict[str, list[bool]] = {}
+    for item in items:
+        if item.question.form == "labels":
+            continue
+        log_probs, labels = answers[item].log_probs, item.question.labels
+        values = [p / len(label.encode()) for p, label in zip(log_probs or (), labels, strict=bool(log_probs))]
+        right = bool(values) and labels[values.index(max(values))] == item.question.answer
+        found.setdefault(item.benchmark, []).append(right)
     return {benchmark: torch.tensor(values, dtype=torch.float64) for benchmark, values in found.items()}
 
 
@@ -165,13 +188,36 @@ def paired_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], 
     low, high = np.quantile(resampled, (0.025, 0.975))
     tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
     p = min(1.0, 2 * (int(tail) + 1) / (RESAMPLES + 1))
-    return Difference(value=float(observed / len(ours)), low=float(low), high=float(high), p=p)
+    detectable = SMALLEST * float(resampled.std())
+    return Difference(
+        value=float(observed / len(ours)), low=float(low), high=float(high), p=p, detectable=detectable or None
+    )
+
+
+def smallest_difference(questions: Mapping[str, int]) -> float:
+    """The smallest difference of macro averages that an evaluation shows with 80 % power at the 5 % level.
+
+    For two variants of which one is right and the other wrong on one question in five: the difference per question then
+    has the variance 1/5. Variants that differ more often need more questions.
+
+    Args:
+        questions: Their number, by benchmark.
+    """
+    return SMALLEST * math.sqrt(math.fsum(DISCORDANT / n for n in questions.values())) / len(questions)
 
 
 def agreement(ours: Mapping[Item, Answer], theirs: Mapping[Item, Answer]) -> float:
     """The share of questions that fit the context on which two variants choose the same label; NaN if none fits."""
     same = [ours[item].choice == theirs[item].choice for item in ours if not ours[item].too_long]
     return sum(same) / len(same) if same else math.nan
+
+
+def _calibrations(
+    answers: Mapping[str, Mapping[Item, Answer]], test: Sequence[Item], best: str
+) -> dict[str, Calibration]:
+    shown = {"base": "base", "best": adapter_key(best), "merged": "merged", "ensemble": "ensemble"}
+    found = {name: calibrate(test, answers[key]) for name, key in shown.items() if key in answers}
+    return {name: calibration for name, calibration in found.items() if calibration}
 
 
 def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item]) -> dict[str, float]:
@@ -189,6 +235,7 @@ def _plain(estimate: Estimate) -> dict[str, float | None]:
     return {"accuracy": estimate.value, "error": None if math.isnan(estimate.error) else estimate.error}
 
 
-def _scored(correct: Mapping[str, Tensor]) -> Scored:
+def _scored(correct: Mapping[str, Tensor], per_byte: Mapping[str, Tensor] | None = None) -> Scored:
     parts = {b: mean(values) for b, values in correct.items()}
-    return Scored(benchmarks=parts, average=macro_average(parts))
+    by_bytes = {b: mean(values) for b, values in (per_byte or {}).items()}
+    return Scored(benchmarks=parts, average=macro_average(parts), per_byte=by_bytes)

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.run_info import NO_FILES
-from poc_lora.data.commonsense import BY_FOLDER, Benchmark
+from poc_lora.data.commonsense import BY_FOLDER, Benchmark, own_benchmark
 from poc_lora.data.rows import is_dataset_id
 from poc_lora.errors import RequestError
 from poc_lora.hub.collect import Evaluation, File, Subject
@@ -23,7 +23,7 @@ from poc_lora.hub.usage import TASKS, UNKNOWN_TASK, usage
 from poc_lora.merging.methods import METHODS
 from poc_lora.optim.schedules import MAX_WARMUP_STEPS
 from poc_lora.reporting.escape import code, markdown
-from poc_lora.reporting.results_tables import results_markdown
+from poc_lora.reporting.results_tables import columns, results_markdown
 from poc_lora.reporting.tables import Table, markdown_table
 
 EVAL_RESULTS = ".eval_results/poc-lora-{}.yaml"
@@ -95,8 +95,8 @@ def _eval_results(evaluation: Evaluation) -> list[EvalResult]:
     """The accuracies for `model-index`, in percent."""
     entries = []
     for benchmark, value, official in _values(evaluation):
-        folder = benchmark.folder
-        own = f"{evaluation.results.questions[folder]} questions in the format of {benchmark.short}"
+        folder, asked = benchmark.folder, evaluation.results.questions[benchmark.folder]
+        own = f"{asked} questions " + (f"in the format of {benchmark.short}" if folder in BY_FOLDER else f"of {folder}")
         entries.append(
             EvalResult(
                 task_type="multiple-choice",
@@ -119,11 +119,11 @@ def _values(evaluation: Evaluation) -> Iterator[tuple[Benchmark, float, bool]]:
     That is, whether exactly the benchmark's own test questions were asked, as their number and the chance level show.
     """
     results = evaluation.results
-    for folder, benchmark in BY_FOLDER.items():
-        if folder in results.questions:
-            same_chance = math.isclose(results.chance[folder], benchmark.chance, rel_tol=1e-6)
-            official = results.questions[folder] == benchmark.questions and same_chance
-            yield benchmark, round(100 * evaluation.scored.benchmarks[folder].value, 2), official
+    for folder in columns(results):
+        benchmark = BY_FOLDER.get(folder) or own_benchmark(folder)
+        official = folder in BY_FOLDER and results.questions[folder] == benchmark.questions
+        official = official and math.isclose(results.chance[folder], benchmark.chance, rel_tol=1e-6)
+        yield benchmark, round(100 * evaluation.scored.benchmarks[folder].value, 2), official
 
 
 def _config(benchmark: Benchmark) -> str | None:
@@ -246,7 +246,7 @@ def _hub_datasets(subject: Subject) -> list[str]:
 def _measured(evaluation: Evaluation) -> str:
     """The table of results.md, and which of its rows is this adapter."""
     table = results_markdown(evaluation.results).replace("\n## ", "\n### ").replace("# Evaluation", "## Evaluation", 1)
-    own = [benchmark.short for benchmark, _, official in _values(evaluation) if not official]
+    own = [b.short for b, _, official in _values(evaluation) if b.folder in BY_FOLDER and not official]
     lines = [table.rstrip(), "", f"This adapter is the row {code(evaluation.row)}."]
     if own:
         lines.append(

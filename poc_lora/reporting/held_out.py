@@ -1,5 +1,6 @@
-"""Does the merge pay? Base, adapters and merge by their losses on a run's held-out rows."""
+"""Does the merge pay? Base, adapters and merge by their losses on rows that were held out, of a run or from a file."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,31 +8,36 @@ import numpy as np
 
 from poc_lora import rng
 from poc_lora.artifacts.metrics_line import MetricsLine, read_metrics
+from poc_lora.artifacts.row_losses import RowLosses
 from poc_lora.artifacts.run_folder import RunFolder
+from poc_lora.reporting.escape import short
+from poc_lora.reporting.tables import Table, Value
 
 RESAMPLES = 10_000
 MAX_RESAMPLED = 1000  # rows: their draws are held at once
+MAX_LISTED = 32  # adapters in the table of losses
+MAX_SHOWN = 100  # nats per token, of which the perplexity is shown
 MAX_METRICS_BYTES = 2**28
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The last validation of a pack: losses per token of the answers of the rows held out.
+    """Losses per token of the answers of rows held out: a pack's last validation, or those of `poc-lora eval --rows`.
 
     Attributes:
         rows: The number of rows.
         base: The base model's loss.
-        adapters: Each adapter's loss, by its number.
-        merge: The loss of the exact merge of these adapters.
-        best: The number of the adapter with the lowest loss.
+        adapters: Each adapter's loss, by its number or name.
+        merge: The loss of their merge; that of the adapter where there is one alone.
+        best: The adapter with the lowest loss.
         over_best: The merge's loss minus that adapter's, and the bounds of its 95 % bootstrap interval over rows.
     """
 
     rows: int
     base: float
-    adapters: dict[int, float]
+    adapters: dict[int | str, float]
     merge: float
-    best: int
+    best: int | str
     over_best: tuple[float, float, float]
 
     @property
@@ -74,17 +80,80 @@ def _compare(members: tuple[int, ...], lines: dict[int | str, MetricsLine], late
         or any(len(found) != len(tokens) or np.isnan(found).any() for found in losses.values())
     ):
         return None
-    weights = np.array(tokens, dtype=float)
-    mean = {name: float(found.sum() / weights.sum()) for name, found in losses.items()}
-    best = min(members, key=lambda adapter: mean[adapter])
+    adapters: dict[int | str, np.ndarray] = {adapter: losses[adapter] for adapter in members}
+    return _held_out(losses["base"], adapters, losses["merge"], np.array(tokens, dtype=float))
+
+
+def rows_held_out(found: RowLosses) -> HeldOut | None:
+    """Compare the variants that were scored on the rows of a file; None for a model without adapters."""
+    adapters: dict[int | str, np.ndarray] = {name: np.array(losses) for name, losses in found.adapters.items()}
+    if not adapters:
+        return None
+    merged = np.array(found.merged) if found.merged is not None else next(iter(adapters.values()))
+    return _held_out(np.array(found.base), adapters, merged, np.array(found.tokens, dtype=float))
+
+
+def _held_out(
+    base: np.ndarray, adapters: dict[int | str, np.ndarray], merge: np.ndarray, tokens: np.ndarray
+) -> HeldOut:
+    """Compare losses of each row, summed over its tokens, all [n]."""
+    means = {adapter: _mean(losses, tokens) for adapter, losses in adapters.items()}
+    best = min(means, key=lambda adapter: means[adapter])
     return HeldOut(
         rows=len(tokens),
-        base=mean["base"],
-        adapters={adapter: mean[adapter] for adapter in members},
-        merge=mean["merge"],
+        base=_mean(base, tokens),
+        adapters=means,
+        merge=_mean(merge, tokens),
         best=best,
-        over_best=paired_interval(losses["merge"] - losses[best], weights),
+        over_best=paired_interval(merge - adapters[best], tokens),
     )
+
+
+def _mean(losses: np.ndarray, tokens: np.ndarray) -> float:
+    return float(losses.sum() / tokens.sum())
+
+
+def rows_table(found: RowLosses) -> Table:
+    """Returns the loss per token and the perplexity of every variant, and how far it is from the best adapter."""
+    tokens, compared = np.array(found.tokens, dtype=float), rows_held_out(found)
+    best = None if compared is None else np.array(found.adapters[str(compared.best)])
+    listed = list(found.adapters)
+    if compared is not None and len(listed) > MAX_LISTED:
+        listed = [str(compared.best)]
+    variants = {"base": found.base} | {f"LoRA {name}": found.adapters[name] for name in listed}
+    variants |= {"PoC merge": found.merged or []} | {"prediction ensemble": found.ensemble or []}
+    rows: list[list[Value]] = []
+    for name, losses in variants.items():
+        if losses:
+            loss = _mean(np.array(losses), tokens)
+            row: list[Value] = [
+                short(name, 60),
+                f"{loss:.3f}",
+                f"{math.exp(loss):.4g}" if loss < MAX_SHOWN else "> 1e43",
+            ]
+            if best is not None:
+                is_best = compared is not None and name == f"LoRA {compared.best}"
+                gap = "{:+.3f} ({:+.3f} to {:+.3f})".format(*paired_interval(np.array(losses) - best, tokens))
+                row.append("" if is_best else gap)
+            rows.append(row)
+    titles = ["", "loss", "perplexity", *([] if best is None else ["minus the best adapter (95 % interval)"])]
+    caption = f"Loss per token of the answers of {len(found.tokens):,} rows; lower is better"
+    return Table(caption, titles, rows, strong=["PoC merge"])
+
+
+def rows_notes(found: RowLosses) -> list[str]:
+    """Returns the verdict on rows of a file, and what was left out of them."""
+    compared = rows_held_out(found)
+    notes = [] if compared is None else [verdict(compared)]
+    if found.exact_average:
+        notes.append("PoC merge is the exact average of the adapters, which is not saved: `poc-lora merge` saves it.")
+    if found.trained_on:
+        notes.append("A file of these rows was trained on: losses on it say little about new rows.")
+    if found.truncated:
+        notes.append(f"{found.truncated:,} rows were cut off at their end (data.max_length).")
+    if found.dropped:
+        notes.append(f"{found.dropped:,} rows were left out: all their answers were cut off (data.max_length).")
+    return notes
 
 
 def paired_interval(differences: np.ndarray, tokens: np.ndarray) -> tuple[float, float, float]:
@@ -113,13 +182,13 @@ def verdicts(run: Path) -> list[str]:
 def verdict(found: HeldOut) -> str:
     """Says in plain words what the merge is worth on the held-out rows, and what to do."""
     M, difference = len(found.adapters), "difference {:+.3f}, 95 % interval {:+.3f} to {:+.3f}".format(*found.over_best)
-    losses = list(found.adapters.values())
+    losses, best = list(found.adapters.values()), short(str(found.best), 60)
     on = f"On {found.rows} held-out rows"
     if M == 1:
         verb = "lowers" if losses[0] < found.base else "does not lower"
         return f"{on} the adapter {verb} the loss: {losses[0]:.3f}, the base {found.base:.3f}."
     figures = (
-        f"loss {found.merge:.3f}; adapters {min(losses):.3f} to {max(losses):.3f}, the best is {found.best}; "
+        f"loss {found.merge:.3f}; adapters {min(losses):.3f} to {max(losses):.3f}, the best is {best}; "
         f"base {found.base:.3f}; merge and best: {difference}"
     )
     _, low, high = found.over_best
@@ -131,7 +200,7 @@ def verdict(found: HeldOut) -> str:
     else:
         said = "is worse than every adapter" if found.merge > max(losses) else "is worse than the best adapter"
         advice = (
-            f"Use adapter {found.best}. If the losses still fell at the end, train longer; if not, a lower optim.lr "
+            f"Use adapter {best}. If the losses still fell at the end, train longer; if not, a lower optim.lr "
             "keeps adapters closer together."
         )
     if found.base <= min(found.merge, *losses):

@@ -2,19 +2,21 @@
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import rich.table
 
-from poc_lora.artifacts.results import Difference, Estimate, Results, Scored, Subsets
+from poc_lora.artifacts.results import Difference, Estimate, Measure, Results, Scored, Subsets
 from poc_lora.artifacts.run_folder import RESULTS_TABLE, RunFolder
 from poc_lora.data.commonsense import BENCHMARKS
+from poc_lora.evaluation.scores import RESAMPLES, smallest_difference
 from poc_lora.files import write_atomic
 from poc_lora.reporting.escape import code, markdown, short
 from poc_lora.reporting.tables import Table, Value, markdown_table, percent, terminal_table
 
+PER_BYTE = " per byte"  # ends the title of a column
 NARROW = {"WinoGrande": "Wino\nGrande", "HellaSwag": "Hella\nSwag", "average": "aver-\nage"}
 
 
@@ -36,20 +38,26 @@ def table_rows(results: Results) -> list[tuple[str, str, Scored]]:
 
 
 def columns(results: Results) -> dict[str, str]:
-    """Returns the columns of the table, in the paper's order: benchmark folder to the paper's name."""
-    return {b.folder: b.short for b in BENCHMARKS if b.folder in results.questions}
+    """Returns the benchmarks, folder to title: those of the paper in its order, then others."""
+    paper = {b.folder: b.short for b in BENCHMARKS if b.folder in results.questions}
+    return paper | {name: name for name in results.questions if name not in paper}
 
 
 def accuracy_table(results: Results, of: str = "") -> Table:
     """Returns the paper's table: accuracies of the variants; `of` ends its caption if there are other evaluations."""
-    chance = [results.chance[b] for b in columns(results)]
-    asked = [results.questions[b] for b in columns(results)]
-    levels = [Estimate(level, math.nan) for level in [*chance, statistics.fmean(chance)]]
+    asked = {b: results.questions[b] for b in columns(results)}
+    chance = {b: results.chance[b] for b in columns(results)}
+    levels = {b: Estimate(level, math.nan) for b, level in chance.items()}
+    mean_level = Estimate(statistics.fmean(chance.values()), math.nan)
     rows = [_row(results, name, scored) for name, _, scored in table_rows(results)]
     return Table(
         f"Accuracy (%) ± standard error{of}",
-        ["", *columns(results).values(), "average"],
-        [["questions", *asked, sum(asked)], ["chance level", *levels], *rows],
+        _titles(results),
+        [
+            ["questions", *_cells(results, asked, asked), sum(asked.values())],
+            ["chance level", *_cells(results, levels, levels), mean_level],
+            *rows,
+        ],
         strong=["PoC merge"],
     )
 
@@ -57,27 +65,59 @@ def accuracy_table(results: Results, of: str = "") -> Table:
 def adapters_table(results: Results, of: str = "") -> Table:
     """Returns the accuracies of every adapter."""
     rows = [_row(results, name, scored) for name, scored in results.adapters.items()]
-    head = ["", *columns(results).values(), "average"]
     caption = f"Every adapter: accuracy (%) ± standard error{of}"
-    return Table(caption, head, rows, strong=[results.best], folded=True)
+    return Table(caption, _titles(results), rows, strong=[results.best], folded=True)
 
 
 def paired_table(results: Results, of: str = "") -> Table:
     """Returns the differences between PoC merge and its rivals."""
     return Table(
         f"PoC merge minus, in points of average accuracy (paired bootstrap over questions){of}",
-        ["", "difference", "95 % interval", "p"],
+        ["", "difference", "95 % interval", "p", "smallest that would show"],
         [
-            [short(name), f"{100 * d.value:+.2f}", f"{100 * d.low:+.2f} to {100 * d.high:+.2f}", f"{d.p:.2g}"]
+            [
+                short(name),
+                f"{100 * d.value:+.2f}",
+                f"{100 * d.low:+.2f} to {100 * d.high:+.2f}",
+                _p(d.p),
+                "" if d.detectable is None else f"{100 * d.detectable:.2f}",
+            ]
             for name, d in paired_differences(results).items()
         ],
+    )
+
+
+def calibration_table(results: Results, of: str = "") -> Table:
+    """Returns log loss, Brier score and expected calibration error of the variants."""
+    single = len(results.adapters) == 1
+    names = {
+        "best": "the adapter" if single else "LoRA (best)",
+        "merged": "PoC merge",
+        "ensemble": "prediction ensemble",
+    }
+    rows: list[list[Value]] = [
+        [names.get(variant, variant), *(_measure(measure) for measure in (found.nll, found.brier, found.ece))]
+        for variant, found in results.calibration.items()
+    ]
+    caption = f"Calibration ± standard error, mean over benchmarks; lower is better{of}"
+    return Table(caption, ["", "log loss", "Brier score", "expected calibration error"], rows, strong=["PoC merge"])
+
+
+def power_note(questions: Mapping[str, int]) -> str:
+    """Says before an evaluation which differences its questions can show."""
+    n, points = sum(questions.values()), 100 * smallest_difference(questions)
+    return (
+        f"{n:,} question{'s' if n > 1 else ''}: a difference of {points:.1f} points or more would show, in 80 % of "
+        "evaluations at the 5 % level, between variants of which one is right and one wrong on a question in five."
     )
 
 
 def results_summary(results: Results) -> list[rich.table.Table | str]:
     """Returns what the command line prints after an evaluation: the table, in 80 columns, and its notes."""
     table = accuracy_table(results)
-    return [terminal_table(replace(table, rows=table.rows[1:]), NARROW), *notes(results)]
+    narrow = NARROW | {title: title.replace(PER_BYTE, "\nper byte") for title in table.columns if PER_BYTE in title}
+    calibration = [terminal_table(calibration_table(results))] if results.calibration else []
+    return [terminal_table(replace(table, rows=table.rows[1:]), narrow), *calibration, *notes(results)]
 
 
 def results_markdown(results: Results) -> str:
@@ -92,6 +132,8 @@ def results_markdown(results: Results) -> str:
         "",
         *(f"- {markdown(note)}" for note in notes(results)),
     ]
+    if results.calibration:
+        lines += ["", "## Calibration", "", *markdown_table(calibration_table(results))]
     if len(results.adapters) > 1:
         lines += ["", "## Every adapter", "", *markdown_table(adapters_table(results), code)]
     return "\n".join(lines) + "\n"
@@ -130,6 +172,10 @@ def notes(results: Results, *, paired: bool = True) -> list[str]:
                 f"{name}: {results.too_long[folder]} of {results.questions[folder]} questions do not fit the model's "
                 f"context and {then}."
             )
+    if results.base.per_byte:
+        lines.append(
+            "“per byte” takes the choice of the largest log-probability per byte of its text; it is not averaged."
+        )
     if results.limit is not None:
         lines.append(f"Only the first {results.limit} questions of each benchmark were asked.")
     lines.append("Standard errors are those of sampling questions; they do not cover other training seeds.")
@@ -182,11 +228,39 @@ def _subset_notes(subsets: Subsets) -> Iterator[str]:
 
 
 def _row(results: Results, name: str, scored: Scored) -> list[Value]:
-    return [name, *(scored.benchmarks[b] for b in columns(results)), scored.average]
+    return [name, *_cells(results, scored.benchmarks, scored.per_byte), scored.average]
+
+
+def _titles(results: Results) -> list[str]:
+    names = columns(results)
+    per_byte = {folder: title + PER_BYTE for folder, title in names.items()}
+    return ["", *(title for title in _cells(results, names, per_byte) if isinstance(title, str)), "average"]
+
+
+def _cells(results: Results, plain: Mapping[str, Value], per_byte: Mapping[str, Value]) -> list[Value]:
+    """One value for each benchmark, and a second one where choices are also scored per byte."""
+    cells: list[Value] = []
+    for folder in columns(results):
+        cells.append(plain[folder])
+        if folder in results.base.per_byte:
+            cells.append(per_byte.get(folder, ""))
+    return cells
+
+
+def _measure(measure: Measure) -> str:
+    return f"{measure.value:.3f}" + ("" if math.isnan(measure.error) else f" ± {measure.error:.3f}")
 
 
 def _difference(d: Difference) -> str:
+    p = _p(d.p)
+    shows = "" if d.detectable is None else f"; {100 * d.detectable:.2f} points would show, with 80 % power"
     return (
         f"{100 * d.value:+.2f} points on average (95 % interval {100 * d.low:+.2f} to {100 * d.high:+.2f}, "
-        f"p = {d.p:.2g}, paired bootstrap)"
+        f"p {p if p.startswith('≤') else f'= {p}'}, paired bootstrap{shows})"
     )
+
+
+def _p(p: float) -> str:
+    """A p-value of the bootstrap, which cannot tell less than its number of resamples."""
+    resolution = 2 / (RESAMPLES + 1)
+    return f"≤ {resolution:.1g}" if p <= resolution * 1.01 else f"{p:.2g}"

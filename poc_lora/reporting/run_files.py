@@ -8,13 +8,14 @@ from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.metrics_line import read_metrics
 from poc_lora.artifacts.results import Results
-from poc_lora.artifacts.run_folder import RESULTS, RunFolder
+from poc_lora.artifacts.row_losses import RowLosses
+from poc_lora.artifacts.run_folder import RESULTS, ROW_LOSSES, RunFolder
 from poc_lora.artifacts.run_info import RunInfo
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.variants import adapter_digest, adapter_key
 from poc_lora.files import read_json
-from poc_lora.reporting.held_out import MAX_METRICS_BYTES, HeldOut, read_held_out
+from poc_lora.reporting.held_out import MAX_METRICS_BYTES, HeldOut, read_held_out, rows_held_out
 
 MEASURES = ("loss", "grad_norm", "noise_norm", "validation_loss")
 
@@ -39,6 +40,7 @@ class RunFiles:
     merge: MergeReport | None
     evaluations: tuple[Results, ...]  # one for each protocol, `label` first
     held_out: tuple[HeldOut, ...] = ()  # one for each pack that was validated
+    rows: RowLosses | None = None  # of `poc-lora eval --rows`
     changed: tuple[tuple[str, ...], ...] = ()  # for each evaluation, what has other weights now than were evaluated
 
     @property
@@ -63,8 +65,20 @@ def read_run(folder: Path) -> RunFiles:
         merge=MergeReport.read_if_there(run.merge_report),
         evaluations=evaluations,
         held_out=tuple(read_held_out(folder)),
+        rows=RowLosses.read_if_there(run.evaluation("rows") / ROW_LOSSES),
         changed=tuple(_changed(run, *found) for found in zip(evaluated, evaluations, strict=True)),
     )
+
+
+def best_adapter(files: RunFiles) -> str | None:
+    """The name of the best adapter: on rows that were scored, else on benchmarks, else on the run's held-out rows."""
+    if files.rows is not None and (compared := rows_held_out(files.rows)):
+        return str(compared.best)
+    if files.results is not None and files.results.best:
+        return files.results.best
+    if len(files.held_out) == 1:
+        return f"{files.held_out[0].best:02d}"
+    return None
 
 
 def of_these_weights(place: Path, variant: str, adapter: Path) -> bool | None:

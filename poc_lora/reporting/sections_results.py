@@ -8,7 +8,16 @@ from poc_lora.artifacts.results import Estimate, Results, Scored
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Chart, Section, chart
 from poc_lora.reporting.escape import short
-from poc_lora.reporting.results_tables import accuracy_table, adapters_table, columns, notes, paired_table, table_rows
+from poc_lora.reporting.held_out import rows_notes, rows_table
+from poc_lora.reporting.results_tables import (
+    accuracy_table,
+    adapters_table,
+    calibration_table,
+    columns,
+    notes,
+    paired_table,
+    table_rows,
+)
 from poc_lora.reporting.run_files import RunFiles
 
 
@@ -43,6 +52,9 @@ def headline(results: Results | None) -> tuple[str, list[tuple[str, Estimate]]]:
 
 def benchmarks(files: RunFiles) -> Section:
     section = Section("benchmarks", "Benchmarks")
+    if files.rows is not None:
+        section.tables.append(rows_table(files.rows))
+        section.paragraphs += rows_notes(files.rows)
     if not files.evaluations:
         section.omitted.append("Nothing has been evaluated: poc-lora eval RUN --data DIR.")
         return section
@@ -72,6 +84,8 @@ def _evaluation(section: Section, results: Results, protocol: str) -> None:
         section.charts.append(_averages(results))
     if results.merged is not None and results.comparisons:
         section.tables.append(paired_table(results, protocol))
+    if results.calibration:
+        section.tables.append(calibration_table(results, protocol))
     section.paragraphs += notes(results, paired=False)
     if len(results.adapters) > 1:
         section.tables.append(adapters_table(results, protocol))

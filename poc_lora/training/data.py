@@ -11,12 +11,11 @@ from poc_lora import rng
 from poc_lora.artifacts.run_info import SUPERVISED_TOKENS, TOKENIZED_ROWS
 from poc_lora.config import RunConfig
 from poc_lora.data.batches import BatchOrder, padded_length
-from poc_lora.data.prompts import Example, encode_rows
+from poc_lora.data.prompts import Example, encode_rows, row_limit
 from poc_lora.data.rows import BadRows, read_sources, source_files
 from poc_lora.errors import ConfigError, DataError
 from poc_lora.files import sha256_file
 
-LONGEST_ROW = 2048  # tokens of a row under `data.max_length: auto`
 MAX_HELD_OUT = 120  # rows that `data.validation: auto` holds out
 
 
@@ -61,8 +60,7 @@ def prepare_data(
         ConfigError: `data.max_length` exceeds the context.
     """
     section = config.data
-    longest = min(context or LONGEST_ROW, LONGEST_ROW)
-    max_length = longest if section.max_length == "auto" else section.max_length
+    max_length = row_limit(section.max_length, context)
     if context is not None and max_length > context:
         raise ConfigError(
             f"rows of {max_length} tokens do not fit the base model's context of {context}",

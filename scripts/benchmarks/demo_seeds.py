@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.config import RunConfig, load_config
-from poc_lora.data.commonsense import BENCHMARKS, read_questions
+from poc_lora.data.commonsense import BENCHMARKS
+from poc_lora.data.questions import read_questions
 from poc_lora.devices import by_device
 from poc_lora.environment import environment
 from poc_lora.evaluation.protocols.label import PreparedQuestions, prepare, score_labels

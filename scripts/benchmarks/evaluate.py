@@ -33,8 +33,9 @@ from peft import PeftModel
 from poc_lora.adapters.adapter import read_adapter
 from poc_lora.adapters.sources import find_adapters
 from poc_lora.config import load_config
-from poc_lora.data.commonsense import find_benchmarks, read_questions
+from poc_lora.data.commonsense import find_benchmarks
 from poc_lora.data.prompts import render_prompt
+from poc_lora.data.questions import read_questions
 from poc_lora.distributed import Ranks
 from poc_lora.environment import environment
 from poc_lora.evaluation.answers import Answer, Item

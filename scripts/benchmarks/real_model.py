@@ -41,7 +41,8 @@ import torch
 
 from poc_lora.config import validate
 from poc_lora.data.batches import supervised_tokens
-from poc_lora.data.commonsense import ANSWER_FORMAT, BENCHMARKS, Question, read_questions
+from poc_lora.data.commonsense import BENCHMARKS
+from poc_lora.data.questions import ANSWER_FORMAT, Question, read_questions
 from poc_lora.evaluation.protocols import label
 from poc_lora.files import write_atomic, write_json
 from poc_lora.models.forward import without_cudnn_attention

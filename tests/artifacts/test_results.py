@@ -25,6 +25,8 @@ def test_what_cannot_be_told_is_null_in_the_file_and_nan_in_memory(tmp_path):
         ("best", "none"),
         ("adapters", {f"{i}": scored(0.5) for i in range(100_000)}),
         ("questions", {"unheard-of": 1}),
+        ("questions", {}),
+        ("questions", {"<b>": 1}),
         ("too_long", {}),
         ("chance", {}),
         ("base", None),

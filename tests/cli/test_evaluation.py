@@ -61,3 +61,18 @@ def test_the_choices_are_the_library_s():
     assert get_args(Protocol) == tuple(PROTOCOLS)
     assert set(get_args(Prompt)) == set(TEMPLATES) == set(get_args(DataSection.model_fields["prompt"].annotation))
     assert set(get_args(Dtype)) == set(get_args(ModelSection.model_fields["dtype"].annotation))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("eval --rows x.jsonl", "TARGETS is missing"),
+        ("eval run --rows x.jsonl --data .", "--data is for benchmarks"),
+        ("eval run --rows x.jsonl --subsets", "--subsets is for benchmarks"),
+        ("eval run --rows x.jsonl --limit 3", "--limit is for benchmarks"),
+        ("eval run --rows x.jsonl --protocol generate", "one protocol"),
+        ("eval run --rows x.jsonl", "--rows x.jsonl"),
+    ],
+)
+def test_rows_and_benchmarks_are_scored_apart(refused, words, said):
+    assert said in refused(*words.split())

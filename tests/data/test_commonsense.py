@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from poc_lora.data.commonsense import BENCHMARKS, BY_FOLDER, Question, chance_level, find_benchmarks, read_questions
+from poc_lora.data.commonsense import BENCHMARKS, BY_FOLDER, find_benchmarks
+from poc_lora.data.questions import Question, chance_level, read_questions
 from poc_lora.errors import DataError
 
 PIQA = find_benchmarks(["piqa"])[0]
@@ -90,6 +91,108 @@ def test_benchmarks_are_found_by_folder_or_paper_name_in_the_papers_order():
 def test_an_unknown_benchmark_is_refused(names, said):
     with pytest.raises(DataError, match=said):
         find_benchmarks(names)
+
+
+QUIZ = {"question": "Which?", "choices": ["a cup", "a hat"], "answer": 1}
+
+
+def folder_of(tmp_path, **benchmarks):
+    for name, rows in benchmarks.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def test_a_folder_beside_the_eight_is_a_benchmark(tmp_path):
+    data = folder_of(tmp_path, quiz=[QUIZ], piqa=[GOOD], **{"A-level": [GOOD]})
+    (tmp_path / "notes").mkdir()
+    assert [b.folder for b in find_benchmarks(None, data)] == ["piqa", "A-level", "quiz"]
+    assert [b.folder for b in find_benchmarks(["quiz", "PIQA"], data)] == ["piqa", "quiz"]
+    with pytest.raises(DataError, match="did you mean quiz"):
+        find_benchmarks(["quizz"], data)
+
+
+def test_without_benchmarks_of_ones_own_the_eight_are_asked(tmp_path):
+    assert find_benchmarks(None, folder_of(tmp_path, piqa=[GOOD])) == BENCHMARKS
+
+
+@pytest.mark.parametrize("name", ["siqa", "PIQA", "average", "a|b", "x" * 41, "<b>"])
+def test_a_name_that_a_benchmark_cannot_have_is_refused(tmp_path, name):
+    with pytest.raises(DataError, match="cannot be called"):
+        find_benchmarks(None, folder_of(tmp_path, **{name: [QUIZ]}))
+
+
+def test_questions_in_the_folder_itself_are_told_where_to_stand(tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps(QUIZ))
+    with pytest.raises(DataError, match=r"in the folder itself[\s\S]*--data"):
+        find_benchmarks(None, tmp_path)
+
+
+def test_more_benchmarks_than_a_table_shows_are_refused(tmp_path):
+    with pytest.raises(DataError, match="at once"):
+        find_benchmarks(None, folder_of(tmp_path, **{f"quiz{i}": [QUIZ] for i in range(93)}))
+
+
+def test_rows_with_choices_are_read(tmp_path):
+    rows = [QUIZ, {"prompt": "A hat is", "choices": [" old", " new"], "answer": " old"}]
+    found = read_questions(folder_of(tmp_path, quiz=rows), find_benchmarks(["quiz"], tmp_path)[0])
+    assert found == [
+        Question("Which?", "", ("a cup", "a hat"), "a hat", "question"),
+        Question("A hat is", "", (" old", " new"), " old", "prompt"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"question": None}, "'question' is missing"),
+        ({"prompt": "Which?"}, "both 'question' and 'prompt'"),
+        ({"question": " "}, "no words"),
+        ({"question": ["Which?"]}, "not text"),
+        ({"question": "x" * 5_000_000}, "a text of 5,000,0"),
+        ({"question": "\ud800"}, "surrogate"),
+        ({"choices": "a cup"}, "not a list of texts"),
+        ({"choices": ["a cup", 3]}, "not a list of texts"),
+        ({"choices": ["a cup", ""]}, "not a list of texts"),
+        ({"choices": ["a cup"]}, "at least two choices"),
+        ({"choices": ["a cup", "a cup"]}, "stands twice"),
+        ({"choices": [str(i) for i in range(100_000)]}, "more than 1000"),
+        ({"choices": ["a", "b" * 2**17]}, "longer than 65,536"),
+        ({"answer": 2}, "'2', which is none of the 2 choices"),
+        ({"answer": -1}, "'-1', which"),
+        ({"answer": True}, "'True', which"),
+        ({"answer": "B"}, "'B', which"),
+        ({"answer": None}, "the answer is missing"),
+        ({"answer": 10**400}, "which is none"),
+    ],
+)
+def test_a_row_whose_choices_cannot_be_scored_is_refused(tmp_path, change, said):
+    data = folder_of(tmp_path, quiz=[QUIZ, QUIZ | change])
+    with pytest.raises(DataError) as caught:
+        read_questions(data, find_benchmarks(["quiz"], data)[0])
+    assert said in str(caught.value)
+    assert "row 2" in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_labels_and_choices_do_not_mix_in_a_file(tmp_path):
+    data = folder_of(tmp_path, quiz=[QUIZ, GOOD])
+    with pytest.raises(DataError, match="two folders"):
+        read_questions(data, find_benchmarks(["quiz"], data)[0])
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "quiz").mkdir()
+    (tmp_path / "quiz" / "test.jsonl").write_text(json.dumps(QUIZ) + "\n{")
+    with pytest.raises(DataError, match="line 2"):
+        read_questions(tmp_path, find_benchmarks(["quiz"], tmp_path)[0])
+
+
+def test_two_files_of_one_split_are_refused(tmp_path):
+    data = folder_of(tmp_path, quiz=[QUIZ])
+    (data / "quiz" / "test.jsonl").write_text(json.dumps(QUIZ))
+    with pytest.raises(DataError, match="remove one"):
+        find_benchmarks(None, data)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real benchmarks are not here")

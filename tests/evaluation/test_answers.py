@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from poc_lora.data.commonsense import Question
+from poc_lora.data.questions import Question
 from poc_lora.evaluation.answers import Answer, AnswerFile, Item
 
 SETTINGS = {"base": "org/base", "prompt": "clean"}

@@ -13,7 +13,8 @@ import yaml
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.artifacts.results import Results
-from poc_lora.data.commonsense import find_benchmarks, read_questions
+from poc_lora.data.commonsense import find_benchmarks
+from poc_lora.data.questions import read_questions
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError, RunError
 from poc_lora.evaluation import evaluator
 from poc_lora.evaluation.answers import AnswerFile
@@ -269,6 +270,41 @@ def test_scores_that_are_not_numbers_are_an_error(run, data, tiny_model_dir):
 def test_a_request_that_cannot_be_met_is_refused(run, data, change, error, said):
     with pytest.raises(error, match=said):
         evaluate([run], **({"data": data, "benchmarks": ["piqa"]} | change))
+
+
+CHOICES = [
+    {"question": "Where is the hat?", "choices": ["in the old hall", "under a cup of wool", "shed"], "answer": 2},
+    {"question": "What is old?", "choices": ["the hat", "a cup that is kept in the dark shed"], "answer": "the hat"},
+    {"prompt": "The glass is made of", "choices": ["wool", "dark wood \u2014 old", "glass"], "answer": 1},
+]
+
+
+@pytest.fixture
+def own(data):
+    """A benchmark beside the eight: rows with choices, in JSON lines."""
+    (data / "quiz").mkdir()
+    (data / "quiz" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHOICES * 3))
+    return data
+
+
+def test_a_benchmark_beside_the_eight_is_scored_with_them(run, own):
+    results = evaluate([run], data=own)
+    assert list(results.questions.items()) == [("piqa", 12), ("openbookqa", 12), ("quiz", 9)]
+    assert results.chance["quiz"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 3) / 3)
+    assert list(results.merged.per_byte) == ["quiz"]
+    given = [x for x in lines(run / "eval" / "merged.jsonl") if x["benchmark"] == "quiz"]
+    per_byte = [max(x["log_probs"], key=lambda text, x=x: x["log_probs"][text] / len(text.encode())) for x in given]
+    right = [choice == x["answer"] for choice, x in zip(per_byte, given, strict=True)]
+    assert results.merged.per_byte["quiz"].value == pytest.approx(sum(right) / 9)
+    own_values = [scored.per_byte["quiz"].value for scored in results.adapters.values()]
+    assert results.average.per_byte["quiz"].value == pytest.approx(sum(own_values) / 3)
+    assert Results.read(run / "eval" / "results.json") == results
+
+
+@pytest.mark.parametrize("protocol", ["generate", "harness"])
+def test_free_choices_are_not_asked_by_protocols_of_labels(run, own, protocol):
+    with pytest.raises(RequestError, match="--protocol label"):
+        evaluate([run], data=own, protocol=protocol)
 
 
 def test_targets_must_be_one_run_or_adapters(run, data, tmp_path, tiny_model_dir):

@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from poc_lora.data.commonsense import Question
 from poc_lora.data.prompts import TEMPLATES
+from poc_lora.data.questions import Question
 from poc_lora.distributed import Ranks
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.evaluator import Evaluator, Protocol

@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from poc_lora.data.commonsense import Question
+from poc_lora.data.questions import Question
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.scores import (
     Estimate,
@@ -15,6 +16,7 @@ from poc_lora.evaluation.scores import (
     macro_average,
     mean,
     paired_difference,
+    smallest_difference,
 )
 
 
@@ -80,3 +82,22 @@ def test_no_difference_has_p_one():
     same = {"a": torch.tensor([1.0, 0.0, 1.0])}
     difference = paired_difference(same, same, seed=0)
     assert (difference.value, difference.low, difference.high, difference.p) == (0, 0, 0, 1)
+
+
+def test_the_smallest_difference_is_shown_in_four_evaluations_of_five():
+    """Variants that differ on a question in five, the one better by what is said to be the least that shows."""
+    n, runs, draws = 1200, 2000, np.random.default_rng(0)
+    least = smallest_difference({"quiz": n})
+    assert smallest_difference({"a": n, "b": n}) == pytest.approx(least / math.sqrt(2))
+    wins = draws.multinomial(n, [0.1 + least / 2, 0.1 - least / 2, 0.8], size=runs)
+    difference = (wins[:, 0] - wins[:, 1]) / n
+    error = np.sqrt((wins[:, 0] + wins[:, 1]) / n - difference**2) / math.sqrt(n)
+    assert np.mean(difference > 1.96 * error) == pytest.approx(0.8, abs=0.03)  # three errors of a share of 2000
+
+
+def test_a_comparison_says_what_would_show():
+    draws = np.random.default_rng(1)
+    ours, theirs = (torch.from_numpy(draws.integers(2, size=400).astype(float)) for _ in range(2))
+    found = paired_difference({"quiz": ours}, {"quiz": theirs}, seed=0)
+    assert found.detectable == pytest.approx(2.802 * (ours - theirs).std().item() / 20, rel=0.03)  # of 10,000 resamples
+    assert paired_difference({"quiz": ours}, {"quiz": ours}, seed=0).detectable is None

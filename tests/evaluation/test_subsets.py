@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from poc_lora.artifacts.results import SubsetPoint
-from poc_lora.data.commonsense import Question
+from poc_lora.data.questions import Question
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.subsets import draw_subsets, subset_points, variance_law
 

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.adapters.factors import Factors
+from poc_lora.artifacts.results import Estimate
 from poc_lora.data.commonsense import BY_FOLDER
 from poc_lora.errors import AdapterError, RequestError
 from poc_lora.hub.card import eval_results_files, model_card
@@ -78,6 +79,35 @@ def test_questions_of_ones_own_are_not_given_out_as_a_benchmark_s(tmp_path):
     ]
     assert "Not the benchmark's own test questions" in text
     assert "Not the benchmark's own test questions" not in card(make_run(tmp_path / "real"))
+
+
+def test_a_benchmark_beside_the_eight_is_called_by_its_name(run, tmp_path):
+    subject = collect(run)
+    before = subject.evaluation
+    own = {"my quiz": Estimate(0.5, 0.1)}
+    results = before.results.model_copy(
+        update={
+            name: row.model_copy(update={"benchmarks": row.benchmarks | own})
+            for name in ("base", "average", "merged", "ensemble")
+            if (row := getattr(before.results, name))
+        }
+        | {
+            "adapters": {
+                name: row.model_copy(update={"benchmarks": row.benchmarks | own})
+                for name, row in before.results.adapters.items()
+            },
+            "questions": before.results.questions | {"my quiz": 40},
+            "too_long": before.results.too_long | {"my quiz": 0},
+            "chance": before.results.chance | {"my quiz": 0.25},
+        }
+    )
+    scored = before.scored.model_copy(update={"benchmarks": before.scored.benchmarks | own})
+    subject = dataclasses.replace(subject, evaluation=dataclasses.replace(before, results=results, scored=scored))
+    text = model_card(subject, "me/demo")
+    assert len(eval_results_files(subject.evaluation)) == 8
+    entry = loaded(text, tmp_path).data.eval_results[-1]
+    assert (entry.dataset_type, entry.dataset_name, entry.metric_value) == ("custom", "40 questions of my quiz", 50)
+    assert "| my quiz |" in text
 
 
 def test_how_it_was_made_is_what_the_run_says(run):

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from poc_lora.data.commonsense import Question
+from poc_lora.data.questions import Question
 from poc_lora.errors import ModelError
 from poc_lora.evaluation.answers import Item
 from poc_lora.evaluation.evaluator import Protocol

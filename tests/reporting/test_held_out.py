@@ -1,11 +1,16 @@
 """What the merge is worth on the held-out rows: read from metrics.jsonl, compared by rows, and said."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from poc_lora.reporting.held_out import paired_interval, read_held_out, verdict
+from poc_lora.artifacts.row_losses import RowLosses
+from poc_lora.reporting import held_out
+from poc_lora.reporting.held_out import paired_interval, read_held_out, rows_notes, rows_table, verdict
+from poc_lora.reporting.run_files import best_adapter, read_run
+from tests.reporting.run_folder import make_run, results
 
 ROWS = 40
 
@@ -126,3 +131,80 @@ def test_a_run_without_held_out_rows_has_none(tmp_path):
     assert read_held_out(tmp_path) == []
     write(tmp_path, {0: [], 1: [], "base": [], "merge": []})
     assert read_held_out(tmp_path) == []
+
+
+def scored_rows(adapters=3, **changes):
+    """What `poc-lora eval --rows` found, of the losses of `pack`."""
+    losses = {name: list(map(float, found)) for name, found in pack(members=tuple(range(adapters))).items()}
+    named = {f"{i:02d}": losses[i] for i in range(adapters)}
+    made = dict(base_model="org/base", prompt="clean", truncated=0, dropped=0, tokens=[2, 3] * (ROWS // 2))
+    made |= dict(base=losses["base"], adapters=named, merged=losses["merge"], ensemble=losses["merge"])
+    return RowLosses(**made | changes)
+
+
+def test_rows_of_a_file_get_the_verdict_that_a_runs_own_rows_get(tmp_path):
+    found = scored_rows()
+    (own,) = read_held_out(write(tmp_path, pack()))
+    assert rows_notes(found) == [verdict(own).replace("the best is 0", "the best is 00")]
+    table = rows_table(found)
+    assert [row[0] for row in table.rows] == [
+        "base",
+        "LoRA 00",
+        "LoRA 01",
+        "LoRA 02",
+        "PoC merge",
+        "prediction ensemble",
+    ]
+    assert table.rows[1][1:] == [f"{own.adapters[0]:.3f}", f"{np.exp(own.adapters[0]):.4g}", ""]
+    assert table.rows[4][3] == "{:+.3f} ({:+.3f} to {:+.3f})".format(*own.over_best)
+
+
+def test_what_was_left_out_or_trained_on_is_said():
+    said = " ".join(rows_notes(scored_rows(truncated=3, dropped=2, trained_on=True, exact_average=True)))
+    assert "3 rows were cut off" in said
+    assert "2 rows were left out" in said
+    assert "was trained on" in said
+    assert "exact average" in said
+
+
+def test_a_model_alone_and_one_adapter_have_tables_too():
+    alone = scored_rows(0, merged=None, ensemble=None)
+    assert [row[:2] for row in rows_table(alone).rows] == [["base", f"{sum(alone.base) / sum(alone.tokens):.3f}"]]
+    assert rows_notes(alone) == []
+    one = scored_rows(1, merged=None, ensemble=None)
+    assert [row[0] for row in rows_table(one).rows] == ["base", "LoRA 00"]
+    assert "lowers the loss" in rows_notes(one)[0]
+
+
+def test_of_many_adapters_the_best_is_listed():
+    assert [row[0] for row in rows_table(scored_rows(40)).rows] == [
+        "base",
+        "LoRA 00",
+        "PoC merge",
+        "prediction ensemble",
+    ]
+
+
+def test_of_many_rows_the_interval_is_the_normal_one_which_is_nearly_the_bootstraps(monkeypatch):
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(1, 60, 900).astype(float)
+    differences = 0.1 * tokens + draw.normal(0, 4, 900)
+    bootstrap = paired_interval(differences, tokens)
+    monkeypatch.setattr(held_out, "MAX_RESAMPLED", 100)
+    # A quantile of 10,000 resamples has an error of 2.7 % of their standard error; the interval is 3.9 of those wide.
+    width = bootstrap[2] - bootstrap[1]
+    assert paired_interval(differences, tokens) == pytest.approx(bootstrap, abs=0.03 * width)
+
+
+def test_the_best_adapter_is_that_of_rows_else_of_benchmarks_else_of_the_run(tmp_path):
+    run = make_run(tmp_path / "run", found=results(best="01"))
+    assert best_adapter(read_run(run)) == "01"
+    (run / "eval-rows").mkdir()
+    scored_rows().write(run / "eval-rows" / "rows.json")
+    assert best_adapter(read_run(run)) == "00"
+    shutil.rmtree(run / "eval-rows")
+    shutil.rmtree(run / "eval")
+    assert best_adapter(read_run(run)) is None
+    (run / "metrics.jsonl").unlink()
+    write(run, pack())
+    assert best_adapter(read_run(run)) == "00"

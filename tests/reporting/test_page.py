@@ -83,8 +83,8 @@ def test_the_table_says_what_results_json_says(whole, page):
 def test_the_paired_tests_are_a_table(page):
     (caption,) = [name for name in page.tables if "paired bootstrap" in name]
     assert page.tables[caption][1:] == [
-        ["LoRA (best)", "+4.57", "+2.00 to +7.00", "0.0002"],
-        ["LoRA (average)", "+4.87", "+3.00 to +8.00", "0.0004"],
+        ["LoRA (best)", "+4.57", "+2.00 to +7.00", "≤ 0.0002", ""],
+        ["LoRA (average)", "+4.87", "+3.00 to +8.00", "0.0004", ""],
     ]
 
 
@@ -231,6 +231,22 @@ def test_accuracy_against_m_is_drawn_where_subsets_were_scored(tmp_path):
     assert "Left out:" not in page.text
 
 
+def test_the_losses_on_rows_of_a_file_are_a_table(tmp_path):
+    run = make_run(tmp_path)
+    attack = "<script>alert(1)</script>" + "x" * 1000
+    losses = {"base": [9.0, 8.0], "adapters": {attack: [3.0, 2.0], "01": [4.0, 3.0]}, "merged": [2.0, 2.0]}
+    described = {"base_model": "org/base", "prompt": "clean", "truncated": 0, "dropped": 1, "tokens": [2, 2]}
+    (run / "eval-rows").mkdir()
+    (run / "eval-rows/rows.json").write_text(json.dumps(described | losses | {"ensemble": None}))
+    page = page_of(run)
+    table = page.tables["Loss per token of the answers of 2 rows; lower is better"]
+    assert [row[0][:20] for row in table[1:]] == ["base", "LoRA <script>alert(1", "LoRA 01", "PoC merge"]
+    assert table[-1][1:3] == ["1.000", "2.718"]
+    assert "x" * 100 not in page.text
+    assert "On 2 held-out rows the merge of 2 adapters" in page.text
+    assert "1 rows were left out" in page.text
+
+
 def test_a_control_and_other_protocols_stand_beside(tmp_path):
     gain = difference(0.01, -0.01, 0.03, 0.3)
     found = results(control=scored(0.74), control_name="λ = 0", comparisons={"control": gain})
@@ -243,7 +259,7 @@ def test_a_control_and_other_protocols_stand_beside(tmp_path):
     assert [row[0] for row in table][-2:] == ["PoC merge, λ = 0", "prediction ensemble"]
     assert "PoC merge" in [row[0] for row in page.tables["Accuracy (%) ± standard error, protocol generate"]]
     (caption,) = [name for name in page.tables if "paired" in name and name.endswith("label")]
-    assert page.tables[caption][1:] == [["PoC merge, λ = 0", "+1.00", "-1.00 to +3.00", "0.3"]]
+    assert page.tables[caption][1:] == [["PoC merge, λ = 0", "+1.00", "-1.00 to +3.00", "0.3", ""]]
     assert "no label was found, in percent: base 25.00." in page.text
 
 

@@ -7,7 +7,16 @@ import pytest
 from rich.console import Console
 
 from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
-from poc_lora.reporting.results_tables import notes, results_markdown, results_summary, table_rows, write_report
+from poc_lora.reporting.results_tables import (
+    accuracy_table,
+    notes,
+    paired_table,
+    power_note,
+    results_markdown,
+    results_summary,
+    table_rows,
+    write_report,
+)
 
 FOLDERS = "social_i_qa piqa winogrande openbookqa ARC-Challenge ARC-Easy boolq hellaswag".split()
 
@@ -73,7 +82,7 @@ def test_the_terminal_table_fits_80_columns_uncut(results):
 def test_notes_say_what_was_chosen_how_and_what_does_not_fit(results):
     said = "\n".join(notes(results))
     assert "adapter 01 of 2, chosen by its average on the test questions themselves" in said
-    assert "PoC merge minus LoRA (best): +9.17 points on average (95 % interval +5.00 to +13.00, p = 0.0002" in said
+    assert "PoC merge minus LoRA (best): +9.17 points on average (95 % interval +5.00 to +13.00, p ≤ 0.0002" in said
     assert "97.50 % of questions" in said
     assert "BoolQ: 7 of 100 questions do not fit" in said
     assert "first" not in said
@@ -114,3 +123,32 @@ def test_the_report_lies_in_the_runs_eval_folder(results, tmp_path):
     (tmp_path / "config.yaml").touch()
     assert write_report(tmp_path, results) == tmp_path / "eval" / "results.md"
     assert (tmp_path / "eval" / "results.md").read_text() == results_markdown(results)
+
+
+@pytest.mark.parametrize(("p", "said"), [(2 / 10_001, "≤ 0.0002"), (4 / 10_001, "0.0004"), (0.14, "0.14")])
+def test_no_p_value_is_below_the_resolution_of_the_bootstrap(results, p, said):
+    made = results.model_copy(update={"comparisons": {"best": Difference(value=0.05, low=0.02, high=0.07, p=p)}})
+    assert paired_table(made).rows[0][3] == said
+    assert any(f"p {said}" in note or f"p = {said}" in note for note in notes(made))
+
+
+def test_before_scoring_it_is_said_what_the_questions_can_show():
+    assert power_note({"quiz": 60}).startswith("60 questions: a difference of 16.2 points or more would show")
+
+
+def test_choices_of_ones_own_benchmark_have_a_second_column(results):
+    half = Scored(
+        benchmarks={"quiz": Estimate(0.5, 0.1)}, average=Estimate(0.5, 0.1), per_byte={"quiz": Estimate(0.4, 0.1)}
+    )
+    together = half.model_copy(update={"per_byte": {}})
+    rows = dict.fromkeys(["base", "average", "merged"], half) | {"ensemble": together}
+    made = results.model_copy(
+        update=rows
+        | {"questions": {"quiz": 40}, "too_long": {"quiz": 0}, "chance": {"quiz": 0.25}}
+        | {"adapters": dict.fromkeys(["00", "01"], half), "subsets": None, "control": None}
+    )
+    table = accuracy_table(made)
+    assert table.columns == ["", "quiz", "quiz per byte", "average"]
+    assert table.rows[-1] == ["prediction ensemble", Estimate(0.5, 0.1), "", Estimate(0.5, 0.1)]
+    assert {len(row) for row in table.rows} == {4}
+    assert any("per byte" in note for note in notes(made))

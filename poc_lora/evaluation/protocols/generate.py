@@ -9,10 +9,11 @@ import re
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from poc_lora.data.commonsense import Question
 from poc_lora.data.prompts import render_prompt
+from poc_lora.data.questions import Question
 from poc_lora.evaluation.answers import Answer
 from poc_lora.evaluation.protocols.label import batch_ranges, encode
 from poc_lora.models.load import context_length
@@ -48,9 +49,8 @@ def generate_answers(
     room = context_length(model)
     fitting = [i for i, ids in enumerate(prompts) if room is None or len(ids) + NEW_TOKENS <= room]
     fitting.sort(key=lambda i: -len(prompts[i]))
-    settings = _generation_config(model, tokenizer, beams)
+    settings = generation_config(model, tokenizer, beams=beams)
     lengths = [len(prompts[i]) + NEW_TOKENS for i in fitting]
-    own = model.generation_config
     for first, last in batch_ranges(lengths, TOKENS_PER_BATCH // copies // beams):
         batch = fitting[first:last]
         width = len(prompts[batch[0]])
@@ -59,14 +59,8 @@ def generate_answers(
         for row, i in enumerate(batch):
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
-        try:
-            model.generation_config = settings  # given as an argument, it would be completed from the model's own
-            written = model.generate(  # type: ignore[operator]
-                input_ids=ids.repeat(copies, 1).to(model.device),
-                attention_mask=mask.repeat(copies, 1).to(model.device),
-            )
-        finally:
-            model.generation_config = own
+        ids, mask = (x.repeat(copies, 1).to(model.device) for x in (ids, mask))
+        written = generate(model, settings, ids, mask)
         texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
         for at, text in enumerate(texts):
             i = batch[at % len(batch)]
@@ -81,7 +75,21 @@ def first_label(text: str, labels: Sequence[str]) -> str | None:
     return found[0] if found else None
 
 
-def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, beams: int) -> GenerationConfig:
+@torch.inference_mode()
+def generate(model: PreTrainedModel, settings: GenerationConfig, ids: Tensor, mask: Tensor) -> Tensor:
+    """Generate text after prompts, ids and mask [n, T]. Returns the prompts with the new tokens [n, T + new]."""
+    own = model.generation_config
+    try:
+        model.generation_config = settings  # given as an argument, it would be completed from the model's own
+        written: Tensor = model.generate(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
+    finally:
+        model.generation_config = own
+    return written
+
+
+def generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, beams: int, new_tokens: int = NEW_TOKENS
+) -> GenerationConfig:
     """Settings that take only the EOS tokens from the base model's own: some of those sample."""
     own = getattr(model, "generation_config", None)
     end = getattr(own, "eos_token_id", None) or tokenizer.eos_token_id
@@ -89,7 +97,7 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     size = embedding_rows(model)
     pad = next((id for id in (tokenizer.pad_token_id, first_end) if id is not None and id < size), 0)
     return GenerationConfig(  # type: ignore[no-untyped-call, unused-ignore]
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=new_tokens,
         num_beams=beams,
         do_sample=False,
         eos_token_id=end,

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.artifacts.run_folder import RESULTS
-from poc_lora.data.commonsense import Question, find_benchmarks, read_questions
+from poc_lora.data.commonsense import find_benchmarks
+from poc_lora.data.questions import Question, read_questions
 from poc_lora.errors import Interrupted
 from poc_lora.evaluation.answers import Answer, Item, check_numbers
 from poc_lora.evaluation.protocols.harness_tasks import quiet_lm_eval

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from poc_lora.data.commonsense import Benchmark, find_benchmarks, read_questions
+from poc_lora.data.commonsense import Benchmark, find_benchmarks
 from poc_lora.data.prompts import TEMPLATES, render_prompt
+from poc_lora.data.questions import read_questions
 from poc_lora.errors import DataError, RequestError, first_line
 from poc_lora.evaluation.protocols.label import ANSWER_PREFIX
 
@@ -45,6 +46,10 @@ def load_tasks(benchmarks: Sequence[Benchmark], *, data: Path | None, prompt: st
         )
     from lm_eval.tasks import TaskManager
 
+    for benchmark in benchmarks:
+        if not benchmark.lm_eval:
+            fix = "take --protocol label, which gives lm-eval's accuracies, or name others with --benchmarks"
+            raise RequestError("the protocol harness knows the eight benchmarks", where=benchmark.folder, fix=fix)
     with quiet_lm_eval():
         if data is None:
             manager = TaskManager()
@@ -90,13 +95,16 @@ def local_dataset(*, benchmark: str, data: str | None = None, prompt: str = "cle
         )
     if prompt not in TEMPLATES:
         raise RequestError(f"no prompt template is called {prompt!r}", fix=f"known: {', '.join(TEMPLATES)}")
+    questions = read_questions(Path(data).expanduser(), found)
+    if questions[0].form != "labels":
+        raise RequestError("the local tasks of lm-eval are of labels", where=benchmark, fix="take --protocol label")
     rows = [
         {
             "context": render_prompt(q.instruction, q.input, prompt) + ANSWER_PREFIX,
             "labels": list(q.labels),
             "answer": q.answer,
         }
-        for q in read_questions(Path(data).expanduser(), found)
+        for q in questions
     ]
     return {"test": datasets.Dataset.from_list(rows)}
 

@@ -4,6 +4,8 @@ For a question with context c and label l the score is log p(" " + l | c), summe
 labels share at the start, context included, are run once; where labels differ in their last token only, one forward
 pass per question scores all of them. The head runs in float32 whatever the model's dtype: in bfloat16 labels would tie
 by rounding. Ties go to the label named first.
+
+Choices of free text are scored as lm-eval scores them: the context is the prompt alone, and all tokens after it count.
 """
 
 import contextlib
@@ -14,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from poc_lora.data.commonsense import Question
 from poc_lora.data.prompts import render_prompt
+from poc_lora.data.questions import Question
 from poc_lora.devices import by_device
 from poc_lora.errors import DataError
 from poc_lora.evaluation.answers import Answer
@@ -65,16 +67,17 @@ def prepare(
     k = max(len(q.labels) for q in questions)
     rows: list[tuple[list[int], list[tuple[int, int, int]]]] = []  # tokens; reads as (column, token, slot)
     too_long = torch.zeros(len(questions), dtype=torch.bool)
-    contexts = [render_prompt(q.instruction, q.input, prompt) + ANSWER_PREFIX for q in questions]
-    texts = [f"{context} {label}" for context, q in zip(contexts, questions, strict=True) for label in q.labels]
-    encoded = iter(encode(tokenizer, texts))
+    encoded = iter(encode(tokenizer, [text for q in questions for text in answered(q, prompt)]))
+    free = [q for q in questions if q.form != "labels"]
+    contexts = iter(encode(tokenizer, [context_of(q, prompt).rstrip() for q in free]) if free else [])
     for i, question in enumerate(questions):
         sequences = [next(encoded) for _ in question.labels]  # of context + " " + label
+        before = None if question.form == "labels" else len(next(contexts))
         if max_length is not None and max(map(len, sequences)) - 1 > max_length:  # the last token is not run
             too_long[i] = True
         else:
             _check_distinct(question, sequences)
-            rows += _rows_of(sequences, i * k)
+            rows += _rows_of(sequences, i * k, before)
     rows.sort(key=lambda row: -len(row[0]))
     reads = [read for _, row_reads in rows for read in row_reads]
     column, token, slot = torch.tensor(reads, dtype=torch.int64).view(-1, 3).T.contiguous()
@@ -147,7 +150,7 @@ def score_labels(model: PreTrainedModel, prepared: PreparedQuestions, *, copies:
             x.to(model.device) for x in (prepared.read_token[reads], prepared.read_slot[reads], where)
         )
         ids, rows, columns = (x.to(model.device) for x in (ids.repeat(copies, 1), rows, columns))
-        with _head_in_float32(model):
+        with head_in_float32(model):
             logits = logits_at(model, ids, rows, columns, past=past).float().view(copies, len(position), -1)
         scores.index_add_(1, slot, logits[:, where, token] - logits.logsumexp(-1)[:, where])
     scored = prepared.label_exists & ~prepared.too_long[:, None]
@@ -155,7 +158,7 @@ def score_labels(model: PreTrainedModel, prepared: PreparedQuestions, *, copies:
 
 
 @contextlib.contextmanager
-def _head_in_float32(model: PreTrainedModel) -> Iterator[None]:
+def head_in_float32(model: PreTrainedModel) -> Iterator[None]:
     """Within the block a linear head computes its logits in float32, before anything scales or caps them."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point() or head.weight.dtype == torch.float32:
@@ -191,6 +194,22 @@ def batch_ranges(lengths: Sequence[int], tokens: int) -> Iterator[tuple[int, int
         first = last
 
 
+def context_of(question: Question, prompt: str) -> str:
+    """Returns the text before the answer, under a prompt template."""
+    if question.form == "prompt":
+        return question.instruction
+    rendered = render_prompt(question.instruction, question.input, prompt)
+    return rendered + ANSWER_PREFIX if question.form == "labels" else rendered
+
+
+def answered(question: Question, prompt: str) -> list[str]:
+    """Returns the context followed by each label, after a space unless there is white space already."""
+    context = context_of(question, prompt)
+    return [
+        context + ("" if context[-1:].isspace() or label[:1].isspace() else " ") + label for label in question.labels
+    ]
+
+
 def _check_distinct(question: Question, sequences: list[list[int]]) -> None:
     seen: dict[tuple[int, ...], str] = {}
     for label, tokens in zip(question.labels, map(tuple, sequences), strict=True):
@@ -203,15 +222,18 @@ def _check_distinct(question: Question, sequences: list[list[int]]) -> None:
         seen[tokens] = label
 
 
-def _rows_of(sequences: list[list[int]], slot: int) -> list[tuple[list[int], list[tuple[int, int, int]]]]:
+def _rows_of(
+    sequences: list[list[int]], slot: int, context: int | None = None
+) -> list[tuple[list[int], list[tuple[int, int, int]]]]:
     """The fewest rows of tokens from which every label's log-probability can be read.
 
-    A label is scored on its tokens after those that all labels share. That takes a row of all tokens but the last. A
-    row that begins another row is left out, so labels that differ only in their last token need one row.
+    A label is scored on its tokens after those that all labels share, or, if given, after the first `context` ones.
+    That takes a row of all tokens but the last. A row that begins another row is left out, so labels that differ only
+    in their last token need one row.
     """
     # "answer1" begins "answer10". The last token of the shorter label is not counted as shared, so both labels are
     # scored on it, and the longer one on more tokens: its score is never above that of the shorter one.
-    shared = min(_shared_length(sequences), min(map(len, sequences)) - 1)
+    shared = min(_shared_length(sequences) if context is None else context, min(map(len, sequences)) - 1)
     if shared < 1:
         raise DataError("the tokenizer leaves nothing before the label", fix="use a prompt with text in it")
     rows: list[tuple[list[int], list[tuple[int, int, int]]]] = []

@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.factors import Factors
-from poc_lora.data.commonsense import Question
 from poc_lora.data.prompts import render_prompt
+from poc_lora.data.questions import Question
 from poc_lora.evaluation.protocols import generate
 from poc_lora.evaluation.protocols.generate import NEW_TOKENS, first_label, generate_answers
 from poc_lora.lora.bank import AdapterBank

@@ -15,12 +15,14 @@ import torch
 
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.factors import Factors
-from poc_lora.data.commonsense import BENCHMARKS, BY_FOLDER, find_benchmarks, read_questions
+from poc_lora.data.commonsense import BENCHMARKS, BY_FOLDER, find_benchmarks
+from poc_lora.data.questions import read_questions
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError
 from poc_lora.evaluation import scores
+from poc_lora.evaluation.answers import Item
 from poc_lora.evaluation.protocols.harness import harness_answers, score_tasks
 from poc_lora.evaluation.protocols.harness_tasks import TASKS_FOLDER, load_tasks, local_task
-from poc_lora.evaluation.protocols.label import prepare, score_labels
+from poc_lora.evaluation.protocols.label import context_of, label_answers, prepare, score_labels
 from poc_lora.evaluation.variants import Variants
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.models.load import context_length, load_base
@@ -127,6 +129,62 @@ def test_the_label_protocol_and_lm_eval_choose_the_same(base, data, prompt):
         with view:
             seen.append(check_agreement(base, data, score_tasks(model, tokenizer, tasks), prompt))
     assert len({frozenset(s) for s in seen}) == 4  # four variants that choose differently
+
+
+CHOICES = ["in the old hall", "under a cup of wool \u2014 and glass", "shed", "the hat that is kept in the dark shed"]
+
+
+@pytest.mark.parametrize("ascii", [True, False])
+@pytest.mark.parametrize("form", ["question", "prompt"])
+def test_free_choices_have_lm_evals_accuracies(base, tmp_path, form, ascii):
+    """acc, acc_bytes, acc_norm where bytes are characters, and the log-likelihoods themselves."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    from poc_lora.evaluation.protocols.harness_model import LoadedModel
+    from poc_lora.evaluation.protocols.harness_tasks import quiet_lm_eval
+
+    model, tokenizer = base
+    choices = [c.encode("ascii", "ignore").decode() if ascii else c for c in CHOICES]
+    rows = [
+        {form: f"{'It is old. ' * (i % 3)}Where is thing {i}?", "choices": choices[i % 2 :], "answer": i % 3}
+        for i in range(QUESTIONS)
+    ]
+    (tmp_path / "quiz").mkdir()
+    (tmp_path / "quiz" / "test.json").write_text(json.dumps(rows))
+    asked = read_questions(tmp_path, find_benchmarks(["quiz"], tmp_path)[0])
+    items = [Item("quiz", "test", row, question) for row, question in enumerate(asked, 1)]
+
+    docs = [
+        row | {"context": context_of(q, "clean"), "gold": q.answer_index} for row, q in zip(rows, asked, strict=True)
+    ]
+    (tmp_path / "docs.json").write_text(json.dumps(docs))
+    config = {
+        "task": "quiz",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "docs.json")}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "target_delimiter": " " if form == "prompt" else "",
+        "metric_list": [{"metric": name} for name in ("acc", "acc_norm", "acc_bytes")],
+    }
+    bank = AdapterBank.from_adapters(model, [adapter(1)])
+    for view in (bank.disabled(), bank.only(0)):
+        with view, quiet_lm_eval():
+            task = TaskManager(include_defaults=False).load([config])["tasks"]["quiz"]
+            theirs = evaluate(lm=LoadedModel(model, tokenizer, lambda: None), task_dict={"tasks": {"quiz": task}})
+            (ours,) = label_answers(model, tokenizer, asked, prompt="clean")
+        given = dict(zip(items, ours, strict=True))
+        metrics = theirs["results"]["quiz"]
+        assert scores.correct_by_benchmark(items, given)["quiz"].mean().item() == metrics["acc,none"]
+        per_byte = scores.correct_per_byte(items, given)["quiz"].mean().item()
+        assert per_byte == metrics["acc_bytes,none"]
+        assert not ascii or per_byte == metrics["acc_norm,none"]
+        for answer, sample in zip(ours, theirs["samples"]["quiz"], strict=True):
+            assert answer.log_probs == pytest.approx([value for value, _ in sample["filtered_resps"]], abs=2e-4)
 
 
 def test_every_thing_is_scored_over_one_base_which_is_given_back(base, data, tmp_path):

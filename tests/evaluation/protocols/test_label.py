@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from poc_lora.data.commonsense import Question
 from poc_lora.data.prompts import render_prompt
+from poc_lora.data.questions import Question
 from poc_lora.errors import DataError
 from poc_lora.evaluation.protocols import label
 from poc_lora.evaluation.protocols.label import ANSWER_PREFIX, prepare, score_labels

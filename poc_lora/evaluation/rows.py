@@ -1,0 +1,194 @@
+"""`evaluate_rows`: the losses of the base, every adapter, their merge and their ensemble on rows with answers."""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from poc_lora.artifacts.row_losses import RowLosses
+from poc_lora.artifacts.run_folder import ROW_LOSSES, RunFolder
+from poc_lora.artifacts.run_info import RunInfo
+from poc_lora.config import DataSection, load_config
+from poc_lora.data.batches import supervised_tokens
+from poc_lora.data.prompts import Encoded, Example, encode_rows, row_limit
+from poc_lora.data.rows import BadRows, is_dataset_id, read_sources
+from poc_lora.distributed import open_ranks
+from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError
+from poc_lora.evaluation.protocols.label import batch_ranges, head_in_float32
+from poc_lora.evaluation.variants import Variants, activate_variants, find_variants
+from poc_lora.files import require_place, sha256_file
+from poc_lora.models.forward import logits_at, without_cudnn_attention
+from poc_lora.models.load import context_length, default_device, load_base
+from poc_lora.models.vocabulary import require_embeddings
+from poc_lora.progress import progress_bar
+
+TOKENS_PER_BATCH = 2048  # padded; each may have the logits of the whole vocabulary, in float32
+
+
+def evaluate_rows(
+    targets: Sequence[Path],
+    rows: Sequence[str],
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    prompt: str | None = None,
+    out: Path | None = None,
+    device: torch.device | None = None,
+) -> RowLosses:
+    """Measure losses on the answers of rows in any format that training reads; writes rows.json.
+
+    Args:
+        targets: As for `evaluate`.
+        rows: Files, and data sets of the Hub. In a run they are read as its training rows were: with its columns,
+            prompt template, longest row and turns to learn.
+        base, revision, dtype, quantization, prompt, out: As for `evaluate`; `out` is RUN/eval-rows by default.
+        device: Default: the GPU, or the CPU.
+
+    Raises:
+        RequestError, RunError, AdapterError, DataError, ModelError: For what cannot be evaluated.
+        Interrupted: After Ctrl-C or SIGTERM.
+    """
+    device = device or default_device()
+    for source in rows:
+        if not Path(source).expanduser().is_file() and not is_dataset_id(source):
+            raise RequestError(
+                "no such file", where=f"--rows {source}", fix="give files of rows as training reads them"
+            )
+    with open_ranks(device) as ranks, without_cudnn_attention():
+        if ranks.size > 1:
+            raise RequestError("rows are scored in one process", where="--rows")
+        variants = find_variants(
+            targets,
+            base=base,
+            revision=revision,
+            dtype=dtype,
+            quantization=quantization,
+            prompt=prompt,
+            out=out,
+            protocol="rows",
+        )
+        require_place(variants.out)
+        run = RunFolder(targets[0])
+        settings = load_config(run.config).data if run.is_run else None
+        model, tokenizer = load_base(
+            variants.base,
+            revision=variants.revision,
+            dtype=variants.dtype,
+            quantization=variants.quantization,
+            device=device,
+        )
+        encoded = _encode(rows, settings, variants.prompt, tokenizer, context_length(model))
+        require_embeddings(model, tokenizer, (example.ids for example in encoded.answers), where="--rows")
+        found = _score(model, variants, encoded.answers, ranks.stop)
+    result = RowLosses(
+        base_model=variants.base,
+        prompt=variants.prompt,
+        truncated=encoded.truncated,
+        dropped=encoded.dropped,
+        tokens=[supervised_tokens(example) for example in encoded.answers],
+        base=found["base"],
+        adapters={name: found[key] for name, key in zip(variants.adapters, variants.keys, strict=True)},
+        merged=found.get("merged"),
+        ensemble=found.get("ensemble"),
+        exact_average=variants.exact_average,
+        trained_on=run.is_run and _trained_on(run, rows),
+    )
+    result.write(variants.out / ROW_LOSSES)
+    return result
+
+
+def _encode(
+    sources: Sequence[str],
+    settings: DataSection | None,
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+) -> Encoded:
+    bad = BadRows()
+    encoded = encode_rows(
+        read_sources(sources, columns=settings.columns if settings else None, bad=bad),
+        tokenizer,
+        template=prompt,
+        max_length=row_limit(settings.max_length if settings else "auto", context),
+        learn=settings.learn if settings else "last",
+        bad=bad,
+    )
+    if bad.count:
+        first = bad.first[0]
+        what = first.what if bad.count == 1 else f"{bad.count:,} rows cannot be used; the first: {first.what}"
+        raise DataError(what, where=first.where, fix=first.fix) from first
+    if not encoded.answers:
+        raise DataError("no row keeps a part of its answers", where="--rows", fix="give shorter rows")
+    return encoded
+
+
+def _score(
+    model: PreTrainedModel, variants: Variants, examples: Sequence[Example], stop: threading.Event
+) -> dict[str, list[float]]:
+    """The losses of every variant on every example."""
+    found: dict[str, list[float]] = {}
+    together: Tensor | None = None  # log of the sum of the adapters' probabilities, of each token
+    sizes = [supervised_tokens(example) for example in examples]
+    count = 1 + len(variants.adapters) + (variants.merged is not None or variants.exact_average)
+    with (
+        progress_bar(count * len(examples), "evaluating") as progress,
+        contextlib.closing(activate_variants(model, variants, packed=False)) as steps,
+    ):
+        for (name,) in steps:
+            parts: list[Tensor] = [torch.empty(0)] * len(examples)
+            for batch, log_probs in answer_log_probs(model, examples):
+                if stop.is_set():
+                    raise Interrupted(f"stopped while {name} was scored", fix="the same command starts again")
+                for row, own in zip(batch, log_probs, strict=True):
+                    parts[row] = own
+                progress.advance(len(batch), name)
+            tokens = torch.cat(parts)
+            if not tokens.isfinite().all():
+                error = ModelError if name == "base" else AdapterError
+                raise error("losses are not finite numbers", where=name, fix="try --dtype float32, or leave it out")
+            found[name] = _row_sums(tokens, sizes)
+            if name in variants.keys:
+                together = tokens if together is None else torch.logaddexp(together, tokens)
+    if together is not None and len(variants.adapters) > 1:
+        members = torch.tensor(float(len(variants.adapters))).log()
+        found["ensemble"] = _row_sums(together - members, sizes)
+    return found
+
+
+@torch.inference_mode()
+def answer_log_probs(model: PreTrainedModel, examples: Sequence[Example]) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Yield batches of examples, as their numbers, and the log-probability of each of their supervised tokens."""
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+    for first, last in batch_ranges([len(examples[i].ids) for i in order], TOKENS_PER_BATCH):
+        batch = order[first:last]
+        ids = torch.zeros(len(batch), len(examples[batch[0]].ids), dtype=torch.int64)  # padded on the right
+        for row, i in enumerate(batch):
+            ids[row, : len(examples[i].ids)] = torch.tensor(examples[i].ids)
+        places = [
+            (row, column)
+            for row, i in enumerate(batch)
+            for start, end in examples[i].supervised
+            for column in range(start, end)
+        ]
+        rows, columns = torch.tensor(places).T
+        with head_in_float32(model):
+            logits = logits_at(model, *(x.to(model.device) for x in (ids, rows, columns - 1))).float()
+        targets = ids[rows, columns].to(model.device)
+        log_probs = (logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)).double().cpu()
+        yield batch, list(log_probs.split([supervised_tokens(examples[i]) for i in batch]))
+
+
+def _row_sums(log_probs: Tensor, sizes: Sequence[int]) -> list[float]:
+    return [round(-part.sum().item(), 4) for part in log_probs.split(list(sizes))]
+
+
+def _trained_on(run: RunFolder, rows: Sequence[str]) -> bool:
+    info = RunInfo.read(run.info) if run.info.is_file() else None
+    digests = set(info.data_sha256.values()) if info else set()
+    return any(sha256_file(path) in digests for path in map(Path, rows) if path.is_file())
