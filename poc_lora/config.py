@@ -140,7 +140,7 @@ class TrainSection(Section):
     """Passes over the training rows. If neither this nor `max_steps` is given: 3."""
     max_steps: Positive | None = None
     """Optimizer steps per adapter, instead of `epochs`."""
-    batch_size: Positive = 16
+    batch_size: Annotated[Positive, Field(le=65_536)] = 16
     """Rows per adapter and optimizer step."""
     tokens_per_microbatch: Literal["auto"] | Positive = "auto"
     """Tokens per micro-batch over all adapters, padding counted. `auto`: by the device and its memory."""

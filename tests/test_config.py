@@ -72,6 +72,10 @@ def test_an_unknown_key_names_the_nearest(mistyped, meant):
     assert f"did you mean '{meant}" in message
 
 
+def test_more_rows_in_a_step_than_a_machine_holds_are_refused():
+    assert "train.batch_size" in refusal(train__batch_size=10**9)
+
+
 def test_an_unknown_key_like_no_other_gets_no_advice():
     assert "did you mean" not in refusal(zzzzzz=1)
 

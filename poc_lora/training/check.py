@@ -36,7 +36,7 @@ from poc_lora.training.preview import (
     unknown_tokens,
     warnings,
 )
-from poc_lora.training.run import Run, find_run, require_same_rows
+from poc_lora.training.run import Run, find_run, require_same_rows, run_lock
 from poc_lora.training.targets import require_targets
 
 
@@ -59,6 +59,9 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     device, folder = device or default_device(), Path(config.output)
     require_place(folder)
     in_use = RunFolder(folder).is_run
+    if in_use:
+        with run_lock(folder):  # refuse if another process trains there
+            pass
     run, config = preflight(config, device, resume=in_use)
     compiled = compiles(config.train.compile, device)
     model = empty_base(config.model.name, revision=config.model.revision)

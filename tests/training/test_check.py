@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import accelerate.tracking
 import pytest
 import torch
+from filelock import FileLock
 
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.errors import ConfigError, DataError, ModelError, RequestError, RunError
 from poc_lora.files import size
 from poc_lora.models import compilation
@@ -197,6 +199,13 @@ def test_a_run_that_is_there_can_be_checked(settings, monkeypatch):
     train(config(settings))
     full_disk(monkeypatch)  # what it needs it has mostly written
     assert check(config(settings))["run folder"] == f"{settings['output']} (existing run; --resume continues it)"
+
+
+def test_a_run_in_which_another_process_trains_is_refused(settings):
+    train(config(settings))
+    with FileLock(RunFolder(Path(settings["output"])).lock), pytest.raises(RunError, match="another process trains"):
+        check(config(settings), device=CPU)
+    check(config(settings), device=CPU)
 
 
 @pytest.mark.parametrize(("nbytes", "text"), [(0, "0 kB"), (1500, "2 kB"), (1.5e6, "1.5 MB"), (25e9, "25.0 GB")])
