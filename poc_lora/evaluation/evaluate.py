@@ -19,10 +19,11 @@ from poc_lora.evaluation.protocols.harness import harness_answers
 from poc_lora.evaluation.protocols.harness_tasks import load_tasks
 from poc_lora.evaluation.scores import ensemble, summarise, write_results
 from poc_lora.evaluation.subsets import name_subsets, subset_points, variance_law
-from poc_lora.evaluation.variants import base_digest, find_variants
+from poc_lora.evaluation.variants import UNSHARDED, base_digest, find_variants, require_packed
 from poc_lora.files import require_place
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_base, resolve_dtype
+from poc_lora.models.sharding import load_to_shard, shard_base
 
 
 def evaluate(
@@ -112,14 +113,19 @@ def evaluate(
                 "dtype": resolve_dtype(variants.dtype, device),
                 "quantization": variants.quantization,
             }
+            sharded = variants.shard and ranks.size > 1
+            if sharded and protocol != "label":
+                raise RequestError(f"a sharded base does not answer by {protocol}", where="model.shard", fix=UNSHARDED)
             compared = None if control is None else read_control(control, protocol, settings, _test(items))
-            model, tokenizer = load_base(
-                variants.base,
-                revision=variants.revision,
-                dtype=variants.dtype,
-                quantization=variants.quantization,
-                device=device,
-            )
+            how_loaded: dict[str, Any] = {"revision": variants.revision, "quantization": variants.quantization}
+            if sharded:
+                model, tokenizer = load_to_shard(variants.base, **how_loaded, dtype=settings["dtype"], rank=ranks.rank)
+                require_packed(model, variants)
+            else:
+                model, tokenizer = load_base(variants.base, **how_loaded, dtype=variants.dtype, device=device)
+        if sharded:
+            ranks.heartbeat("sharding the base model")
+            model = shard_base(model, device)
 
         subset_slots = name_subsets(len(variants.adapters), seed, whole=variants.merged is not None) if subsets else {}
         digests = variants.digests(subset_slots)
@@ -137,7 +143,7 @@ def evaluate(
             ranks.barrier()  # no rank adds answers before all have read, so that all share the same questions
             with ranks.raise_on_all():
                 how.require_embeddings(model, tokenizer, items)
-            Evaluator(model, tokenizer, how, ranks).answer(variants, files, subset_slots)
+            Evaluator(model, tokenizer, how, ranks, sharded).answer(variants, files, subset_slots)
             answers = {name: file.answers for name, file in files.items()}
         test = _test(items)
         if "ensemble" in digests:  # `answers["ensemble"]` is the dictionary of its AnswerFile, so these are saved too

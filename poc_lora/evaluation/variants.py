@@ -25,6 +25,8 @@ from poc_lora.lora.bank import AdapterBank
 from poc_lora.merging.compatible import check_compatible
 from poc_lora.models.load import resolve_base
 
+UNSHARDED = "evaluate it in one process, on a device that holds the base"
+
 
 def adapter_key(name: str) -> str:
     """The name of an adapter among the variants, and of its files: never `base`, `merged` or `ensemble`."""
@@ -41,6 +43,7 @@ class Variants:
         adapters: By name, in order.
         merged: The run's merge; None evaluates the exact average of several adapters in its place.
         out: The folder for results.
+        shard: Whether several ranks share the base, as the run trained on it.
     """
 
     base: str
@@ -51,6 +54,7 @@ class Variants:
     adapters: dict[str, Adapter]
     merged: Adapter | None
     out: Path
+    shard: bool = False
 
     @property
     def keys(self) -> list[str]:
@@ -139,6 +143,13 @@ def _packs(model: PreTrainedModel, adapter: Adapter) -> bool:
     return not adapter.modules_to_save and not any(
         isinstance(layers.get(m), Conv1D | Embedding) for m in adapter.modules
     )
+
+
+def require_packed(model: PreTrainedModel, variants: Variants) -> None:
+    """Raise RequestError for adapters that are added to the base's weights: no rank has a sharded one whole."""
+    for adapter in (*variants.adapters.values(), *filter(None, [variants.merged])):
+        if not _packs(model, named_as_in(model, adapter)):
+            raise RequestError("on a sharded base only linear layers can change", where=adapter.source, fix=UNSHARDED)
 
 
 def _activate_adapters(bank: AdapterBank, names: list[str], packed: bool) -> Iterator[list[str]]:
@@ -235,6 +246,7 @@ def find_variants(
             adapters={folder.name: read_adapter(folder) for folder in folders},
             merged=read_adapter(run.merged) if run.merged.is_dir() else None,
             out=out or run.evaluation(protocol),
+            shard=config.model.shard,
         )
     if out is None:
         raise RequestError("adapters outside a run need a folder for the results", fix="add --out DIR")

@@ -20,9 +20,9 @@ from poc_lora.errors import TrainingError, visible
 from poc_lora.lora.bank import matching_linears
 from poc_lora.models.compilation import why_not_compiled
 from poc_lora.models.forward import without_cudnn_attention
-from poc_lora.models.load import default_device, empty_base, load_base, load_tokenizer
+from poc_lora.models.load import default_device, load_base
 from poc_lora.models.recomputation import gradient_checkpointing
-from poc_lora.models.sharding import shard_base
+from poc_lora.models.sharding import load_to_shard, shard_base
 from poc_lora.training.check import disk_bytes, preflight, require_processes, require_room, run_data
 from poc_lora.training.checkpoint import Commits
 from poc_lora.training.data import TrainingData
@@ -84,7 +84,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
             _begin(run, config, data, sizes, started_at=started.isoformat(), dtype=dtype, devices=devices)
     if _sharded(config, ranks):
         ranks.heartbeat("sharding the base model")
-        model = shard_base(model if ranks.rank == 0 else None, device)
+        model = shard_base(model, device)
 
     progress = _progress(config, run)
     before = run.commit.manifest.placement if run.commit else None
@@ -123,19 +123,11 @@ def _sharded(config: RunConfig, ranks: Ranks) -> bool:
 def _load_model(
     config: RunConfig, dtype: str, device: torch.device, ranks: Ranks
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load base model and tokenizer; of a base that is to be sharded, rank 0 loads weights, the others only shapes."""
-    section, sharded = config.model, _sharded(config, ranks)
-    if sharded and ranks.rank:
-        model = empty_base(section.name, revision=section.revision, dtype=dtype)
-        return model, load_tokenizer(section.name, revision=section.revision)
-    return load_base(
-        section.name,
-        revision=section.revision,
-        dtype=dtype,
-        quantization=section.quantization,
-        device=torch.device("cpu") if sharded else device,
-        floats_only=sharded,
-    )
+    section = config.model
+    how: dict[str, Any] = {"revision": section.revision, "dtype": dtype, "quantization": section.quantization}
+    if _sharded(config, ranks):
+        return load_to_shard(section.name, **how, rank=ranks.rank)
+    return load_base(section.name, **how, device=device)
 
 
 def _resolve_sizes(
