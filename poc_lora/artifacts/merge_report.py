@@ -57,9 +57,8 @@ class MergeOrigin(Schema):
     sources: Public[Annotated[list[MergeSource], Field(min_length=1)]]
     versions: Public[Versions] = Versions()
     modules_to_save: Public[list[str]] = Field(default_factory=list)  # parameters that replace the base's
-    modules_to_save_averaged: Public[list[str]] = Field(
-        default_factory=list
-    )  # those of them that differed; the others were the same
+    # Those of modules_to_save that differed between the adapters and were averaged.
+    modules_to_save_averaged: Public[list[str]] = Field(default_factory=list)
     embeddings: Public[list[str]] = Field(default_factory=list)
 
 

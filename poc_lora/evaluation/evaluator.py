@@ -76,7 +76,8 @@ class Evaluator:
         """Answer the questions of `files`, which the ranks share, and add the answers of all ranks to `files`.
 
         Args:
-                files: By variant and subset, its questions and the answers that are known; the ensemble is left alone.
+            variants: The base model's adapters and merge.
+            files: By variant and subset, its questions and the answers known so far. The ensemble's file is left alone.
             subset_slots: By the name of a subset, the slots of its adapters.
 
         Raises:

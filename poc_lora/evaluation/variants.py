@@ -63,7 +63,10 @@ class Variants:
         return self.merged is None and len(self.adapters) > 1
 
     def digests(self, subsets: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[str]]:
-        """For every variant and named subset, the digests of its adapters, after how they are combined."""
+        """Returns what identifies the weights of every variant and named subset.
+
+        That is the digests of its adapters, and before them, for a variant made of several, `mean` or `ensemble`.
+        """
         alone = {adapter_key(name): [adapter_digest(Path(a.source))] for name, a in self.adapters.items()}
         every = [digest for digests in alone.values() for digest in digests]
         found: dict[str, list[str]] = {"base": []}
@@ -83,19 +86,21 @@ def activate_variants(
     subsets: Mapping[str, Sequence[int]] | None = None,
     packed: bool = True,
 ) -> Generator[list[str], None, None]:
-    """Make `model` compute each variant in turn, except the ensemble, which is made of answers.
+    """Make `model` compute each variant in turn, except the ensemble, which is computed from the adapters' answers.
 
     Args:
-        model: The loaded base model, without a bank; closing the iterator restores it.
-        subsets: Names of further variants, and the slots of the adapters that they average.
-        packed: Compute all adapters in one step, in which every batch must be repeated for each of them
-            (adapter-major); otherwise one adapter per step.
+        model: The loaded base model, without a bank. Closing the iterator restores it.
+        variants: The adapters and the merge.
+        subsets: Further variants by name, each the average of the adapters in these slots.
+        packed: Yield all adapters at once. The caller must then repeat every batch for each of them, adapter-major.
+            If False, yield one adapter at a time.
 
     Yields:
-        The names of the variants that `model` computes until the next step.
+        The names of the variants that `model` computes until the iterator is advanced.
 
     Raises:
-        AdapterError: For an adapter that does not fit the model; before the first step unless it is the merge.
+        AdapterError: An adapter does not fit the model. It is raised before anything is yielded, for the merge when
+            its turn comes.
     """
     adapters = [named_as_in(model, adapter) for adapter in variants.adapters.values()]
     if not adapters:

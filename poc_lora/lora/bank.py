@@ -22,8 +22,12 @@ class AdapterBank:
 
     Every target `nn.Linear` is replaced by a module that calls the base layer once for all adapters and adds their
     updates by one batched matmul. The adapters' parameters are the rows of one float32 buffer `weights` [M, P], with
-    gradients in `gradients` [M, P]; modules hold views of both. So the optimizer's parameter, the checkpoint and the
-    gradient norm of an adapter are each one row. A packed forward pass has M·b rows, the first b for the first adapter.
+    gradients in `gradients` [M, P]; modules hold torch views of both. So the optimizer's parameter, the checkpoint and
+    the gradient norm of an adapter are each one row.
+
+    A forward pass is packed by default: its batch has M·b rows, the first b for the first adapter. Within the blocks
+    `only`, `merged` and `disabled` all rows of the batch pass through one model instead: one adapter, the average of
+    the adapters, or the base model alone.
 
     A is initialised uniformly in ±1/sqrt(d_in), PEFT's default, and B with zeros.
 

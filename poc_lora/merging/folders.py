@@ -20,7 +20,7 @@ from poc_lora.files import require_new, sha256_file
 from poc_lora.lora.peft_targets import attachable
 from poc_lora.merging.merge import merge, sweep_by_type
 from poc_lora.merging.methods import METHODS
-from poc_lora.merging.unchanged import without_the_base_s_own
+from poc_lora.merging.unchanged import drop_unchanged_tables
 from poc_lora.progress import progress_bar
 
 MODULES_PER_TRIM = 8
@@ -64,7 +64,7 @@ def merge_folders(
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256_file, [source.folder / WEIGHTS_NAME for source in found]))
     refuse_duplicates(found, digests)
-    adapters = without_the_base_s_own(adapters)
+    adapters = drop_unchanged_tables(adapters)
     modules = {name for adapter in adapters for name in adapter.modules}
     done = itertools.count(1)
     with progress_bar(len(modules), f"merging {len(adapters)} adapters") as bar:

@@ -16,7 +16,7 @@ from poc_lora.errors import AdapterError, RequestError
 from poc_lora.hub_ids import is_base_model_id
 from poc_lora.merging import gram, norms
 from poc_lora.merging.compatible import check_compatible, checked_weights, same_parameter
-from poc_lora.merging.decomposition import canonical
+from poc_lora.merging.decomposition import canonical_factors
 from poc_lora.merging.methods import MergeMethod, ModuleToMerge, find_method
 from poc_lora.merging.stacked import stack
 
@@ -149,7 +149,7 @@ def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[
         _refuse_overflow(name)
     norm = math.sqrt(max(0.0, float(weights @ inner @ weights)))
     exact = ModuleToMerge(stacked, weights, plan.rank, rng.key(plan.seed, 0, "random merge", 0, name))
-    module = replace(exact, factors=canonical(stacked)) if plan.canonical else exact
+    module = replace(exact, factors=canonical_factors(stacked)) if plan.canonical else exact
     A, B, error = plan.method.merge(module)
     if error is None:
         error = norms.distance(*exact.average, A, B) / norm if norm else 0.0

@@ -181,7 +181,7 @@ class Pack:
 
     @torch.no_grad()
     def row_losses(self, examples: Sequence[Example], stop: Callable[[], bool] = lambda: False) -> list[float] | None:
-        """Return the loss of each example, summed over its supervised tokens, under the bank's present view.
+        """Return the loss of each example, summed over its supervised tokens, of the model that the bank computes now.
 
         None if `stop`, which is asked before every micro-batch, returned True before all of them had been processed.
         """

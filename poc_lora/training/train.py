@@ -96,7 +96,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
         result = TrainingLoop(
             config,
             ranks=ranks,
-            run_folder=run,
+            run=run,
             metrics=MetricsLogger(run, trackers, adapters=config.adapters.count, rank=ranks.rank),
             commits=commits,
             placement=placement,
@@ -110,9 +110,9 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
                 data.truncated,
                 data.dropped,
                 data.skipped,
-                is_main_process=ranks.rank == 0,
+                is_rank_0=ranks.rank == 0,
             ),
-        ).run()
+        ).train()
     return _total(result, run, ranks, device)
 
 
