@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -133,7 +133,7 @@ class AdapterBank:
         self.targets = frozenset(targets or ())
         self.dropped: set[int] = set()
         self.state = ForwardState(members=list(range(M)))
-        P = sum(rank * (linear.in_features + linear.out_features) for linear in linears.values())
+        P = count_parameters(linears.values(), rank)
         device = next(iter(linears.values())).weight.device
         self.weights = torch.zeros(M, P, device=device)
         # Not trainable: a single zero expanded to a matrix, so that the views below cost no memory.
@@ -286,6 +286,11 @@ class AdapterBank:
             hook.remove()
         for path, module in self.modules.items():
             _replace(self.model, path, module.base)
+
+
+def count_parameters(linears: Iterable[nn.Linear], rank: int) -> int:
+    """Returns P, the number of parameters of one adapter of these layers."""
+    return sum(rank * (linear.in_features + linear.out_features) for linear in linears)
 
 
 def matching_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from poc_lora import rng
 from poc_lora.adapters.adapter import Adapter
-from poc_lora.adapters.factors import DTYPES, MAX_RANK, Factors, is_finite
+from poc_lora.adapters.factors import Factors, check_dtype, is_finite
 from poc_lora.artifacts.merge_report import MergeStatistics, ModuleReport
+from poc_lora.config import MAX_RANK
 from poc_lora.errors import AdapterError, RequestError
 from poc_lora.hub_ids import is_base_model_id
 from poc_lora.merging import gram, norms
@@ -231,8 +232,7 @@ def _check_plan(name: str, plan: _Plan, adapters: Sequence[Adapter]) -> None:
         raise RequestError(what[:200], where="rank", fix=f"give ranks from 1 to {MAX_RANK}")
     if not -(2**63) <= plan.seed < 2**63:
         raise RequestError("the seed is no integer of 64 bits", where="seed")
-    if plan.dtype not in DTYPES.values():
-        raise RequestError(f"an adapter cannot be written in {plan.dtype}", fix="use float32, bfloat16 or float16")
+    check_dtype(plan.dtype)
     if plan.method.rank == "required" and plan.rank is None:
         raise RequestError(f"the method {name} needs the number of components to keep", fix="give a rank")
     if plan.method.rank == "unused" and plan.rank is not None:

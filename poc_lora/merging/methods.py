@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from poc_lora.config import MAX_RANK
 from poc_lora.errors import RequestError
 
 if TYPE_CHECKING:
@@ -110,8 +111,6 @@ def find_method(name: str) -> MergeMethod:
 
 def _check_total_rank(adapters: Sequence["Adapter"], weights: Sequence[float], rank: int | None) -> None:
     """The exact average has the sum of the ranks, which must be a rank that can be written."""
-    from poc_lora.adapters.factors import MAX_RANK
-
     totals: Counter[str] = Counter()
     for adapter in adapters:
         totals.update({name: adapter.rank(name) for name in adapter.modules})

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -15,7 +15,7 @@ from poc_lora.envvars import whole_number
 from poc_lora.errors import Interrupted
 from poc_lora.models.sharding import all_reduce_max
 from poc_lora.progress import ProgressBar, progress_bar
-from poc_lora.training.checkpoint import Commits, progress_from_json, progress_to_json
+from poc_lora.training.checkpoint import Commits
 from poc_lora.training.data import TrainingData
 from poc_lora.training.memory import Sizes
 from poc_lora.training.metrics import MetricsLogger
@@ -76,7 +76,7 @@ class TrainingLoop:
     result: TrainingResult  # progress at the start; `train` brings it up to date
 
     def __post_init__(self) -> None:
-        self.sharded = self.config.model.shard and self.ranks.size > 1
+        self.sharded = self.config.model.is_sharded(self.ranks.size)
         self.own = self.placement.of(self.ranks.rank)
         self._steps_since_commit = 0
         self._warned = False
@@ -220,13 +220,13 @@ class TrainingLoop:
         self.commits.check()
         reports = self.ranks.gather(
             {
-                "adapters": progress_to_json(self.result.progress, self.own),
+                "adapters": {adapter: asdict(self.result.progress[adapter]) for adapter in self.own},
                 "stop": self.ranks.stop.is_set(),
                 "metrics": self.metrics.take(),
             }
         )
         for report in reports:
-            self.result.progress |= progress_from_json(report["adapters"])
+            self.result.progress |= {int(adapter): Progress(**state) for adapter, state in report["adapters"].items()}
         if self.ranks.rank == 0:
             for adapters, lines in (kept for report in reports for kept in report["metrics"]):
                 self.metrics.write(adapters, lines)

@@ -97,7 +97,7 @@ class Footprint:
             stored = stored_quantization(section.name, revision=section.revision)
             self.quantization = section.quantization or (stored if stored in QUANTIZED_BYTES else None)
             self.weights, self.largest = _weight_bytes(model, self.quantization, device)
-            if section.shard and ranks > 1:
+            if section.is_sharded(ranks):
                 self.weights = self.weights // ranks + _gathered_bytes(model, self.weights)
             bank = AdapterBank.blank(model, targets=config.lora.targets, rank=config.lora.rank, adapters=[0])
             self.parameters = bank.parameters_per_adapter
@@ -283,7 +283,7 @@ def resolve_sizes(
 
 def _worthwhile_tokens(config: RunConfig, device: torch.device, ranks: int) -> tuple[int, int]:
     """SLOW_TOKENS and FAST_TOKENS of a run."""
-    times = GATHERED_TIMES if config.model.shard and ranks > 1 else 1
+    times = GATHERED_TIMES if config.model.is_sharded(ranks) else 1
     return times * by_device(SLOW_TOKENS, device.type), times * by_device(FAST_TOKENS, device.type)
 
 

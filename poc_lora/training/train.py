@@ -17,7 +17,7 @@ from poc_lora.distributed import Ranks, open_ranks
 from poc_lora.environment import changed_devices, describe_device, environment
 from poc_lora.envvars import whole_number
 from poc_lora.errors import TrainingError, visible
-from poc_lora.lora.bank import matching_linears
+from poc_lora.lora.bank import count_parameters, matching_linears
 from poc_lora.models.compilation import why_not_compiled
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, empty_base, load_base, load_tokenizer
@@ -29,7 +29,7 @@ from poc_lora.training.data import TrainingData
 from poc_lora.training.loop import TrainingLoop, TrainingResult
 from poc_lora.training.memory import Sizes, free_bytes, peak_bytes, resolve_sizes
 from poc_lora.training.metrics import MetricsLogger, open_trackers
-from poc_lora.training.placement import Progress, place
+from poc_lora.training.placement import Progress, initial_progress, place
 from poc_lora.training.run import Run, run_lock
 
 
@@ -82,7 +82,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
     with ranks.raise_on_all():
         if ranks.rank == 0:
             _begin(run, config, data, sizes, started_at=started.isoformat(), dtype=dtype, devices=devices)
-    if _sharded(config, ranks):
+    if config.model.is_sharded(ranks.size):
         ranks.heartbeat("sharding the base model")
         model = shard_base(model if ranks.rank == 0 else None, device)
 
@@ -116,15 +116,11 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
     return _total(result, run, ranks, device)
 
 
-def _sharded(config: RunConfig, ranks: Ranks) -> bool:
-    return config.model.shard and ranks.size > 1
-
-
 def _load_model(
     config: RunConfig, dtype: str, device: torch.device, ranks: Ranks
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load base model and tokenizer; of a base that is to be sharded, rank 0 loads weights, the others only shapes."""
-    section, sharded = config.model, _sharded(config, ranks)
+    section, sharded = config.model, config.model.is_sharded(ranks.size)
     if sharded and ranks.rank:
         model = empty_base(section.name, revision=section.revision, dtype=dtype)
         return model, load_tokenizer(section.name, revision=section.revision)
@@ -161,10 +157,8 @@ def _resolve_sizes(
         with gradient_checkpointing(model):
             pass  # refuses a model without such layers before anything is written
     if run.info is None:
-        linears = matching_linears(model, config.lora.targets).values()
-        parameters = config.lora.rank * sum(m.in_features + m.out_features for m in linears)
-        at_once = min(sizes.per_device * ranks.size, config.adapters.count)
-        require_room(run.folder, disk_bytes(config, parameters, at_once))
+        parameters = count_parameters(matching_linears(model, config.lora.targets).values(), config.lora.rank)
+        require_room(run.folder, disk_bytes(config, parameters, sizes.per_device * ranks.size))
     return sizes
 
 
@@ -188,8 +182,7 @@ def _begin(run: Run, config: RunConfig, data: TrainingData, sizes: Sizes, *, dev
 
 
 def _progress(config: RunConfig, run: Run) -> dict[int, Progress]:
-    fresh = {adapter: Progress(0) for adapter in range(config.adapters.count)}
-    return fresh if run.commit is None else fresh | run.commit.progress
+    return initial_progress(config.adapters.count) | (run.commit.progress if run.commit else {})
 
 
 def _total(result: TrainingResult, run: Run, ranks: Ranks, device: torch.device) -> TrainingResult:
