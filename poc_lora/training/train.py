@@ -29,7 +29,7 @@ from poc_lora.training.data import TrainingData
 from poc_lora.training.loop import TrainingLoop, TrainingResult
 from poc_lora.training.memory import Sizes, free_bytes, peak_bytes, resolve_sizes
 from poc_lora.training.metrics import MetricsLogger, open_trackers
-from poc_lora.training.placement import Progress, initial_progress, place
+from poc_lora.training.placement import initial_progress, place
 from poc_lora.training.run import Run, run_lock
 
 
@@ -86,7 +86,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
         ranks.heartbeat("sharding the base model")
         model = shard_base(model if ranks.rank == 0 else None, device)
 
-    progress = _progress(config, run)
+    progress = initial_progress(config.adapters.count) | (run.commit.progress if run.commit else {})
     before = run.commit.manifest.placement if run.commit else None
     placement = place(progress, data.total_steps, ranks=ranks.size, per_device=sizes.per_device, before=before)
     with (
@@ -179,10 +179,6 @@ def _begin(run: Run, config: RunConfig, data: TrainingData, sizes: Sizes, *, dev
         **asdict(sizes),
         **info,
     )
-
-
-def _progress(config: RunConfig, run: Run) -> dict[int, Progress]:
-    return initial_progress(config.adapters.count) | (run.commit.progress if run.commit else {})
 
 
 def _total(result: TrainingResult, run: Run, ranks: Ranks, device: torch.device) -> TrainingResult:
