@@ -28,7 +28,7 @@ def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: S
         items: The test questions.
 
     Raises:
-        RunError: If its merge was not evaluated, or with other settings or questions.
+        RunError: The merge was not evaluated, or with other settings or questions.
     """
     folder = RunFolder(run).evaluation(protocol)
     fix = f"first: poc-lora eval {run} with the same base, data, benchmarks, prompt, dtype and limit"

@@ -36,7 +36,7 @@ def summarise(
     """Compute Results from answers.
 
     Args:
-        answers: By variant: `base`, the `adapter_key` of each adapter and, if there are such, `merged`, `ensemble` and
+        answers: By variant: `base`, the `adapter_key` of each adapter and, where they exist, `merged`, `ensemble` and
             `control`. Adapters answer all `items`, the other variants only test questions.
         seed: The seed of the bootstrap.
         described: The fields of Results that do not depend on answers.
@@ -199,8 +199,8 @@ def paired_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], 
 def smallest_difference(questions: Mapping[str, int]) -> float:
     """The smallest difference of macro averages that an evaluation shows with 80 % power at the 5 % level.
 
-    For two variants of which one is right and the other wrong on one question in five: the difference per question then
-    has the variance 1/5. Variants that differ more often need more questions.
+    It assumes that on one question in five exactly one of the two variants is right, so that the difference per
+    question has variance 1/5. Variants that differ more often need more questions.
 
     Args:
         questions: Their number, by benchmark.
@@ -209,7 +209,7 @@ def smallest_difference(questions: Mapping[str, int]) -> float:
 
 
 def agreement(ours: Mapping[Item, Answer], theirs: Mapping[Item, Answer]) -> float:
-    """The share of questions that fit the context on which two variants choose the same label; NaN if none fits."""
+    """The share of questions, of those that fit the context, on which two variants agree; NaN if none fits."""
     same = [ours[item].choice == theirs[item].choice for item in ours if not ours[item].too_long]
     return sum(same) / len(same) if same else math.nan
 

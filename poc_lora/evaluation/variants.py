@@ -198,13 +198,13 @@ def find_variants(
 
     Args:
         targets: One run folder, one model's folder, or adapter folders and Hub ids.
-        base, revision, dtype, quantization, prompt, out: As in `Variants`. Defaults come from the run's config.yaml;
-            loose adapters name their base, are asked with the template `clean`, and need `out`.
+        base, revision, dtype, quantization, prompt, out: As in `Variants`. Defaults come from the run's config.yaml.
+            For adapters outside a run the base is the one they name, the template is `clean`, and `out` is required.
         protocol: Names the default folder for results.
 
     Raises:
-        RequestError: For targets that are not one run or adapters of one base model, or an unknown prompt template.
-        RunError, AdapterError, ConfigError: For a run or an adapter that cannot be read.
+        RequestError: The targets are not one run or adapters of one base model, or the prompt template is unknown.
+        RunError, AdapterError, ConfigError: A run or an adapter cannot be read.
     """
     if prompt is not None and prompt not in TEMPLATES:
         raise RequestError(f"no prompt template is called {prompt!r}", fix=f"known: {', '.join(TEMPLATES)}")
@@ -261,7 +261,7 @@ def is_model(folder: Path) -> bool:
 
 
 def is_merge_of(report: MergeReport, adapters: Sequence[Path]) -> bool:
-    """Whether a merge is current: of these adapters, with the weights that they have now."""
+    """Whether a merge is up to date: of these adapters, with their present weights."""
     return {source.sha256 for source in report.sources} == {sha256_file(path / WEIGHTS_NAME) for path in adapters}
 
 

@@ -42,6 +42,8 @@ def merge_folders(
 ) -> MergeReport:
     """Merge adapters into the new folder `out`; the same inputs give the same bytes.
 
+    A tokenizer is written too if all sources have the same one. After an error nothing has been written.
+
     Args:
         sources: Adapter folders, run folders (for their finished adapters in order) and Hub ids.
         out: The folder to create; it may exist if it is empty.
@@ -49,10 +51,10 @@ def merge_folders(
             in `poc_lora.merging.merge.merge`.
 
     Returns:
-        The contents of merge.json. A tokenizer that lies beside all sources, the same, is carried too.
+        The contents of merge.json.
 
     Raises:
-        AdapterError: A source cannot be read or merged. Nothing was written, here and below.
+        AdapterError: A source cannot be read or merged.
         RequestError: The options do not go together, or `out` exists and is not an empty folder.
         WriteError: The disk could not be written to.
     """

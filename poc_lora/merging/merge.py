@@ -24,6 +24,8 @@ from poc_lora.merging.stacked import stack
 
 @dataclass(frozen=True)
 class Merged:
+    """The result of a merge."""
+
     adapter: Adapter
     report: MergeStatistics
     averaged: list[str]  # the parameters of modules_to_save that differed
@@ -54,7 +56,7 @@ def merge(
 
     Args:
         adapters: The adapters; shapes must agree, and so must parameters of modules_to_save.
-        method: A name in `poc_lora.merging.methods.METHODS`, where each has its formula.
+        method: A name in `poc_lora.merging.methods.METHODS`; the formulas are in the docstrings there.
         rank: The rank to keep in each module, for the methods that use one.
         rank_sweep: Ranks for which the report gives the error of truncating the average.
         weights: One weight w_j for each adapter; they sum to 1.
@@ -63,8 +65,8 @@ def merge(
         seed: Keys the random draws of method `random`.
         dtype: The dtype of the merged factors.
         allow_base_mismatch: Accept adapters whose base models have different Hub ids.
-        modules_to_save: `same` refuses parameters that differ; `mean` takes Σ_j w_j W_j, which is right for classifiers
-            whose labels stand in the same order: adapters do not tell that order.
+        modules_to_save: `same` refuses parameters that differ. `mean` averages them, Σ_j w_j W_j. For classifiers all
+            adapters must have the labels in the same order, which their files do not record.
         on_module: Called with each module's name once it is merged.
 
     Returns:
@@ -204,7 +206,7 @@ def _effective_rank(modules: Iterable[ModuleReport], norm: float) -> float:
 
 
 def sweep_by_type(report: MergeStatistics) -> dict[str, dict[int, float]]:
-    """The relative error of each rank of a sweep, over all modules of a type (`q_proj`, ...) and over `all`."""
+    """Returns the relative error at each rank of a sweep, by type of module (`q_proj`, ...) and over `all` modules."""
     types: dict[str, list[ModuleReport]] = {"all": list(report.modules.values())}
     for name, module in report.modules.items():
         types.setdefault(name.rpartition(".")[2], []).append(module)

@@ -38,7 +38,7 @@ State = dict[str, torch.Tensor]  # one adapter's weights and moments, on the hos
 
 
 class FileEntry(Schema):
-    """What a file must be to be intact."""
+    """Size and checksum of a file of a commit."""
 
     bytes: int
     sha256: str

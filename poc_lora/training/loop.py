@@ -62,7 +62,7 @@ class TrainingResult:
 
 @dataclass
 class TrainingLoop:
-    """One rank's share of a run: the state of training, passed on from `train`, and what moves it."""
+    """Trains one rank's share of a run: its packs, one after another."""
 
     config: RunConfig
     ranks: Ranks

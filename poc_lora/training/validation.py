@@ -26,7 +26,7 @@ def validate(
 
     Args:
         pack: The adapters, at the same step.
-        stop: Asked before every micro-batch.
+        stop: Called before every micro-batch; validation ends if it returns True.
         report: Called with a note on progress before each model.
 
     Returns:
