@@ -25,6 +25,7 @@ from poc_lora.errors import RequestError
 from poc_lora.files import write_atomic
 
 MAX_ADAPTERS = 4096
+MAX_RANK = 4096  # of any adapter, trained, merged or read
 
 
 class ModelSection(Section):
@@ -41,6 +42,10 @@ class ModelSection(Section):
     shard: Flag = False
     """Shard the base over the processes, which gather it layer by layer (FSDP2)."""
 
+    def is_sharded(self, ranks: int) -> bool:
+        """Whether the base is sharded if that many ranks train."""
+        return self.shard and ranks > 1
+
     @model_validator(mode="after")
     def _can_be_sharded(self) -> "ModelSection":
         if self.shard and self.quantization in ("int8", "fp8"):
@@ -51,7 +56,7 @@ class ModelSection(Section):
 class LoraSection(Section):
     """The update W x + (alpha / rank) B A x of every target module."""
 
-    rank: Annotated[Positive, Field(le=4096)] = 32
+    rank: Annotated[Positive, Field(le=MAX_RANK)] = 32
     """The rank of each adapter."""
     alpha: PositiveFloat = 64.0
     """The update is scaled by alpha / rank."""

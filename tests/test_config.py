@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from poc_lora import config_files
-from poc_lora.adapters.factors import MAX_RANK
-from poc_lora.config import RunConfig, changed_keys, dump_yaml, flatten, load_config, validate, write_template
+from poc_lora.config import MAX_RANK, RunConfig, changed_keys, dump_yaml, flatten, load_config, validate, write_template
 from poc_lora.config_files import all_keys, parse_yaml
 from poc_lora.errors import MAX_DETAILS, ConfigError, RequestError
 

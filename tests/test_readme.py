@@ -252,6 +252,17 @@ def test_the_house_names_every_room():
             assert path.name in house, path.name
 
 
+def test_the_files_that_contributing_names_are_there():
+    there = [
+        f"/{path.relative_to(ROOT)}"
+        for folder in ("poc_lora", "scripts", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    named = set(re.findall(r"[\w/]*\w\.py\b", PAGES["CONTRIBUTING.md"]))
+    assert len(named) > 50
+    assert not [name for name in named if not any(path.endswith(f"/{name}") for path in there)]
+
+
 def test_the_loop_in_training_md_runs(tiny_llama):
     ids = torch.randint(0, 97, (16, 6))
     seen = []

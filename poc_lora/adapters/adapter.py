@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from poc_lora.adapters.factors import DTYPES, Factors, check_name, check_shapes, is_finite
+from poc_lora.adapters.factors import Factors, check_dtype, check_name, check_shapes, is_finite
 from poc_lora.adapters.peft_config import auto_mapping, check_config, module_scales, plain_targets, target_pattern
 from poc_lora.adapters.weights_file import PREFIX, LazyFactors, LazyModulesToSave, read_header
-from poc_lora.errors import AdapterError, RequestError
+from poc_lora.errors import AdapterError
 from poc_lora.files import (
     allow_as_usual,
     commit_folder,
@@ -295,8 +295,7 @@ def _check_written(adapter: Adapter, tensors: Mapping[str, Tensor], folder: Path
 
 
 def _check_writable(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
-    if dtype not in DTYPES.values():
-        raise RequestError(f"an adapter cannot be written in {dtype}", fix="use float32, bfloat16 or float16")
+    check_dtype(dtype)
     if not adapter.modules:
         raise AdapterError("an adapter without modules cannot be written", where=adapter.source)
     require_new(folder)

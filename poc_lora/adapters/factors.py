@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from poc_lora.errors import AdapterError
+from poc_lora.config import MAX_RANK
+from poc_lora.errors import AdapterError, RequestError
 
 MAX_NAME = 256
-MAX_RANK = 4096
 MAX_WIDTH = 2**20
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,6 +51,12 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor has neither NaN nor infinity, in one pass and without a copy."""
     # Minimum and maximum propagate NaN.
     return tensor.numel() == 0 or all(math.isfinite(bound.item()) for bound in torch.aminmax(tensor.detach()))
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises RequestError if an adapter's file cannot have the dtype."""
+    if dtype not in DTYPES.values():
+        raise RequestError(f"an adapter cannot be written in {dtype}", fix="use float32, bfloat16 or float16")
 
 
 def check_name(module: str, where: str | Path) -> None:

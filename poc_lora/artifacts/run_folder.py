@@ -9,6 +9,11 @@ ROW_LOSSES = "rows.json"  # beside them, of an evaluation on rows
 PROTOCOLS = ("label", "generate", "harness")
 
 
+def variant_file(variant: str) -> str:
+    """Returns the name of a variant's scores in the folder of an evaluation."""
+    return f"{variant}.json"
+
+
 class RunFolder:
     """The paths in a run's folder, whether they exist or not."""
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from poc_lora.artifacts.schema import Artifact, Count, Finite, Number, Seed
+from poc_lora.artifacts.schema import Artifact, Count, Finite, Int64, Number
 
 TOKENIZED_ROWS = "tokenised rows"
 SUPERVISED_TOKENS = "tokens with a loss"
@@ -40,7 +40,7 @@ class RunInfo(Artifact):
 
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, str | Count | list[str]] = Field(default_factory=dict)
-    seed: Seed | None = None
+    seed: Int64 | None = None
     steps: Count | None = None
     data_sha256: dict[str, str] = Field(default_factory=dict)
     skipped_rows: Count | None = None

@@ -84,12 +84,12 @@ def evaluate(
         missing = "TARGETS" if not targets else "--data"
         raise RequestError(f"{missing} is missing", fix="for example: poc-lora eval runs/demo --data ../commonsense")
 
-    from poc_lora.distributed import is_first_rank
+    from poc_lora.distributed import is_rank_0
     from poc_lora.evaluation.evaluate import count_questions, evaluate
     from poc_lora.reporting.results_tables import power_note, results_summary, write_report
 
     names = None if benchmarks is None else [name.strip() for name in benchmarks.split(",")]
-    if data is not None and (limit is None or limit > 0) and is_first_rank():
+    if data is not None and (limit is None or limit > 0) and is_rank_0():
         with contextlib.suppress(DataError):  # `evaluate` raises it, after what is wrong with the targets
             show(power_note(count_questions(data, names, limit)))
     results = evaluate(
@@ -107,7 +107,7 @@ def evaluate(
         control=control,
         out=out,
     )
-    if not is_first_rank():
+    if not is_rank_0():
         return
     written = write_report(out or targets[0], results)
     show(*results_summary(results))

@@ -104,7 +104,7 @@ def train(
     from poc_lora.training.train import train
 
     done = train(loaded, resume=resume)
-    if not done.is_main_process:
+    if not done.is_rank_0:
         return
     show(*training_summary(done))
     run = RunFolder(done.folder)

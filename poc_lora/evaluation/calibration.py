@@ -1,4 +1,4 @@
-"""Are a model's probabilities honest? Log loss, Brier score and expected calibration error of its answers."""
+"""Calibration: log loss, Brier score and expected calibration error of a variant's answers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ BINS = 15  # of equal width, as Guo et al. (ICML 2017) take
 
 
 def calibrate(items: Sequence[Item], answers: Mapping[Item, Answer]) -> Calibration | None:
-    """Compute the calibration of one variant: plain means over benchmarks, with errors of sampling the questions.
+    """Compute the calibration of one variant: means over benchmarks, with the standard errors of sampling questions.
 
-    The probabilities are those of the question's labels, normalised to one. Questions without them, such as those that
-    are too long, are left out; None if a benchmark has no other.
+    The probabilities are those of the question's labels, normalised to sum to one. Questions without them, such as
+    those that are too long, are left out. Returns None if a benchmark has no others.
     """
     benchmarks: dict[str, list[tuple[Tensor, int]]] = {item.benchmark: [] for item in items}
     for item in items:
@@ -41,15 +41,15 @@ def calibrate(items: Sequence[Item], answers: Mapping[Item, Answer]) -> Calibrat
 
 
 def brier_score(p: Tensor, right: int) -> Tensor:
-    """The sum over labels of (probability − 1 for the right one, − 0 for others)², from 0 to 2 (Brier 1950)."""
+    """Σ_l (p_l − y_l)² over the labels, with y_l = 1 for the right one and 0 for others; from 0 to 2 (Brier 1950)."""
     return (p - torch.nn.functional.one_hot(torch.tensor(right), len(p))).square().sum()
 
 
 def calibration_terms(confidence: Tensor, correct: Tensor) -> Tensor:
     """Values whose mean is the expected calibration error, Σ_bins |Σ (confidence − correct)| / n.
 
-    Each is (confidence − correct) times the sign of its bin's sum, so their sample variance gives the error of the mean
-    to first order. With few questions the expected calibration error is too large on average, for all variants alike.
+    Each is (confidence − correct) times the sign of its bin's sum, so their sample variance gives the standard error of
+    the mean to first order. With few questions the expected calibration error is biased upwards for all variants.
 
     Args:
         confidence: The probability of the chosen label [n].

@@ -55,8 +55,8 @@ def evaluate(
     Args:
         targets: A run folder, the folder of a model (scored alone), or adapter folders and Hub ids. Without a merge,
             the exact average of several adapters is scored as the merge.
-        data: The folder of BENCHMARK/test.json (or .jsonl) files; a name beside the eight is a benchmark of your own.
-            None, for `harness` only, takes lm-eval's own tasks.
+        data: The folder of BENCHMARK/test.json (or .jsonl) files. Folders other than the paper's eight are
+            benchmarks of your own. None, for `harness` only, takes lm-eval's own tasks.
         base, revision: The base model; default: the run's, or the one that the adapters name.
         dtype, quantization, prompt: Default: the run's, or `auto`, None and `clean`.
         benchmarks: Folder names or the paper's short names; default: all eight, or all that `data` holds if it has
@@ -65,18 +65,18 @@ def evaluate(
         beams: For `generate`; 1 is greedy.
         limit: Only the first questions of each benchmark.
         subsets: Score merges of 2, 4, ... adapters too.
-        control: Another run, evaluated before with the same settings, whose merge is compared with this one's.
+        control: A run that was evaluated with the same settings; its merge is compared with this one's.
         out: The folder for results; default: RUN/eval, or RUN/eval-PROTOCOL. Required for adapters outside a run.
-        seed: Of the bootstrap and of the subsets.
+        seed: Keys the bootstrap and the draw of the subsets.
         device: Default: this process's GPU, or the CPU.
 
     Returns:
         What was written to results.json.
 
     Raises:
-        RequestError, RunError, AdapterError, DataError, ModelError: For what cannot be evaluated, if possible before
-            weights are loaded.
-        Interrupted: After Ctrl-C or SIGTERM.
+        RequestError, RunError, AdapterError, DataError, ModelError: Something cannot be evaluated; raised before
+            weights are loaded if possible.
+        Interrupted: Ctrl-C or SIGTERM; the answers so far are saved.
     """
     _check_request(protocol, limit=limit, beams=beams, subsets=subsets, control=control)
     device = device or default_device()

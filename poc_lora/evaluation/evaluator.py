@@ -27,7 +27,7 @@ BATCHES_PER_RANK = 2  # at least, with several ranks: none is left without work 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How questions are put and answers are read."""
+    """A protocol and its settings: how prompts are made, and how answers are read."""
 
     name: str  # label or generate
     prompt: str  # the template
@@ -73,9 +73,9 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Puts questions to the variants that a model computes.
+    """Answers questions with all variants of a model.
 
-    With several ranks each answers its share of the questions; on a sharded base all answer every batch together.
+    Ranks share the questions; on a sharded base they answer every batch together.
     """
 
     model: PreTrainedModel
@@ -87,16 +87,17 @@ class Evaluator:
     def answer(
         self, variants: Variants, files: Mapping[str, AnswerFile], subset_slots: Mapping[str, Sequence[int]]
     ) -> None:
-        """Answer the questions of `files`, which the ranks share, and add the answers of all ranks to `files`.
+        """Answer the questions without an answer in `files`, shared over the ranks, and add all answers to `files`.
 
         Args:
-                files: By variant and subset, its questions and the answers that are known; the ensemble is left alone.
+            variants: The base model's adapters and merge.
+            files: By variant and subset, its questions and the answers known so far. The ensemble's file is left alone.
             subset_slots: By the name of a subset, the slots of its adapters.
 
         Raises:
-            Interrupted: On all ranks, after a request to stop one of them.
-            AdapterError, ModelError: If scores are not numbers.
-            RunError: If the other ranks' answers cannot be read.
+            Interrupted: A rank was asked to stop; raised on all ranks.
+            AdapterError, ModelError: Scores are NaN.
+            RunError: The other ranks' answers cannot be read.
         """
         asked = {name: file for name, file in files.items() if name != "ensemble"}
         stopped = None

@@ -45,14 +45,14 @@ def evaluate_rows(
 
     Args:
         targets: As for `evaluate`.
-        rows: Files, and data sets of the Hub. In a run they are read as its training rows were: with its columns,
-            prompt template, longest row and turns to learn.
+        rows: Files, and data sets of the Hub. For a run they are read like its training rows, with the same columns,
+            prompt template, max_length and turns to learn.
         base, revision, dtype, quantization, prompt, out: As for `evaluate`; `out` is RUN/eval-rows by default.
         device: Default: the GPU, or the CPU.
 
     Raises:
-        RequestError, RunError, AdapterError, DataError, ModelError: For what cannot be evaluated.
-        Interrupted: After Ctrl-C or SIGTERM.
+        RequestError, RunError, AdapterError, DataError, ModelError: Something cannot be evaluated.
+        Interrupted: Ctrl-C or SIGTERM.
     """
     device = device or default_device()
     for source in rows:

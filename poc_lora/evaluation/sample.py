@@ -32,9 +32,9 @@ def sample_texts(
 
     Args:
         run: The run folder.
-        text: Is put into the run's prompt template.
+        text: The instruction to put into the run's prompt template.
         adapter: The adapter's name, such as 03; None leaves it out.
-        chat: The text is a user's turn in the base's chat template instead.
+        chat: Use the base's chat template instead, with `text` as the user's turn.
         new_tokens: The most tokens to generate.
         device: Default: the GPU, or the CPU.
 
@@ -42,7 +42,7 @@ def sample_texts(
         The new texts, by `base`, the adapter's name, and `merge`.
 
     Raises:
-        RequestError, RunError, AdapterError, DataError, ModelError: For what cannot be sampled.
+        RequestError, RunError, AdapterError, DataError, ModelError: The run or the prompt cannot be used.
     """
     if not RunFolder(run).is_run:
         raise RequestError("not a run", where=run, fix="give a run folder, with config.yaml")

@@ -67,7 +67,10 @@ class Variants:
         return self.merged is None and len(self.adapters) > 1
 
     def digests(self, subsets: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[str]]:
-        """For every variant and named subset, the digests of its adapters, after how they are combined."""
+        """Returns what identifies the weights of every variant and named subset.
+
+        That is the digests of its adapters, and before them, for a variant made of several, `mean` or `ensemble`.
+        """
         alone = {adapter_key(name): [adapter_digest(Path(a.source))] for name, a in self.adapters.items()}
         every = [digest for digests in alone.values() for digest in digests]
         found: dict[str, list[str]] = {"base": []}
@@ -87,19 +90,21 @@ def activate_variants(
     subsets: Mapping[str, Sequence[int]] | None = None,
     packed: bool = True,
 ) -> Generator[list[str], None, None]:
-    """Make `model` compute each variant in turn, except the ensemble, which is made of answers.
+    """Make `model` compute each variant in turn, except the ensemble, which is computed from the adapters' answers.
 
     Args:
-        model: The loaded base model, without a bank; closing the iterator restores it.
-        subsets: Names of further variants, and the slots of the adapters that they average.
-        packed: Compute all adapters in one step, in which every batch must be repeated for each of them
-            (adapter-major); otherwise one adapter per step.
+        model: The loaded base model, without a bank. Closing the iterator restores it.
+        variants: The adapters and the merge.
+        subsets: Further variants by name, each the average of the adapters in these slots.
+        packed: Yield all adapters at once. The caller must then repeat every batch for each of them, adapter-major.
+            If False, yield one adapter at a time.
 
     Yields:
-        The names of the variants that `model` computes until the next step.
+        The names of the variants that `model` computes until the iterator is advanced.
 
     Raises:
-        AdapterError: For an adapter that does not fit the model; before the first step unless it is the merge.
+        AdapterError: An adapter does not fit the model. It is raised before anything is yielded, for the merge when
+            its turn comes.
     """
     adapters = [named_as_in(model, adapter) for adapter in variants.adapters.values()]
     if not adapters:
@@ -204,13 +209,13 @@ def find_variants(
 
     Args:
         targets: One run folder, one model's folder, or adapter folders and Hub ids.
-        base, revision, dtype, quantization, prompt, out: As in `Variants`. Defaults come from the run's config.yaml;
-            loose adapters name their base, are asked with the template `clean`, and need `out`.
+        base, revision, dtype, quantization, prompt, out: As in `Variants`. Defaults come from the run's config.yaml.
+            For adapters outside a run the base is the one they name, the template is `clean`, and `out` is required.
         protocol: Names the default folder for results.
 
     Raises:
-        RequestError: For targets that are not one run or adapters of one base model, or an unknown prompt template.
-        RunError, AdapterError, ConfigError: For a run or an adapter that cannot be read.
+        RequestError: The targets are not one run or adapters of one base model, or the prompt template is unknown.
+        RunError, AdapterError, ConfigError: A run or an adapter cannot be read.
     """
     if prompt is not None and prompt not in TEMPLATES:
         raise RequestError(f"no prompt template is called {prompt!r}", fix=f"known: {', '.join(TEMPLATES)}")
@@ -268,7 +273,7 @@ def is_model(folder: Path) -> bool:
 
 
 def is_merge_of(report: MergeReport, adapters: Sequence[Path]) -> bool:
-    """Whether a merge is current: of these adapters, with the weights that they have now."""
+    """Whether a merge is up to date: of these adapters, with their present weights."""
     return {source.sha256 for source in report.sources} == {sha256_file(path / WEIGHTS_NAME) for path in adapters}
 
 

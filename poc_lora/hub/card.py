@@ -13,13 +13,14 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from poc_lora.adapters.peft_config import TASKS
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.run_info import NO_FILES
 from poc_lora.data.commonsense import BY_FOLDER, Benchmark, own_benchmark
 from poc_lora.data.rows import is_dataset_id
 from poc_lora.errors import RequestError
 from poc_lora.hub.collect import Evaluation, File, Subject
-from poc_lora.hub.usage import TASKS, UNKNOWN_TASK, usage
+from poc_lora.hub.usage import UNKNOWN_TASK, usage
 from poc_lora.merging.methods import METHODS
 from poc_lora.optim.schedules import MAX_WARMUP_STEPS
 from poc_lora.reporting.escape import code, markdown

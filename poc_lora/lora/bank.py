@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,8 +22,12 @@ class AdapterBank:
 
     Every target `nn.Linear` is replaced by a module that calls the base layer once for all adapters and adds their
     updates by one batched matmul. The adapters' parameters are the rows of one float32 buffer `weights` [M, P], with
-    gradients in `gradients` [M, P]; modules hold views of both. So the optimizer's parameter, the checkpoint and the
-    gradient norm of an adapter are each one row. A packed forward pass has M·b rows, the first b for the first adapter.
+    gradients in `gradients` [M, P]; modules hold torch views of both. So the optimizer's parameter, the checkpoint and
+    the gradient norm of an adapter are each one row.
+
+    A forward pass is packed by default: its batch has M·b rows, the first b for the first adapter. Within the blocks
+    `only`, `merged` and `disabled` all rows of the batch pass through one model instead: one adapter, the average of
+    the adapters, or the base model alone.
 
     A is initialised uniformly in ±1/sqrt(d_in), PEFT's default, and B with zeros.
 
@@ -129,7 +133,7 @@ class AdapterBank:
         self.targets = frozenset(targets or ())
         self.dropped: set[int] = set()
         self.state = ForwardState(members=list(range(M)))
-        P = sum(rank * (linear.in_features + linear.out_features) for linear in linears.values())
+        P = count_parameters(linears.values(), rank)
         device = next(iter(linears.values())).weight.device
         self.weights = torch.zeros(M, P, device=device)
         # Not trainable: a single zero expanded to a matrix, so that the views below cost no memory.
@@ -282,6 +286,11 @@ class AdapterBank:
             hook.remove()
         for path, module in self.modules.items():
             _replace(self.model, path, module.base)
+
+
+def count_parameters(linears: Iterable[nn.Linear], rank: int) -> int:
+    """Returns P, the number of parameters of one adapter of these layers."""
+    return sum(rank * (linear.in_features + linear.out_features) for linear in linears)
 
 
 def matching_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:

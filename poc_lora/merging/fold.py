@@ -49,17 +49,17 @@ class Folded:
 def fold(adapter: str | Path, base: str, out: Path, *, untie_head: bool = False) -> Folded:
     """Write the base model with weights W + ΔW to the new folder `out`.
 
-    Files, tensors, dtypes and their order stay those of the base; tokenizer and configuration are copied, the tokenizer
-    from beside the adapter if one is there. Sums are computed in float32 (float64 for a float64 base) and rounded once.
-    Memory holds one weight file at a time.
+    The folder has the base's files, with the same tensors in the same order and dtypes, its configuration, and its
+    tokenizer or, if there is one, the adapter's. Sums are computed in float32 (float64 for a float64 base) and rounded
+    once. One weight file at a time is in memory.
 
     Args:
         adapter: The adapter's folder or Hub id, which may end in @revision.
-        base: The base model's folder or Hub id, which may end in @revision; without one the adapter's own is used, if
-            it names this base. It is not changed.
+        base: The base model's folder or Hub id, which may end in @revision. Without it, the
+            adapter's revision is used if the adapter names this base.
         out: The folder to create.
-        untie_head: Give the output head weights of its own, if the adapter changes it or the embedding that it is tied
-            to.
+        untie_head: If the output head is tied to the embedding and the adapter changes one of them, write the head's
+            weights separately.
 
     Raises:
         AdapterError: The adapter cannot be read, or was trained on another base.
@@ -135,7 +135,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The weight files by name, with the shapes of their tensors, from their headers."""
+    """Returns the shapes of the tensors in every weight file, by file name, read from the headers."""
     if (folder / INDEX_NAME).exists():
         index = read_json(folder / INDEX_NAME, error=ModelError)
         mapping = index.get("weight_map") if isinstance(index, dict) else None

@@ -20,7 +20,7 @@ from poc_lora.files import require_new, sha256_file
 from poc_lora.lora.peft_targets import attachable
 from poc_lora.merging.merge import merge, sweep_by_type
 from poc_lora.merging.methods import METHODS
-from poc_lora.merging.unchanged import without_the_base_s_own
+from poc_lora.merging.unchanged import drop_unchanged_tables
 from poc_lora.progress import progress_bar
 
 MODULES_PER_TRIM = 8
@@ -42,6 +42,8 @@ def merge_folders(
 ) -> MergeReport:
     """Merge adapters into the new folder `out`; the same inputs give the same bytes.
 
+    A tokenizer is written too if all sources have the same one. After an error nothing has been written.
+
     Args:
         sources: Adapter folders, run folders (for their finished adapters in order) and Hub ids.
         out: The folder to create; it may exist if it is empty.
@@ -49,10 +51,10 @@ def merge_folders(
             in `poc_lora.merging.merge.merge`.
 
     Returns:
-        The contents of merge.json. A tokenizer that lies beside all sources, the same, is carried too.
+        The contents of merge.json.
 
     Raises:
-        AdapterError: A source cannot be read or merged. Nothing was written, here and below.
+        AdapterError: A source cannot be read or merged.
         RequestError: The options do not go together, or `out` exists and is not an empty folder.
         WriteError: The disk could not be written to.
     """
@@ -64,7 +66,7 @@ def merge_folders(
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256_file, [source.folder / WEIGHTS_NAME for source in found]))
     refuse_duplicates(found, digests)
-    adapters = without_the_base_s_own(adapters)
+    adapters = drop_unchanged_tables(adapters)
     modules = {name for adapter in adapters for name in adapter.modules}
     done = itertools.count(1)
     with progress_bar(len(modules), f"merging {len(adapters)} adapters") as bar:

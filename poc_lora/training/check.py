@@ -27,7 +27,7 @@ from poc_lora.models.vocabulary import require_embeddings
 from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.memory import Footprint, free_bytes, snapshot_bytes
 from poc_lora.training.metrics import require_trackers
-from poc_lora.training.placement import Progress, place
+from poc_lora.training.placement import initial_progress, place
 from poc_lora.training.preview import (
     LOSS,
     learning_rate_in_words,
@@ -70,13 +70,13 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     footprint = Footprint(config, device, longest=data.longest, ranks=processes)
     free = free_bytes(device)
     sizes = footprint.choose(free, run.info.to_json() if run.info else {})
-    fresh = {adapter: Progress(0) for adapter in range(config.adapters.count)}
-    placement = place(fresh, data.total_steps, ranks=processes, per_device=sizes.per_device)
+    placement = place(
+        initial_progress(config.adapters.count), data.total_steps, ranks=processes, per_device=sizes.per_device
+    )
     memory = footprint.memory(sizes)
     M, P = config.adapters.count, footprint.parameters
-    at_once = min(sizes.per_device * processes, M)
     begun = sum(state.begun for state in run.commit.progress.values()) if run.commit else 0
-    on_disk = disk_bytes(config, P, at_once, waiting=max(0, begun - at_once))
+    on_disk = disk_bytes(config, P, sizes.per_device * processes, begun=begun)
     room = require_room(folder, 0 if in_use else on_disk)
     tokens = sum(len(e.ids) for e in data.train)
     rows = M * config.train.batch_size
@@ -187,16 +187,17 @@ def _span(pack: list[int]) -> str:
     return f"{pack[0]}" if len(pack) == 1 else f"{pack[0]} to {pack[-1]} together"
 
 
-def disk_bytes(config: RunConfig, parameters: int, at_once: int, waiting: int = 0) -> int:
+def disk_bytes(config: RunConfig, parameters: int, at_once: int, *, begun: int = 0) -> int:
     """Return the bytes of a run's commits and adapters.
 
     Args:
         config: The run's configuration.
         parameters: Of one adapter; a commit holds as many weights and twice as many moments, in float32.
-        at_once: How many adapters train at the same time.
-        waiting: How many more have begun; all commits share the state of these.
+        at_once: How many adapters all ranks can train at the same time.
+        begun: How many adapters have begun; all commits share the state of those that wait for their turn.
     """
-    states = (config.checkpoint.keep + 1) * at_once + waiting
+    at_once = min(at_once, config.adapters.count)
+    states = (config.checkpoint.keep + 1) * at_once + max(0, begun - at_once)
     return 4 * parameters * (3 * states + config.adapters.count)
 
 

@@ -110,9 +110,9 @@ def _is_final(line: MetricsLine, progress: Mapping[int, Progress]) -> bool:
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Create the folder and lock it against other training processes; removed again if no run begins.
+    """Create the folder and lock it against other training processes; both are removed if no run begins.
 
-    The lock ends with the process, however that ends.
+    The system releases the lock when the process ends, even if it is killed.
 
     Raises:
         RequestError: Another process holds the lock, or the folder cannot be created.

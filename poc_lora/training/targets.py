@@ -1,4 +1,4 @@
-"""Whether what is trained is what the model computes and what PEFT loads: asked on shapes, before weights are read."""
+"""Checks before weights are read: updates of the targets have an effect, and PEFT attaches to the same modules."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ from poc_lora.errors import PocLoraError
 from poc_lora.lora.bank import AdapterBank, matching_linears
 from poc_lora.lora.peft_targets import require_attached
 from poc_lora.models.load import empty_base
-from poc_lora.training.memory import shapes_only
+from poc_lora.training.shapes import shapes_only
 
 
 def require_targets(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from poc_lora.distributed import Ranks, open_ranks
 from poc_lora.environment import changed_devices, describe_device, environment
 from poc_lora.envvars import whole_number
 from poc_lora.errors import TrainingError, visible
-from poc_lora.lora.bank import matching_linears
+from poc_lora.lora.bank import count_parameters, matching_linears
 from poc_lora.models.compilation import why_not_compiled
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_base
@@ -29,7 +29,7 @@ from poc_lora.training.data import TrainingData
 from poc_lora.training.loop import TrainingLoop, TrainingResult
 from poc_lora.training.memory import Sizes, free_bytes, peak_bytes, resolve_sizes
 from poc_lora.training.metrics import MetricsLogger, open_trackers
-from poc_lora.training.placement import Progress, place
+from poc_lora.training.placement import initial_progress, place
 from poc_lora.training.run import Run, run_lock
 
 
@@ -82,11 +82,11 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
     with ranks.raise_on_all():
         if ranks.rank == 0:
             _begin(run, config, data, sizes, started_at=started.isoformat(), dtype=dtype, devices=devices)
-    if _sharded(config, ranks):
+    if config.model.is_sharded(ranks.size):
         ranks.heartbeat("sharding the base model")
         model = shard_base(model, device)
 
-    progress = _progress(config, run)
+    progress = initial_progress(config.adapters.count) | (run.commit.progress if run.commit else {})
     before = run.commit.manifest.placement if run.commit else None
     placement = place(progress, data.total_steps, ranks=ranks.size, per_device=sizes.per_device, before=before)
     with (
@@ -96,7 +96,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
         result = TrainingLoop(
             config,
             ranks=ranks,
-            run_folder=run,
+            run=run,
             metrics=MetricsLogger(run, trackers, adapters=config.adapters.count, rank=ranks.rank),
             commits=commits,
             placement=placement,
@@ -110,14 +110,10 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
                 data.truncated,
                 data.dropped,
                 data.skipped,
-                is_main_process=ranks.rank == 0,
+                is_rank_0=ranks.rank == 0,
             ),
-        ).run()
+        ).train()
     return _total(result, run, ranks, device)
-
-
-def _sharded(config: RunConfig, ranks: Ranks) -> bool:
-    return config.model.shard and ranks.size > 1
 
 
 def _load_model(
@@ -125,7 +121,7 @@ def _load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     section = config.model
     how: dict[str, Any] = {"revision": section.revision, "dtype": dtype, "quantization": section.quantization}
-    if _sharded(config, ranks):
+    if config.model.is_sharded(ranks.size):
         return load_to_shard(section.name, **how, rank=ranks.rank)
     return load_base(section.name, **how, device=device)
 
@@ -153,10 +149,8 @@ def _resolve_sizes(
         with gradient_checkpointing(model):
             pass  # refuses a model without such layers before anything is written
     if run.info is None:
-        linears = matching_linears(model, config.lora.targets).values()
-        parameters = config.lora.rank * sum(m.in_features + m.out_features for m in linears)
-        at_once = min(sizes.per_device * ranks.size, config.adapters.count)
-        require_room(run.folder, disk_bytes(config, parameters, at_once))
+        parameters = count_parameters(matching_linears(model, config.lora.targets).values(), config.lora.rank)
+        require_room(run.folder, disk_bytes(config, parameters, sizes.per_device * ranks.size))
     return sizes
 
 
@@ -177,11 +171,6 @@ def _begin(run: Run, config: RunConfig, data: TrainingData, sizes: Sizes, *, dev
         **asdict(sizes),
         **info,
     )
-
-
-def _progress(config: RunConfig, run: Run) -> dict[int, Progress]:
-    fresh = {adapter: Progress(0) for adapter in range(config.adapters.count)}
-    return fresh if run.commit is None else fresh | run.commit.progress
 
 
 def _total(result: TrainingResult, run: Run, ranks: Ranks, device: torch.device) -> TrainingResult:

@@ -11,12 +11,12 @@ import torch
 from poc_lora.adapters.adapter import write_adapter
 from poc_lora.artifacts.row_losses import RowLosses
 from poc_lora.config import load_config
-from poc_lora.data.prompts import encode_rows
+from poc_lora.data.prompts import encode_rows, row_limit
 from poc_lora.data.rows import read_sources
 from poc_lora.errors import AdapterError, DataError, Interrupted, RequestError
 from poc_lora.evaluation import rows as module
 from poc_lora.evaluation.rows import evaluate_rows
-from poc_lora.models.load import load_base
+from poc_lora.models.load import context_length, load_base
 from tests.evaluation import test_evaluate
 from tests.evaluation.test_evaluate import adapter
 
@@ -44,7 +44,7 @@ def by_peft(run, rows, folder=None):
         read_sources([str(rows)]),
         tokenizer,
         template=config.data.prompt,
-        max_length=config.data.max_length,
+        max_length=row_limit(config.data.max_length, context_length(model)),
         learn="last",
     )
     found = []

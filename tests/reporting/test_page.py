@@ -12,13 +12,21 @@ import pytest
 from rich.console import Console
 
 from poc_lora.errors import PocLoraError, RunError
-from poc_lora.evaluation.variants import adapter_digest
 from poc_lora.reporting.compare import write_comparison
 from poc_lora.reporting.page import write_page
 from poc_lora.reporting.sections_merge import labels
 from poc_lora.reporting.sections_results import headline
 from tests.reporting.html import Page
-from tests.reporting.run_folder import FOLDERS, difference, make_run, merge_report, metric_lines, results, scored
+from tests.reporting.run_folder import (
+    FOLDERS,
+    difference,
+    make_run,
+    merge_report,
+    metric_lines,
+    results,
+    scored,
+    write_scores,
+)
 
 PARTS = "run benchmarks subsets training noise similarity ranks provenance".split()
 TAGS = set(
@@ -179,8 +187,7 @@ def test_an_evaluation_of_other_weights_is_told(run):
         (run / folder).mkdir(parents=True, exist_ok=True)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             (run / folder / name).write_text(thing)
-        told = {"adapter_digest": adapter_digest(run / folder)}
-        (run / "eval" / f"{thing}.json").write_text(json.dumps(told))
+        write_scores(run / "eval", thing, run / folder)
     assert "have changed since" not in page_of(run).text
     for folder in ("merged", "adapters/01"):
         (run / folder / "adapter_model.safetensors").write_text("made anew")
