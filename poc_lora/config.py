@@ -155,6 +155,8 @@ class TrainSection(Section):
     """Compile elementwise work with torch.compile. `auto`: on a GPU where that works."""
     validate_every: Positive | None = None
     """Validate every so many optimizer steps; `null`: at the end only."""
+    keep: Literal["last", "best"] = "last"
+    """The weights that each adapter ends with: those of the last step, or those of its lowest validation loss."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSection":
@@ -193,6 +195,15 @@ class RunConfig(Section):
     """Experiment trackers, by accelerate's names; metrics.jsonl is always written."""
     output: Name
     """The run folder. It must be new or empty unless the run is resumed."""
+
+    @model_validator(mode="after")
+    def _has_losses_to_choose_by(self) -> "RunConfig":
+        if self.train.keep == "best":
+            if self.train.validate_every is None:
+                raise ValueError("train.keep: best chooses by validation losses: set train.validate_every, such as 80")
+            if self.data.validation == 0:
+                raise ValueError("train.keep: best chooses by validation losses: set data.validation, such as 120")
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

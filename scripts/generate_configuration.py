@@ -66,6 +66,7 @@ train.tokens_per_microbatch=4096
 train.gradient_checkpointing=true
 train.compile=true
 train.validate_every=100
+train.keep=best
 checkpoint.every_steps=50
 checkpoint.keep=3
 track=[tensorboard]

@@ -42,6 +42,7 @@ class MetricsLine(Schema):
         mean_cosine: Of the pairs of adapters. This and the rest are of the merge, as in merge.json.
         cosines: Of all pairs [members, members].
         members: The adapters that were validated together.
+        kept: Whether this validation, after the last step, is of the weights that `train.keep: best` chose.
     """
 
     step: Whole
@@ -60,6 +61,7 @@ class MetricsLine(Schema):
     relative_standard_error: Measure = None
     cosines: list[list[Measure]] | None = None
     members: list[Adapter] | None = None
+    kept: Literal[True] | None = None
 
 
 def read_metrics(path: Path, *, max_bytes: int) -> Iterator[tuple[str, MetricsLine]]:

@@ -33,6 +33,7 @@ class RunInfo(Artifact):
         train_seconds: Time in optimizer steps.
         commit_seconds: Time in checkpoints.
         peak_bytes: The largest peak memory of a device.
+        best_steps: Under `train.keep: best`, the step whose weights each adapter ended with.
     """
 
     content: ClassVar[str] = "the record of a run"
@@ -54,6 +55,7 @@ class RunInfo(Artifact):
     train_seconds: Number | None = None
     commit_seconds: Finite | None = None
     peak_bytes: Count | None = None
+    best_steps: dict[Count, Count] | None = None
 
     @property
     def start(self) -> datetime | None:

@@ -185,6 +185,7 @@ def _making(subject: Subject) -> str:
             "optimizer": f"{'noisy ' if optim.temperature else ''}AdamW, lr {optim.lr:g}, "
             f"weight decay {optim.weight_decay:g}, {optim.schedule} schedule, {warmup}",
             "length": f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs",
+            **({"weights": kept} if (kept := _kept(subject)) else {}),
             "batch": f"{train.batch_size} rows per adapter and step"
             + ("" if config.data.max_length == "auto" else f", at most {config.data.max_length} tokens each"),
             "prompt": code(config.data.prompt),
@@ -202,6 +203,16 @@ def _making(subject: Subject) -> str:
     if versions := (merge.versions.to_json() if merge else {}) or subject.run.versions:
         lines += ["", "Made with " + ", ".join(f"{markdown(k)} {markdown(v)}" for k, v in versions.items()) + "."]
     return "\n".join(lines)
+
+
+def _kept(subject: Subject) -> str | None:
+    """Which weights training kept, where they are not those of the last step."""
+    train = subject.config.train if subject.config else None
+    if train is None or train.keep != "best":
+        return None
+    steps = sorted((subject.run.best_steps or {}).values())
+    at = f": of steps {steps[0]} to {steps[-1]}" if subject.merge and steps else ""
+    return f"of each adapter those of lowest validation loss, measured every {train.validate_every} steps{at}"
 
 
 def _parameters(names: list[str]) -> str:

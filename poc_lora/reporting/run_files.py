@@ -113,7 +113,7 @@ def _read_metrics(path: Path) -> Metrics | None:
         metrics.last_step = max(metrics.last_step, line.step)
         if line.diverged:
             metrics.diverged.setdefault(name, line.step)
-        for measure in MEASURES:
+        for measure in MEASURES if not line.kept else ():  # a point of no curve
             if (value := getattr(line, measure)) is not None:
                 metrics.curves[measure].setdefault(name, []).append((line.step, float(value)))
     return metrics

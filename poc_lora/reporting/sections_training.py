@@ -9,7 +9,7 @@ from poc_lora.reporting.blocks import Chart, Listing, Section, chart
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.held_out import verdict
 from poc_lora.reporting.run_files import RunFiles
-from poc_lora.reporting.summaries import merge_outcome
+from poc_lora.reporting.summaries import best_weights, merge_outcome
 
 
 def what_was_run(files: RunFiles) -> Section:
@@ -26,6 +26,9 @@ def what_was_run(files: RunFiles) -> Section:
             section.paragraphs.append(f"The training is not finished: step {metrics.last_step:,} of {steps:,}.")
         for name, step in sorted(metrics.diverged.items()):
             section.paragraphs.append(f"Adapter {name} diverged at step {step:,} and is left out of the merge.")
+    if files.info is not None and files.info.best_steps:
+        said = best_weights(files.info.best_steps, files.info.steps or max(files.info.best_steps.values()))
+        section.paragraphs.append(f"{said[0].upper()}{said[1:]}.")
     if merge is not None:
         section.paragraphs.append(merge_outcome(merge))
     elif config is not None:
@@ -60,6 +63,8 @@ def training(files: RunFiles) -> Section:
             f"Per token of the answers of rows held out of training. {final}",
         )
     )
+    if files.info is not None and files.info.best_steps:
+        section.paragraphs.append("The adapters have their weights of lowest loss on these rows; of these weights:")
     section.paragraphs += map(verdict, files.held_out)
     return section
 

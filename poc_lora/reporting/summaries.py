@@ -1,6 +1,7 @@
 """Sentences about a training and a merge, for the command line and the report."""
 
 import statistics
+from collections.abc import Mapping
 
 from poc_lora.adapters.serving import serving_advice
 from poc_lora.artifacts.merge_report import MergeReport
@@ -12,6 +13,7 @@ from poc_lora.training.loop import TrainingResult
 
 IDENTICAL = 0.9999  # a larger cosine suggests the same seed
 MAX_LISTED = 4  # names in a line
+MAX_BEST_LISTED = 16
 UNRELATED = 0.01  # a smaller cosine suggests different base models or tasks
 # Cosines below these are that much: of M updates of equal norm with mean cosine c, the average has the share
 # c + (1 - c)/M of one update's squared norm.
@@ -37,7 +39,17 @@ def training_summary(done: TrainingResult) -> list[str]:
     for adapter, state in done.progress.items():
         if state.status == "diverged":
             lines.append(f"adapter {adapter} diverged after step {state.step} and is left out of the merge")
+    best_steps = {a: state.best_step for a, state in done.progress.items() if state.best_step and a in finished}
+    lines += [best_weights(best_steps, done.steps)] if best_steps else []
     return [*lines, *verdicts(done.folder)]
+
+
+def best_weights(best_steps: Mapping[int, int], steps: int) -> str:
+    """Says which step's weights each adapter ended with under `train.keep: best`."""
+    listed = [f"adapter {adapter}: best at step {step:,}" for adapter, step in sorted(best_steps.items())]
+    more = len(listed) - MAX_BEST_LISTED
+    shown = ", ".join(listed[:MAX_BEST_LISTED]) + (f", and {more} more (best_steps in run.json)" if more > 0 else "")
+    return f"each adapter has its weights of lowest validation loss: {shown}, of {steps:,}"
 
 
 def merge_outcome(report: MergeReport) -> str:

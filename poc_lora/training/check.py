@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.config import RunConfig
+from poc_lora.config import RunConfig, TrainSection
 from poc_lora.data.batches import supervised_tokens
 from poc_lora.errors import RequestError
 from poc_lora.files import free_bytes_at, require_place, size
@@ -102,7 +102,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "steps": data.total_steps,
         "learning rate": learning_rate_in_words(config.optim, data.total_steps),
         "tokens of the whole run, about": round(tokens / len(data.train) * rows * data.total_steps),
-        "validation, about": _validation_cost(data, sizes.per_device, config.train.validate_every),
+        "validation, about": _validation_cost(data, sizes.per_device, config.train),
         "adapters trained at once": sizes.per_device,
         **{
             f"process {rank} trains adapters": ", then ".join(
@@ -172,11 +172,12 @@ def require_processes(config: RunConfig, processes: int) -> None:
         )
 
 
-def _validation_cost(data: TrainingData, per_device: int, every: int | None) -> str:
+def _validation_cost(data: TrainingData, per_device: int, section: TrainSection) -> str:
     """The tokens of a pack's validations: base, adapters and merge see every row."""
     if not data.validation:
         return "none: there are no validation rows"
-    times = 1 + ((data.total_steps - 1) // every if every else 0)
+    every = section.validate_every
+    times = 1 + ((data.total_steps - 1) // every if every else 0) + (section.keep == "best")  # of what is kept
     tokens = (per_device + 2) * sum(len(e.ids) for e in data.validation)
     models = per_device + 2
     return f"{times * tokens:,} tokens: {len(data.validation)} rows × {models} models × {times} validations per pack"
@@ -198,6 +199,8 @@ def disk_bytes(config: RunConfig, parameters: int, at_once: int, *, begun: int =
     """
     at_once = min(at_once, config.adapters.count)
     states = (config.checkpoint.keep + 1) * at_once + max(0, begun - at_once)
+    if config.train.keep == "best":
+        states *= 2  # each may have a best state that no other commit has
     return 4 * parameters * (3 * states + config.adapters.count)
 
 

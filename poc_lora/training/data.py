@@ -57,7 +57,7 @@ def prepare_data(
 
     Raises:
         DataError: Rows cannot be read or used, or none are left to train on.
-        ConfigError: `data.max_length` exceeds the context.
+        ConfigError: `data.max_length` exceeds the context; `train.keep` is `best` and no rows are held out.
     """
     section = config.data
     max_length = row_limit(section.max_length, context)
@@ -89,6 +89,12 @@ def prepare_data(
             + ")",
             where="data",
             fix="lower data.validation, raise data.max_length, or give more rows",
+        )
+    if config.train.keep == "best" and not held_out:
+        raise ConfigError(
+            f"`best` chooses by validation losses, but of {len(order)} rows `data.validation: auto` holds out none",
+            where="train.keep",
+            fix="set data.validation to a number of rows, or train.keep to last",
         )
     train = [encoded.examples[i] for i in sorted(order[held_out:])]
     batches = BatchOrder(

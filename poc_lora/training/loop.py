@@ -1,11 +1,13 @@
 """The training loop: the packs of one rank, one after another; their steps, commits and validation."""
 
+import math
 import os
 import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -78,6 +80,7 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         self.sharded = self.config.model.is_sharded(self.ranks.size)
         self.own = self.placement.of(self.ranks.rank)
+        self.keeps_best = self.config.train.keep == "best"
         self._steps_since_commit = 0
         self._warned = False
 
@@ -159,10 +162,12 @@ class TrainingLoop:
                 if self._steps_since_commit >= self.config.checkpoint.every_steps:
                     self._commit(own_pack)
         # What is trained is saved before anything else happens: validation may take longer than training did.
-        if own_pack:
+        if own_pack and not self.keeps_best:
             self._write_adapters(pack)
         self._commit(own_pack)
         self._validate(pack, total, own_pack, bar)
+        if self.keeps_best:
+            self._keep_best(pack, own_pack, bar)
         if own_pack:
             self._update(_live(pack), status="finished")
         self._commit(own_pack)
@@ -174,7 +179,7 @@ class TrainingLoop:
         self._update([pack.bank.adapters[slot] for slot in done.diverged], step=step, status="diverged")
         self.metrics.step(pack, done, step)
 
-    def _update(self, adapters: list[int], **changes: int | str) -> None:
+    def _update(self, adapters: list[int], **changes: int | float | str) -> None:
         """Change the progress of some adapters."""
         self.result.progress |= {a: replace(self.result.progress[a], **changes) for a in adapters}  # type: ignore[arg-type]
 
@@ -192,22 +197,49 @@ class TrainingLoop:
         due = any(self.result.progress[a].validated < step for a in _live(pack))
         if not (all_reduce_max([due])[0] if self.sharded else due):
             return ""
+        measures = self._measure(pack, step, bar)
+        if measures is None:
+            self._commit(own_pack)  # raises Interrupted
+            return ""
+        losses = {a: measures[a]["validation_loss"] for a in _live(pack) if "validation_loss" in measures.get(a, {})}
+        if own_pack and pack.live:
+            self.metrics.validation(pack, step, measures)
+            self._update(_live(pack), validated=step)
+            for adapter, loss in losses.items() if self.keeps_best else ():
+                best = self.result.progress[adapter].best_loss
+                if loss < (math.inf if best is None else best):
+                    self._update([adapter], best_step=step, best_loss=loss)
+        if not losses:
+            return ""
+        least, most, merge = min(losses.values()), max(losses.values()), measures["merge"]["validation_loss"]
+        return f"held out {least:.3f} to {most:.3f}, merge {merge:.3f}, "
+
+    def _measure(self, pack: Pack, step: int, bar: ProgressBar) -> dict[int | str, dict[str, Any]] | None:
+        """Validate a pack as it is; None if a rank was asked to stop."""
 
         def stop() -> bool:
             self.ranks.heartbeat(f"validating after step {step}")
             return self.ranks.stop.is_set()
 
-        measures = validate(pack, stop=stop, report=bar.report)
-        if measures is None:
-            self._commit(own_pack)  # raises Interrupted
-            return ""
-        if own_pack and pack.live:
-            self.metrics.validation(pack, step, measures)
-            self._update(_live(pack), validated=step)
-        losses = [measures[a]["validation_loss"] for a in _live(pack) if "validation_loss" in measures.get(a, {})]
-        if not losses:
-            return ""
-        return f"held out {min(losses):.3f} to {max(losses):.3f}, merge {measures['merge']['validation_loss']:.3f}, "
+        return validate(pack, stop=stop, report=bar.report)
+
+    def _keep_best(self, pack: Pack, own_pack: Pack | None, bar: ProgressBar) -> None:
+        """Give each adapter its weights of lowest validation loss; validate and write these.
+
+        Until the pack is finished, commits link the state of its last step: an interruption leads back to there.
+        """
+        total, progress = self.result.steps, self.result.progress
+        changes = own_pack is not None and any(0 < progress[a].best_step < total for a in _live(pack))
+        if own_pack and changes:
+            self.commits.restore_best(progress, pack.bank)
+        if all_reduce_max([changes])[0] if self.sharded else changes:
+            measures = self._measure(pack, total, bar)
+            if measures is None:
+                self._commit(None)  # raises Interrupted
+            elif changes:
+                self.metrics.validation(pack, total, measures, kept=True)
+        if own_pack:
+            self._write_adapters(pack)
 
     def _write_adapters(self, pack: Pack) -> None:
         section = self.config.model

@@ -16,6 +16,8 @@ class Progress:
     step: int
     status: str = "training"
     validated: int = 0  # the last step whose validation is written down
+    best_step: int = 0  # that of the lowest validation loss so far, under `train.keep: best`; 0: none yet
+    best_loss: float | None = None
 
     @property
     def begun(self) -> bool:

@@ -103,6 +103,8 @@ class Run:
 def _is_final(line: MetricsLine, progress: Mapping[int, Progress]) -> bool:
     """Whether a line is of a step or validation that a run at `progress` will not repeat."""
     nothing = Progress(0)
+    if line.kept:
+        return all(progress.get(adapter, nothing).status != "training" for adapter in line.members or ())
     if line.members is None:
         return isinstance(line.adapter, int) and line.step <= progress.get(line.adapter, nothing).step
     return all(line.step <= progress.get(adapter, nothing).validated for adapter in line.members)
@@ -167,7 +169,8 @@ def find_run(config: RunConfig, *, resume: bool) -> Run:
         return Run(folder, None, [], None)
     before = load_config(paths.config)
     changed = changed_keys(before, config)
-    refused = {k: v for k, v in changed.items() if not k.startswith(RESUMABLE)}
+    fixed = ("train.validate_every",) if before.train.keep == "best" else ()  # the steps to choose among
+    refused = {k: v for k, v in changed.items() if not k.startswith(RESUMABLE) or k in fixed}
     if config.adapters.count < before.adapters.count:
         refused["adapters.count"] = (before.adapters.count, config.adapters.count)
     if refused:

@@ -113,7 +113,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
                 is_rank_0=ranks.rank == 0,
             ),
         ).train()
-    return _total(result, run, ranks, device)
+    return _total(config, result, run, ranks, device)
 
 
 def _load_model(
@@ -173,7 +173,7 @@ def _begin(run: Run, config: RunConfig, data: TrainingData, sizes: Sizes, *, dev
     )
 
 
-def _total(result: TrainingResult, run: Run, ranks: Ranks, device: torch.device) -> TrainingResult:
+def _total(config: RunConfig, result: TrainingResult, run: Run, ranks: Ranks, device: torch.device) -> TrainingResult:
     """Sum over all ranks and write the totals to run.json. Raises TrainingError if no adapter has finished."""
     figures = ranks.gather(
         [result.tokens, result.padded_tokens, result.seconds, result.commit_seconds, peak_bytes(device)]
@@ -183,6 +183,9 @@ def _total(result: TrainingResult, run: Run, ranks: Ranks, device: torch.device)
     result.seconds, result.commit_seconds, result.peak_bytes = max(seconds), max(waited), max(peaks)
     if ranks.rank == 0:
         before = run.info or RunInfo()
+        if config.train.keep == "best":
+            finished = {a: state for a, state in result.progress.items() if state.status == "finished"}
+            run.update_info(best_steps={a: state.best_step or state.step for a, state in finished.items()})
         run.update_info(
             train_seconds=round((before.train_seconds or 0) + result.seconds, 3),
             commit_seconds=round((before.commit_seconds or 0) + result.commit_seconds, 3),

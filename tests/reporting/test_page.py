@@ -14,6 +14,7 @@ from rich.console import Console
 from poc_lora.errors import PocLoraError, RunError
 from poc_lora.reporting.compare import write_comparison
 from poc_lora.reporting.page import write_page
+from poc_lora.reporting.run_files import read_run
 from poc_lora.reporting.sections_merge import labels
 from poc_lora.reporting.sections_results import headline
 from tests.reporting.html import Page
@@ -229,6 +230,22 @@ SUBSETS = {
     ],
     "variance_law": {"c": 0.6, "floor": 0.01, "explained": 0.99},
 }
+
+
+def test_what_was_kept_is_said_and_is_a_point_of_no_curve(tmp_path):
+    members = [0, 1, 2]
+    names = [("base", 4.0), ("merge", 0.123), *((a, 0.2) for a in members)]
+    rows = {"row_losses": [1.0, 2.0], "members": members, "kept": True, "row_tokens": [1, 2]}
+    kept = [{"step": 40, "adapter": name, "validation_loss": loss} | rows for name, loss in names]
+    folder = make_run(tmp_path / "run", metrics=metric_lines() + kept)
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(info | {"best_steps": {"0": 10, "1": 40, "2": 20}}))
+    text = page_of(folder).text
+    assert "adapter 0: best at step 10, adapter 1: best at step 40, adapter 2: best at step 20, of 40." in text
+    assert "At the end: base: 4.000, running merge of 3: 0.225" in text  # those of the last step
+    assert "of these weights:" in text
+    curves = read_run(folder).metrics.curves["validation_loss"]
+    assert [step for step, _ in curves["00"]] == [10, 20, 30, 40]
 
 
 def test_accuracy_against_m_is_drawn_where_subsets_were_scored(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.merging.folders import merge_folders
-from poc_lora.reporting.summaries import merge_summary, rank_table
+from poc_lora.reporting.summaries import best_weights, merge_summary, rank_table
 
 
 def adapter(seed, names=("layers.0.q_proj", "layers.0.up_proj")):
@@ -71,3 +71,13 @@ def test_a_cosine_is_said_in_words(tmp_path, common, words):
     rows = [torch.randn(1, 400, generator=draw) + common * shared for _ in range(4)]
     sources = [Adapter({"layers.0.q_proj": Factors(row, torch.ones(1, 1))}) for row in rows]
     assert f"they share {words} of what" in "\n".join(merge_summary(report(tmp_path, sources)))
+
+
+def test_the_best_step_of_each_adapter_is_said():
+    steps = {1: 300, 0: 240}
+    assert best_weights(steps, 300) == (
+        "each adapter has its weights of lowest validation loss: adapter 0: best at step 240, "
+        "adapter 1: best at step 300, of 300"
+    )
+    many = best_weights(dict.fromkeys(range(20), 80), 1600)
+    assert "adapter 15: best at step 80, and 4 more (best_steps in run.json), of 1,600" in many
