@@ -24,7 +24,7 @@ def report(tmp_path, adapters, **options):
 
 def test_a_rank_sweep_is_a_table_of_types_by_ranks(tmp_path):
     table = rank_table(found := report(tmp_path, [adapter(i) for i in range(3)], rank_sweep=[2, 6]))
-    first, two, six = (list(column.cells) for column in table.columns)
+    first, two, six = (list(map(str, column.cells)) for column in table.columns)
     assert first == ["kept of ‖ΔW‖²", "all", "q_proj", "up_proj"]
     assert [column.header for column in table.columns] == ["", "2", "6"]
     error = found.rank_sweep["all"][2]
