@@ -10,6 +10,7 @@ from poc_lora import config_files
 from poc_lora.config_files import (
     Flag,
     Fraction,
+    ListOrOne,
     Name,
     NonNegative,
     NonNegativeFloat,
@@ -62,7 +63,13 @@ class LoraSection(Section):
     """The update is scaled by alpha / rank."""
     dropout: Fraction = 0.0
     """Dropout probability of the adapters' inputs."""
-    targets: Annotated[tuple[Name, ...], Field(min_length=1)] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    targets: Annotated[tuple[Name, ...], Field(min_length=1), ListOrOne] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "up_proj",
+        "down_proj",
+    )
     """Names of the linear layers to adapt, as in PEFT's `target_modules`."""
 
 
@@ -84,7 +91,7 @@ COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages",
 class DataSection(Section):
     """Training rows and how they become tokens."""
 
-    train: Annotated[tuple[Name, ...], Field(min_length=1)]
+    train: Annotated[tuple[Name, ...], Field(min_length=1), ListOrOne]
     """Sources of rows: files (`.json`, `.jsonl`, `.jsonl.gz`, `.csv`, `.parquet`), folders of `train.json` files, or
     Hub data sets (`org/name`, or `org/name:split`)."""
     columns: dict[Name, Name | None] = Field(default={})
@@ -191,7 +198,7 @@ class RunConfig(Section):
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    track: tuple[Track, ...] = ()
+    track: Annotated[tuple[Track, ...], ListOrOne] = ()
     """Experiment trackers, by accelerate's names; metrics.jsonl is always written."""
     output: Name
     """The run folder. It must be new or empty unless the run is resumed."""

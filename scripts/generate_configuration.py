@@ -18,9 +18,9 @@ INTRODUCTION = f"""<!-- Written by `{COMMAND}` from poc_lora/config.py: edit the
 
 A run is one YAML file. Every key of it can be replaced on the command line: `poc-lora train RUN.yaml KEY=VALUE ...`. An
 override wins over the file, and the file over the default. An unknown key is an error that names the nearest known one.
-Paths are relative to the current folder. `poc-lora check RUN.yaml` validates a file without training.
-`poc-lora init RUN.yaml --model BASE --data FILE` writes one with every key of this page. Only `model.name`,
-`data.train` and `output` are required:
+Where a list is wanted, one text is a list of one: `data.train=rows.jsonl`. Paths are relative to the current folder.
+`poc-lora check RUN.yaml` validates a file without training. `poc-lora init RUN.yaml --model BASE --data FILE` writes
+one with every key of this page. Only `model.name`, `data.train` and `output` are required:
 
 ```yaml
 model: {{name: meta-llama/Meta-Llama-3-8B}}

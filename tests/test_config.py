@@ -123,6 +123,11 @@ def test_an_override_may_open_a_section_hold_a_list_or_an_equals_sign(load):
     assert (config.train.epochs, config.train.max_steps) == (None, 5)
 
 
+def test_one_text_where_a_list_is_wanted_is_a_list_of_one(load):
+    config = load("", "data.train=rows.jsonl", "lora.targets=q_proj", "track=tensorboard")
+    assert (config.data.train, config.lora.targets, config.track) == (("rows.jsonl",), ("q_proj",), ("tensorboard",))
+
+
 @pytest.mark.parametrize("override", ["optim.lr", "=3", "output.name.x=3", "optim.lr=[1", "optim..lr=3", "nothing=3"])
 def test_a_malformed_override_is_refused(load, override):
     with pytest.raises(ConfigError):
@@ -191,7 +196,7 @@ def test_how_to_train_is_chosen(tmp_path, more, key, value):
         ("train__gradient_checkpointing", [1, 0, "true", "on", "Auto", None]),
         ("train__compile", [1, 0, "true", "Auto", None]),
         ("train__validate_every", [0, -1, 2.0, True, "10", "auto"]),
-        ("track", ["tensorboard", ["tensorbord"], ["all"], [None], None, {"tensorboard": True}]),
+        ("track", ["tensorbord", ["tensorbord"], ["all"], [None], None, {"tensorboard": True}]),
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused_by_its_key(dotted, values):
@@ -209,7 +214,7 @@ def test_an_unknown_tracker_is_told_the_known_ones():
 
 
 def test_lists_and_sections_are_asked_for_in_plain_words():
-    assert "data.train: must be a list" in refusal(data__train="rows.json")
+    assert "data.train: must be a list" in refusal(data__train={"file": "rows.json"})
     assert "optim: must be a section" in refusal(optim=None)
 
 

@@ -111,7 +111,6 @@ def call(monkeypatch, words):
     assert ended.value.code in (0, None), words
 
 
-@pytest.mark.slow
 def write_own_tasks(folder):
     """A task for each row that docs/evaluation.md shows, as JSON lines."""
     (rows,) = blocks("docs/evaluation.md", "json")
@@ -120,12 +119,12 @@ def write_own_tasks(folder):
         (folder / name / "test.jsonl").write_text(row + "\n")
 
 
+@pytest.mark.slow
 def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
     ran, merged = [], ""
     write_own_tasks(Path("mytasks"))
     Path("held-out.jsonl").write_text(json.dumps({"instruction": "Where is it?", "output": "in the attic"}))
     paths = {"path/to/a": "runs/mine/adapters/00", "path/to/b": "runs/mine/adapters/01"}
-    paths["path/to/base"] = "poc_lora/microworld/model"
     pages = ["README.md", *(f"docs/{name}.md" for name in ("scaling", "evaluation", "merging", "training"))]
     assert not any(line.startswith("poc-lora ") for page in PAGES.keys() - set(pages) for line in lines(page))
     for line in dict.fromkeys(line for page in pages for line in lines(page) if line.startswith("poc-lora ")):

@@ -50,8 +50,8 @@ class Schema(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON values, in the order of the fields; NaN becomes None."""
-        plain: dict[str, Any] = _plain(self)
-        return plain
+        values: dict[str, Any] = plain(self)
+        return values
 
     def public(self, names: Mapping[str, str]) -> Self:
         """Returns a copy with the fields marked `Public`, which all required fields must be.
@@ -60,7 +60,7 @@ class Schema(BaseModel):
             names: Texts to replace, such as a local path by its Hub id. Other absolute paths are cut to their last
                 part, since they tell about this machine.
         """
-        return self.model_validate(_plain(self, names))
+        return self.model_validate(plain(self, names))
 
 
 class Artifact(Schema):
@@ -94,18 +94,20 @@ class Artifact(Schema):
         write_atomic(path, self.dumps())
 
 
-def _plain(value: Any, names: Mapping[str, str] | None = None) -> Any:
-    """JSON values; with `names`, those of public fields only."""
+def plain(value: Any, names: Mapping[str, str] | None = None) -> Any:
+    """Returns JSON values of schemas, dataclasses and collections; with `names`, those of public fields only."""
     if isinstance(value, Schema):
         fields = type(value).model_fields
         shown = (n for n in fields if n in value.model_fields_set and (names is None or PUBLIC in fields[n].metadata))
-        return {name: _plain(getattr(value, name), names) for name in shown}
+        return {name: plain(getattr(value, name), names) for name in shown}
     if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value), names)
+        return plain(asdict(value), names)
     if isinstance(value, dict):
-        return {str(key): _plain(inner, names) for key, inner in value.items()}
+        return {str(key): plain(inner, names) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner, names) for inner in value]
+        return [plain(inner, names) for inner in value]
     if isinstance(value, str) and names is not None:
         return names.get(value, Path(value).name if Path(value).is_absolute() else value)
+    if isinstance(value, Path):
+        return str(value)
     return None if isinstance(value, float) and math.isnan(value) else value

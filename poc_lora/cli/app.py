@@ -18,7 +18,7 @@ app = typer.Typer(
     help="Train several LoRA adapters of one base model, merge them into one: more accurate, at the cost of one model.",
     epilog="Set `POC_LORA_TRACEBACK=1` in the environment to see the traceback of an error.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -29,7 +29,7 @@ def main() -> None:
     traceback = False
     try:
         traceback = flag("POC_LORA_TRACEBACK")
-        app()
+        app(prog_name="poc-lora")  # also under `python -m`: completion goes by the name
     except Exception as problem:
         error = as_error(problem)
         if error is None:

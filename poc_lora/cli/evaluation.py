@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from poc_lora.cli.terminal import print_next, show
+from poc_lora.cli.terminal import AsJson, print_next, show, show_json, stdout_kept_for_json
 from poc_lora.errors import DataError, RequestError
 
 Protocol = Literal["label", "generate", "harness"]
@@ -58,6 +58,7 @@ def evaluate(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: RUN/eval.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Score base, adapters, merge and prediction ensemble on your own questions or the eight commonsense benchmarks.
 
@@ -78,7 +79,8 @@ def evaluate(
                 raise RequestError(f"--{name} is for benchmarks", where="--rows", fix="leave one of them out")
         if protocol != "label" or beams != 1:
             raise RequestError("rows have one protocol", where="--rows", fix="leave out --protocol and --beams")
-        _evaluate_rows(targets, rows, base=base, dtype=dtype, quantization=quantization, prompt=prompt, out=out)
+        options: dict[str, Any] = dict(base=base, dtype=dtype, quantization=quantization, prompt=prompt, out=out)
+        _evaluate_rows(targets, rows, as_json=as_json, **options)
         return
     if not targets or (data is None and protocol != "harness"):
         missing = "TARGETS" if not targets else "--data"
@@ -89,32 +91,38 @@ def evaluate(
     from poc_lora.reporting.results_tables import power_note, results_summary, write_report
 
     names = None if benchmarks is None else [name.strip() for name in benchmarks.split(",")]
-    if data is not None and (limit is None or limit > 0) and is_rank_0():
+    if data is not None and (limit is None or limit > 0) and is_rank_0() and not as_json:
         with contextlib.suppress(DataError):  # `evaluate` raises it, after what is wrong with the targets
             show(power_note(count_questions(data, names, limit)))
-    results = evaluate(
-        targets,
-        data=data,
-        base=base,
-        dtype=dtype,
-        quantization=quantization,
-        benchmarks=names,
-        protocol=protocol,
-        beams=beams,
-        prompt=prompt,
-        limit=limit,
-        subsets=subsets,
-        control=control,
-        out=out,
-    )
+    with stdout_kept_for_json(as_json):
+        results = evaluate(
+            targets,
+            data=data,
+            base=base,
+            dtype=dtype,
+            quantization=quantization,
+            benchmarks=names,
+            protocol=protocol,
+            beams=beams,
+            prompt=prompt,
+            limit=limit,
+            subsets=subsets,
+            control=control,
+            out=out,
+        )
     if not is_rank_0():
         return
     written = write_report(out or targets[0], results)
+    if as_json:
+        show_json(results)
+        return
     show(*results_summary(results))
     print_next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")
 
 
-def _evaluate_rows(targets: list[Path] | None, rows: list[str], *, out: Path | None, **options: Any) -> None:
+def _evaluate_rows(
+    targets: list[Path] | None, rows: list[str], *, out: Path | None, as_json: bool, **options: Any
+) -> None:
     from poc_lora.artifacts.run_folder import ROW_LOSSES, RunFolder
     from poc_lora.evaluation.rows import evaluate_rows
     from poc_lora.reporting.held_out import rows_notes, rows_table
@@ -122,7 +130,11 @@ def _evaluate_rows(targets: list[Path] | None, rows: list[str], *, out: Path | N
 
     if not targets:
         raise RequestError("TARGETS is missing", fix="for example: poc-lora eval runs/mine --rows held-out.jsonl")
-    found = evaluate_rows(targets, rows, out=out, **options)
+    with stdout_kept_for_json(as_json):
+        found = evaluate_rows(targets, rows, out=out, **options)
+    if as_json:
+        show_json(found)
+        return
     show(terminal_table(rows_table(found)), *rows_notes(found))
     place, target = out or RunFolder(targets[0]).evaluation("rows"), shlex.quote(str(targets[0]))
     if found.exact_average and RunFolder(targets[0]).is_run:

@@ -14,7 +14,7 @@ from torch import Tensor
 from poc_lora.adapters.adapter import TOKENIZER_FILES, Adapter, open_adapter, real_file
 from poc_lora.adapters.factors import Factors
 from poc_lora.adapters.sources import Source, find_sources
-from poc_lora.errors import AdapterError, ModelError, first_line
+from poc_lora.errors import AdapterError, ModelError, RequestError, first_line
 from poc_lora.files import (
     allow_as_usual,
     commit_folder,
@@ -46,7 +46,7 @@ class Folded:
     loaded_by: str | None  # the class of transformers that loads it; None if none does without custom code
 
 
-def fold(adapter: str | Path, base: str, out: Path, *, untie_head: bool = False) -> Folded:
+def fold(adapter: str | Path, base: str | Path | None, out: str | Path, *, untie_head: bool = False) -> Folded:
     """Write the base model with weights W + ΔW to the new folder `out`.
 
     The folder has the base's files, with the same tensors in the same order and dtypes, its configuration, and its
@@ -55,8 +55,8 @@ def fold(adapter: str | Path, base: str, out: Path, *, untie_head: bool = False)
 
     Args:
         adapter: The adapter's folder or Hub id, which may end in @revision.
-        base: The base model's folder or Hub id, which may end in @revision. Without it, the
-            adapter's revision is used if the adapter names this base.
+        base: The base model's folder or Hub id, which may end in @revision; without one the adapter's own is used, if
+            it names this base. None: the base that the adapter names. It is not changed.
         out: The folder to create.
         untie_head: If the output head is tied to the embedding and the adapter changes one of them, write the head's
             weights separately.
@@ -64,12 +64,14 @@ def fold(adapter: str | Path, base: str, out: Path, *, untie_head: bool = False)
     Raises:
         AdapterError: The adapter cannot be read, or was trained on another base.
         ModelError: The base cannot be found, is quantised, or is not in safetensors.
-        RequestError: `out` exists, and is not an empty folder.
+        RequestError: `out` exists, and is not an empty folder; or no base is given, and the adapter names none.
         WriteError: The disk could not be written to.
     """
     source = _one_source(adapter)
     read, out = open_adapter(source.folder, root=source.root), Path(out)
-    folder = _base_folder(base, read)
+    if base is None and not read.base_model:
+        raise RequestError("the adapter does not name its base model", where=adapter, fix="add --base DIR_OR_ID")
+    folder = _base_folder(str(base or read.base_model), read)
     require_new(out)
     config = _read_config(folder)
     files = weight_files(folder)

@@ -28,7 +28,7 @@ MODULES_PER_TRIM = 8
 
 def merge_folders(
     sources: Sequence[str | Path],
-    out: Path,
+    out: str | Path | None,
     *,
     method: str = "average",
     rank: int | None = None,
@@ -45,8 +45,9 @@ def merge_folders(
     A tokenizer is written too if all sources have the same one. After an error nothing has been written.
 
     Args:
-        sources: Adapter folders, run folders (for their finished adapters in order) and Hub ids.
-        out: The folder to create; it may exist if it is empty.
+        sources: Adapter folders, run folders (for their finished adapters in order), folders of adapter folders, and
+            Hub ids.
+        out: The folder to create; it may exist if it is empty. None writes nothing.
         method, rank, rank_sweep, weights, canonical, seed, dtype, allow_base_mismatch, modules_to_save: As
             in `poc_lora.merging.merge.merge`.
 
@@ -58,8 +59,8 @@ def merge_folders(
         RequestError: The options do not go together, or `out` exists and is not an empty folder.
         WriteError: The disk could not be written to.
     """
-    out = Path(out)
-    require_new(out)
+    if out is not None:
+        require_new(Path(out))
     found = tell_apart([source for given in sources for source in find_sources(given)])
     # Opened before hashing: a damaged file is reported as such, and only regular files are hashed.
     adapters = [open_adapter(source.folder, root=source.root) for source in found]
@@ -115,11 +116,12 @@ def merge_folders(
         embeddings=sorted(merged.adapter.embeddings),
         **statistics,
     )
-    files: dict[str, str | bytes] = {
-        MERGE_REPORT: report.dumps(),
-        **shared_tokenizer([(source.folder, source.root) for source in found]),
-    }
-    write_adapter(attachable(merged.adapter), out, dtype=dtype, extra_files=files)
+    if out is not None:
+        files: dict[str, str | bytes] = {
+            MERGE_REPORT: report.dumps(),
+            **shared_tokenizer([(source.folder, source.root) for source in found]),
+        }
+        write_adapter(attachable(merged.adapter), Path(out), dtype=dtype, extra_files=files)
     return report
 
 

@@ -50,7 +50,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
 
     Returns:
         What the run will do, as names and values to read; memory is the predicted peak on `device`. The values are
-        numbers and texts, those of `a row` and `warnings` lists of texts.
+        numbers and texts, those of `a row` and `warnings` lists of texts, and `bytes` holds the needs as numbers.
 
     Raises:
         PocLoraError: As `train` would: run folder, trackers, compiler, target modules, rows, disk space.
@@ -128,6 +128,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "run folder": f"{folder} ({'existing run; --resume continues it' if in_use else 'new'})",
         "a row": row_preview(data.train, tokenizer),
         "warnings": warnings(config, data, unknown),
+        "bytes": {"peak": memory.total, "free": free, "disk": on_disk, "disk free": room},
     }
 
 

@@ -1,5 +1,6 @@
 """`eval` and `report`: what they refuse, and what they write."""
 
+import json
 from typing import get_args
 
 import pytest
@@ -8,6 +9,7 @@ from poc_lora.cli.evaluation import Dtype, Prompt, Protocol
 from poc_lora.config import DataSection, ModelSection
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.evaluation.evaluate import PROTOCOLS
+from poc_lora.microworld import DATA_DIR
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,15 @@ def test_eval_list_shows_the_eight_benchmarks_and_needs_nothing_else(poc_lora, r
         assert name in out
     assert "TARGETS is missing" in refused("eval", "--data", ".")
     assert "--data is missing" in refused("eval", "run")
+
+
+def test_json_alone_is_on_stdout_and_is_the_file_of_results(poc_lora, trained):
+    status, out, err = poc_lora("eval", "run", "--data", DATA_DIR, "--limit", "2", "--json")
+    assert status == 0, err
+    assert json.loads(out) == json.loads((trained.parent / "run/eval/results.json").read_text())
+    status, out, err = poc_lora("eval", "run", "--rows", "train.json", "--json")
+    assert status == 0, err
+    assert json.loads(out) == json.loads((trained.parent / "run/eval-rows/rows.json").read_text())
 
 
 def test_a_report_of_a_run_that_was_only_trained(poc_lora, trained):
