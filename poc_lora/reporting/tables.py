@@ -8,10 +8,11 @@ import rich.table
 from rich import box
 
 from poc_lora.artifacts.results import Estimate
+from poc_lora.artifacts.task_scores import Score
 from poc_lora.errors import visible
 from poc_lora.reporting.escape import markdown
 
-Value = str | int | Estimate
+Value = str | int | Estimate | Score
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Table:
     Attributes:
         caption: What the table shows.
         columns: Their titles.
-        rows: The values: texts, counts, and accuracies with their standard errors, which are shown in percent.
+        rows: The values: texts, counts, accuracies with their standard errors, which are shown in percent, and scores
+            with theirs, which are shown as they are.
         strong: The names of the rows to highlight.
         texts: The titles of the columns of texts, which are aligned to the left as the first column is.
         folded: Whether the report hides the table until it is opened.
@@ -45,11 +47,17 @@ def shown(value: Value) -> tuple[str, str]:
     if isinstance(value, Estimate):
         error = "" if math.isnan(value.error) else percent(value.error, 1 if value.error >= 0.1 else 2)
         return percent(value.value), error
+    if isinstance(value, Score):
+        return _digits(value.value, 4), "" if math.isnan(value.error) else _digits(value.error, 2)
     return (f"{value:,}" if isinstance(value, int) else visible(value)), ""
 
 
 def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f}"
+
+
+def _digits(value: float, digits: int) -> str:
+    return "not a number" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 def terminal_table(table: Table, narrow: Mapping[str, str] | None = None) -> rich.table.Table:
