@@ -6,6 +6,7 @@ MERGE_REPORT = "merge.json"  # in the folder of any merged adapter
 RESULTS = "results.json"  # in the folder of any evaluation
 RESULTS_TABLE = "results.md"
 ROW_LOSSES = "rows.json"  # beside them, of an evaluation on rows
+TASK_RESULTS = "tasks.json"  # likewise, on tasks of lm-eval
 PROTOCOLS = ("label", "generate", "harness")
 
 

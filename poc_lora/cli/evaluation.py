@@ -26,6 +26,16 @@ def evaluate(
         list[str] | None,
         typer.Option(help="A file of rows as for training: losses on its answers instead of accuracies. Repeatable."),
     ] = None,
+    harness_tasks: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated tasks, groups and tags of lm-eval, such as gsm8k,mmlu, with its metrics."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="--harness-tasks: examples before each question; default: each task's own.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="--harness-tasks: a folder of further tasks, as for lm-eval.")
+    ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks and exit.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the run or adapters name.")] = None,
     benchmarks: Annotated[
@@ -65,6 +75,8 @@ def evaluate(
     Example: poc-lora eval runs/demo --data ../commonsense --benchmarks openbookqa,boolq --limit 200
 
     Example: poc-lora eval runs/mine --rows held-out.jsonl
+
+    Example: poc-lora eval runs/mine --harness-tasks gsm8k,mmlu --limit 100
     """
     if show_list:
         from poc_lora.reporting.results_tables import benchmark_table
@@ -72,16 +84,31 @@ def evaluate(
         show(benchmark_table())
         print_next("the benchmarks as LLM-Adapters renders them", "python scripts/download_commonsense.py --out DIR")
         return
+    options: dict[str, Any]
     if rows:
         given = dict(data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None)
+        given |= {"harness-tasks": harness_tasks}
         for name, value in given.items():
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--rows", fix="leave one of them out")
         if protocol != "label" or beams != 1:
             raise RequestError("rows have one protocol", where="--rows", fix="leave out --protocol and --beams")
-        options: dict[str, Any] = dict(base=base, dtype=dtype, quantization=quantization, prompt=prompt, out=out)
+        options = dict(base=base, dtype=dtype, quantization=quantization, prompt=prompt, out=out)
         _evaluate_rows(targets, rows, as_json=as_json, **options)
         return
+    if harness_tasks is not None:
+        if protocol == "generate" or beams != 1 or prompt is not None:
+            what = "lm-eval's tasks have their own protocols and prompts"
+            raise RequestError(what, where="--harness-tasks", fix="leave out --protocol, --beams and --prompt")
+        for name, value in dict(data=data, benchmarks=benchmarks, control=control, subsets=subsets or None).items():
+            if value is not None:
+                raise RequestError(f"--{name} is for benchmarks", where="--harness-tasks", fix="leave one of them out")
+        options = dict(base=base, dtype=dtype, quantization=quantization, out=out, limit=limit, as_json=as_json)
+        _evaluate_tasks(targets, harness_tasks, num_fewshot=num_fewshot, include_path=include_path, **options)
+        return
+    for option, given_value in {"--num-fewshot": num_fewshot, "--include-path": include_path}.items():
+        if given_value is not None:
+            raise RequestError(f"{option} is for tasks of lm-eval", fix="add --harness-tasks NAMES")
     if not targets or (data is None and protocol != "harness"):
         missing = "TARGETS" if not targets else "--data"
         raise RequestError(f"{missing} is missing", fix="for example: poc-lora eval runs/demo --data ../commonsense")
@@ -142,6 +169,27 @@ def _evaluate_rows(
     else:
         command = f"poc-lora report {target}" if RunFolder(targets[0]).is_run else f"poc-lora eval {target} --data DIR"
     print_next(f"the losses of each row: {place / ROW_LOSSES}", command)
+
+
+def _evaluate_tasks(targets: list[Path] | None, tasks: str, *, out: Path | None, as_json: bool, **options: Any) -> None:
+    from poc_lora.artifacts.run_folder import TASK_RESULTS, RunFolder
+    from poc_lora.evaluation.tasks import evaluate_tasks
+    from poc_lora.reporting.tables import terminal_table
+    from poc_lora.reporting.task_tables import differences_table, scores_table, task_notes
+
+    if not targets:
+        raise RequestError("TARGETS is missing", fix="for example: poc-lora eval runs/mine --harness-tasks gsm8k")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    with stdout_kept_for_json(as_json):
+        found = evaluate_tasks(targets, names, out=out, **options)
+    if as_json:
+        show_json(found)
+        return
+    tables = [table for table in (scores_table(found), differences_table(found)) if table.rows]
+    show(*map(terminal_table, tables), *task_notes(found))
+    place, target = out or RunFolder(targets[0]).evaluation("tasks"), shlex.quote(str(targets[0]))
+    command = f"poc-lora report {target}" if RunFolder(targets[0]).is_run else f"poc-lora eval {target} --data DIR"
+    print_next(f"the metrics of every task: {place / TASK_RESULTS}; lm-eval's samples beside it", command)
 
 
 def sample(

@@ -9,8 +9,9 @@ from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.metrics_line import read_metrics
 from poc_lora.artifacts.results import Results
 from poc_lora.artifacts.row_losses import RowLosses
-from poc_lora.artifacts.run_folder import RESULTS, ROW_LOSSES, RunFolder, variant_file
+from poc_lora.artifacts.run_folder import RESULTS, ROW_LOSSES, TASK_RESULTS, RunFolder, variant_file
 from poc_lora.artifacts.run_info import RunInfo
+from poc_lora.artifacts.task_scores import TaskResults
 from poc_lora.artifacts.variant_scores import VariantScores
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import RunError
@@ -41,6 +42,7 @@ class RunFiles:
     evaluations: tuple[Results, ...]  # one for each protocol, `label` first
     held_out: tuple[HeldOut, ...] = ()  # one for each pack that was validated
     rows: RowLosses | None = None  # of `poc-lora eval --rows`
+    tasks: TaskResults | None = None  # of `poc-lora eval --harness-tasks`
     changed: tuple[tuple[str, ...], ...] = ()  # for each evaluation, what has other weights now than were evaluated
 
     @property
@@ -66,6 +68,7 @@ def read_run(folder: Path) -> RunFiles:
         evaluations=evaluations,
         held_out=tuple(read_held_out(folder)),
         rows=RowLosses.read_if_there(run.evaluation("rows") / ROW_LOSSES),
+        tasks=TaskResults.read_if_there(run.evaluation("tasks") / TASK_RESULTS),
         changed=tuple(_changed(run, *found) for found in zip(evaluated, evaluations, strict=True)),
     )
 

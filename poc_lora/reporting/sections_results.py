@@ -21,6 +21,7 @@ from poc_lora.reporting.results_tables import (
 )
 from poc_lora.reporting.run_files import RunFiles
 from poc_lora.reporting.tables import Table
+from poc_lora.reporting.task_tables import task_notes, task_tables
 
 
 def headline(results: Results | None) -> tuple[str, list[tuple[str, Estimate]]]:
@@ -67,6 +68,9 @@ def benchmarks(files: RunFiles) -> Section:
     if files.rows is not None:
         section.tables.append(rows_table(files.rows))
         section.paragraphs += rows_notes(files.rows)
+    if files.tasks is not None:
+        section.tables += task_tables(files.tasks)
+        section.paragraphs += task_notes(files.tasks)
     if not files.evaluations:
         section.omitted.append("Nothing has been evaluated: poc-lora eval RUN --data DIR.")
         return section

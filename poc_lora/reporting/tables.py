@@ -9,10 +9,11 @@ from rich import box
 from rich.text import Text
 
 from poc_lora.artifacts.results import Estimate
+from poc_lora.artifacts.task_scores import Score
 from poc_lora.errors import visible
 from poc_lora.reporting.escape import markdown
 
-Value = str | int | Estimate
+Value = str | int | Estimate | Score
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Table:
     Attributes:
         caption: What the table shows.
         columns: Their titles.
-        rows: The values: texts, counts, and accuracies with their standard errors, which are shown in percent.
+        rows: The values: texts, counts, accuracies with their standard errors, which are shown in percent, and scores
+            with theirs, which are shown as they are.
         strong: The names of the rows to highlight.
         bold: The cells to set in bold, by the name of the row and the title of the column.
         note: How to read it, below it in the report.
@@ -50,11 +52,17 @@ def shown(value: Value) -> tuple[str, str]:
     if isinstance(value, Estimate):
         error = "" if math.isnan(value.error) else percent(value.error, 1 if value.error >= 0.1 else 2)
         return percent(value.value), error
+    if isinstance(value, Score):
+        return _digits(value.value, 4), "" if math.isnan(value.error) else _digits(value.error, 2)
     return (f"{value:,}" if isinstance(value, int) else visible(value)), ""
 
 
 def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f}"
+
+
+def _digits(value: float, digits: int) -> str:
+    return "not a number" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 def terminal_table(table: Table, narrow: Mapping[str, str] | None = None) -> rich.table.Table:

@@ -87,3 +87,20 @@ def test_the_choices_are_the_library_s():
 )
 def test_rows_and_benchmarks_are_scored_apart(refused, words, said):
     assert said in refused(*words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("eval --harness-tasks gsm8k", "TARGETS is missing"),
+        ("eval run --harness-tasks gsm8k --data .", "--data is for benchmarks"),
+        ("eval run --harness-tasks gsm8k --subsets", "--subsets is for benchmarks"),
+        ("eval run --harness-tasks gsm8k --rows x.jsonl", "--harness-tasks is for benchmarks"),
+        ("eval run --harness-tasks gsm8k --protocol generate", "their own protocols"),
+        ("eval run --harness-tasks gsm8k --prompt bare", "their own protocols"),
+        ("eval run --data . --num-fewshot 3", "--num-fewshot is for tasks of lm-eval"),
+        ("eval run --data . --include-path .", "--include-path is for tasks of lm-eval"),
+    ],
+)
+def test_tasks_of_lm_eval_are_scored_apart(refused, words, said):
+    assert said in refused(*words.split())
