@@ -6,6 +6,10 @@ MERGE_REPORT = "merge.json"  # in the folder of any merged adapter
 RESULTS = "results.json"  # in the folder of any evaluation
 RESULTS_TABLE = "results.md"
 ROW_LOSSES = "rows.json"  # beside them, of an evaluation on rows
+STUDY = "study.json"  # of several runs, in the first of them
+STUDY_TABLE = "study.md"
+CONTROLS = "controls.json"  # in the folder of `poc-lora controls`
+CONTROLS_TABLE = "controls.md"
 PROTOCOLS = ("label", "generate", "harness")
 
 

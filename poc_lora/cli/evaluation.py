@@ -26,6 +26,10 @@ def evaluate(
         list[str] | None,
         typer.Option(help="A file of rows as for training: losses on its answers instead of accuracies. Repeatable."),
     ] = None,
+    study: Annotated[
+        bool,
+        typer.Option("--study", help="Evaluate several runs that differ in the seed: means and intervals over runs."),
+    ] = False,
     show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks and exit.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the run or adapters name.")] = None,
     benchmarks: Annotated[
@@ -64,6 +68,8 @@ def evaluate(
     Example: poc-lora eval runs/demo --data ../commonsense --benchmarks openbookqa,boolq --limit 200
 
     Example: poc-lora eval runs/mine --rows held-out.jsonl
+
+    Example: poc-lora eval --study runs/seed0 runs/seed1 runs/seed2 --data mytasks
     """
     if show_list:
         from poc_lora.reporting.results_tables import benchmark_table
@@ -78,7 +84,8 @@ def evaluate(
                 raise RequestError(f"--{name} is for benchmarks", where="--rows", fix="leave one of them out")
         if protocol != "label" or beams != 1:
             raise RequestError("rows have one protocol", where="--rows", fix="leave out --protocol and --beams")
-        _evaluate_rows(targets, rows, base=base, dtype=dtype, quantization=quantization, prompt=prompt, out=out)
+        score = _evaluate_study if study else _evaluate_rows
+        score(targets, rows=rows, base=base, dtype=dtype, quantization=quantization, prompt=prompt, out=out)
         return
     if not targets or (data is None and protocol != "harness"):
         missing = "TARGETS" if not targets else "--data"
@@ -89,11 +96,7 @@ def evaluate(
     from poc_lora.reporting.results_tables import power_note, results_summary, write_report
 
     names = None if benchmarks is None else [name.strip() for name in benchmarks.split(",")]
-    if data is not None and (limit is None or limit > 0) and is_first_rank():
-        with contextlib.suppress(DataError):  # `evaluate` raises it, after what is wrong with the targets
-            show(power_note(count_questions(data, names, limit)))
-    results = evaluate(
-        targets,
+    options: dict[str, Any] = dict(
         data=data,
         base=base,
         dtype=dtype,
@@ -107,6 +110,13 @@ def evaluate(
         control=control,
         out=out,
     )
+    if data is not None and (limit is None or limit > 0) and is_first_rank():
+        with contextlib.suppress(DataError):  # `evaluate` raises it, after what is wrong with the targets
+            show(power_note(count_questions(data, names, limit)))
+    if study:
+        _evaluate_study(targets, **options)
+        return
+    results = evaluate(targets, **options)
     if not is_first_rank():
         return
     written = write_report(out or targets[0], results)
@@ -114,7 +124,22 @@ def evaluate(
     print_next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")
 
 
-def _evaluate_rows(targets: list[Path] | None, rows: list[str], *, out: Path | None, **options: Any) -> None:
+def _evaluate_study(targets: list[Path] | None, *, out: Path | None, **options: Any) -> None:
+    from poc_lora.artifacts.run_folder import STUDY_TABLE
+    from poc_lora.distributed import is_first_rank
+    from poc_lora.reporting.study import evaluate_study, study_notes, study_tables
+    from poc_lora.reporting.tables import terminal_table
+
+    runs = targets or []
+    study = evaluate_study(runs, out=out, **options)
+    if is_first_rank():
+        show(*map(terminal_table, study_tables(study)), *study_notes(study))
+        compared = ["--compare", *runs[1:]] if "accuracy" in study.measures else []
+        command = "poc-lora report " + shlex.join(map(str, [runs[0], *compared]))
+        print_next(f"the study: {(out or runs[0]) / STUDY_TABLE}", command)
+
+
+def _evaluate_rows(targets: list[Path] | None, *, rows: list[str], out: Path | None, **options: Any) -> None:
     from poc_lora.artifacts.run_folder import ROW_LOSSES, RunFolder
     from poc_lora.evaluation.rows import evaluate_rows
     from poc_lora.reporting.held_out import rows_notes, rows_table
@@ -186,5 +211,5 @@ def report(
         if not compare:
             show(*results_summary(results))
     if compare:
-        show(write_comparison(runs))
+        show(*write_comparison(runs))
     print_next(f"the report: {page}", "open it in a browser")
