@@ -170,6 +170,21 @@ def measured(run: RunFiles) -> dict[str, dict[str, float]]:
     return {measure: values for measure, values in found.items() if values}
 
 
+def single_adapters(run: RunFiles) -> dict[str, list[float]]:
+    """Returns what is known of every adapter of a run, by measure; only what all of them have."""
+    found: dict[str, list[float]] = {}
+    results, compared = run.results, None if run.rows is None else rows_held_out(run.rows)
+    if results is not None:
+        found["accuracy"] = [scored.average.value for scored in results.adapters.values()]
+        if len(results.calibration_of_adapters) == len(results.adapters):
+            found["nll"] = [calibration.nll.value for calibration in results.calibration_of_adapters.values()]
+    if compared is not None:
+        found["rows_loss"] = list(compared.adapters.values())
+    if held_out := [loss for pack in run.held_out for loss in pack.adapters.values()]:
+        found["held_out_loss"] = held_out
+    return found
+
+
 def _accuracies(results: Results | None) -> dict[str, float]:
     if results is None or not results.adapters:
         return {}
@@ -269,7 +284,8 @@ def figure(measure: str, found: OverRuns | RunDifference | None, *, signed: bool
     if found is None:
         return ""
     scale, digits = (100, 2) if measure == "accuracy" else (1, 3)
-    half = "" if math.isnan(found.half_width) else f" ± {scale * found.half_width:.{digits}f}"
+    is_constant = isinstance(found, OverRuns) and len(set(found.values)) == 1 and not signed  # such as the base
+    half = "" if math.isnan(found.half_width) or is_constant else f" ± {scale * found.half_width:.{digits}f}"
     return f"{scale * found.mean:{'+' if signed else ''}.{digits}f}{half}"
 
 
