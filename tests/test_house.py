@@ -16,7 +16,7 @@ PACKAGE = Path(poc_lora.__file__).parent
 LAYERS = [
     ("__init__", "__main__"),
     ("cli",),
-    ("microworld",),
+    ("microworld", "controls"),
     ("hub",),
     ("reporting",),
     ("evaluation",),

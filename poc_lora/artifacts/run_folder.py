@@ -7,6 +7,10 @@ RESULTS = "results.json"  # in the folder of any evaluation
 RESULTS_TABLE = "results.md"
 ROW_LOSSES = "rows.json"  # beside them, of an evaluation on rows
 TASK_RESULTS = "tasks.json"  # likewise, on tasks of lm-eval
+STUDY = "study.json"  # of several runs, in the first of them
+STUDY_TABLE = "study.md"
+CONTROLS = "controls.json"  # in the folder of `poc-lora controls`
+CONTROLS_TABLE = "controls.md"
 PROTOCOLS = ("label", "generate", "harness")
 
 

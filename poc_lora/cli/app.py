@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from poc_lora import __version__
-from poc_lora.cli import evaluation, hub, merging, mfnn, training
+from poc_lora.cli import controls, evaluation, hub, merging, mfnn, training
 from poc_lora.cli.terminal import as_error, show, show_error
 from poc_lora.envvars import flag
 
@@ -58,6 +58,7 @@ for _verb in (training.demo, training.init, training.check, training.train, merg
 app.command("eval")(evaluation.evaluate)
 app.command()(evaluation.sample)
 app.command()(evaluation.report)
+app.command()(controls.controls)
 app.command()(hub.push)
 app.add_typer(mfnn.app, name="mfnn")
 

@@ -36,6 +36,10 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(help="--harness-tasks: a folder of further tasks, as for lm-eval.")
     ] = None,
+    study: Annotated[
+        bool,
+        typer.Option("--study", help="Evaluate several runs that differ in the seed: means and intervals over runs."),
+    ] = False,
     show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks and exit.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the run or adapters name.")] = None,
     benchmarks: Annotated[
@@ -77,6 +81,7 @@ def evaluate(
     Example: poc-lora eval runs/mine --rows held-out.jsonl
 
     Example: poc-lora eval runs/mine --harness-tasks gsm8k,mmlu --limit 100
+    Example: poc-lora eval --study runs/seed0 runs/seed1 runs/seed2 --data mytasks
     """
     if show_list:
         from poc_lora.reporting.results_tables import benchmark_table
@@ -93,8 +98,20 @@ def evaluate(
                 raise RequestError(f"--{name} is for benchmarks", where="--rows", fix="leave one of them out")
         if protocol != "label" or beams != 1:
             raise RequestError("rows have one protocol", where="--rows", fix="leave out --protocol and --beams")
-        options = dict(base=base, dtype=dtype, quantization=quantization, prompt=prompt, out=out)
-        _evaluate_rows(targets, rows, as_json=as_json, **options)
+        if study:
+            score: Any = _evaluate_study
+        else:
+            score = _evaluate_rows
+        score(
+            targets,
+            rows=rows,
+            as_json=as_json,
+            base=base,
+            dtype=dtype,
+            quantization=quantization,
+            prompt=prompt,
+            out=out,
+        )
         return
     if harness_tasks is not None:
         if protocol == "generate" or beams != 1 or prompt is not None:
@@ -118,25 +135,28 @@ def evaluate(
     from poc_lora.reporting.results_tables import power_note, results_summary, write_report
 
     names = None if benchmarks is None else [name.strip() for name in benchmarks.split(",")]
+    options = dict(
+        data=data,
+        base=base,
+        dtype=dtype,
+        quantization=quantization,
+        benchmarks=names,
+        protocol=protocol,
+        beams=beams,
+        prompt=prompt,
+        limit=limit,
+        subsets=subsets,
+        control=control,
+        out=out,
+    )
     if data is not None and (limit is None or limit > 0) and is_rank_0() and not as_json:
         with contextlib.suppress(DataError):  # `evaluate` raises it, after what is wrong with the targets
             show(power_note(count_questions(data, names, limit)))
+    if study:
+        _evaluate_study(targets, as_json=as_json, **options)
+        return
     with stdout_kept_for_json(as_json):
-        results = evaluate(
-            targets,
-            data=data,
-            base=base,
-            dtype=dtype,
-            quantization=quantization,
-            benchmarks=names,
-            protocol=protocol,
-            beams=beams,
-            prompt=prompt,
-            limit=limit,
-            subsets=subsets,
-            control=control,
-            out=out,
-        )
+        results = evaluate(targets, **options)
     if not is_rank_0():
         return
     written = write_report(out or targets[0], results)
@@ -147,8 +167,28 @@ def evaluate(
     print_next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")
 
 
+def _evaluate_study(targets: list[Path] | None, *, out: Path | None, as_json: bool, **options: Any) -> None:
+    from poc_lora.artifacts.run_folder import STUDY_TABLE
+    from poc_lora.distributed import is_rank_0
+    from poc_lora.reporting.study import evaluate_study, study_notes, study_tables
+    from poc_lora.reporting.tables import terminal_table
+
+    runs = targets or []
+    with stdout_kept_for_json(as_json):
+        study = evaluate_study(runs, out=out, **options)
+    if not is_rank_0():
+        return
+    if as_json:
+        show_json(study)
+        return
+    show(*map(terminal_table, study_tables(study)), *study_notes(study))
+    compared = ["--compare", *runs[1:]] if "accuracy" in study.measures else []
+    command = "poc-lora report " + shlex.join(map(str, [runs[0], *compared]))
+    print_next(f"the study: {(out or runs[0]) / STUDY_TABLE}", command)
+
+
 def _evaluate_rows(
-    targets: list[Path] | None, rows: list[str], *, out: Path | None, as_json: bool, **options: Any
+    targets: list[Path] | None, *, rows: list[str], out: Path | None, as_json: bool, **options: Any
 ) -> None:
     from poc_lora.artifacts.run_folder import ROW_LOSSES, RunFolder
     from poc_lora.evaluation.rows import evaluate_rows
@@ -246,5 +286,5 @@ def report(
         if not compare:
             show(*results_summary(results))
     if compare:
-        show(write_comparison(runs))
+        show(*write_comparison(runs))
     print_next(f"the report: {page}", "open it in a browser")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.artifacts.results import Results, Subsets
 from poc_lora.artifacts.run_folder import PROTOCOLS, RESULTS
@@ -47,7 +48,8 @@ def evaluate(
 ) -> Results:
     """Score one run, or adapters of one base model, on benchmarks.
 
-    Every answer is saved as it is given, and the same call resumes an interrupted evaluation (`harness` starts again).
+    Every answer is saved as it is given. The same call resumes an interrupted evaluation (`harness` starts again) and
+    only reads the answers of a finished one.
     Under `accelerate launch` the ranks share the questions. The best adapter is chosen on BENCHMARK/validation.json if
     all benchmarks have one, otherwise on the test questions. Writes a JSON and a JSONL file of answers for every
     variant, then results.json.
@@ -117,15 +119,16 @@ def evaluate(
             if sharded and protocol != "label":
                 raise RequestError(f"a sharded base does not answer by {protocol}", where="model.shard", fix=UNSHARDED)
             compared = None if control is None else read_control(control, protocol, settings, _test(items))
+
+        def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             how_loaded: dict[str, Any] = {"revision": variants.revision, "quantization": variants.quantization}
-            if sharded:
+            with ranks.raise_on_all():
+                if not sharded:
+                    return load_base(variants.base, **how_loaded, dtype=variants.dtype, device=device)
                 model, tokenizer = load_to_shard(variants.base, **how_loaded, dtype=settings["dtype"], rank=ranks.rank)
                 require_packed(model, variants)
-            else:
-                model, tokenizer = load_base(variants.base, **how_loaded, dtype=variants.dtype, device=device)
-        if sharded:
             ranks.heartbeat("sharding the base model")
-            model = shard_base(model, device)
+            return shard_base(model, device), tokenizer
 
         subset_slots = name_subsets(len(variants.adapters), seed, whole=variants.merged is not None) if subsets else {}
         digests = variants.digests(subset_slots)
@@ -135,15 +138,18 @@ def evaluate(
         files: dict[str, AnswerFile] = {}
         if protocol == "harness":
             stop = ranks.stop
-            items, answers = harness_answers(model, tokenizer, tasks, variants, data=data, limit=limit, stop=stop)
+            items, answers = harness_answers(*load(), tasks, variants, data=data, limit=limit, stop=stop)
         else:
             for name, its_settings in settings_of.items():
                 asked = items if name in variants.keys else _test(items)  # validation only chooses the best adapter
                 files[name] = AnswerFile(variants.out / f"{name}.jsonl", its_settings, asked, rank=ranks.rank)
             ranks.barrier()  # no rank adds answers before all have read, so that all share the same questions
-            with ranks.raise_on_all():
-                how.require_embeddings(model, tokenizer, items)
-            Evaluator(model, tokenizer, how, ranks, sharded).answer(variants, files, subset_slots)
+            asked_of_models = [file for name, file in files.items() if name != "ensemble"]
+            if not all(file.answers.keys() >= set(file.items) for file in asked_of_models):  # else nothing to load
+                model, tokenizer = load()
+                with ranks.raise_on_all():
+                    how.require_embeddings(model, tokenizer, items)
+                Evaluator(model, tokenizer, how, ranks, sharded).answer(variants, files, subset_slots)
             answers = {name: file.answers for name, file in files.items()}
         test = _test(items)
         if "ensemble" in digests:  # `answers["ensemble"]` is the dictionary of its AnswerFile, so these are saved too

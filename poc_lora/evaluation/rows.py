@@ -1,6 +1,8 @@
 """`evaluate_rows`: the losses of the base, every adapter, their merge and their ensemble on rows with answers."""
 
 import contextlib
+import hashlib
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,12 +19,12 @@ from poc_lora.data.batches import supervised_tokens
 from poc_lora.data.prompts import Encoded, Example, encode_rows, row_limit
 from poc_lora.data.rows import BadRows, is_dataset_id, read_sources
 from poc_lora.distributed import open_ranks
-from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError
+from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError, RunError
 from poc_lora.evaluation.protocols.label import batch_ranges, head_in_float32
-from poc_lora.evaluation.variants import Variants, activate_variants, find_variants
+from poc_lora.evaluation.variants import Variants, activate_variants, base_digest, find_variants
 from poc_lora.files import require_place, sha256_file
 from poc_lora.models.forward import logits_at, without_cudnn_attention
-from poc_lora.models.load import context_length, default_device, load_base
+from poc_lora.models.load import context_length, default_device, load_base, resolve_dtype
 from poc_lora.models.vocabulary import require_embeddings
 from poc_lora.progress import progress_bar
 
@@ -42,6 +44,8 @@ def evaluate_rows(
     device: torch.device | None = None,
 ) -> RowLosses:
     """Measure losses on the answers of rows in any format that training reads; writes rows.json.
+
+    Losses that were measured already, with the same settings on the same files, are only read.
 
     Args:
         targets: As for `evaluate`.
@@ -76,6 +80,10 @@ def evaluate_rows(
         require_place(variants.out)
         run = RunFolder(targets[0])
         settings = load_config(run.config).data if run.is_run else None
+        trained_on = run.is_run and _trained_on(run, rows)
+        place, measured = variants.out / ROW_LOSSES, _digest(variants, settings, rows, device, trained_on=trained_on)
+        if measured is not None and (known := _read(place)) and known.measured == measured:
+            return known
         model, tokenizer = load_base(
             variants.base,
             revision=variants.revision,
@@ -97,10 +105,36 @@ def evaluate_rows(
         merged=found.get("merged"),
         ensemble=found.get("ensemble"),
         exact_average=variants.exact_average,
-        trained_on=run.is_run and _trained_on(run, rows),
+        trained_on=trained_on,
+        measured=measured,
     )
-    result.write(variants.out / ROW_LOSSES)
+    result.write(place)
     return result
+
+
+def _digest(
+    variants: Variants, settings: DataSection | None, rows: Sequence[str], device: torch.device, **others: bool
+) -> str | None:
+    """A hash of what rows.json depends on; None if it cannot be known without reading rows from the Hub."""
+    if not all(Path(source).expanduser().is_file() for source in rows):
+        return None
+    depends_on = {
+        "base": base_digest(variants.base, variants.revision),
+        "dtype": resolve_dtype(variants.dtype, device),
+        "quantization": variants.quantization,
+        "prompt": variants.prompt,
+        "adapters": variants.digests(),
+        "rows": [sha256_file(Path(source).expanduser()) for source in rows],
+        "data": settings and settings.model_dump(mode="json", include={"columns", "max_length", "learn"}),
+        **others,
+    }
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+
+
+def _read(place: Path) -> RowLosses | None:
+    with contextlib.suppress(RunError):  # a damaged file is measured again
+        return RowLosses.read_if_there(place)
+    return None
 
 
 def _encode(

@@ -58,6 +58,8 @@ def summarise(
     if "control" in correct:
         rivals["control"] = correct["control"]
     merged, together = answers.get("merged"), answers.get("ensemble")
+    calibrated = _calibrations(answers, test)
+    shown = {"base": "base", "best": adapter_key(best), "merged": "merged", "ensemble": "ensemble"}
     return Results(
         questions={b: len(values) for b, values in correct["base"].items()},
         too_long={b: sum(i.benchmark == b and answers["base"][i].too_long for i in test) for b in benchmarks},
@@ -73,7 +75,8 @@ def summarise(
         comparisons={name: paired_difference(correct["merged"], rival, seed=seed) for name, rival in rivals.items()}
         if merged
         else {},
-        calibration=_calibrations(answers, test, best),
+        calibration={name: calibrated[key] for name, key in shown.items() if key in calibrated},
+        calibration_of_adapters={a: calibrated[key] for a in adapters if (key := adapter_key(a)) in calibrated},
         agreement=agreement(merged, together) if merged and together else None,
         **described,
     )
@@ -214,12 +217,9 @@ def agreement(ours: Mapping[Item, Answer], theirs: Mapping[Item, Answer]) -> flo
     return sum(same) / len(same) if same else math.nan
 
 
-def _calibrations(
-    answers: Mapping[str, Mapping[Item, Answer]], test: Sequence[Item], best: str
-) -> dict[str, Calibration]:
-    shown = {"base": "base", "best": adapter_key(best), "merged": "merged", "ensemble": "ensemble"}
-    found = {name: calibrate(test, answers[key]) for name, key in shown.items() if key in answers}
-    return {name: calibration for name, calibration in found.items() if calibration}
+def _calibrations(answers: Mapping[str, Mapping[Item, Answer]], test: Sequence[Item]) -> dict[str, Calibration]:
+    found = {variant: calibrate(test, given) for variant, given in answers.items() if variant != "control"}
+    return {variant: calibration for variant, calibration in found.items() if calibration}
 
 
 def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item]) -> dict[str, float]:

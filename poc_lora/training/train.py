@@ -16,7 +16,7 @@ from poc_lora.config import RunConfig, flatten
 from poc_lora.distributed import Ranks, open_ranks
 from poc_lora.environment import changed_devices, describe_device, environment
 from poc_lora.envvars import whole_number
-from poc_lora.errors import TrainingError, visible
+from poc_lora.errors import Interrupted, TrainingError, visible
 from poc_lora.lora.bank import count_parameters, matching_linears
 from poc_lora.models.compilation import why_not_compiled
 from poc_lora.models.forward import without_cudnn_attention
@@ -93,7 +93,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
         open_trackers(config, run) if ranks.rank == 0 else contextlib.nullcontext(()) as trackers,
         Commits(run.paths.checkpoints, ranks, placement, keep=config.checkpoint.keep, last=run.commit) as commits,
     ):
-        result = TrainingLoop(
+        loop = TrainingLoop(
             config,
             ranks=ranks,
             run=run,
@@ -112,7 +112,13 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
                 data.skipped,
                 is_rank_0=ranks.rank == 0,
             ),
-        ).train()
+        )
+        try:
+            result = loop.train()
+        except Interrupted:
+            if ranks.rank == 0:
+                _add_seconds(run, loop.result.seconds, loop.result.commit_seconds)
+            raise
     return _total(config, result, run, ranks, device)
 
 
@@ -182,21 +188,26 @@ def _total(config: RunConfig, result: TrainingResult, run: Run, ranks: Ranks, de
     result.tokens, result.padded_tokens = sum(tokens), sum(padded)
     result.seconds, result.commit_seconds, result.peak_bytes = max(seconds), max(waited), max(peaks)
     if ranks.rank == 0:
-        before = run.info or RunInfo()
         if config.train.keep == "best":
             finished = {a: state for a, state in result.progress.items() if state.status == "finished"}
             run.update_info(best_steps={a: state.best_step or state.step for a, state in finished.items()})
-        run.update_info(
-            train_seconds=round((before.train_seconds or 0) + result.seconds, 3),
-            commit_seconds=round((before.commit_seconds or 0) + result.commit_seconds, 3),
-            peak_bytes=result.peak_bytes,
-        )
+        _add_seconds(run, result.seconds, result.commit_seconds)
+        run.update_info(peak_bytes=result.peak_bytes)
     if not any(state.status == "finished" for state in result.progress.values()):
         problem = TrainingError(
             "every adapter diverged: no loss stayed finite", where=run.folder, fix="lower optim.lr or optim.temperature"
         )
         raise ranks.mark_shared(problem)
     return result
+
+
+def _add_seconds(run: Run, training: float, commits: float) -> None:
+    """Add the time of this call to that of the calls before it, in run.json."""
+    before = run.info or RunInfo()
+    run.update_info(
+        train_seconds=round((before.train_seconds or 0) + training, 3),
+        commit_seconds=round((before.commit_seconds or 0) + commits, 3),
+    )
 
 
 def _restarted(config: RunConfig) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -354,6 +355,22 @@ def test_questions_that_were_answered_are_not_asked_again(run, data, monkeypatch
         (run / "adapters" / "01" / name).write_bytes((run / "other" / name).read_bytes())
     with pytest.raises(AssertionError):
         evaluate([run], data=data, benchmarks=["piqa"])
+
+
+def test_a_finished_evaluation_is_read_without_its_base(run, data, monkeypatch):
+    first = evaluate([run], data=data, benchmarks=["openbookqa", "piqa"], subsets=True)
+    assert list(first.calibration_of_adapters) == ["00", "01", "02"]
+    assert first.calibration["best"] == first.calibration_of_adapters[first.best]
+    module = sys.modules[evaluate.__module__]
+
+    def refuse(*arguments, **options):
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr(module, "load_base", refuse)
+    assert evaluate([run], data=data, benchmarks=["openbookqa", "piqa"], subsets=True) == first
+    assert evaluate([run], data=data, benchmarks=["piqa"]).questions == {"piqa": 12}
+    with pytest.raises(AssertionError, match="was loaded"):
+        evaluate([run], data=data, benchmarks=["piqa"], prompt="clean")
 
 
 @pytest.mark.parametrize("protocol", ["label", "generate"])

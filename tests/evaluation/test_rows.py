@@ -77,6 +77,22 @@ def test_each_variants_losses_are_those_of_peft_row_by_row(run, rows, monkeypatc
     assert RowLosses.read(run / "eval-rows" / "rows.json") == found
 
 
+def test_losses_that_were_measured_already_are_read_and_changed_ones_measured_again(run, rows, monkeypatch):
+    first = evaluate_rows([run], [str(rows)])
+    loads = []
+    monkeypatch.setattr(module, "load_base", lambda *a, **o: loads.append(1) or load_base(*a, **o))
+    assert evaluate_rows([run], [str(rows)]) == first
+    assert not loads
+    rows.write_text(rows.read_text().replace("wool", "glass"))
+    changed = evaluate_rows([run], [str(rows)])
+    assert changed.base[:-1] == first.base[:-1]
+    assert changed.base[-1] != first.base[-1]
+    evaluate_rows([run], [str(rows)], prompt="clean")
+    (run / "eval-rows" / "rows.json").write_text("{")
+    assert evaluate_rows([run], [str(rows)]) == changed
+    assert len(loads) == 3
+
+
 def test_the_exact_average_stands_for_a_merge_that_is_not_there(run, rows, tmp_path):
     merged = evaluate_rows([run], [str(rows)])
     shutil.move(run / "merged", tmp_path / "merged")

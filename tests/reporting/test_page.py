@@ -445,7 +445,7 @@ def test_a_comparison_is_a_table_in_markdown_and_on_a_terminal_of_80_columns(tmp
     first = make_run(tmp_path / "a|b", temperature=1e-3)
     control = make_run(tmp_path / "b", temperature=0.0, seed=1, found=results(merged=scored(0.74)))
     console = Console(width=80, file=StringIO())
-    console.print(write_comparison([first, control]))
+    console.print(*write_comparison([first, control]))
     shown, written = console.file.getvalue(), (first / "comparison.md").read_text()
     assert "78.67" in shown
     assert "±0.43" in shown
