@@ -24,7 +24,7 @@ class Interval(NamedTuple):
 def mean_interval(values: Sequence[float]) -> Interval:
     """The mean and t · sqrt(sample variance / n), t the 0.975 quantile of Student's law of n − 1 degrees of freedom.
 
-    Of differences within each run this is the paired interval.
+    For differences that are taken within each run this is the paired interval.
 
     Args:
         values: One of each run [n].
