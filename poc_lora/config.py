@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -54,6 +54,10 @@ class ModelSection(Section):
         return self
 
 
+ALL_LINEAR: Final = "all-linear"
+Targets = Literal["all-linear"] | Sequence[str]
+
+
 class LoraSection(Section):
     """The update W x + (alpha / rank) B A x of every target module."""
 
@@ -63,14 +67,9 @@ class LoraSection(Section):
     """The update is scaled by alpha / rank."""
     dropout: Fraction = 0.0
     """Dropout probability of the adapters' inputs."""
-    targets: Annotated[tuple[Name, ...], Field(min_length=1), ListOrOne] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "up_proj",
-        "down_proj",
-    )
-    """Names of the linear layers to adapt, as in PEFT's `target_modules`."""
+    targets: Literal["all-linear"] | Annotated[tuple[Name, ...], Field(min_length=1), ListOrOne] = ALL_LINEAR
+    """Names of the linear layers to adapt, as in PEFT's `target_modules`. `all-linear`: every one but the output head.
+    The default: it fits any base, and LoRA on all of them is what matched full fine-tuning in QLoRA (section 4)."""
 
 
 class AdaptersSection(Section):
@@ -102,8 +101,9 @@ class DataSection(Section):
     """The prompt template of instruction rows. `bare`: the instruction alone."""
     max_length: Literal["auto"] | Positive = "auto"
     """Longest row in tokens; longer rows are truncated. `auto`: 2048, or the base's context if that is shorter."""
-    learn: Learn = "all"
-    """Tokens with a loss: the answer (a chat's `last` turn), every turn of the `assistant`, or `all`."""
+    learn: Learn = "assistant"
+    """Tokens with a loss: the answer (a chat's `last` turn), every turn of the `assistant`, or `all`. The default is
+    every answer, since prompts come from others when the model is used; `all` is for texts to be learnt whole."""
     group_by_length: Flag = True
     """Batch rows of similar length together, which saves padding."""
     validation: Literal["auto"] | NonNegative = "auto"

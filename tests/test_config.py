@@ -302,6 +302,13 @@ def test_what_is_null_stands_in_the_dump_and_reads_back(load):
     assert validate(dumped, where="x") == config
 
 
+def test_a_dump_has_every_key_so_that_a_run_keeps_the_defaults_it_began_with(load):
+    dumped = parse_yaml(dump_yaml(load()), where="test")
+    assert config_files.flatten(dumped).keys() | {"data.columns"} == flatten(load()).keys() | {"data.columns"}
+    assert dumped["lora"]["targets"] == "all-linear"
+    assert dumped["data"]["learn"] == "assistant"
+
+
 def test_the_template_has_every_key_with_its_meaning_and_reads_back_as_the_defaults(tmp_path):
     path = tmp_path / "mine.yaml"
     write_template(path, model="base", data=["rows, [odd].json"], output="runs/x")
@@ -333,7 +340,7 @@ def test_changed_keys_names_each_difference(load):
     assert changed_keys(old, new) == {
         "optim.lr": (1e-4, 1e-3),
         "adapters.count": (8, 9),
-        "lora.targets": (("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"), ("q_proj",)),
+        "lora.targets": ("all-linear", ("q_proj",)),
     }
 
 

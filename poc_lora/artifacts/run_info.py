@@ -25,6 +25,7 @@ class RunInfo(Artifact):
         skipped_rows: Rows that were left out because they could not be used.
         started_at: When the run was first started, in ISO format.
         dtype: The dtype of the base model.
+        target_modules: The modules that `lora.targets` stands for, as PEFT names them.
         processes: The number of ranks.
         devices: What rounding depends on, for each rank.
         per_device: Adapters trained at once on a device.
@@ -50,6 +51,7 @@ class RunInfo(Artifact):
     gradient_checkpointing: bool | None = None
     started_at: str | None = None
     dtype: str | None = None
+    target_modules: list[str] = Field(default_factory=list)
     processes: Count | None = None
     devices: list[str] = Field(default_factory=list)
     train_seconds: Number | None = None

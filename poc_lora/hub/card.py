@@ -174,14 +174,15 @@ def _making(subject: Subject) -> str:
         rows |= {"saved whole, averaged": _parameters(averaged)} if averaged else {}
         rows |= {"saved whole, the same in all adapters": _parameters(same)} if same else {}
     if config is not None:
-        optim, train = config.optim, config.train
+        optim, train, targets = config.optim, config.train, config.lora.targets
+        targets = (targets,) if isinstance(targets, str) else targets
         warmup = f"{optim.warmup_steps} warm-up steps"
         if optim.warmup_steps == "auto":
             warmup = f"warm-up over a tenth of the steps, at most {MAX_WARMUP_STEPS}"
         rows |= {
             "λ (temperature of the noise)": f"{optim.temperature:g}",
             "rank and alpha in training": f"{config.lora.rank} and {config.lora.alpha:g}",
-            "modules": ", ".join(map(code, config.lora.targets)),
+            "modules": ", ".join(map(code, subject.run.target_modules or targets)),
             "optimizer": f"{'noisy ' if optim.temperature else ''}AdamW, lr {optim.lr:g}, "
             f"weight decay {optim.weight_decay:g}, {optim.schedule} schedule, {warmup}",
             "length": f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs",

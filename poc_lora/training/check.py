@@ -12,6 +12,7 @@ from poc_lora.config import RunConfig, TrainSection
 from poc_lora.data.batches import supervised_tokens
 from poc_lora.errors import RequestError
 from poc_lora.files import free_bytes_at, require_place, size
+from poc_lora.lora.bank import resolve_targets
 from poc_lora.models.compilation import compiles, why_not_compiled
 from poc_lora.models.load import (
     context_length,
@@ -87,6 +88,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "base parameters": sum(p.numel() for p in model.parameters()),
         "base weights": footprint.dtype if quantized is None else f"{quantized}, computing in {footprint.dtype}",
         "adapters": M,
+        "adapted modules": ", ".join(resolve_targets(model, config.lora.targets)),
         "parameters per adapter": P,
         "training rows": len(data.train),
         "validation rows": len(data.validation),

@@ -17,7 +17,7 @@ from poc_lora.distributed import Ranks, open_ranks
 from poc_lora.environment import changed_devices, describe_device, environment
 from poc_lora.envvars import whole_number
 from poc_lora.errors import Interrupted, TrainingError, visible
-from poc_lora.lora.bank import count_parameters, matching_linears
+from poc_lora.lora.bank import count_parameters, matching_linears, resolve_targets
 from poc_lora.models.compilation import why_not_compiled
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_base
@@ -81,7 +81,9 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
     ranks.require_equal(data.files | asdict(sizes) | {"commit": run.commit.number if run.commit else None})
     with ranks.raise_on_all():
         if ranks.rank == 0:
-            _begin(run, config, data, sizes, started_at=started.isoformat(), dtype=dtype, devices=devices)
+            targets = list(resolve_targets(model, config.lora.targets))
+            begun = dict(started_at=started.isoformat(), dtype=dtype, target_modules=targets)
+            _begin(run, config, data, sizes, devices=devices, **begun)
     if config.model.is_sharded(ranks.size):
         ranks.heartbeat("sharding the base model")
         model = shard_base(model, device)
