@@ -117,7 +117,7 @@ def evaluate(
 def _evaluate_rows(targets: list[Path] | None, rows: list[str], *, out: Path | None, **options: Any) -> None:
     from poc_lora.artifacts.run_folder import ROW_LOSSES, RunFolder
     from poc_lora.evaluation.rows import evaluate_rows
-    from poc_lora.reporting.held_out import rows_notes, rows_table
+    from poc_lora.reporting.held_out import rows_held_out, rows_notes, rows_table
     from poc_lora.reporting.tables import terminal_table
 
     if not targets:
@@ -125,7 +125,9 @@ def _evaluate_rows(targets: list[Path] | None, rows: list[str], *, out: Path | N
     found = evaluate_rows(targets, rows, out=out, **options)
     show(terminal_table(rows_table(found)), *rows_notes(found))
     place, target = out or RunFolder(targets[0]).evaluation("rows"), shlex.quote(str(targets[0]))
-    if found.exact_average and RunFolder(targets[0]).is_run:
+    compared = rows_held_out(found)
+    pays = compared is None or compared.over_best[1] <= 0
+    if found.exact_average and pays and RunFolder(targets[0]).is_run:
         command = f"poc-lora merge {target} --out {shlex.quote(str(RunFolder(targets[0]).merged))}"
     else:
         command = f"poc-lora report {target}" if RunFolder(targets[0]).is_run else f"poc-lora eval {target} --data DIR"
@@ -134,9 +136,14 @@ def _evaluate_rows(targets: list[Path] | None, rows: list[str], *, out: Path | N
 
 def sample(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
-    text: Annotated[str, typer.Argument(help="What to ask; it is put into the run's prompt template.")],
+    text: Annotated[str, typer.Argument(help="What to ask; it is put into the run's prompt or chat template.")],
     adapter: Annotated[str | None, typer.Option(help="An adapter, such as 03; default: the best one so far.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask in the base's chat template instead.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat", help="Ask in the chat template; default: where most training rows were chats."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 128,
 ) -> None:
     """Show what base, best adapter and merge write after one prompt, greedily.

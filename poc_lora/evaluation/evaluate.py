@@ -119,6 +119,7 @@ def evaluate(
                 dtype=variants.dtype,
                 quantization=variants.quantization,
                 device=device,
+                chat_template=variants.chat_template,
             )
 
         subset_slots = name_subsets(len(variants.adapters), seed, whole=variants.merged is not None) if subsets else {}
