@@ -84,7 +84,10 @@ class AdaptersSection(Section):
 
 
 Learn = Literal["last", "assistant", "all"]
-COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "tools", "system")  # of the formats
+COLUMNS = (  # of the formats
+    "instruction", "input", "output", "prompt", "completion", "question", "choices", "answer", "messages",
+    "tools", "system",
+)  # fmt: skip
 
 
 class DataSection(Section):
@@ -104,10 +107,14 @@ class DataSection(Section):
     learn: Learn = "assistant"
     """Tokens with a loss: the answer (a chat's `last` turn), every turn of the `assistant`, or `all`. The default is
     every answer, since prompts come from others when the model is used; `all` is for texts to be learnt whole."""
+    chat_template: Name | None = None
+    """A Jinja file that renders chats in place of the base's chat template; it is written beside the adapters."""
     group_by_length: Flag = True
     """Batch rows of similar length together, which saves padding."""
     validation: Literal["auto"] | NonNegative = "auto"
     """Rows held out of training to measure the validation loss. `auto`: a tenth of the rows, at most 120."""
+    validation_files: tuple[Name, ...] = ()
+    """Files or Hub data sets of rows to measure the validation loss on; none are then held out of `train`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -115,6 +122,12 @@ class DataSection(Section):
         if isinstance(raw, dict) and "train_on_prompt" in raw:
             raise ValueError("train_on_prompt is now `learn`: write learn: all for true, learn: last for false")
         return raw
+
+    @model_validator(mode="after")
+    def _one_source_of_validation_rows(self) -> "DataSection":
+        if self.validation_files and self.validation not in ("auto", 0):
+            raise ValueError(f"give validation_files, or validation: {self.validation} rows of train, not both")
+        return self
 
     @model_validator(mode="after")
     def _columns_are_ours(self) -> "DataSection":
@@ -208,7 +221,7 @@ class RunConfig(Section):
         if self.train.keep == "best":
             if self.train.validate_every is None:
                 raise ValueError("train.keep: best chooses by validation losses: set train.validate_every, such as 80")
-            if self.data.validation == 0:
+            if self.data.validation == 0 and not self.data.validation_files:
                 raise ValueError("train.keep: best chooses by validation losses: set data.validation, such as 120")
         return self
 

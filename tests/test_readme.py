@@ -124,8 +124,13 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
     ran, merged = [], ""
     write_own_tasks(Path("mytasks"))
     Path("held-out.jsonl").write_text(json.dumps({"instruction": "Where is it?", "output": "in the attic"}))
+    rows = [{"prompt": f"The hat of person {i} is ", "completion": "red"} for i in range(40)]
+    Path("support.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = [{"question": f"Where is hat {i}?", "choices": ["here", "there"], "answer": i % 2} for i in range(40)]
+    Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     paths = {"path/to/a": "runs/mine/adapters/00", "path/to/b": "runs/mine/adapters/01"}
-    pages = ["README.md", *(f"docs/{name}.md" for name in ("scaling", "evaluation", "merging", "training"))]
+    paths["path/to/base"] = "poc_lora/microworld/model"
+    pages = ["README.md", *(f"docs/{name}.md" for name in ("scaling", "evaluation", "merging", "training", "own-task"))]
     assert not any(line.startswith("poc-lora ") for page in PAGES.keys() - set(pages) for line in lines(page))
     for line in dict.fromkeys(line for page in pages for line in lines(page) if line.startswith("poc-lora ")):
         words = [paths.get(word, word) for word in shlex.split(line) if word != "path/to/c"]
@@ -141,8 +146,9 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
             words += ["--limit", "5"]
         call(monkeypatch, words)
         ran.append(words[1])
+    own = ["init", "check", "train", "merge", "eval", "sample", "report", "train", "merge", "eval"]
     readme = ["check", "train", "merge", "eval", "report", "check", "merge", "merge", "fold"]
-    assert ran == [*readme, *["eval"] * 5, "sample", "merge", "push", "check", "train"]
+    assert ran == [*readme, *["eval"] * 5, "sample", "merge", "push", "check", "train", *own]
     assert "PoC merge" in capsys.readouterr().out
 
 

@@ -34,9 +34,10 @@ from poc_lora.files import (
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
 # What beside an adapter belongs to a tokenizer with more tokens, or another chat template, than the base's.
 TOKENIZER_FILES = (
-    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model",
+    "added_tokens.json", CHAT_TEMPLATE_NAME, "merges.txt", "special_tokens_map.json", "spiece.model",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
 PICKLE_NAME = "adapter_model.bin"

@@ -27,6 +27,8 @@ class RunFolder:
         self.config = path / "config.yaml"  # the resolved configuration
         self.info = path / "run.json"  # see RunInfo
         self.metrics = path / "metrics.jsonl"  # a line for each logged step and adapter
+        self.held_out = path / "held_out.jsonl"  # the validation rows; they stay on this machine
+        self.chat_template = path / "chat_template.jinja"  # that of data.chat_template
         self.checkpoints = path / "checkpoints"  # numbered commits
         self.adapters = path / "adapters"  # the finished adapters: 00, 01, ...
         self.merged = path / "merged"  # the merged adapter

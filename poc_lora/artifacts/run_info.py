@@ -9,7 +9,8 @@ from poc_lora.artifacts.schema import Artifact, Count, Finite, Int64, Number
 
 TOKENIZED_ROWS = "tokenised rows"
 SUPERVISED_TOKENS = "tokens with a loss"
-NO_FILES = (TOKENIZED_ROWS, SUPERVISED_TOKENS)  # the keys in data_sha256 that are none
+CHAT_TEMPLATE = "chat template"  # that of data.chat_template
+NO_FILES = (TOKENIZED_ROWS, SUPERVISED_TOKENS, CHAT_TEMPLATE)  # the keys in data_sha256 that are none
 
 
 class RunInfo(Artifact):
@@ -22,6 +23,8 @@ class RunInfo(Artifact):
         steps: Optimizer steps in all.
         data_sha256: SHA-256 of every file of training rows by its path, and under `NO_FILES` of the tokenized rows and
             of which tokens have a loss.
+        validation_sha256: The same of `data.validation_files`.
+        chats: Whether most training rows are chats.
         skipped_rows: Rows that were left out because they could not be used.
         started_at: When the run was first started, in ISO format.
         dtype: The dtype of the base model.
@@ -45,6 +48,8 @@ class RunInfo(Artifact):
     seed: Int64 | None = None
     steps: Count | None = None
     data_sha256: dict[str, str] = Field(default_factory=dict)
+    validation_sha256: dict[str, str] = Field(default_factory=dict)
+    chats: bool | None = None
     skipped_rows: Count | None = None
     per_device: Count | None = None
     tokens_per_microbatch: Count | None = None

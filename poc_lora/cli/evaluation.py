@@ -192,7 +192,7 @@ def _evaluate_rows(
 ) -> None:
     from poc_lora.artifacts.run_folder import ROW_LOSSES, RunFolder
     from poc_lora.evaluation.rows import evaluate_rows
-    from poc_lora.reporting.held_out import rows_notes, rows_table
+    from poc_lora.reporting.held_out import rows_held_out, rows_notes, rows_table
     from poc_lora.reporting.tables import terminal_table
 
     if not targets:
@@ -204,7 +204,9 @@ def _evaluate_rows(
         return
     show(terminal_table(rows_table(found)), *rows_notes(found))
     place, target = out or RunFolder(targets[0]).evaluation("rows"), shlex.quote(str(targets[0]))
-    if found.exact_average and RunFolder(targets[0]).is_run:
+    compared = rows_held_out(found)
+    pays = compared is None or compared.over_best[1] <= 0
+    if found.exact_average and pays and RunFolder(targets[0]).is_run:
         command = f"poc-lora merge {target} --out {shlex.quote(str(RunFolder(targets[0]).merged))}"
     else:
         command = f"poc-lora report {target}" if RunFolder(targets[0]).is_run else f"poc-lora eval {target} --data DIR"
@@ -234,9 +236,14 @@ def _evaluate_tasks(targets: list[Path] | None, tasks: str, *, out: Path | None,
 
 def sample(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
-    text: Annotated[str, typer.Argument(help="What to ask; it is put into the run's prompt template.")],
+    text: Annotated[str, typer.Argument(help="What to ask; it is put into the run's prompt or chat template.")],
     adapter: Annotated[str | None, typer.Option(help="An adapter, such as 03; default: the best one so far.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask in the base's chat template instead.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat", help="Ask in the chat template; default: where most training rows were chats."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 128,
 ) -> None:
     """Show what base, best adapter and merge write after one prompt, greedily.

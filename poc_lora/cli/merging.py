@@ -114,11 +114,13 @@ def merge(
     if ranks:
         show(f"the same as a figure: {out / 'rank_sweep.svg'}")
     runs = map(RunFolder, map(Path, sources))
-    run = next((run.path for run in runs if run.is_run and out == run.merged), None)
-    print_next(
-        f"the merged adapter: {out}",
-        f"poc-lora eval {shlex.quote(str(run or out))} --data DIR" + ("" if run else " --out DIR"),
-    )
+    run = next((run for run in runs if run.is_run and out == run.merged), None)
+    if run and run.held_out.is_file():
+        command = shlex.join(["poc-lora", "eval", str(run.path), "--rows", str(run.held_out)])
+    else:
+        target = shlex.quote(str(run.path if run else out))
+        command = f"poc-lora eval {target} --data DIR" + ("" if run else " --out DIR")
+    print_next(f"the merged adapter: {out}", command)
 
 
 def fold(

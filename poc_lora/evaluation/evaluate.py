@@ -121,7 +121,11 @@ def evaluate(
             compared = None if control is None else read_control(control, protocol, settings, _test(items))
 
         def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-            how_loaded: dict[str, Any] = {"revision": variants.revision, "quantization": variants.quantization}
+            how_loaded: dict[str, Any] = {
+                "revision": variants.revision,
+                "quantization": variants.quantization,
+                "chat_template": variants.chat_template,
+            }
             with ranks.raise_on_all():
                 if not sharded:
                     return load_base(variants.base, **how_loaded, dtype=variants.dtype, device=device)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -80,7 +81,8 @@ def evaluate_rows(
         require_place(variants.out)
         run = RunFolder(targets[0])
         settings = load_config(run.config).data if run.is_run else None
-        trained_on = run.is_run and _trained_on(run, rows)
+        info = RunInfo.read_if_there(run.info) if run.is_run else None
+        trained_on = info is not None and _trained_on(info, rows)
         place, measured = variants.out / ROW_LOSSES, _digest(variants, settings, rows, device, trained_on=trained_on)
         if measured is not None and (known := _read(place)) and known.measured == measured:
             return known
@@ -90,8 +92,11 @@ def evaluate_rows(
             dtype=variants.dtype,
             quantization=variants.quantization,
             device=device,
+            chat_template=variants.chat_template,
         )
-        encoded = _encode(rows, settings, variants.prompt, tokenizer, context_length(model))
+        encoded = _encode(
+            rows, settings, variants.prompt, tokenizer, context_length(model), now=info.start if info else None
+        )
         require_embeddings(model, tokenizer, (example.ids for example in encoded.answers), where="--rows")
         found = _score(model, variants, encoded.answers, ranks.stop)
     result = RowLosses(
@@ -123,6 +128,7 @@ def _digest(
         "dtype": resolve_dtype(variants.dtype, device),
         "quantization": variants.quantization,
         "prompt": variants.prompt,
+        "chat_template": variants.chat_template,
         "adapters": variants.digests(),
         "rows": [sha256_file(Path(source).expanduser()) for source in rows],
         "data": settings and settings.model_dump(mode="json", include={"columns", "max_length", "learn"}),
@@ -143,14 +149,22 @@ def _encode(
     prompt: str,
     tokenizer: PreTrainedTokenizerBase,
     context: int | None,
+    *,
+    now: datetime | None,
 ) -> Encoded:
     bad = BadRows()
+    held_out = [source for source in sources if _is_held_out(source)]
+    others = [source for source in sources if source not in held_out]
     encoded = encode_rows(
-        read_sources(sources, columns=settings.columns if settings else None, bad=bad),
+        [
+            *read_sources(held_out, bad=bad),
+            *read_sources(others, columns=settings.columns if settings and others else None, bad=bad),
+        ],
         tokenizer,
         template=prompt,
         max_length=row_limit(settings.max_length if settings else "auto", context),
         learn=settings.learn if settings else "last",
+        now=now,
         bad=bad,
     )
     if bad.count:
@@ -222,7 +236,12 @@ def _row_sums(log_probs: Tensor, sizes: Sequence[int]) -> list[float]:
     return [round(-part.sum().item(), 4) for part in log_probs.split(list(sizes))]
 
 
-def _trained_on(run: RunFolder, rows: Sequence[str]) -> bool:
-    info = RunInfo.read(run.info) if run.info.is_file() else None
-    digests = set(info.data_sha256.values()) if info else set()
+def _is_held_out(source: str) -> bool:
+    """Whether it is a run's own file of validation rows, whose columns are the format's."""
+    run = RunFolder(Path(source).expanduser().parent)
+    return run.is_run and Path(source).name == run.held_out.name
+
+
+def _trained_on(info: RunInfo, rows: Sequence[str]) -> bool:
+    digests = set(info.data_sha256.values())
     return any(sha256_file(path) in digests for path in map(Path, rows) if path.is_file())

@@ -11,11 +11,19 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
+from poc_lora.adapters.adapter import (
+    CHAT_TEMPLATE_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    read_adapter,
+    shared_tokenizer,
+)
 from poc_lora.adapters.sources import Source, find_adapters, find_sources
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import load_config
+from poc_lora.data.chats import read_chat_template
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.errors import ModelError, RequestError, RunError, first_line
 from poc_lora.evaluation.whole_weights import check_fits, in_weights, named_as_in
@@ -41,6 +49,7 @@ class Variants:
         base, revision, dtype, quantization: As for `load_base`.
         prompt: The prompt template.
         adapters: By name, in order.
+        chat_template: The text of the chat template that takes the place of the base's, if any.
         merged: The run's merge; None evaluates the exact average of several adapters in its place.
         out: The folder for results.
         shard: Whether several ranks share the base, as the run trained on it.
@@ -55,6 +64,7 @@ class Variants:
     merged: Adapter | None
     out: Path
     shard: bool = False
+    chat_template: str | None = None
 
     @property
     def keys(self) -> list[str]:
@@ -252,6 +262,7 @@ def find_variants(
             merged=read_adapter(run.merged) if run.merged.is_dir() else None,
             out=out or run.evaluation(protocol),
             shard=config.model.shard,
+            chat_template=read_chat_template(run.chat_template) if run.chat_template.is_file() else None,
         )
     if out is None:
         raise RequestError("adapters outside a run need a folder for the results", fix="add --out DIR")
@@ -264,7 +275,10 @@ def find_variants(
     if base is None:
         base, own_revision = _common_base(adapters)
         revision = revision or own_revision
-    return Variants(base, revision, dtype or "auto", quantization, prompt or "clean", adapters, None, out)
+    beside = shared_tokenizer([(source.folder, source.root) for source in sources])
+    template = beside[CHAT_TEMPLATE_NAME].decode(errors="replace") if CHAT_TEMPLATE_NAME in beside else None
+    asked = dtype or "auto", quantization, prompt or "clean"
+    return Variants(base, revision, *asked, adapters, None, out, chat_template=template)
 
 
 def is_model(folder: Path) -> bool:

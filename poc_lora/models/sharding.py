@@ -18,19 +18,33 @@ from poc_lora.models.load import empty_base, load_base, load_tokenizer
 
 
 def load_to_shard(
-    name: str, *, revision: str | None, dtype: str, quantization: str | None, rank: int
+    name: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    quantization: str | None,
+    rank: int,
+    chat_template: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model and its tokenizer for `shard_base`: on rank 0 to the CPU, elsewhere without weights.
 
     Args:
-        name, revision, quantization: As for `load_base`.
+        name, revision, quantization, chat_template: As for `load_base`.
         dtype: A torch dtype's name; not `auto`, which would be the CPU's.
         rank: This process's rank.
     """
     if rank:
-        return empty_base(name, revision=revision, dtype=dtype), load_tokenizer(name, revision=revision)
-    cpu = torch.device("cpu")
-    return load_base(name, revision=revision, dtype=dtype, quantization=quantization, device=cpu, floats_only=True)
+        model = empty_base(name, revision=revision, dtype=dtype)
+        return model, load_tokenizer(name, revision=revision, chat_template=chat_template)
+    return load_base(
+        name,
+        revision=revision,
+        dtype=dtype,
+        quantization=quantization,
+        device=torch.device("cpu"),
+        floats_only=True,
+        chat_template=chat_template,
+    )
 
 
 def shard_base(model: PreTrainedModel | None, device: torch.device) -> PreTrainedModel:

@@ -181,6 +181,12 @@ def verdicts(run: Path) -> list[str]:
     return [verdict(found) for found in read_held_out(run)]
 
 
+def better_alone(run: Path) -> int | str | None:
+    """Returns the adapter that is better than the merge on the held-out rows beyond chance, if that is known."""
+    packs = read_held_out(run)
+    return packs[0].best if len(packs) == 1 and packs[0].over_best[1] > 0 else None
+
+
 def verdict(found: HeldOut) -> str:
     """Says in plain words what the merge is worth on the held-out rows, and what to do."""
     M, difference = len(found.adapters), "difference {:+.3f}, 95 % interval {:+.3f} to {:+.3f}".format(*found.over_best)

@@ -25,7 +25,7 @@ from poc_lora.models.load import (
     resolve_dtype,
 )
 from poc_lora.models.vocabulary import require_embeddings
-from poc_lora.training.data import TrainingData, prepare_data
+from poc_lora.training.data import TrainingData, chat_template, prepare_data
 from poc_lora.training.memory import Footprint, free_bytes, snapshot_bytes
 from poc_lora.training.metrics import require_trackers
 from poc_lora.training.placement import initial_progress, place
@@ -66,7 +66,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     run, config = preflight(config, device, resume=in_use)
     compiled = compiles(config.train.compile, device)
     model = empty_base(config.model.name, revision=config.model.revision)
-    tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
+    tokenizer = load_tokenizer(config.model.name, revision=config.model.revision, chat_template=chat_template(config))
     data = run_data(config, run, model, tokenizer, now=run.info.start if run.info else None)
     footprint = Footprint(config, device, longest=data.longest, ranks=processes)
     free = free_bytes(device)
@@ -161,7 +161,7 @@ def run_data(
     require_targets(config)
     data = prepare_data(config, tokenizer, context=context_length(model), now=now)
     require_embeddings(model, tokenizer, (e.ids for e in (*data.train, *data.validation)), where="data.train")
-    require_same_rows(run, data.files)
+    require_same_rows(run, data.files, data.validation_files)
     return data
 
 

@@ -20,12 +20,12 @@ from poc_lora.errors import Interrupted, TrainingError, visible
 from poc_lora.lora.bank import count_parameters, matching_linears, resolve_targets
 from poc_lora.models.compilation import why_not_compiled
 from poc_lora.models.forward import without_cudnn_attention
-from poc_lora.models.load import default_device, load_base
+from poc_lora.models.load import default_device, load_base, tokenizer_files
 from poc_lora.models.recomputation import gradient_checkpointing
 from poc_lora.models.sharding import load_to_shard, shard_base
 from poc_lora.training.check import disk_bytes, preflight, require_processes, require_room, run_data
 from poc_lora.training.checkpoint import Commits
-from poc_lora.training.data import TrainingData
+from poc_lora.training.data import TrainingData, chat_template
 from poc_lora.training.loop import TrainingLoop, TrainingResult
 from poc_lora.training.memory import Sizes, free_bytes, peak_bytes, resolve_sizes
 from poc_lora.training.metrics import MetricsLogger, open_trackers
@@ -77,8 +77,15 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
         model, tokenizer = _load_model(config, dtype, device, ranks)
         started = (run.info and run.info.start) or datetime.fromisoformat(now)
         data = run_data(config, run, model, tokenizer, now=started)
+        if config.data.chat_template:
+            run.beside_adapters = tokenizer_files(tokenizer)
         sizes = _resolve_sizes(run, resolved, data, model, device, free, ranks)
-    ranks.require_equal(data.files | asdict(sizes) | {"commit": run.commit.number if run.commit else None})
+    ranks.require_equal(
+        data.files
+        | {"validation": data.validation_files}
+        | asdict(sizes)
+        | {"commit": run.commit.number if run.commit else None}
+    )
     with ranks.raise_on_all():
         if ranks.rank == 0:
             targets = list(resolve_targets(model, config.lora.targets))
@@ -128,8 +135,13 @@ def _load_model(
     config: RunConfig, dtype: str, device: torch.device, ranks: Ranks
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     section = config.model
-    how: dict[str, Any] = {"revision": section.revision, "dtype": dtype, "quantization": section.quantization}
-    if config.model.is_sharded(ranks.size):
+    how: dict[str, Any] = {
+        "revision": section.revision,
+        "dtype": dtype,
+        "quantization": section.quantization,
+        "chat_template": chat_template(config),
+    }
+    if section.is_sharded(ranks.size):
         return load_to_shard(section.name, **how, rank=ranks.rank)
     return load_base(section.name, **how, device=device)
 
@@ -170,9 +182,13 @@ def _begin(run: Run, config: RunConfig, data: TrainingData, sizes: Sizes, *, dev
         print(change, file=sys.stderr)  # noqa: T201
     run.begin(
         config,
+        held_out=data.held_out,
+        chat_template=chat_template(config),
         seed=config.adapters.seed,
         steps=data.total_steps,
         data_sha256=data.files,
+        validation_sha256=data.validation_files,
+        chats=data.chats,
         skipped_rows=data.skipped,
         processes=len(devices),
         devices=devices,

@@ -222,6 +222,7 @@ def random_work(a: argparse.Namespace, config: RunConfig, device: torch.device) 
     data = TrainingData(
         rows,
         [],
+        [],
         order,
         total_steps=a.steps,
         max_length=max(lengths),
@@ -229,7 +230,9 @@ def random_work(a: argparse.Namespace, config: RunConfig, device: torch.device) 
         truncated=0,
         dropped=0,
         skipped=0,
+        chats=False,
         files={},
+        validation_files={},
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({PAD: 0})), pad_token=PAD)
     free = free_bytes(device)

@@ -68,6 +68,14 @@ def test_other_links_are_left_out_and_said_so(run, tmp_path):
     assert not paths(subject) & {"merge.json", "results.json", "results.md", "figures/leak.svg"}
 
 
+def test_held_out_rows_and_a_template_of_ones_own_stay_and_the_latter_is_said(run):
+    assert (run / "held_out.jsonl").is_file()
+    (run / "merged" / "chat_template.jinja").write_text("secret")
+    subject = collect(run, members=True)
+    assert not any(path.endswith((".jsonl", ".jinja")) for path in paths(subject))
+    assert list(subject.left_out) == ["merged/chat_template.jinja"]
+
+
 def test_a_folder_inside_a_link_is_not_looked_into(run, tmp_path):
     (run / "eval" / "figures").mkdir()
     (run / "eval" / "figures" / "private.svg").write_text("<svg/>")

@@ -105,7 +105,7 @@ def make_run(folder, *, temperature=1e-3, seed=0, found=None, merge=None, metric
     """Write a whole run folder, and return it."""
     settings = {
         "model": {"name": model},
-        "lora": {"rank": 4},
+        "lora": {"rank": 4, "targets": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]},
         "adapters": {"count": 3, "seed": seed},
         "data": {"train": ["train.json"]},
         "optim": {"temperature": temperature},
