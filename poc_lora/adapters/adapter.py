@@ -48,7 +48,7 @@ MAX_CONFIG_BYTES = 16 * 2**20  # as much as the header of the weights: it may na
 MAX_TOKENIZER_BYTES = 2**28
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """A LoRA adapter.
 
@@ -80,6 +80,12 @@ class Adapter:
     targets: frozenset[str] = field(default=frozenset(), compare=False)
     pattern: str | None = field(default=None, compare=False)
 
+    def __repr__(self) -> str:
+        whole = f", {len(self.modules_to_save)} parameters whole" if self.modules_to_save else ""
+        ranks = sorted({self.rank(module) for module in self.modules})
+        rank = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else "no rank"
+        return f"Adapter({len(self.modules)} modules, {rank}{whole}, base_model={self.base_model!r})"
+
     def rank(self, module: str) -> int:
         """The rank of a module's factors, without reading them."""
         return self.modules.rank(module) if isinstance(self.modules, LazyFactors) else self.modules[module].rank
@@ -89,7 +95,7 @@ class Adapter:
         return self.modules.shape(module) if isinstance(self.modules, LazyFactors) else self.modules[module].shape
 
 
-def read_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
+def read_adapter(folder: str | Path, *, root: Path | None = None) -> Adapter:
     """Read a PEFT adapter folder into memory.
 
     The factors keep their stored dtype; their scale is alpha / r, or alpha / sqrt(r) with rsLoRA.
@@ -105,7 +111,7 @@ def read_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
     return replace(opened, modules=dict(opened.modules), modules_to_save=dict(opened.modules_to_save))
 
 
-def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
+def open_adapter(folder: str | Path, *, root: Path | None = None) -> Adapter:
     """Like `read_adapter`, but each tensor is read from the file when it is accessed, and not kept."""
     folder = Path(folder)
     with system_errors_as(AdapterError, "cannot be read", folder):
@@ -133,7 +139,7 @@ def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
 
 def write_adapter(
     adapter: Adapter,
-    folder: Path,
+    folder: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
     extra_files: Mapping[str, str | bytes] | None = None,

@@ -19,7 +19,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Factors:
     """One module's update ΔW = scale · B A, with A [r, d_in] and B [d_out, r]."""
 
@@ -33,6 +33,9 @@ class Factors:
                 f"factors of shapes A {list(self.A.shape)} and B {list(self.B.shape)} have no product B A",
                 fix="A is [r, d_in] and B is [d_out, r]",
             )
+
+    def __repr__(self) -> str:
+        return f"Factors(rank {self.rank}, ΔW {list(self.shape)}, scale {self.scale:g})"
 
     @property
     def rank(self) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from poc_lora.errors import RunError
 from poc_lora.files import read_json, write_atomic
 
+MAX_SHOWN = 2  # entries of a collection in a repr
 LARGEST = 1e30  # matplotlib cannot draw larger values
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -39,6 +40,11 @@ class _Marker:
     pass
 
 
+class _Entries(int):
+    def __repr__(self) -> str:
+        return f"<{int(self)} entries>"
+
+
 PUBLIC = _Marker()
 Public = Annotated[T, PUBLIC]  # a field that may leave this machine, as in `rank: Public[int]`
 
@@ -52,6 +58,12 @@ class Schema(BaseModel):
         """Returns plain JSON values, in the order of the fields; NaN becomes None."""
         values: dict[str, Any] = plain(self)
         return values
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Shortens collections: a whole file would fill the screen."""
+        for name, value in super().__repr_args__():
+            long = isinstance(value, dict | list | tuple) and len(value) > MAX_SHOWN
+            yield name, _Entries(len(value)) if long else value
 
     def public(self, names: Mapping[str, str]) -> Self:
         """Returns a copy with the fields marked `Public`, which all required fields must be.

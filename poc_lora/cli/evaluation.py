@@ -282,16 +282,14 @@ def report(
         raise RequestError(what, where=", ".join(map(str, runs)), fix=fix)
 
     from poc_lora.reporting.compare import write_comparison
-    from poc_lora.reporting.page import write_page
-    from poc_lora.reporting.results_tables import results_summary, write_report
+    from poc_lora.reporting.page import report
+    from poc_lora.reporting.results_tables import results_summary
     from poc_lora.reporting.run_files import read_run
 
-    evaluations = read_run(run).evaluations
-    page = write_page(run, compare=others)
-    for results in evaluations:
-        write_report(run, results)
-        if not compare:
-            show(*results_summary(results))
+    page = report(run, compare=others)
     if compare:
         show(*write_comparison(runs))
+    else:
+        for results in read_run(run).evaluations:
+            show(*results_summary(results))
     print_next(f"the report: {page}", "open it in a browser")

@@ -24,9 +24,9 @@ def demo(
 
     Example: poc-lora demo --out runs/demo adapters.seed=1
     """
-    from poc_lora.microworld.demo import run_demo
+    from poc_lora.microworld.demo import demo
 
-    run_demo(out, overrides or [], show=show)
+    demo(out, overrides or [], show=show)
     run = RunFolder(out)
     print_next(
         f"the report: {run.report} (open it in a browser)",

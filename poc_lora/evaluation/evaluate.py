@@ -28,10 +28,10 @@ from poc_lora.models.sharding import load_to_shard, shard_base
 
 
 def evaluate(
-    targets: Sequence[Path],
+    targets: str | Path | Sequence[str | Path],
     *,
-    data: Path | None,
-    base: str | None = None,
+    data: str | Path | None,
+    base: str | Path | None = None,
     revision: str | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
@@ -41,8 +41,8 @@ def evaluate(
     prompt: str | None = None,
     limit: int | None = None,
     subsets: bool = False,
-    control: Path | None = None,
-    out: Path | None = None,
+    control: str | Path | None = None,
+    out: str | Path | None = None,
     seed: int = 0,
     device: torch.device | None = None,
 ) -> Results:
@@ -80,14 +80,18 @@ def evaluate(
             weights are loaded if possible.
         Interrupted: Ctrl-C or SIGTERM; the answers so far are saved.
     """
+    folders = list(map(Path, [targets] if isinstance(targets, str | Path) else targets))
+    data = None if data is None else Path(data)
+    control = None if control is None else Path(control)
+    out = None if out is None else Path(out)
     _check_request(protocol, limit=limit, beams=beams, subsets=subsets, control=control)
     device = device or default_device()
     with open_ranks(device) as ranks, without_cudnn_attention():
         with ranks.raise_on_all():
             chosen = find_benchmarks(benchmarks, data)
             variants = find_variants(
-                targets,
-                base=base,
+                folders,
+                base=None if base is None else str(base),
                 revision=revision,
                 dtype=dtype,
                 quantization=quantization,

@@ -27,7 +27,7 @@ MODULES_PER_TRIM = 8
 
 
 def merge_folders(
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     out: str | Path | None,
     *,
     method: str = "average",
@@ -61,7 +61,8 @@ def merge_folders(
     """
     if out is not None:
         require_new(Path(out))
-    found = tell_apart([source for given in sources for source in find_sources(given)])
+    given_sources = [sources] if isinstance(sources, str | Path) else sources
+    found = tell_apart([source for given in given_sources for source in find_sources(given)])
     # Opened before hashing: a damaged file is reported as such, and only regular files are hashed.
     adapters = [open_adapter(source.folder, root=source.root) for source in found]
     with ThreadPoolExecutor() as pool:
