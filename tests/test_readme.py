@@ -111,21 +111,25 @@ def call(monkeypatch, words):
     assert ended.value.code in (0, None), words
 
 
-@pytest.mark.slow
 def write_own_tasks(folder):
     """A task for each row that docs/evaluation.md shows, as JSON lines."""
     (rows,) = blocks("docs/evaluation.md", "json")
     for name, row in zip(["quiz", "yesno"], rows.splitlines(), strict=True):
         (folder / name).mkdir(parents=True)
         (folder / name / "test.jsonl").write_text(row + "\n")
+    files = {"test": str((folder / "quiz" / "test.jsonl").resolve())}
+    task = {"task": "quiz_lm", "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+    task |= {"output_type": "multiple_choice", "doc_to_text": "question", "doc_to_choice": "choices"}
+    (folder / "quiz_lm.yaml").write_text(json.dumps(task | {"doc_to_target": "answer"}))
 
 
+@pytest.mark.slow
 def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
     ran, merged = [], ""
     write_own_tasks(Path("mytasks"))
     Path("held-out.jsonl").write_text(json.dumps({"instruction": "Where is it?", "output": "in the attic"}))
     paths = {"path/to/a": "runs/mine/adapters/00", "path/to/b": "runs/mine/adapters/01"}
-    paths["path/to/base"] = "poc_lora/microworld/model"
+    paths |= {"path/to/base": "poc_lora/microworld/model", "gsm8k,mmlu": "quiz_lm"}
     pages = ["README.md", *(f"docs/{name}.md" for name in ("scaling", "evaluation", "merging", "training"))]
     assert not any(line.startswith("poc-lora ") for page in PAGES.keys() - set(pages) for line in lines(page))
     for line in dict.fromkeys(line for page in pages for line in lines(page) if line.startswith("poc-lora ")):
@@ -140,10 +144,12 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
             words += SMALL
         if words[1] == "eval" and "--rows" not in words:
             words += ["--limit", "5"]
+        if "--harness-tasks" in words and "--include-path" not in words:  # theirs are on the Hub
+            words += ["--include-path", "mytasks"]
         call(monkeypatch, words)
         ran.append(words[1])
     readme = ["check", "train", "merge", "eval", "report", "check", "merge", "merge", "fold"]
-    assert ran == [*readme, *["eval"] * 5, "sample", "merge", "push", "check", "train"]
+    assert ran == [*readme, *["eval"] * 7, "sample", "merge", "push", "check", "train"]
     assert "PoC merge" in capsys.readouterr().out
 
 
