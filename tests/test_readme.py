@@ -114,6 +114,10 @@ def write_own_tasks(folder):
     for name, row in zip(["quiz", "yesno"], rows.splitlines(), strict=True):
         (folder / name).mkdir(parents=True)
         (folder / name / "test.jsonl").write_text(row + "\n")
+    files = {"test": str((folder / "quiz" / "test.jsonl").resolve())}
+    task = {"task": "quiz_lm", "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+    task |= {"output_type": "multiple_choice", "doc_to_text": "question", "doc_to_choice": "choices"}
+    (folder / "quiz_lm.yaml").write_text(json.dumps(task | {"doc_to_target": "answer"}))
 
 
 @pytest.mark.slow
@@ -126,7 +130,7 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
     questions = [{"question": f"Where is hat {i}?", "choices": ["here", "there"], "answer": i % 2} for i in range(40)]
     Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     paths = {"path/to/a": "runs/mine/adapters/00", "path/to/b": "runs/mine/adapters/01"}
-    paths["path/to/base"] = "poc_lora/microworld/model"
+    paths |= {"path/to/base": "poc_lora/microworld/model", "gsm8k,mmlu": "quiz_lm"}
     pages = ["README.md", *(f"docs/{name}.md" for name in ("scaling", "evaluation", "merging", "training", "own-task"))]
     assert not any(line.startswith("poc-lora ") for page in PAGES.keys() - set(pages) for line in lines(page))
     for line in dict.fromkeys(line for page in pages for line in lines(page) if line.startswith("poc-lora ")):
@@ -141,11 +145,13 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
             words += SMALL
         if words[1] == "eval" and "--rows" not in words:
             words += ["--limit", "5"]
+        if "--harness-tasks" in words and "--include-path" not in words:  # theirs are on the Hub
+            words += ["--include-path", "mytasks"]
         call(monkeypatch, words)
         ran.append(words[1])
     own = ["init", "check", "train", "merge", "eval", "sample", "report", "train", "merge", "eval"]
     readme = ["check", "train", "merge", "eval", "report", "check", "merge", "merge", "fold"]
-    assert ran == [*readme, *["eval"] * 5, "sample", "merge", "push", "check", "train", *own]
+    assert ran == [*readme, *["eval"] * 7, "sample", "merge", "push", "check", "train", *own]
     assert "PoC merge" in capsys.readouterr().out
 
 

@@ -96,8 +96,10 @@ class TaskResults(Artifact):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        for name, task in self.tasks.items():
-            for metric in task.metrics.values():
-                if metric.best not in (metric.adapters or {""}) or (metric.average is None) == bool(metric.adapters):
-                    raise ValueError(f"{name}: the best adapter is not among the adapters")
+        metrics = [metric for task in self.tasks.values() for metric in task.metrics.values()]
+        variants = {(frozenset(m.adapters), m.average is None, m.merged is None) for m in metrics}
+        if len(variants) > 1:
+            raise ValueError("metrics of some variants alone")
+        if any(m.best not in (m.adapters or {""}) or (m.average is None) == bool(m.adapters) for m in metrics):
+            raise ValueError("the best adapter is not among the adapters")
         return self

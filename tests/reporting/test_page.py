@@ -26,6 +26,7 @@ from tests.reporting.run_folder import (
     metric_lines,
     results,
     scored,
+    task_results,
     write_scores,
 )
 
@@ -272,6 +273,26 @@ def test_the_losses_on_rows_of_a_file_are_a_table(tmp_path):
     assert "x" * 100 not in page.text
     assert "On 2 held-out rows the merge of 2 adapters" in page.text
     assert "1 rows were left out" in page.text
+
+
+def test_tasks_of_lm_eval_are_tables(tmp_path):
+    run = make_run(tmp_path)
+    (run / "eval-tasks").mkdir()
+    attack = "<script>alert(1)</script>" + "x" * 1000
+    found = task_results()
+    found.model_copy(update={"tasks": found.tasks | {attack: found.tasks["quiz"]}}).write(run / "eval-tasks/tasks.json")
+    page = page_of(run)
+    table = page.tables["Tasks of lm-eval ± standard error"]
+    assert table[0] == ["", "documents", "base", "LoRA (best)", "LoRA (average)", "PoC merge"]
+    assert table[1] == ["quiz, 5-shot: acc (strict) ↑", "40", "0.5 ± 0.079", "0.75 ± 0.05", "0.7 ± 0.04", "0.8 ± 0.03"]
+    assert table[2] == ["read: word_perplexity ↓", "7", "23.46", "12", "12.5", "not a number"]
+    assert table[3][0].startswith("<script>alert(1)")
+    assert page.tables["Tasks in groups ± standard error"][1][0] == "member: acc (strict) ↑"
+    differences = page.tables["PoC merge minus others (paired bootstrap over documents)"]
+    assert differences[1] == ["quiz, 5-shot: acc (strict) ↑ minus base", "+0.3000", "+0.1000 to +0.5000"]
+    assert "x" * 100 not in page.text
+    assert "quiz: 3 of 40 prompts were cut at their start" in page.text
+    assert "Only the first 40 documents" in page.text
 
 
 def test_a_control_and_other_protocols_stand_beside(tmp_path):
