@@ -68,7 +68,7 @@ def check_poc_lora(words):
     command, rest = find_verb(words)
     assert not hasattr(command, "commands"), f"no such command: {words}"
     command.make_context(command.name, list(rest))  # raises for an option that does not exist
-    if command.name in ("demo", "check", "train"):
+    if command.name in ("demo", "check", "train", "controls"):
         assert {word.partition("=")[0] for word in rest if "=" in word} <= KEYS, words
 
 
@@ -111,7 +111,6 @@ def call(monkeypatch, words):
     assert ended.value.code in (0, None), words
 
 
-@pytest.mark.slow
 def write_own_tasks(folder):
     """A task for each row that docs/evaluation.md shows, as JSON lines."""
     (rows,) = blocks("docs/evaluation.md", "json")
@@ -120,6 +119,7 @@ def write_own_tasks(folder):
         (folder / name / "test.jsonl").write_text(row + "\n")
 
 
+@pytest.mark.slow
 def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
     ran, merged = [], ""
     write_own_tasks(Path("mytasks"))
@@ -136,14 +136,14 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
             words[words.index("merged")] = merged
         if "--processes" in words:
             words[-1] = "2"
-        if words[1] in ("check", "train"):
+        if words[1] in ("check", "train", "controls"):
             words += SMALL
-        if words[1] == "eval" and "--rows" not in words:
+        if words[1] in ("eval", "controls") and "--rows" not in words:
             words += ["--limit", "5"]
         call(monkeypatch, words)
         ran.append(words[1])
     readme = ["check", "train", "merge", "eval", "report", "check", "merge", "merge", "fold"]
-    assert ran == [*readme, *["eval"] * 5, "sample", "merge", "push", "check", "train"]
+    assert ran == [*readme, *["eval"] * 5, "sample", "train", "eval", "controls", "merge", "push", "check", "train"]
     assert "PoC merge" in capsys.readouterr().out
 
 
