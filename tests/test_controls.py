@@ -131,6 +131,7 @@ def test_it_resumes_to_the_same_table(config, monkeypatch):
         with pytest.raises(Interrupted, match="the same command resumes"):
             compare(config, "parts", data=Path("tasks"))
         assert not Path("parts/controls.json").exists()
+        assert json.loads(Path("parts/pack-0/run.json").read_text())["train_seconds"] > 0  # of the part before too
     found = compare(config, "parts", data=Path("tasks"))
     assert plain(found) == plain(expected)
     count = len(steps)

@@ -79,7 +79,16 @@ def test_modules_stay_small():
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--help", "train --help", "merge --help", "eval --help", "mfnn --help", "mfnn poc --help", "push --help"],
+    [
+        "--help",
+        "train --help",
+        "merge --help",
+        "eval --help",
+        "controls --help",
+        "mfnn --help",
+        "mfnn poc --help",
+        "push --help",
+    ],
 )
 def test_help_imports_no_torch(arguments):
     code = (

@@ -65,7 +65,7 @@ def check_poc_lora(words):
     command, rest = find_verb(words)
     assert not hasattr(command, "commands"), f"no such command: {words}"
     command.make_context(command.name, list(rest))  # raises for an option that does not exist
-    if command.name in ("demo", "check", "train"):
+    if command.name in ("demo", "check", "train", "controls"):
         assert {word.partition("=")[0] for word in rest if "=" in word} <= KEYS, words
 
 
@@ -141,9 +141,9 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
             words[words.index("merged")] = merged
         if "--processes" in words:
             words[-1] = "2"
-        if words[1] in ("check", "train"):
+        if words[1] in ("check", "train", "controls"):
             words += SMALL
-        if words[1] == "eval" and "--rows" not in words:
+        if words[1] in ("eval", "controls") and "--rows" not in words:
             words += ["--limit", "5"]
         if "--harness-tasks" in words and "--include-path" not in words:  # theirs are on the Hub
             words += ["--include-path", "mytasks"]
@@ -151,7 +151,8 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
         ran.append(words[1])
     own = ["init", "check", "train", "merge", "eval", "sample", "report", "train", "merge", "eval"]
     readme = ["check", "train", "merge", "eval", "report", "check", "merge", "merge", "fold"]
-    assert ran == [*readme, *["eval"] * 7, "sample", "merge", "push", "check", "train", *own]
+    evaluation = [*["eval"] * 7, "sample", "train", "eval", "controls"]
+    assert ran == [*readme, *evaluation, "merge", "push", "check", "train", *own]
     assert "PoC merge" in capsys.readouterr().out
 
 
