@@ -58,7 +58,8 @@ def find_adapters(source: Path) -> list[Path]:
         return [source]
     inside = RunFolder(source).adapters
     if not inside.is_dir():
-        found = [folder for folder in source.iterdir() if _has_adapter(folder)] if source.is_dir() else []
+        loose = source.is_dir() and not RunFolder(source).is_run  # not a run's merged/
+        found = [folder for folder in source.iterdir() if _has_adapter(folder)] if loose else []
         if found:
             return sorted(found, key=_by_number)
         raise AdapterError(

@@ -44,6 +44,7 @@ def evaluate(
         Prompt | None, typer.Option(help="The prompt template; default: the run's own, clean outside a run.")
     ] = None,
     subsets: Annotated[bool, typer.Option("--subsets", help="Also score merges of 2, 4, ... of the adapters.")] = False,
+    rank: Annotated[int | None, typer.Option(help="Also score the merge truncated to this rank.")] = None,
     control: Annotated[
         Path | None, typer.Option(help="Another run, evaluated with the same options, to compare the merge with.")
     ] = None,
@@ -73,7 +74,7 @@ def evaluate(
         print_next("the benchmarks as LLM-Adapters renders them", "python scripts/download_commonsense.py --out DIR")
         return
     if rows:
-        given = dict(data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None)
+        given = dict(data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None, rank=rank)
         for name, value in given.items():
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--rows", fix="leave one of them out")
@@ -107,6 +108,7 @@ def evaluate(
             prompt=prompt,
             limit=limit,
             subsets=subsets,
+            rank=rank,
             control=control,
             out=out,
         )
