@@ -70,6 +70,7 @@ def summarise(
         best_chosen_on="validation" if validation else "test",
         average=scored["average"],
         merged=scored.get("merged"),
+        truncated=scored.get("truncated"),
         ensemble=scored.get("ensemble"),
         control=scored.get("control"),
         comparisons={name: paired_difference(correct["merged"], rival, seed=seed) for name, rival in rivals.items()}
@@ -91,7 +92,7 @@ def write_results(variants: Variants, results: Results, settings: Mapping[str, M
     read = {adapter_key(name): adapter for name, adapter in variants.adapters.items()}
     read |= {"merged": variants.merged} if variants.merged else {}
     found: dict[str, Scored | None] = {adapter_key(name): scored for name, scored in results.adapters.items()}
-    found |= {"base": results.base, "merged": results.merged, "ensemble": results.ensemble}
+    found |= {name: getattr(results, name) for name in ("base", "merged", "truncated", "ensemble")}
     for variant, scored in found.items():
         if scored is None:
             continue

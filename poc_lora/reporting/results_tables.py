@@ -32,6 +32,7 @@ def table_rows(results: Results) -> list[tuple[str, str, Scored]]:
         ("base", "base", results.base),
         *adapters,
         ("PoC merge", "merge", results.merged),
+        (f"PoC merge, rank {results.truncated_rank}", "merge", results.truncated),
         (f"PoC merge, {results.control_name}", "violet", results.control),
         ("prediction ensemble", "ensemble", results.ensemble),
     ]
@@ -232,7 +233,8 @@ def _subset_notes(subsets: Subsets) -> Iterator[str]:
         f"m = {p.m}: {percent(p.accuracy)}" + ("" if math.isnan(p.error) else f" ± {percent(p.error)}")
         for p in subsets.points
     )
-    yield f"Accuracy of merges of m adapters (± over subsets): {points}."
+    which = "" if subsets.limit is None else f", on the first {subsets.limit} questions of each benchmark"
+    yield f"Accuracy of merges of m adapters (± over subsets){which}: {points}."
     law = subsets.variance_law
     if law is None:
         yield "The law of their distance from the merge of all is not fitted: it needs at least five adapters."
