@@ -22,16 +22,17 @@ def calibrate(items: Sequence[Item], answers: Mapping[Item, Answer]) -> Calibrat
     benchmarks: dict[str, list[tuple[Tensor, int]]] = {item.benchmark: [] for item in items}
     for item in items:
         if found := answers[item].log_probs:
-            p = torch.tensor(found, dtype=torch.float64).softmax(-1)
-            benchmarks[item.benchmark].append((p, item.question.answer_index))
+            log_p = torch.tensor(found, dtype=torch.float64).log_softmax(-1)  # those of long texts lie far apart
+            benchmarks[item.benchmark].append((log_p, item.question.answer_index))
     if not benchmarks or not all(benchmarks.values()):
         return None
     parts = [
         (
-            torch.stack([-p[right].log() for p, right in own]),
-            torch.stack([brier_score(p, right) for p, right in own]),
+            torch.stack([-log_p[right] for log_p, right in own]),
+            torch.stack([brier_score(log_p.exp(), right) for log_p, right in own]),
             calibration_terms(
-                torch.stack([p.max() for p, _ in own]), torch.tensor([float(p.argmax() == right) for p, right in own])
+                torch.stack([log_p.max().exp() for log_p, _ in own]),
+                torch.tensor([float(log_p.argmax() == right) for log_p, right in own]),
             ),
         )
         for own in benchmarks.values()
