@@ -119,8 +119,11 @@ def calibration_table(results: Results, of: str = "") -> Table:
 def power_note(questions: Mapping[str, int]) -> str:
     """Says before an evaluation which differences its questions can show."""
     n, points = sum(questions.values()), 100 * smallest_difference(questions)
+    asked = f"{n:,} question{'s' if n > 1 else ''}"
+    if points > 100:
+        return f"{asked}: too few to show any difference."
     return (
-        f"{n:,} question{'s' if n > 1 else ''}: a difference of {points:.1f} points or more would show, in 80 % of "
+        f"{asked}: a difference of {points:.1f} points or more would show, in 80 % of "
         "evaluations at the 5 % level, between variants of which one is right and one wrong on a question in five."
     )
 
