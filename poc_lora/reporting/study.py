@@ -251,17 +251,28 @@ def _asked(run: RunFiles) -> tuple[object, ...]:
 def study_tables(study: Study) -> list[Table]:
     """Returns the table of the variants and that of their differences."""
     titles = [MEASURES[measure] for measure in study.measures]
-    rows: list[list[Value]] = [
-        [name, *(figure(measure, found.get(variant)) for measure, found in study.measures.items())]
-        for variant, name in VARIANTS.items()
-        if any(variant in found for found in study.measures.values())
-    ]
+    rows: list[list[Value]] = [[VARIANTS[variant], *cells] for variant, cells in variant_cells(study).items()]
     n = len(study.runs)
     tables = [Table(f"Mean over {n} runs ± half-width of its 95 % interval", ["", *titles], rows, strong=["PoC merge"])]
     if study.differences:
         caption = "Differences within each run: mean over runs ± half-width of the 95 % interval"
         tables.append(Table(caption, ["", *titles], difference_rows(study)))
     return tables
+
+
+def variant_cells(study: Study) -> dict[str, list[str]]:
+    """Returns by variant a cell for each measure of the study. The base needs no interval on the same questions."""
+    cells = {}
+    for variant in VARIANTS:
+        found = [(measure, values.get(variant)) for measure, values in study.measures.items()]
+        if variant == "base":
+            found = [
+                (m, one and one.model_copy(update={"half_width": math.nan} if len(set(one.values)) == 1 else {}))
+                for m, one in found
+            ]
+        if any(one for _, one in found):
+            cells[variant] = [figure(measure, one) for measure, one in found]
+    return cells
 
 
 def difference_rows(study: Study) -> list[list[Value]]:
@@ -284,8 +295,7 @@ def figure(measure: str, found: OverRuns | RunDifference | None, *, signed: bool
     if found is None:
         return ""
     scale, digits = (100, 2) if measure == "accuracy" else (1, 3)
-    is_constant = isinstance(found, OverRuns) and len(set(found.values)) == 1 and not signed  # such as the base
-    half = "" if math.isnan(found.half_width) or is_constant else f" ± {scale * found.half_width:.{digits}f}"
+    half = "" if math.isnan(found.half_width) else f" ± {scale * found.half_width:.{digits}f}"
     return f"{scale * found.mean:{'+' if signed else ''}.{digits}f}{half}"
 
 

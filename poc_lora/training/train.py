@@ -207,8 +207,7 @@ def _total(result: TrainingResult, run: Run, ranks: Ranks, device: torch.device)
     result.tokens, result.padded_tokens = sum(tokens), sum(padded)
     result.seconds, result.commit_seconds, result.peak_bytes = max(seconds), max(waited), max(peaks)
     if ranks.rank == 0:
-        _add_seconds(run, result.seconds, result.commit_seconds)
-        run.update_info(peak_bytes=result.peak_bytes)
+        _add_seconds(run, result.seconds, result.commit_seconds, peak_bytes=result.peak_bytes)
     if not any(state.status == "finished" for state in result.progress.values()):
         problem = TrainingError(
             "every adapter diverged: no loss stayed finite", where=run.folder, fix="lower optim.lr or optim.temperature"
@@ -217,12 +216,13 @@ def _total(result: TrainingResult, run: Run, ranks: Ranks, device: torch.device)
     return result
 
 
-def _add_seconds(run: Run, training: float, commits: float) -> None:
-    """Add the time of this call to that of the calls before it, in run.json."""
+def _add_seconds(run: Run, training: float, commits: float, **info: int) -> None:
+    """Add the time of this call to that of the calls before it, in run.json; `info` are other fields of it."""
     before = run.info or RunInfo()
     run.update_info(
         train_seconds=round((before.train_seconds or 0) + training, 3),
         commit_seconds=round((before.commit_seconds or 0) + commits, 3),
+        **info,
     )
 
 
