@@ -100,7 +100,7 @@ def run_controls(
     for plan in plans:
         done[plan.name] = []
         for one in plan.configs:
-            show(f"{Path(one.output).name}: {plan.meaning}")
+            show(f"{Path(one.output).name}: {plan.meaning}" + (" (trained already)" if _has_ended(one) else ""))
             with _same_command_resumes():
                 _train(one)
                 if finished := _finished_adapters(one):
@@ -212,19 +212,20 @@ def _finished_adapters(config: RunConfig) -> list[int]:
     return [adapter for adapter, state in _progress(config).items() if state.status == "finished"]
 
 
+def _has_ended(config: RunConfig) -> bool:
+    """Whether a run is over: every adapter has finished or diverged."""
+    progress = _progress(config)
+    return len(progress) == config.adapters.count and all(s.status != "training" for s in progress.values())
+
+
 def _train(config: RunConfig) -> None:
     """Train or resume a run, unless it has ended. One whose adapters all diverged has ended too."""
-
-    def ended() -> bool:
-        progress = _progress(config)
-        return len(progress) == config.adapters.count and all(s.status != "training" for s in progress.values())
-
-    if ended():
+    if _has_ended(config):
         return
     try:
         train(config, resume=True)
     except TrainingError:
-        if not ended():
+        if not _has_ended(config):
             raise
 
 

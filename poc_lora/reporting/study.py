@@ -112,6 +112,10 @@ def make_study(runs: Sequence[RunFiles]) -> Study:
     Raises:
         RunError: Two runs are copies of one, or were evaluated on different questions or rows.
     """
+
+    def scored_on(run: RunFiles) -> tuple[object, ...]:
+        return run.results and asked(run.results), run.rows and (run.rows.tokens, run.rows.prompt)
+
     settings = [settings_of(run) for run in runs]
     seeds = [run.config and run.config.adapters.seed for run in runs]
     differ_in = differing(settings)
@@ -122,7 +126,7 @@ def make_study(runs: Sequence[RunFiles]) -> Study:
                 where=run.folder,
                 fix="train it with another adapters.seed",
             )
-        if _asked(run) != _asked(runs[0]):
+        if scored_on(run) != scored_on(runs[0]):
             raise RunError(
                 "evaluated on other questions or rows, or in another way, than the first run",
                 where=run.folder,
@@ -240,12 +244,9 @@ def same_but_for_the_seed(one: RunConfig, other: RunConfig) -> bool:
     return not differing([flatten(one), flatten(other)])
 
 
-def _asked(run: RunFiles) -> tuple[object, ...]:
-    results, rows = run.results, run.rows
-    return (
-        results and (results.questions, results.prompt, results.protocol, results.limit),
-        rows and (rows.tokens, rows.prompt),
-    )
+def asked(results: Results) -> tuple[object, ...]:
+    """Returns what must be equal for the accuracies of two runs to be compared."""
+    return results.questions, results.prompt, results.protocol, results.limit
 
 
 def study_tables(study: Study) -> list[Table]:

@@ -32,6 +32,7 @@ def test_controls_says_what_it_trains_and_ends_with_one_table(poc_lora, config):
     status, again, err = poc_lora(*arguments)
     assert status == 0, err
     assert shown in again
+    assert "pack-1: 2 adapters, merged (trained already)" in again
     assert "training" not in err
 
 
