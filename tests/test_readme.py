@@ -17,6 +17,9 @@ from poc_lora import NoisyAdamW
 from poc_lora.cli import app as cli
 from poc_lora.config import RunConfig, validate
 from poc_lora.config_files import all_keys, parse_yaml
+from poc_lora.data.formats import parse_row
+from poc_lora.data.prompts import encode_rows
+from poc_lora.models.load import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -311,6 +314,16 @@ def test_the_loop_in_training_md_runs_as_pasted_to_the_merge(checkout, capsys):
     for label, row in zip(scope["labels"], scope["drawn"], strict=True):
         learnt = scope["tokenizer"].decode(label[label != -100])
         assert learnt == f"{row['output']} {scope['tokenizer'].eos_token}"
+
+
+def test_the_chat_template_in_own_task_md_has_a_place_for_every_answer(tiny_model_dir):
+    (template,) = blocks("docs/own-task.md", "jinja")
+    tokenizer = load_tokenizer(str(tiny_model_dir), chat_template=template)
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("abcd")]
+    row = parse_row({"messages": turns, "system": "Be brief."}, "here")
+    (example,) = encode_rows([row], tokenizer, template="clean", max_length=400, learn="assistant").examples
+    learnt = [tokenizer.decode(list(example.ids[start:end])) for start, end in example.supervised]
+    assert learnt == ["b<|im_end|>", "d<|im_end|></s>"]
 
 
 def test_the_merged_adapter_in_merging_md_loads(tiny_llama, tmp_path, monkeypatch):

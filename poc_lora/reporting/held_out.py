@@ -187,10 +187,15 @@ def verdicts(run: Path) -> list[str]:
     return [verdict(found) for found in read_held_out(run)]
 
 
-def better_alone(run: Path) -> int | str | None:
-    """Returns the adapter that is better than the merge on the held-out rows beyond chance, if that is known."""
+def better_than_merge(run: Path) -> int | str | None:
+    """Returns what `verdict` says to use in place of the merge of a run: an adapter, or `base`; None is the merge."""
     packs = read_held_out(run)
-    return packs[0].best if len(packs) == 1 and packs[0].over_best[1] > 0 else None
+    if len(packs) != 1 or len(packs[0].adapters) == 1:
+        return None
+    (found,) = packs
+    if found.base <= min(found.merge, *found.adapters.values()):
+        return "base"
+    return found.best if found.over_best[1] > 0 else None
 
 
 def verdict(found: HeldOut) -> str:
