@@ -47,8 +47,8 @@ def evaluate_tasks(
 ) -> TaskResults:
     """Score variants of one base model on any tasks, groups and tags of lm-eval, with its metrics and errors.
 
-    What a variant scored on a task is saved in `OUT/VARIANT`, with lm-eval's samples, and the same call resumes an
-    interrupted evaluation there. Writes tasks.json at the end.
+    The scores of a variant on each task are saved in `OUT/VARIANT` with lm-eval's samples, so the same call resumes an
+    interrupted evaluation. Writes tasks.json at the end.
 
     Args:
         targets, base, revision, dtype, quantization: As for `evaluate`.
@@ -62,9 +62,9 @@ def evaluate_tasks(
         What was written to tasks.json. There is no prediction ensemble: generated texts have no mean.
 
     Raises:
-        RequestError, RunError, AdapterError, DataError, ModelError: For what cannot be evaluated, if possible before
-            weights are loaded.
-        Interrupted: After Ctrl-C or SIGTERM.
+        RequestError, RunError, AdapterError, DataError, ModelError: Something cannot be evaluated; raised before
+            weights are loaded if possible.
+        Interrupted: Ctrl-C or SIGTERM.
     """
     device = device or default_device()
     if limit is not None and limit < 1:

@@ -5,7 +5,9 @@ import math
 
 from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
 from poc_lora.artifacts.task_scores import Metric, Score, Task, TaskResults
+from poc_lora.artifacts.variant_scores import VariantAccuracy, VariantScores
 from poc_lora.config import dump_yaml, validate
+from poc_lora.evaluation.variants import adapter_digest
 
 FOLDERS = "social_i_qa piqa winogrande openbookqa ARC-Challenge ARC-Easy boolq hellaswag".split()
 MODULES = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")]
@@ -16,6 +18,19 @@ def scored(value, step=0.01):
     parts = {b: Estimate(value + step * i, 0.0061 + step / 10 * i) for i, b in enumerate(FOLDERS)}
     values = [estimate.value for estimate in parts.values()]
     return Scored(benchmarks=parts, average=Estimate(sum(values) / 8, 0.0043))
+
+
+def write_scores(place, variant, adapter):
+    """VARIANT.json of an evaluation of the weights that the folder `adapter` has now."""
+    average = VariantAccuracy(accuracy=0.5, error=math.nan)
+    VariantScores(
+        adapter_digest=adapter_digest(adapter),
+        base_model="org/base",
+        protocol="label",
+        prompt="clean",
+        benchmarks={},
+        average=average,
+    ).write(place / f"{variant}.json")
 
 
 def difference(value, low, high, p):
@@ -91,7 +106,7 @@ def make_run(folder, *, temperature=1e-3, seed=0, found=None, merge=None, metric
     """Write a whole run folder, and return it."""
     settings = {
         "model": {"name": model},
-        "lora": {"rank": 4},
+        "lora": {"rank": 4, "targets": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]},
         "adapters": {"count": 3, "seed": seed},
         "data": {"train": ["train.json"]},
         "optim": {"temperature": temperature},

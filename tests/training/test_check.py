@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import accelerate.tracking
 import pytest
 import torch
+from filelock import FileLock
 
+from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.errors import ConfigError, DataError, ModelError, RequestError, RunError
 from poc_lora.files import size
 from poc_lora.models import compilation
@@ -54,6 +56,7 @@ def test_every_line_is_given_without_weights(settings, no_weights, monkeypatch, 
         "base parameters": linears + others,
         "base weights": f"{quantization}, computing in float32" if quantization else "float32",
         "adapters": 3,
+        "adapted modules": "q_proj, k_proj, v_proj, up_proj, down_proj",
         "parameters per adapter": PARAMETERS,
         "training rows": 54,
         "validation rows": 6,
@@ -77,7 +80,7 @@ def test_every_line_is_given_without_weights(settings, no_weights, monkeypatch, 
     counted = {"tokens per epoch and adapter", "supervised tokens per epoch and adapter"}
     predicted = {f"memory on cpu: {part}" for part in ("activations", "logits", "peak")}
     about = {"tokens of the whole run, about", "validation, about"}
-    shown = {"tokens of a row", "unknown tokens", "what has a loss", "learning rate", "a row", "warnings"}
+    shown = {"tokens of a row", "unknown tokens", "what has a loss", "learning rate", "a row", "warnings", "bytes"}
     assert facts.keys() == fixed.keys() | counted | about | predicted | shown
     assert facts["memory on cpu: peak"].endswith(" MB of 2.0 GB free")
     assert not Path(settings["output"]).exists()
@@ -197,6 +200,13 @@ def test_a_run_that_is_there_can_be_checked(settings, monkeypatch):
     train(config(settings))
     full_disk(monkeypatch)  # what it needs it has mostly written
     assert check(config(settings))["run folder"] == f"{settings['output']} (existing run; --resume continues it)"
+
+
+def test_a_run_in_which_another_process_trains_is_refused(settings):
+    train(config(settings))
+    with FileLock(RunFolder(Path(settings["output"])).lock), pytest.raises(RunError, match="another process trains"):
+        check(config(settings), device=CPU)
+    check(config(settings), device=CPU)
 
 
 @pytest.mark.parametrize(("nbytes", "text"), [(0, "0 kB"), (1500, "2 kB"), (1.5e6, "1.5 MB"), (25e9, "25.0 GB")])

@@ -43,8 +43,8 @@ def load_tasks(benchmarks: Sequence[Benchmark], *, data: Path | None, prompt: st
         prompt: The prompt template of the local tasks.
 
     Raises:
-        RequestError: If lm-eval is not installed.
-        DataError: If the questions cannot be read or loaded.
+        RequestError: lm-eval is not installed.
+        DataError: The questions cannot be read or loaded.
     """
     require_lm_eval("--protocol harness")
     from lm_eval.tasks import TaskManager

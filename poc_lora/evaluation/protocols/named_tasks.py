@@ -1,4 +1,4 @@
-"""Any task of lm-eval by its name: found, refused where it wants what is not given, and loaded."""
+"""Finds, checks and loads tasks of lm-eval by their names."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -52,8 +52,8 @@ def load_named_tasks(
         include_path: A folder of YAML files of further tasks. Python functions that they name are run.
 
     Raises:
-        RequestError: For names that are not known, and tasks that run code of others or need pictures or sound.
-        DataError: If a task's data cannot be loaded.
+        RequestError: A name is not known, or a task runs code of others, or needs pictures or sound.
+        DataError: A task's data cannot be loaded.
     """
     require_lm_eval(WHERE)
     from lm_eval.tasks import TaskManager

@@ -1,4 +1,4 @@
-"""lm-eval scores one task of the variant that the model computes; what it found is saved, so that it is asked once."""
+"""Scores the variant that the model computes on one task of lm-eval, and saves the scores for the next evaluation."""
 
 import hashlib
 import json
@@ -75,8 +75,8 @@ def score_task(
         The scores, and lm-eval's samples: a dictionary for each document and filter.
 
     Raises:
-        AdapterError, ModelError: If log-likelihoods are not numbers.
-        RequestError: If the task's own code fails.
+        AdapterError, ModelError: Log-likelihoods are NaN.
+        RequestError: The task's own code fails.
     """
     from lm_eval.evaluator import evaluate
 
@@ -102,7 +102,7 @@ def score_task(
 
 
 def read_score(folder: Path, task: str, key: str) -> TaskScore | None:
-    """What an earlier evaluation found in the same circumstances; None if there is nothing."""
+    """Returns the scores that an earlier evaluation saved under the same key; None if there are none."""
     try:
         found = TaskScore.read_if_there(_path(folder, task))
     except RunError:  # damaged: it is asked again
@@ -111,7 +111,7 @@ def read_score(folder: Path, task: str, key: str) -> TaskScore | None:
 
 
 def write_score(folder: Path, task: str, score: TaskScore, samples: Sequence[dict[str, Any]]) -> None:
-    """Write lm-eval's samples, then the scores: where those are, both are complete."""
+    """Write lm-eval's samples, then the scores: if the scores are there, both are complete."""
     path = _path(folder, task)
     path.unlink(missing_ok=True)
     write_samples(path.with_name(f"samples_{path.stem}.jsonl"), samples)
