@@ -30,7 +30,8 @@ class MetricsLine(Schema):
     Attributes:
         step: Optimizer steps done.
         adapter: The adapter's number; in a validation also the base, or the merge of `members`.
-        diverged: Whether the adapter was dropped, because its loss was not finite.
+        diverged: True in the line of the step at which the adapter was dropped, since its loss, gradient or weights
+            were no longer finite.
         loss: The training loss per supervised token.
         grad_norm: The norm of the gradient before clipping.
         noise_norm: The norm of the noise that the step added.

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from poc_lora import rng
 from poc_lora.artifacts.results import Calibration, Difference, Estimate, Results, Scored
-from poc_lora.artifacts.run_folder import RESULTS
+from poc_lora.artifacts.run_folder import RESULTS, variant_file
+from poc_lora.artifacts.variant_scores import BenchmarkAccuracy, VariantAccuracy, VariantScores
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.calibration import calibrate
 from poc_lora.evaluation.variants import Variants, adapter_key
-from poc_lora.files import write_json
 
 RESAMPLES = 10_000
+MAX_DRAWN = 10_000_000  # counts at once
 SMALLEST = 2.802  # standard errors: the normal quantiles of 0.975, for the 5 % level, and of 0.8, for the power
 DISCORDANT = 0.2
 
@@ -36,7 +37,7 @@ def summarise(
     """Compute Results from answers.
 
     Args:
-        answers: By variant: `base`, the `adapter_key` of each adapter and, if there are such, `merged`, `ensemble` and
+        answers: By variant: `base`, the `adapter_key` of each adapter and, where they exist, `merged`, `ensemble` and
             `control`. Adapters answer all `items`, the other variants only test questions.
         seed: The seed of the bootstrap.
         described: The fields of Results that do not depend on answers.
@@ -58,6 +59,8 @@ def summarise(
     if "control" in correct:
         rivals["control"] = correct["control"]
     merged, together = answers.get("merged"), answers.get("ensemble")
+    calibrated = _calibrations(answers, test)
+    shown = {"base": "base", "best": adapter_key(best), "merged": "merged", "ensemble": "ensemble"}
     return Results(
         questions={b: len(values) for b, values in correct["base"].items()},
         too_long={b: sum(i.benchmark == b and answers["base"][i].too_long for i in test) for b in benchmarks},
@@ -68,19 +71,21 @@ def summarise(
         best_chosen_on="validation" if validation else "test",
         average=scored["average"],
         merged=scored.get("merged"),
+        truncated=scored.get("truncated"),
         ensemble=scored.get("ensemble"),
         control=scored.get("control"),
         comparisons={name: paired_difference(correct["merged"], rival, seed=seed) for name, rival in rivals.items()}
         if merged
         else {},
-        calibration=_calibrations(answers, test, best),
+        calibration={name: calibrated[key] for name, key in shown.items() if key in calibrated},
+        calibration_of_adapters={a: calibrated[key] for a in adapters if (key := adapter_key(a)) in calibrated},
         agreement=agreement(merged, together) if merged and together else None,
         **described,
     )
 
 
 def write_results(variants: Variants, results: Results, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write a JSON file for each variant, then results.json: if it is there, the others are complete.
+    """Write `VariantScores` for each variant, then results.json: if it is there, the others are complete.
 
     Args:
         settings: By variant, what its answers depend on besides the questions; its `adapters` are digests.
@@ -88,22 +93,24 @@ def write_results(variants: Variants, results: Results, settings: Mapping[str, M
     read = {adapter_key(name): adapter for name, adapter in variants.adapters.items()}
     read |= {"merged": variants.merged} if variants.merged else {}
     found: dict[str, Scored | None] = {adapter_key(name): scored for name, scored in results.adapters.items()}
-    found |= {"base": results.base, "merged": results.merged, "ensemble": results.ensemble}
+    found |= {name: getattr(results, name) for name in ("base", "merged", "truncated", "ensemble")}
     for variant, scored in found.items():
         if scored is None:
             continue
-        summary = {
-            "variant": variant,
-            "source": read[variant].source if variant in read else None,
-            "adapter_digest": settings[variant]["adapters"][0] if variant in read else None,
-            "base_model": results.base_model,
-            "protocol": results.protocol,
-            "prompt": results.prompt,
-            "benchmarks": {b: _plain(e) | {"questions": results.questions[b]} for b, e in scored.benchmarks.items()},
-            "average": _plain(scored.average),
-            "settings": settings[variant],
-        }
-        write_json(variants.out / f"{variant}.json", summary)
+        VariantScores(
+            variant=variant,
+            source=read[variant].source if variant in read else None,
+            adapter_digest=settings[variant]["adapters"][0] if variant in read else None,
+            base_model=results.base_model,
+            protocol=results.protocol,
+            prompt=results.prompt,
+            benchmarks={
+                benchmark: BenchmarkAccuracy(accuracy=value, error=error, questions=results.questions[benchmark])
+                for benchmark, (value, error) in scored.benchmarks.items()
+            },
+            average=VariantAccuracy(accuracy=scored.average.value, error=scored.average.error),
+            settings=dict(settings[variant]),
+        ).write(variants.out / variant_file(variant))
     results.write(variants.out / RESULTS)
 
 
@@ -168,37 +175,49 @@ def paired_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], 
     """The macro average of `ours` minus that of `theirs`, with a percentile bootstrap (Efron 1979).
 
     Questions are resampled within each benchmark. p is twice the smaller share of resamples on one side of zero, with
-    one resample added to each side so that it is never zero.
+    one resample added to each side so that it is never zero. It is at least `smallest_p` of the questions that differ,
+    and where that is above 5 % the interval holds zero: resamples of a few equal values are all equal.
 
     Args:
         ours, theirs: For each benchmark a value per question [n], in the same order.
         seed: Of the bootstrap.
     """
     resampled = np.zeros(RESAMPLES)
-    observed = 0.0
+    observed, differing = 0.0, 0
     for benchmark in ours:
         difference = (ours[benchmark] - theirs[benchmark]).double().numpy()
         values, counts = np.unique(difference, return_counts=True)
         # n draws with replacement take few distinct values, so their counts are drawn: the same law, much less work.
         stream = np.random.default_rng(rng.key(seed, 0, "bootstrap", name=benchmark))
-        drawn = stream.multinomial(len(difference), counts / len(difference), size=RESAMPLES)
-        resampled += drawn @ values / len(difference)
+        rows = max(1, MAX_DRAWN // len(values))
+        for first in range(0, RESAMPLES, rows):
+            size = min(rows, RESAMPLES - first)
+            drawn = stream.multinomial(len(difference), counts / len(difference), size=size)
+            resampled[first : first + size] += drawn @ values / len(difference)
         observed += difference.mean()
+        differing += int(np.count_nonzero(difference))
     resampled /= len(ours)
     low, high = np.quantile(resampled, (0.025, 0.975))
     tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
-    p = min(1.0, 2 * (int(tail) + 1) / (RESAMPLES + 1))
+    p = min(1.0, max(2 * (int(tail) + 1) / (RESAMPLES + 1), smallest_p(differing)))
+    if smallest_p(differing) > 0.05:
+        low, high = min(low, 0.0), max(high, 0.0)
     detectable = SMALLEST * float(resampled.std())
     return Difference(
         value=float(observed / len(ours)), low=float(low), high=float(high), p=p, detectable=detectable or None
     )
 
 
+def smallest_p(differing: int) -> float:
+    """The smallest two-sided p-value of n paired differences, 2^(1 − n): a sign test's where all have one sign."""
+    return 2.0 ** (1 - differing)
+
+
 def smallest_difference(questions: Mapping[str, int]) -> float:
     """The smallest difference of macro averages that an evaluation shows with 80 % power at the 5 % level.
 
-    For two variants of which one is right and the other wrong on one question in five: the difference per question then
-    has the variance 1/5. Variants that differ more often need more questions.
+    It assumes that on one question in five exactly one of the two variants is right, so that the difference per
+    question has variance 1/5. Variants that differ more often need more questions.
 
     Args:
         questions: Their number, by benchmark.
@@ -207,17 +226,14 @@ def smallest_difference(questions: Mapping[str, int]) -> float:
 
 
 def agreement(ours: Mapping[Item, Answer], theirs: Mapping[Item, Answer]) -> float:
-    """The share of questions that fit the context on which two variants choose the same label; NaN if none fits."""
+    """The share of questions, of those that fit the context, on which two variants agree; NaN if none fits."""
     same = [ours[item].choice == theirs[item].choice for item in ours if not ours[item].too_long]
     return sum(same) / len(same) if same else math.nan
 
 
-def _calibrations(
-    answers: Mapping[str, Mapping[Item, Answer]], test: Sequence[Item], best: str
-) -> dict[str, Calibration]:
-    shown = {"base": "base", "best": adapter_key(best), "merged": "merged", "ensemble": "ensemble"}
-    found = {name: calibrate(test, answers[key]) for name, key in shown.items() if key in answers}
-    return {name: calibration for name, calibration in found.items() if calibration}
+def _calibrations(answers: Mapping[str, Mapping[Item, Answer]], test: Sequence[Item]) -> dict[str, Calibration]:
+    found = {variant: calibrate(test, given) for variant, given in answers.items() if variant != "control"}
+    return {variant: calibration for variant, calibration in found.items() if calibration}
 
 
 def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item]) -> dict[str, float]:
@@ -229,10 +245,6 @@ def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item])
         asked = [given[item] for item in items if not given[item].too_long]
         shares[variant] = sum(answer.choice is None for answer in asked) / len(asked) if asked else math.nan
     return shares
-
-
-def _plain(estimate: Estimate) -> dict[str, float | None]:
-    return {"accuracy": estimate.value, "error": None if math.isnan(estimate.error) else estimate.error}
 
 
 def _scored(correct: Mapping[str, Tensor], per_byte: Mapping[str, Tensor] | None = None) -> Scored:

@@ -131,6 +131,8 @@ def provenance(files: RunFiles) -> Section:
 def _sentence(config: RunConfig, files: RunFiles) -> str:
     """Describes the run in a sentence."""
     lora, optim, train, adapters = config.lora, config.optim, config.train, config.adapters
+    resolved = files.info.target_modules if files.info else []
+    targets = ", ".join(resolved or ([lora.targets] if isinstance(lora.targets, str) else lora.targets))
     steps = files.info.steps if files.info else None
     steps = steps or train.max_steps
     length = f"{steps:,} steps" if steps else f"{train.epochs:g} epochs"
@@ -139,7 +141,7 @@ def _sentence(config: RunConfig, files: RunFiles) -> str:
     quantised = f", quantised to {config.model.quantization}" if config.model.quantization else ""
     return (
         f"M = {adapters.count} LoRA adapters of rank {lora.rank} (alpha {lora.alpha:g}) on "
-        f"{short(', '.join(lora.targets))} of {short(model, 300)}{quantised}, each trained independently for "
+        f"{short(targets)} of {short(model, 300)}{quantised}, each trained independently for "
         f"{length} of {train.batch_size} rows with NoisyAdamW: learning rate {optim.lr:g}, {noise}, "
         f"run seed {adapters.seed}. Trained on {short(', '.join(config.data.train), 300)}."
     )

@@ -3,12 +3,14 @@
 import statistics
 from collections.abc import Mapping
 
+import rich.table
+
 from poc_lora.adapters.serving import serving_advice
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.files import size
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.held_out import verdicts
-from poc_lora.reporting.tables import percent
+from poc_lora.reporting.tables import Table, percent, terminal_table
 from poc_lora.training.loop import TrainingResult
 
 IDENTICAL = 0.9999  # a larger cosine suggests the same seed
@@ -113,17 +115,16 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + more
 
 
-def rank_table(report: MergeReport) -> list[str]:
-    """Returns the rank sweep as lines: the relative error and the share of ‖ΔW‖² retained, by module type and rank."""
+def rank_table(report: MergeReport) -> rich.table.Table:
+    """Returns the rank sweep: the relative error by module type and rank, and the share of all ‖ΔW‖² that is kept."""
     sweep = report.rank_sweep
-    width = max(map(len, sweep))
-    lines = [
-        "relative error (retained share of the squared norm) at rank",
-        " " * width + "".join(f"{r:>17}" for r in sweep["all"]),
+    ranks = list(sweep["all"])
+    rows = [
+        ["kept of ‖ΔW‖²", *(f"{1 - error**2:.1%}" for error in sweep["all"].values())],
+        *([short(kind, 24), *(f"{errors[rank]:.4f}" for rank in ranks)] for kind, errors in sweep.items()),
     ]
-    for kind, errors in sweep.items():
-        lines.append(f"{kind:<{width}}" + "".join(f"{e:>8.4f} ({1 - e**2:6.1%})" for e in errors.values()))
-    return lines
+    caption = "Relative error ‖ΔW − ΔW_r‖ / ‖ΔW‖ of the best approximation of each rank r"
+    return terminal_table(Table(caption, ["", *map(str, ranks)], rows, strong=["all"]))
 
 
 def _warnings(report: MergeReport) -> list[str]:

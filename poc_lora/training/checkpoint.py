@@ -13,11 +13,11 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,7 +39,7 @@ State = dict[str, torch.Tensor]  # one adapter's weights and moments, on the hos
 
 
 class FileEntry(Schema):
-    """What a file must be to be intact."""
+    """Size and checksum of a file of a commit."""
 
     bytes: int
     sha256: str
@@ -265,16 +265,6 @@ def newest_commit(root: Path) -> tuple[Commit | None, list[str]]:
     if numbers:
         raise CheckpointError("no commit of this run is intact:", details=problems, where=root)
     return None, problems
-
-
-def progress_to_json(progress: Mapping[int, Progress], adapters: Iterable[int]) -> dict[str, dict[str, Any]]:
-    """Convert the progress of some adapters to plain JSON values."""
-    return {str(adapter): asdict(progress[adapter]) for adapter in sorted(adapters)}
-
-
-def progress_from_json(adapters: Mapping[str, Any]) -> dict[int, Progress]:
-    """Convert the values of `progress_to_json` back."""
-    return {int(adapter): Progress(**state) for adapter, state in adapters.items()}
 
 
 def _snapshot(bank: AdapterBank, optimizer: NoisyAdamW, progress: Mapping[int, Progress]) -> dict[int, State]:

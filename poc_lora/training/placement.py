@@ -25,6 +25,11 @@ class Progress:
         return self.status == "training" and self.step > 0
 
 
+def initial_progress(count: int) -> dict[int, Progress]:
+    """Returns the progress of a new run's adapters."""
+    return {adapter: Progress(0) for adapter in range(count)}
+
+
 @dataclass(frozen=True)
 class Placement:
     """The work of all ranks: in each round every rank trains one pack, of adapters that have come equally far."""

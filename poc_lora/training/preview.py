@@ -61,7 +61,7 @@ def lengths_in_words(lengths: Sequence[int], max_length: int) -> str:
 
 
 def unknown_tokens(rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> float | None:
-    """Returns the share of tokens that stand for text that the tokenizer does not know; None if it has none such."""
+    """Returns the share of unknown tokens, which stand for text not in the vocabulary; None if there is none such."""
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         return None
@@ -86,7 +86,7 @@ def _peak(optim: OptimSection, steps: int) -> float:
 
 
 def warnings(config: RunConfig, data: TrainingData, unknown: float | None) -> list[str]:
-    """Returns what would waste the run, each with its remedy.
+    """Returns warnings of what would waste the run, each with its remedy.
 
     Args:
         config: The run's configuration.
@@ -119,6 +119,12 @@ def _warnings(config: RunConfig, data: TrainingData, unknown: float | None) -> I
         yield (
             f"{unknown:.1%} of all tokens stand for text that the base's tokenizer does not know: it cannot learn that "
             "text; choose a base whose tokenizer knows it"
+        )
+    trained = {row.ids for row in data.train}
+    if known := sum(row.ids in trained for row in data.validation):
+        yield (
+            f"{known:,} of {len(data.validation):,} held-out rows are the same as training rows, so their losses say "
+            "little about new rows; take repeated rows out"
         )
     if not sum(supervised_tokens(row) for row in data.validation):
         yield (

@@ -23,11 +23,13 @@ def report(tmp_path, adapters, **options):
 
 
 def test_a_rank_sweep_is_a_table_of_types_by_ranks(tmp_path):
-    lines = rank_table(report(tmp_path, [adapter(i) for i in range(3)], rank_sweep=[2, 6]))
-    assert [line.split()[0] for line in lines[2:]] == ["all", "q_proj", "up_proj"]
-    assert lines[1].split() == ["2", "6"]
-    assert all(line.endswith("0.0000 (100.0%)") for line in lines[2:])
-    assert len({len(line) for line in lines[1:]}) == 1
+    table = rank_table(found := report(tmp_path, [adapter(i) for i in range(3)], rank_sweep=[2, 6]))
+    first, two, six = (list(map(str, column.cells)) for column in table.columns)
+    assert first == ["kept of ‖ΔW‖²", "all", "q_proj", "up_proj"]
+    assert [column.header for column in table.columns] == ["", "2", "6"]
+    error = found.rank_sweep["all"][2]
+    assert two[:2] == [f"{1 - error**2:.1%}", f"{error:.4f}"]
+    assert six == ["100.0%", "0.0000", "0.0000", "0.0000"]
 
 
 def test_a_summary_says_how_far_one_more_adapter_would_move_the_merge(tmp_path):
