@@ -188,11 +188,13 @@ def verdicts(run: Path) -> list[str]:
 
 
 def better_than_merge(run: Path) -> int | str | None:
-    """Returns what `verdict` says to use in place of the merge of a run: an adapter, or `base`; None is the merge."""
+    """As `instead_of_merge`, by the last validation of a run; None also where that cannot tell."""
     packs = read_held_out(run)
-    if len(packs) != 1 or len(packs[0].adapters) == 1:
-        return None
-    (found,) = packs
+    return instead_of_merge(packs[0]) if len(packs) == 1 and len(packs[0].adapters) > 1 else None
+
+
+def instead_of_merge(found: HeldOut) -> int | str | None:
+    """Returns what `verdict` says to use in place of the merge: an adapter, or `base`; None is the merge."""
     if found.base <= min(found.merge, *found.adapters.values()):
         return "base"
     return found.best if found.over_best[1] > 0 else None
@@ -226,6 +228,6 @@ def verdict(found: HeldOut) -> str:
             "keeps adapters closer together."
         )
     if found.base <= min(found.merge, *losses):
-        said += ", and the base is better than all"
+        said += ", and the base has a lower loss than all"
         advice = "Training did not help: lower optim.lr, and look at the curves."
     return f"{on} the merge of {M} adapters {said} ({figures}). {advice}"

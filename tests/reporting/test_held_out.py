@@ -70,7 +70,7 @@ def test_the_merge_is_compared_with_the_best_adapter(tmp_path, merge, said, bett
 
 def test_a_base_that_is_better_than_all_is_said(tmp_path):
     (found,) = read_held_out(write(tmp_path, pack(base=-2)))
-    assert "the base is better than all" in verdict(found)
+    assert "the base has a lower loss than all" in verdict(found)
     assert better_than_merge(tmp_path) == "base"
 
 
