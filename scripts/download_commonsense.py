@@ -452,7 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(problem, file=sys.stderr)
         return problem.exit_status
     say(f"\n{asked.out / RECORD} says where each file came from. Next:")
-    say(f"  poc-lora train configs/commonsense/llama3_8b.yaml 'data.train=[{asked.out}]'")
+    say(f"  poc-lora train configs/paper/llama3_8b.yaml 'data.train=[{asked.out}]'")
     say(f"  poc-lora eval runs/llama3_8b --data {asked.out}")
     return 0
 

@@ -14,7 +14,8 @@ from poc_lora.training import check as plan
 from poc_lora.training.check import check
 from tests.conftest import build_tokenizer
 
-FOLDER = Path(__file__).parents[1] / "configs" / "commonsense"
+CONFIGS = Path(__file__).parents[1] / "configs"
+PATHS = {path.stem: path for folder in ("paper", "commonsense") for path in (CONFIGS / folder).glob("*.yaml")}
 SHAPES = Path(__file__).with_name("model_configs")  # the sizes of the base models, as their config.json gives them
 PAPER = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
@@ -32,12 +33,12 @@ CARDS = {
 
 
 def test_every_configuration_has_a_card():
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(CARDS)
+    assert set(PATHS) == set(CARDS)
 
 
 @pytest.mark.parametrize("name", CARDS)
 def test_what_is_known_of_the_papers_settings_is_kept(name):
-    config = load_config(FOLDER / f"{name}.yaml")
+    config = load_config(PATHS[name])
     assert (config.lora.rank, config.lora.alpha, sorted(config.lora.targets)) == (32, 64, sorted(PAPER))
     assert (config.adapters.count, config.data.max_length, config.train.batch_size) == (8, 256, 16)
     assert (config.optim.schedule, config.optim.warmup_steps) == ("linear", 100)
@@ -56,7 +57,7 @@ def test_the_memory_that_check_predicts_is_believable_for_the_card(name, tmp_pat
     monkeypatch.setattr(plan, "free_bytes", lambda device: int(free * 1e9))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
     place = [f"model.name={base}", f"data.train=[{tmp_path}/train.json]", f"output={tmp_path}/run"]
-    config = load_config(FOLDER / f"{name}.yaml", place)
+    config = load_config(PATHS[name], place)
     facts = check(config, device=torch.device("cuda"), processes=cards)
     assert facts["adapters trained at once"] == at_once
     predicted = float(facts["memory on cuda: base model"].removesuffix(" GB"))

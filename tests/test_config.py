@@ -318,7 +318,7 @@ def test_the_template_has_every_key_with_its_meaning_and_reads_back_as_the_defau
     assert given.keys() == flatten(load_config(path)).keys()
     assert "\n  # The rank of each adapter. Values: integer > 0.\n  rank: 32\n" in text
     assert "\n  revision: null\n" in text
-    assert "\n  temperature: 1e-6\n" in text
+    assert "\n  temperature: 1e-5\n" in text
     assert max(map(len, text.splitlines())) <= 120
     for line, following in zip(text.splitlines(), text.splitlines()[1:], strict=False):
         if following.strip() and not following.lstrip().startswith("#"):

@@ -1,11 +1,12 @@
 """Every configuration in the checkout can be loaded, and says what its header says."""
 
+import re
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from poc_lora.config import dump_yaml, load_config
+from poc_lora.config import OptimSection, dump_yaml, load_config
 from poc_lora.config_files import read_config
 from poc_lora.mfnn.experiments import settings as mfnn
 
@@ -31,7 +32,23 @@ def test_shipped_configs_depend_on_no_default_of_what_is_adapted_and_learnt(path
 
 
 def test_there_are_configs():
-    assert {"demo", "llama2_7b", "llama3_8b"} <= {path.stem for path in CONFIGS}
+    assert {"demo", "llama2_7b", "llama3_8b", "llama3_70b"} <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize(("name", "lr"), [("llama2_7b", 3e-4), ("llama3_8b", 1e-4)])
+def test_the_papers_configurations_state_every_value_and_its_source(name, lr):
+    path = FOLDER / "paper" / f"{name}.yaml"
+    config = load_config(path)
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout, config.adapters.count) == (32, 64, 0.05, 8)
+    assert set(config.lora.targets) == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+    assert config.optim == OptimSection(lr=lr, temperature=1e-5, warmup_steps=100)  # AdamW's defaults are the paper's
+    data, train = config.data, config.train
+    assert (data.max_length, data.learn, data.group_by_length, data.validation) == (256, "all", False, 120)
+    assert (data.prompt, config.model.dtype) == ("llm-adapters", "bfloat16")
+    assert (train.epochs, train.batch_size, train.validate_every, train.keep) == (3, 16, 80, "best")
+    settings = [line for line in path.read_text().splitlines() if re.match(r"  \w+:", line)]
+    assert settings
+    assert all(re.search(r" # [PTO]\b", line) for line in settings)
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda p: p.stem)

@@ -73,7 +73,9 @@ def check_poc_lora(words):
 
 
 def check_line(words):
-    """A line of a shell block: its program, files and options exist."""
+    """A line of a shell block: its program, files and options exist. It may begin with environment variables."""
+    while re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
     first = words[0]
     if "poc_lora" in words and words[:2] == ["accelerate", "launch"]:
         assert (ROOT / words[words.index("--config_file") + 1]).is_file()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,9 @@ def run(script: str, folder: Path, *words: str, **environment: str) -> subproces
 def test_table_1_is_made_and_made_again_without_training(tmp_path):
     first = run("reproduce_table1.sh", tmp_path / "table1", EVAL="--limit 2 --benchmarks piqa,boolq")
     assert first.returncode == 0, first.stderr
-    assert "PoC merge" in first.stdout
+    assert "| paper, Llama-3-8B: PoC merge | 82.04 |" in first.stdout  # beside ours
+    assert re.search(r"^\| ours: LoRA \(worst\) \|  \| [\d.]+ \|", first.stdout, re.MULTILINE)
+    assert re.search(r"^Collapsed adapters: [012] of 2\.$", first.stdout, re.MULTILINE)
     results = (tmp_path / "table1" / "eval" / "results.json").read_bytes()
     (tmp_path / "table1" / "eval" / "results.json").unlink()  # as if stopped before its end
     again = run("reproduce_table1.sh", tmp_path / "table1", EVAL="--limit 2 --benchmarks piqa,boolq")
@@ -44,6 +47,8 @@ def test_table_3_compares_temperatures_with_the_control(tmp_path):
         "reproduce_table3.sh", tmp_path / "table 3", TEMPERATURES="1e-3 0.0", EVAL="--limit 2 --benchmarks piqa,boolq"
     )
     assert done.returncode == 0, done.stderr
+    assert "| 0, paper, Llama-2-7B | 80.74 | 69.15 |  | 43.56 |  |" in done.stdout
+    assert re.search(r"^\| 1e-3, ours \|( [\d.]+ ± [\d.]+ \|){4} [012] of 2 \|$", done.stdout, re.MULTILINE)
     results = json.loads((tmp_path / "table 3" / "lambda-1e-3" / "eval" / "results.json").read_text())
     assert results["control_name"] == "λ = 0"
     assert set(results["comparisons"]) == {"best", "average", "control"}

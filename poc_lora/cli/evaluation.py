@@ -82,6 +82,7 @@ def evaluate(
     Example: poc-lora eval runs/mine --rows held-out.jsonl
 
     Example: poc-lora eval runs/mine --harness-tasks gsm8k,mmlu --limit 100
+
     Example: poc-lora eval --study runs/seed0 runs/seed1 runs/seed2 --data mytasks
     """
     if show_list:
@@ -107,9 +108,9 @@ def evaluate(
         if protocol == "generate" or beams != 1 or prompt is not None:
             what = "lm-eval's tasks have their own protocols and prompts"
             raise RequestError(what, where="--harness-tasks", fix="leave out --protocol, --beams and --prompt")
-        for name, value in dict(
-            data=data, benchmarks=benchmarks, control=control, subsets=subsets or None, rank=rank
-        ).items():
+        given = dict(data=data, benchmarks=benchmarks, control=control, subsets=subsets or None, study=study or None)
+        given |= {"rank": rank}
+        for name, value in given.items():
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--harness-tasks", fix="leave one of them out")
         options = dict(base=base, dtype=dtype, quantization=quantization, out=out, limit=limit, as_json=as_json)

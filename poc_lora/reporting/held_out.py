@@ -164,8 +164,8 @@ def paired_interval(differences: np.ndarray, tokens: np.ndarray) -> tuple[float,
 
     What is resampled is a ratio of two sums, since rows have different numbers of tokens; `scores.paired_difference`
     resamples means of a few distinct values, which is done by their counts. Of more than `MAX_RESAMPLED` rows the
-    interval is the normal one of a ratio, which the bootstrap's tends to. Of so few that no test of their signs could
-    reach 5 % (`smallest_p`) it holds zero.
+    interval is the normal one of a ratio, which the bootstrap's tends to. Of so few rows that no test of their signs
+    could reach 5 % (`smallest_p`) it holds zero.
 
     Args:
         differences: Of the losses of each row, summed over its tokens [n].
