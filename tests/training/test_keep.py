@@ -13,6 +13,7 @@ from poc_lora.errors import ConfigError, Interrupted, RunError
 from poc_lora.reporting.held_out import read_held_out
 from poc_lora.reporting.summaries import training_summary
 from poc_lora.training import loop
+from poc_lora.training.check import check, disk_bytes
 from poc_lora.training.checkpoint import newest_commit
 from poc_lora.training.step import Pack
 from poc_lora.training.train import train
@@ -195,6 +196,15 @@ def test_a_run_is_extended_by_adapters_that_are_chosen_likewise(settings, tmp_pa
     done = train(config(settings, adapters__count=4, adapters__per_device=1), resume=True)
     assert facts(done.folder)["best_steps"] == facts(whole.folder)["best_steps"]
     assert_same_adapters(whole.folder, done.folder)
+
+
+def test_its_disk_space_and_its_last_validation_are_counted(settings):
+    best, last = (config(settings, train__keep=keep) for keep in ("best", "last"))
+    # At most three commits of two adapters at once, and one that waits: weights and two moments each. Three adapters.
+    assert disk_bytes(last, 10, 2, begun=3) == 4 * 10 * (3 * 7 + 3)
+    assert disk_bytes(best, 10, 2, begun=3) == 4 * 10 * (3 * 14 + 3)
+    said = [check(run)["validation, about"] for run in (best, last)]
+    assert [text.rpartition(" × ")[2] for text in said] == ["7 validations per pack", "6 validations per pack"]
 
 
 @pytest.mark.parametrize(
