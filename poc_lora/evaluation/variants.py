@@ -256,8 +256,10 @@ def is_model(folder: Path) -> bool:
 
 
 def is_merge_of(report: MergeReport, adapters: Sequence[Path]) -> bool:
-    """Whether a merge is current: of these adapters, with the weights that they have now."""
-    return {source.sha256 for source in report.sources} == {sha256_file(path / WEIGHTS_NAME) for path in adapters}
+    """Whether a merge is current: of these adapters, with the weights that they have now, but for those left out."""
+    return {source.sha256 for source in (*report.sources, *report.left_out)} == {
+        sha256_file(path / WEIGHTS_NAME) for path in adapters
+    }
 
 
 def _name_sources(sources: Sequence[Source]) -> dict[str, Source]:

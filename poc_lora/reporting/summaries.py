@@ -7,6 +7,7 @@ from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.files import size
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.held_out import verdicts
+from poc_lora.reporting.screening import screen
 from poc_lora.reporting.tables import percent
 from poc_lora.training.loop import TrainingResult
 
@@ -37,6 +38,9 @@ def training_summary(done: TrainingResult) -> list[str]:
     for adapter, state in done.progress.items():
         if state.status == "diverged":
             lines.append(f"adapter {adapter} diverged after step {state.step} and is left out of the merge")
+    screening = screen(done.folder)
+    if screening and screening.left_out:
+        lines.append(f"{screening}: poc-lora merge leaves it out")
     return [*lines, *verdicts(done.folder)]
 
 
@@ -45,10 +49,14 @@ def merge_outcome(report: MergeReport) -> str:
     errors = [
         f"a relative error of {error:.1e}" if error else "no error" for error in (report.error, report.cast_error)
     ]
-    return (
+    outcome = (
         f"{len(report.sources)} adapters were merged by the method “{short(report.method)}” into one of rank "
         f"{report.rank:,}, with {errors[0]} from its rank and {errors[1]} from rounding to {short(report.dtype)}."
     )
+    if report.left_out:
+        names = _listed([short(source.name) for source in report.left_out])
+        outcome += f" Left out, because they learnt far less than the others: {names}."
+    return outcome
 
 
 def merge_distance(report: MergeReport) -> str | None:
