@@ -15,6 +15,7 @@ _HOME = {
     "RequestError": "poc_lora.errors",
     "RunConfig": "poc_lora.config",
     "check": "poc_lora.training.check",
+    "demo": "poc_lora.microworld.demo",
     "evaluate": "poc_lora.evaluation.evaluate",
     "fold": "poc_lora.merging.fold",
     "load_config": "poc_lora.config",
@@ -22,6 +23,7 @@ _HOME = {
     "merge_folders": "poc_lora.merging.folders",
     "push": "poc_lora.hub.push",
     "read_adapter": "poc_lora.adapters.adapter",
+    "report": "poc_lora.reporting.page",
     "sweep_by_type": "poc_lora.merging.merge",
     "train": "poc_lora.training.train",
     "write_adapter": "poc_lora.adapters.adapter",
@@ -35,6 +37,7 @@ __all__ = [
     "RunConfig",
     "__version__",
     "check",
+    "demo",
     "evaluate",
     "fold",
     "load_config",
@@ -42,6 +45,7 @@ __all__ = [
     "merge_folders",
     "push",
     "read_adapter",
+    "report",
     "sweep_by_type",
     "train",
     "write_adapter",
@@ -57,7 +61,9 @@ if TYPE_CHECKING:
     from poc_lora.merging.fold import fold
     from poc_lora.merging.folders import merge_folders
     from poc_lora.merging.merge import merge, sweep_by_type
+    from poc_lora.microworld.demo import demo
     from poc_lora.optim.noisy_adamw import NoisyAdamW
+    from poc_lora.reporting.page import report
     from poc_lora.training.check import check
     from poc_lora.training.train import train
 
@@ -66,3 +72,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'poc_lora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)  # for completion and help(), which would otherwise miss what is not imported yet

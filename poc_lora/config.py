@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from poc_lora import config_files
 from poc_lora.config_files import (
     Flag,
     Fraction,
+    ListOrOne,
     Name,
     NonNegative,
     NonNegativeFloat,
@@ -25,6 +26,7 @@ from poc_lora.errors import RequestError
 from poc_lora.files import write_atomic
 
 MAX_ADAPTERS = 4096
+MAX_RANK = 4096  # of any adapter, trained, merged or read
 
 
 class ModelSection(Section):
@@ -41,6 +43,10 @@ class ModelSection(Section):
     shard: Flag = False
     """Shard the base over the processes, which gather it layer by layer (FSDP2)."""
 
+    def is_sharded(self, ranks: int) -> bool:
+        """Whether the base is sharded if that many ranks train."""
+        return self.shard and ranks > 1
+
     @model_validator(mode="after")
     def _can_be_sharded(self) -> "ModelSection":
         if self.shard and self.quantization in ("int8", "fp8"):
@@ -48,17 +54,22 @@ class ModelSection(Section):
         return self
 
 
+ALL_LINEAR: Final = "all-linear"
+Targets = Literal["all-linear"] | Sequence[str]
+
+
 class LoraSection(Section):
     """The update W x + (alpha / rank) B A x of every target module."""
 
-    rank: Annotated[Positive, Field(le=4096)] = 32
+    rank: Annotated[Positive, Field(le=MAX_RANK)] = 32
     """The rank of each adapter."""
     alpha: PositiveFloat = 64.0
     """The update is scaled by alpha / rank."""
     dropout: Fraction = 0.0
     """Dropout probability of the adapters' inputs."""
-    targets: Annotated[tuple[Name, ...], Field(min_length=1)] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    """Names of the linear layers to adapt, as in PEFT's `target_modules`."""
+    targets: Literal["all-linear"] | Annotated[tuple[Name, ...], Field(min_length=1), ListOrOne] = ALL_LINEAR
+    """Names of the linear layers to adapt, as in PEFT's `target_modules`. `all-linear`: every one but the output head.
+    The default: it fits any base, and LoRA on all of them is what matched full fine-tuning in QLoRA (section 4)."""
 
 
 class AdaptersSection(Section):
@@ -73,13 +84,16 @@ class AdaptersSection(Section):
 
 
 Learn = Literal["last", "assistant", "all"]
-COLUMNS = ("instruction", "input", "output", "prompt", "completion", "messages", "tools", "system")  # of the formats
+COLUMNS = (  # of the formats
+    "instruction", "input", "output", "prompt", "completion", "question", "choices", "answer", "messages",
+    "tools", "system",
+)  # fmt: skip
 
 
 class DataSection(Section):
     """Training rows and how they become tokens."""
 
-    train: Annotated[tuple[Name, ...], Field(min_length=1)]
+    train: Annotated[tuple[Name, ...], Field(min_length=1), ListOrOne]
     """Sources of rows: files (`.json`, `.jsonl`, `.jsonl.gz`, `.csv`, `.parquet`), folders of `train.json` files, or
     Hub data sets (`org/name`, or `org/name:split`)."""
     columns: dict[Name, Name | None] = Field(default={})
@@ -90,12 +104,17 @@ class DataSection(Section):
     """The prompt template of instruction rows. `bare`: the instruction alone."""
     max_length: Literal["auto"] | Positive = "auto"
     """Longest row in tokens; longer rows are truncated. `auto`: 2048, or the base's context if that is shorter."""
-    learn: Learn = "all"
-    """Tokens with a loss: the answer (a chat's `last` turn), every turn of the `assistant`, or `all`."""
+    learn: Learn = "assistant"
+    """Tokens with a loss: the answer (a chat's `last` turn), every turn of the `assistant`, or `all`. The default is
+    every answer, since prompts come from others when the model is used; `all` is for texts to be learnt whole."""
+    chat_template: Name | None = None
+    """A Jinja file that renders chats in place of the base's chat template; it is written beside the adapters."""
     group_by_length: Flag = True
     """Batch rows of similar length together, which saves padding."""
     validation: Literal["auto"] | NonNegative = "auto"
     """Rows held out of training to measure the validation loss. `auto`: a tenth of the rows, at most 120."""
+    validation_files: tuple[Name, ...] = ()
+    """Files or Hub data sets of rows to measure the validation loss on; none are then held out of `train`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -103,6 +122,12 @@ class DataSection(Section):
         if isinstance(raw, dict) and "train_on_prompt" in raw:
             raise ValueError("train_on_prompt is now `learn`: write learn: all for true, learn: last for false")
         return raw
+
+    @model_validator(mode="after")
+    def _one_source_of_validation_rows(self) -> "DataSection":
+        if self.validation_files and self.validation not in ("auto", 0):
+            raise ValueError(f"give validation_files, or validation: {self.validation} rows of train, not both")
+        return self
 
     @model_validator(mode="after")
     def _columns_are_ours(self) -> "DataSection":
@@ -150,6 +175,8 @@ class TrainSection(Section):
     """Compile elementwise work with torch.compile. `auto`: on a GPU where that works."""
     validate_every: Positive | None = None
     """Validate every so many optimizer steps; `null`: at the end only."""
+    keep: Literal["last", "best"] = "last"
+    """The weights that each adapter ends with: those of the last step, or those of its lowest validation loss."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSection":
@@ -184,10 +211,19 @@ class RunConfig(Section):
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    track: tuple[Track, ...] = ()
+    track: Annotated[tuple[Track, ...], ListOrOne] = ()
     """Experiment trackers, by accelerate's names; metrics.jsonl is always written."""
     output: Name
     """The run folder. It must be new or empty unless the run is resumed."""
+
+    @model_validator(mode="after")
+    def _has_losses_to_choose_by(self) -> "RunConfig":
+        if self.train.keep == "best":
+            if self.train.validate_every is None:
+                raise ValueError("train.keep: best chooses by validation losses: set train.validate_every, such as 80")
+            if self.data.validation == 0 and not self.data.validation_files:
+                raise ValueError("train.keep: best chooses by validation losses: set data.validation, such as 120")
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -11,23 +11,30 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from poc_lora.errors import MAX_DETAILS, ConfigError
 from poc_lora.files import read_text
 
-MAX_CONFIG_BYTES = 2**18
-MAX_COUNT = 2**31 - 1  # of steps, rows, tokens and the like
+MAX_YAML_BYTES = 2**18
+MAX_INTEGER = 2**31 - 1  # a number of steps, rows, tokens and the like
 MAX_SEED = 2**63 - 1
 
-Positive = Annotated[int, Field(gt=0, le=MAX_COUNT, strict=True)]
-NonNegative = Annotated[int, Field(ge=0, le=MAX_COUNT, strict=True)]
+Positive = Annotated[int, Field(gt=0, le=MAX_INTEGER, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, le=MAX_INTEGER, strict=True)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, strict=True)]
 NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Name = Annotated[str, Field(min_length=1)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+ListOrOne = BeforeValidator(_listed)  # for lists of text: one text is a list of one
 
 
 class Section(BaseModel):
@@ -42,7 +49,7 @@ S = TypeVar("S", bound=Section)
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a YAML file as plain dictionaries, not validated yet. Raises ConfigError."""
-    raw = parse_yaml(read_text(path, error=ConfigError, max_bytes=MAX_CONFIG_BYTES), where=str(path))
+    raw = parse_yaml(read_text(path, error=ConfigError, max_bytes=MAX_YAML_BYTES), where=str(path))
     if not isinstance(raw, dict):
         raise ConfigError("the file is not a mapping of sections", where=path, fix="start from a file in configs/")
     return raw

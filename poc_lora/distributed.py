@@ -275,7 +275,7 @@ def _exists(pid: int) -> bool:
         return False
 
 
-def is_first_rank() -> bool:
+def is_rank_0() -> bool:
     """Whether this process is rank 0, which reports the results."""
     return whole_number("RANK", 0) == 0
 

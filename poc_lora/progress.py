@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from poc_lora.errors import visible
 
@@ -19,7 +20,7 @@ class ProgressBar(Protocol):
     """What a `progress_bar` block yields."""
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Count `n` more units of work done; `note` is shown beside the bar."""
+        """Count `n` more units of work done; `note` is shown below the bar."""
 
     def report(self, note: str) -> None:
         """Show `note` while work is done that does not count."""
@@ -36,8 +37,16 @@ def progress_bar(total: int, title: str, *, done: int = 0, hidden: bool = False)
         yield _Lines(total, title, done)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
+    with _NotesBelow(*columns, console=console) as progress:
         yield _Bar(progress, progress.add_task(title, total=total, completed=done, note=""))
+
+
+class _NotesBelow(Progress):
+    """Shows notes below the bar: beside it, a long one would take the place of the time left in 80 columns."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(task.fields["note"]) for task in self.tasks if task.fields["note"])
 
 
 class _Nothing:

@@ -18,9 +18,9 @@ INTRODUCTION = f"""<!-- Written by `{COMMAND}` from poc_lora/config.py: edit the
 
 A run is one YAML file. Every key of it can be replaced on the command line: `poc-lora train RUN.yaml KEY=VALUE ...`. An
 override wins over the file, and the file over the default. An unknown key is an error that names the nearest known one.
-Paths are relative to the current folder. `poc-lora check RUN.yaml` validates a file without training.
-`poc-lora init RUN.yaml --model BASE --data FILE` writes one with every key of this page. Only `model.name`,
-`data.train` and `output` are required:
+Where a list is wanted, one text is a list of one: `data.train=rows.jsonl`. Paths are relative to the current folder.
+`poc-lora check RUN.yaml` validates a file without training. `poc-lora init RUN.yaml --model BASE --data FILE` writes
+one with every key of this page. Only `model.name`, `data.train` and `output` are required:
 
 ```yaml
 model: {{name: meta-llama/Meta-Llama-3-8B}}
@@ -49,8 +49,10 @@ data.skip_bad_rows=true
 data.prompt=llm-adapters
 data.max_length=512
 data.learn=last
+data.chat_template=my/chat.jinja
 data.group_by_length=false
 data.validation=0
+data.validation_files=[my/held-out.jsonl]
 optim.lr=2e-4
 optim.temperature=1e-5
 optim.betas=[0.9,0.95]
@@ -66,6 +68,7 @@ train.tokens_per_microbatch=4096
 train.gradient_checkpointing=true
 train.compile=true
 train.validate_every=100
+train.keep=best
 checkpoint.every_steps=50
 checkpoint.keep=3
 track=[tensorboard]

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from poc_lora import config_files
-from poc_lora.adapters.factors import MAX_RANK
-from poc_lora.config import RunConfig, changed_keys, dump_yaml, flatten, load_config, validate, write_template
+from poc_lora.config import MAX_RANK, RunConfig, changed_keys, dump_yaml, flatten, load_config, validate, write_template
 from poc_lora.config_files import all_keys, parse_yaml
 from poc_lora.errors import MAX_DETAILS, ConfigError, RequestError
 
@@ -124,6 +123,11 @@ def test_an_override_may_open_a_section_hold_a_list_or_an_equals_sign(load):
     assert (config.train.epochs, config.train.max_steps) == (None, 5)
 
 
+def test_one_text_where_a_list_is_wanted_is_a_list_of_one(load):
+    config = load("", "data.train=rows.jsonl", "lora.targets=q_proj", "track=tensorboard")
+    assert (config.data.train, config.lora.targets, config.track) == (("rows.jsonl",), ("q_proj",), ("tensorboard",))
+
+
 @pytest.mark.parametrize("override", ["optim.lr", "=3", "output.name.x=3", "optim.lr=[1", "optim..lr=3", "nothing=3"])
 def test_a_malformed_override_is_refused(load, override):
     with pytest.raises(ConfigError):
@@ -192,7 +196,7 @@ def test_how_to_train_is_chosen(tmp_path, more, key, value):
         ("train__gradient_checkpointing", [1, 0, "true", "on", "Auto", None]),
         ("train__compile", [1, 0, "true", "Auto", None]),
         ("train__validate_every", [0, -1, 2.0, True, "10", "auto"]),
-        ("track", ["tensorboard", ["tensorbord"], ["all"], [None], None, {"tensorboard": True}]),
+        ("track", ["tensorbord", ["tensorbord"], ["all"], [None], None, {"tensorboard": True}]),
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused_by_its_key(dotted, values):
@@ -210,7 +214,7 @@ def test_an_unknown_tracker_is_told_the_known_ones():
 
 
 def test_lists_and_sections_are_asked_for_in_plain_words():
-    assert "data.train: must be a list" in refusal(data__train="rows.json")
+    assert "data.train: must be a list" in refusal(data__train={"file": "rows.json"})
     assert "optim: must be a section" in refusal(optim=None)
 
 
@@ -298,6 +302,13 @@ def test_what_is_null_stands_in_the_dump_and_reads_back(load):
     assert validate(dumped, where="x") == config
 
 
+def test_a_dump_has_every_key_so_that_a_run_keeps_the_defaults_it_began_with(load):
+    dumped = parse_yaml(dump_yaml(load()), where="test")
+    assert config_files.flatten(dumped).keys() | {"data.columns"} == flatten(load()).keys() | {"data.columns"}
+    assert dumped["lora"]["targets"] == "all-linear"
+    assert dumped["data"]["learn"] == "assistant"
+
+
 def test_the_template_has_every_key_with_its_meaning_and_reads_back_as_the_defaults(tmp_path):
     path = tmp_path / "mine.yaml"
     write_template(path, model="base", data=["rows, [odd].json"], output="runs/x")
@@ -329,7 +340,7 @@ def test_changed_keys_names_each_difference(load):
     assert changed_keys(old, new) == {
         "optim.lr": (1e-4, 1e-3),
         "adapters.count": (8, 9),
-        "lora.targets": (("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"), ("q_proj",)),
+        "lora.targets": ("all-linear", ("q_proj",)),
     }
 
 

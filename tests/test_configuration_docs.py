@@ -31,7 +31,7 @@ def test_every_key_has_a_row():
 @pytest.mark.parametrize("example", generate.EXAMPLES)
 def test_the_example_is_valid_and_not_the_default(example):
     key = example.partition("=")[0]
-    raw = {"model": {"name": "m"}, "data": {"train": ["t"]}, "output": "o"}
+    raw = {"model": {"name": "m"}, "data": {"train": ["t"]}, "train": {"validate_every": 80}, "output": "o"}
     default = validate(raw, where="the default").model_dump()
     apply_overrides(raw, [example])
     changed = validate(raw, where=example).model_dump()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from poc_lora.distributed import is_first_rank, open_ranks
+from poc_lora.distributed import is_rank_0, open_ranks
 from poc_lora.errors import RequestError
 from poc_lora.models.load import default_device, resolve_dtype
 from poc_lora.training.memory import free_bytes
@@ -42,8 +42,8 @@ def test_a_time_that_is_none_is_refused_where_ranks_are_opened(monkeypatch, text
 @pytest.mark.parametrize(
     ("name", "text", "reader"),
     [
-        ("RANK", "first", is_first_rank),
-        ("RANK", "-1", is_first_rank),
+        ("RANK", "first", is_rank_0),
+        ("RANK", "-1", is_rank_0),
         ("WORLD_SIZE", "two", enter_ranks),
         ("WORLD_SIZE", "0", enter_ranks),
         ("LOCAL_WORLD_SIZE", "two", lambda: free_bytes(CPU)),

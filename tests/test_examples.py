@@ -1,5 +1,6 @@
 """The examples run at toy size, on what they bring themselves, and do what they say."""
 
+import json
 import os
 import re
 import subprocess
@@ -59,3 +60,17 @@ def test_an_encoder_is_trained_in_a_pack(tmp_path):
     # guessing gives half; 2,000 questions have a standard error of about 0.01
     assert min(accuracies) > 0.7
     assert {name.rpartition(".")[2] for name in read_adapter(tmp_path / "out").modules} == {"query", "value", "dense"}
+
+
+def test_the_notebook_runs_cell_by_cell(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((FOLDER / "first_steps.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    scope = {}
+    for source in code:
+        small = source.replace('"max_steps": 60', '"max_steps": 2').replace("limit=50", "limit=3")
+        exec(compile(small, "first_steps.ipynb", "exec"), scope)  # noqa: S102
+    assert "merge minus average adapter" in capsys.readouterr().out
+    assert scope["model"].peft_config["default"].r == 64
+    assert (tmp_path / "runs/first-steps/report.html").is_file()

@@ -16,7 +16,7 @@ PACKAGE = Path(poc_lora.__file__).parent
 LAYERS = [
     ("__init__", "__main__"),
     ("cli",),
-    ("microworld",),
+    ("microworld", "controls"),
     ("hub",),
     ("reporting",),
     ("evaluation",),
@@ -79,7 +79,16 @@ def test_modules_stay_small():
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--help", "train --help", "merge --help", "eval --help", "mfnn --help", "mfnn poc --help", "push --help"],
+    [
+        "--help",
+        "train --help",
+        "merge --help",
+        "eval --help",
+        "controls --help",
+        "mfnn --help",
+        "mfnn poc --help",
+        "push --help",
+    ],
 )
 def test_help_imports_no_torch(arguments):
     code = (

@@ -1,6 +1,10 @@
-"""Progress without a terminal: a plain line now and then, with the time left."""
+"""Progress: a bar with the time left on a terminal; without one a plain line now and then."""
+
+import io
+import re
 
 import pytest
+from rich.console import Console
 
 from poc_lora import progress
 from poc_lora.progress import progress_bar
@@ -42,3 +46,18 @@ def test_nothing_done_yet_tells_no_nonsense(clock, capsys, done):
         clock[0] += 20
         bar.advance(0, "waiting")
     assert capsys.readouterr().err == f"training {done}/100, waiting\n"
+
+
+NOTE = "loss 0.313 (0.131 to 0.625), held out 1.294 to 1.305, merge 1.422, 8,840 tokens/s"
+
+
+def test_in_80_columns_a_long_note_leaves_the_time_left_to_be_seen(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    with progress_bar(150, "training 8 adapters, 8 on other ranks") as bar:
+        bar.advance(1)
+        bar.advance(29, NOTE)
+    plain = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", console.file.getvalue())
+    lines = [line.strip() for line in plain.splitlines()[-3:]]
+    assert re.fullmatch(r"training 8 adapters, 8 on other ranks \S+ +30/150 [\d:-]+", lines[0])
+    assert " ".join(lines[1:]) == NOTE

@@ -9,17 +9,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
 
 import poc_lora
 from poc_lora import NoisyAdamW
 from poc_lora.cli import app as cli
 from poc_lora.config import RunConfig, validate
 from poc_lora.config_files import all_keys, parse_yaml
-from poc_lora.merging.folders import merge_folders
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -68,7 +65,7 @@ def check_poc_lora(words):
     command, rest = find_verb(words)
     assert not hasattr(command, "commands"), f"no such command: {words}"
     command.make_context(command.name, list(rest))  # raises for an option that does not exist
-    if command.name in ("demo", "check", "train"):
+    if command.name in ("demo", "check", "train", "controls"):
         assert {word.partition("=")[0] for word in rest if "=" in word} <= KEYS, words
 
 
@@ -111,22 +108,30 @@ def call(monkeypatch, words):
     assert ended.value.code in (0, None), words
 
 
-@pytest.mark.slow
 def write_own_tasks(folder):
     """A task for each row that docs/evaluation.md shows, as JSON lines."""
     (rows,) = blocks("docs/evaluation.md", "json")
     for name, row in zip(["quiz", "yesno"], rows.splitlines(), strict=True):
         (folder / name).mkdir(parents=True)
         (folder / name / "test.jsonl").write_text(row + "\n")
+    files = {"test": str((folder / "quiz" / "test.jsonl").resolve())}
+    task = {"task": "quiz_lm", "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+    task |= {"output_type": "multiple_choice", "doc_to_text": "question", "doc_to_choice": "choices"}
+    (folder / "quiz_lm.yaml").write_text(json.dumps(task | {"doc_to_target": "answer"}))
 
 
+@pytest.mark.slow
 def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
     ran, merged = [], ""
     write_own_tasks(Path("mytasks"))
     Path("held-out.jsonl").write_text(json.dumps({"instruction": "Where is it?", "output": "in the attic"}))
+    rows = [{"prompt": f"The hat of person {i} is ", "completion": "red"} for i in range(40)]
+    Path("support.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = [{"question": f"Where is hat {i}?", "choices": ["here", "there"], "answer": i % 2} for i in range(40)]
+    Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     paths = {"path/to/a": "runs/mine/adapters/00", "path/to/b": "runs/mine/adapters/01"}
-    paths["path/to/base"] = "poc_lora/microworld/model"
-    pages = ["README.md", *(f"docs/{name}.md" for name in ("scaling", "evaluation", "merging", "training"))]
+    paths |= {"path/to/base": "poc_lora/microworld/model", "gsm8k,mmlu": "quiz_lm"}
+    pages = ["README.md", *(f"docs/{name}.md" for name in ("scaling", "evaluation", "merging", "training", "own-task"))]
     assert not any(line.startswith("poc-lora ") for page in PAGES.keys() - set(pages) for line in lines(page))
     for line in dict.fromkeys(line for page in pages for line in lines(page) if line.startswith("poc-lora ")):
         words = [paths.get(word, word) for word in shlex.split(line) if word != "path/to/c"]
@@ -136,14 +141,18 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
             words[words.index("merged")] = merged
         if "--processes" in words:
             words[-1] = "2"
-        if words[1] in ("check", "train"):
+        if words[1] in ("check", "train", "controls"):
             words += SMALL
-        if words[1] == "eval" and "--rows" not in words:
+        if words[1] in ("eval", "controls") and "--rows" not in words:
             words += ["--limit", "5"]
+        if "--harness-tasks" in words and "--include-path" not in words:  # theirs are on the Hub
+            words += ["--include-path", "mytasks"]
         call(monkeypatch, words)
         ran.append(words[1])
+    own = ["init", "check", "train", "merge", "eval", "sample", "report", "train", "merge", "eval"]
     readme = ["check", "train", "merge", "eval", "report", "check", "merge", "merge", "fold"]
-    assert ran == [*readme, *["eval"] * 5, "sample", "merge", "push", "check", "train"]
+    evaluation = [*["eval"] * 7, "sample", "train", "eval", "controls"]
+    assert ran == [*readme, *evaluation, "merge", "push", "check", "train", *own]
     assert "PoC merge" in capsys.readouterr().out
 
 
@@ -252,42 +261,56 @@ def test_the_house_names_every_room():
             assert path.name in house, path.name
 
 
-def test_the_loop_in_training_md_runs(tiny_llama):
-    ids = torch.randint(0, 97, (16, 6))
-    seen = []
-    scope = {
-        "model": tiny_llama,
-        "batches": [(ids, ids)] * 2,
-        "validate": lambda m: seen.append(m(ids).logits.shape),
-    }
-    exec(block("docs/training.md", "AdapterBank"), scope)  # noqa: S102
-    assert seen == [(16, 6, 97)]
-    assert scope["adapter"].modules["model.layers.0.self_attn.q_proj"].B.abs().sum() > 0
+def test_the_files_that_contributing_names_are_there():
+    there = [
+        f"/{path.relative_to(ROOT)}"
+        for folder in ("poc_lora", "scripts", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    named = set(re.findall(r"[\w/]*\w\.py\b", PAGES["CONTRIBUTING.md"]))
+    assert len(named) > 50
+    assert not [name for name in named if not any(path.endswith(f"/{name}") for path in there)]
 
 
-ROWS = [{"input_ids": list(range(5, 11)), "labels": list(range(5, 11))} for _ in range(4)]
+SMALLER = {  # in the code of the pages, so that it runs in seconds
+    '"output=runs/python"': '"output=runs/python", "adapters.count=2", "train.max_steps=2"',
+    'data="poc_lora/microworld/data"': 'data="poc_lora/microworld/data", limit=2',
+    "max_steps=50": "max_steps=2",
+    "range(50)": "range(2)",
+}
 
 
-def test_the_trainer_in_training_md_runs(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    loop = block("docs/training.md", "Trainer")
-    small = loop.replace("range(8)", "range(2)").replace("seed=adapter)", "seed=adapter, max_steps=2, report_to=[])", 1)
-    assert small.count("max_steps") == 1
-    exec(small, {"model": tiny_llama, "rows": ROWS})  # noqa: S102
-    merge_folders([Path("adapters/0"), Path("adapters/1")], Path("merged"))
-    assert Path("merged/adapter_model.safetensors").is_file()
+def smaller(code):
+    for old, new in SMALLER.items():
+        code = code.replace(old, new)
+    return code
 
 
-def test_the_trainer_in_the_readme_runs(tiny_llama, tmp_path):
-    scope = {
-        "Trainer": Trainer,
-        "peft_model": get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"])),
-        "arguments": TrainingArguments(str(tmp_path), max_steps=1, report_to=[]),
-        "rows": ROWS,
-    }
-    exec(block("README.md", "Trainer"), scope)  # noqa: S102
-    scope["trainer"].train()
+def test_the_python_of_the_readme_runs_as_pasted_to_the_report(checkout):
+    (code,) = blocks("README.md", "python")
+    scope = {}
+    exec(smaller(code), scope)  # noqa: S102
+    assert scope["results"].merged is not None
+    assert Path("runs/python/report.html").is_file()
+
+
+def test_the_trainer_in_training_md_runs_as_pasted_to_the_merge(checkout):
+    scope = {}
+    exec(smaller(block("docs/training.md", "Trainer")), scope)  # noqa: S102
     assert isinstance(scope["trainer"].optimizer.optimizer, NoisyAdamW)
+    assert poc_lora.read_adapter("merged").modules.keys() == poc_lora.read_adapter("adapters/3").modules.keys()
+    learnt = [label for label in scope["rows"][0]["labels"] if label != -100]
+    assert scope["tokenizer"].decode(learnt).startswith("the correct answer is")
+
+
+def test_the_loop_in_training_md_runs_as_pasted_to_the_merge(checkout, capsys):
+    scope = {}
+    exec(smaller(block("docs/training.md", "AdapterBank")), scope)  # noqa: S102
+    assert "answer format" in capsys.readouterr().out  # the prompt, and what the merge writes after it
+    assert poc_lora.read_adapter("merged-loop").rank("model.layers.0.self_attn.q_proj") == 4 * 16
+    for label, row in zip(scope["labels"], scope["drawn"], strict=True):
+        learnt = scope["tokenizer"].decode(label[label != -100])
+        assert learnt == f"{row['output']} {scope['tokenizer'].eos_token}"
 
 
 def test_the_merged_adapter_in_merging_md_loads(tiny_llama, tmp_path, monkeypatch):

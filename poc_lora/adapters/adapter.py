@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from poc_lora.adapters.factors import DTYPES, Factors, check_name, check_shapes, is_finite
+from poc_lora.adapters.factors import Factors, check_dtype, check_name, check_shapes, is_finite
 from poc_lora.adapters.peft_config import auto_mapping, check_config, module_scales, plain_targets, target_pattern
 from poc_lora.adapters.weights_file import PREFIX, LazyFactors, LazyModulesToSave, read_header
-from poc_lora.errors import AdapterError, RequestError
+from poc_lora.errors import AdapterError
 from poc_lora.files import (
     allow_as_usual,
     commit_folder,
@@ -34,9 +34,10 @@ from poc_lora.files import (
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
 # What beside an adapter belongs to a tokenizer with more tokens, or another chat template, than the base's.
 TOKENIZER_FILES = (
-    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model",
+    "added_tokens.json", CHAT_TEMPLATE_NAME, "merges.txt", "special_tokens_map.json", "spiece.model",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
 PICKLE_NAME = "adapter_model.bin"
@@ -47,7 +48,7 @@ MAX_CONFIG_BYTES = 16 * 2**20  # as much as the header of the weights: it may na
 MAX_TOKENIZER_BYTES = 2**28
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """A LoRA adapter.
 
@@ -79,6 +80,12 @@ class Adapter:
     targets: frozenset[str] = field(default=frozenset(), compare=False)
     pattern: str | None = field(default=None, compare=False)
 
+    def __repr__(self) -> str:
+        whole = f", {len(self.modules_to_save)} parameters whole" if self.modules_to_save else ""
+        ranks = sorted({self.rank(module) for module in self.modules})
+        rank = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else "no rank"
+        return f"Adapter({len(self.modules)} modules, {rank}{whole}, base_model={self.base_model!r})"
+
     def rank(self, module: str) -> int:
         """The rank of a module's factors, without reading them."""
         return self.modules.rank(module) if isinstance(self.modules, LazyFactors) else self.modules[module].rank
@@ -88,7 +95,7 @@ class Adapter:
         return self.modules.shape(module) if isinstance(self.modules, LazyFactors) else self.modules[module].shape
 
 
-def read_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
+def read_adapter(folder: str | Path, *, root: Path | None = None) -> Adapter:
     """Read a PEFT adapter folder into memory.
 
     The factors keep their stored dtype; their scale is alpha / r, or alpha / sqrt(r) with rsLoRA.
@@ -104,7 +111,7 @@ def read_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
     return replace(opened, modules=dict(opened.modules), modules_to_save=dict(opened.modules_to_save))
 
 
-def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
+def open_adapter(folder: str | Path, *, root: Path | None = None) -> Adapter:
     """Like `read_adapter`, but each tensor is read from the file when it is accessed, and not kept."""
     folder = Path(folder)
     with system_errors_as(AdapterError, "cannot be read", folder):
@@ -132,7 +139,7 @@ def open_adapter(folder: Path, *, root: Path | None = None) -> Adapter:
 
 def write_adapter(
     adapter: Adapter,
-    folder: Path,
+    folder: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
     extra_files: Mapping[str, str | bytes] | None = None,
@@ -295,8 +302,7 @@ def _check_written(adapter: Adapter, tensors: Mapping[str, Tensor], folder: Path
 
 
 def _check_writable(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
-    if dtype not in DTYPES.values():
-        raise RequestError(f"an adapter cannot be written in {dtype}", fix="use float32, bfloat16 or float16")
+    check_dtype(dtype)
     if not adapter.modules:
         raise AdapterError("an adapter without modules cannot be written", where=adapter.source)
     require_new(folder)

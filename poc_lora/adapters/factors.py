@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from poc_lora.errors import AdapterError
+from poc_lora.config import MAX_RANK
+from poc_lora.errors import AdapterError, RequestError
 
 MAX_NAME = 256
-MAX_RANK = 4096
 MAX_WIDTH = 2**20
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -19,7 +19,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Factors:
     """One module's update ΔW = scale · B A, with A [r, d_in] and B [d_out, r]."""
 
@@ -33,6 +33,9 @@ class Factors:
                 f"factors of shapes A {list(self.A.shape)} and B {list(self.B.shape)} have no product B A",
                 fix="A is [r, d_in] and B is [d_out, r]",
             )
+
+    def __repr__(self) -> str:
+        return f"Factors(rank {self.rank}, ΔW {list(self.shape)}, scale {self.scale:g})"
 
     @property
     def rank(self) -> int:
@@ -51,6 +54,12 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor has neither NaN nor infinity, in one pass and without a copy."""
     # Minimum and maximum propagate NaN.
     return tensor.numel() == 0 or all(math.isfinite(bound.item()) for bound in torch.aminmax(tensor.detach()))
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises RequestError if an adapter's file cannot have the dtype."""
+    if dtype not in DTYPES.values():
+        raise RequestError(f"an adapter cannot be written in {dtype}", fix="use float32, bfloat16 or float16")
 
 
 def check_name(module: str, where: str | Path) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from poc_lora.adapters.factors import MAX_NAME, MAX_RANK, check_name
+from poc_lora.adapters.factors import MAX_NAME, check_name
+from poc_lora.config import MAX_RANK
 from poc_lora.errors import AdapterError
 
 MAX_ALPHA = 1e6
@@ -30,7 +31,15 @@ UNDERSTOOD = {
     "modules_to_save", "peft_type", "r", "rank_pattern", "revision", "task_type", "use_rslora",
 }  # fmt: skip
 
-TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")  # PEFT's
+# By PEFT's task_type: transformers' class of the base model, and the Hub's name of the task.
+TASKS = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
+    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
+}
 
 # Fields that, if set, make the update something other than scale · B A on linear layers.
 REFUSED = {
@@ -82,7 +91,7 @@ def check_config(config: Any, where: Path) -> None:
     if not re.fullmatch(r"[\w./-]{0,255}", config.get("revision") or "", re.ASCII):
         what = "revision is not the name of a branch, a tag or a commit"
         raise AdapterError(what, where=where, fix="correct it, for example to main")
-    if (config.get("task_type") or TASKS[0]) not in TASKS:
+    if (config.get("task_type") or "CAUSAL_LM") not in TASKS:
         what = f"task_type is {str(config['task_type'])[:80]!r}, which PEFT does not know"
         raise AdapterError(what, where=where, fix=f"one of: {', '.join(TASKS)}")
     for name in ("use_rslora", "fan_in_fan_out"):

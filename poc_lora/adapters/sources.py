@@ -1,5 +1,6 @@
 """Find adapters in folders, runs and on the Hugging Face Hub."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,9 +32,9 @@ def find_sources(source: str | Path) -> list[Source]:
     """Find the adapters of a source.
 
     Args:
-        source: An adapter folder; a run folder, for its finished adapters by number; or a Hub id, org/name or
-            org/name@revision, if there is no such folder. An adapter on the Hub is downloaded into the cache, with the
-            tokenizer or chat template beside it.
+        source: An adapter folder; a run folder, for its finished adapters by number; a folder of adapter folders, by
+            number or name; or a Hub id, org/name or org/name@revision, if there is no such folder. An adapter on the
+            Hub is downloaded into the cache, with the tokenizer or chat template beside it.
 
     Raises:
         AdapterError: There is no adapter, or it cannot be downloaded.
@@ -49,13 +50,19 @@ def find_sources(source: str | Path) -> list[Source]:
 
 
 def find_adapters(source: Path) -> list[Path]:
-    """Returns `source` if it is an adapter folder, or a run's finished adapters by number. Raises AdapterError."""
-    if (source / CONFIG_NAME).exists() or (source / WEIGHTS_NAME).exists():
+    """Returns an adapter folder itself, a run's finished adapters by number, or a folder's adapter folders in order.
+
+    Raises AdapterError.
+    """
+    if _has_adapter(source):
         return [source]
     inside = RunFolder(source).adapters
     if not inside.is_dir():
+        found = [folder for folder in source.iterdir() if _has_adapter(folder)] if source.is_dir() else []
+        if found:
+            return sorted(found, key=_by_number)
         raise AdapterError(
-            "neither an adapter folder nor a run folder" if source.exists() else "no such folder",
+            "no adapter folder, no run, and no folder of adapters" if source.exists() else "no such folder",
             where=source,
             fix=f"give a folder with {CONFIG_NAME}, a run with adapters/00, adapters/01, ..., or a Hub id org/name",
         )
@@ -63,7 +70,17 @@ def find_adapters(source: Path) -> list[Path]:
     finished = [folder for folder in numbered if (folder / CONFIG_NAME).exists() and (folder / WEIGHTS_NAME).exists()]
     if not finished:
         raise AdapterError("the run has no finished adapters", where=inside, fix="let it finish training first")
-    return sorted(finished, key=lambda folder: (int(folder.name), folder.name))
+    return sorted(finished, key=_by_number)
+
+
+def _has_adapter(folder: Path) -> bool:
+    return (folder / CONFIG_NAME).exists() or (folder / WEIGHTS_NAME).exists()
+
+
+def _by_number(folder: Path) -> tuple[list[tuple[int, str]], str]:
+    """Sorts by the numbers in a name: 2 before 10, adapter-2 before adapter-10."""
+    parts = re.split(r"([0-9]+)", folder.name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], folder.name
 
 
 def tell_apart(sources: Sequence[Source]) -> list[Source]:

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from poc_lora.artifacts.schema import Artifact, Count, Finite, Number, Public, Schema, Seed, Share
+from poc_lora.artifacts.schema import Artifact, Count, Finite, Int64, Number, Public, Schema, Share
 
 Rank = Annotated[int, Field(gt=0, le=2**31)]
 RankSweep = dict[str, Annotated[dict[Rank, Share], Field(min_length=1)]]
@@ -51,16 +51,15 @@ class MergeOrigin(Schema):
     method: Public[str]
     requested_rank: Public[Rank | None] = None
     canonical: Public[bool] = False
-    seed: Public[Seed | None] = None  # of the method `random`
+    seed: Public[Int64 | None] = None  # of the method `random`
     dtype: Public[str]
     base_mismatch_allowed: Public[bool] = False
     sources: Public[Annotated[list[MergeSource], Field(min_length=1)]]
     left_out: Public[list[MergeSource]] = Field(default_factory=list)  # of the run, because they learnt too little
     versions: Public[Versions] = Versions()
     modules_to_save: Public[list[str]] = Field(default_factory=list)  # parameters that replace the base's
-    modules_to_save_averaged: Public[list[str]] = Field(
-        default_factory=list
-    )  # those of them that differed; the others were the same
+    # Those of modules_to_save that differed between the adapters and were averaged.
+    modules_to_save_averaged: Public[list[str]] = Field(default_factory=list)
     embeddings: Public[list[str]] = Field(default_factory=list)
 
 

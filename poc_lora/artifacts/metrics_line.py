@@ -30,7 +30,8 @@ class MetricsLine(Schema):
     Attributes:
         step: Optimizer steps done.
         adapter: The adapter's number; in a validation also the base, or the merge of `members`.
-        diverged: Whether the adapter was dropped, because its loss was not finite.
+        diverged: True in the line of the step at which the adapter was dropped, since its loss, gradient or weights
+            were no longer finite.
         loss: The training loss per supervised token.
         grad_norm: The norm of the gradient before clipping.
         noise_norm: The norm of the noise that the step added.
@@ -41,6 +42,7 @@ class MetricsLine(Schema):
         mean_cosine: Of the pairs of adapters. This and the rest are of the merge, as in merge.json.
         cosines: Of all pairs [members, members].
         members: The adapters that were validated together.
+        kept: Whether this validation, after the last step, is of the weights that `train.keep: best` chose.
     """
 
     step: Whole
@@ -59,6 +61,7 @@ class MetricsLine(Schema):
     relative_standard_error: Measure = None
     cosines: list[list[Measure]] | None = None
     members: list[Adapter] | None = None
+    kept: Literal[True] | None = None
 
 
 def read_metrics(path: Path, *, max_bytes: int) -> Iterator[tuple[str, MetricsLine]]:

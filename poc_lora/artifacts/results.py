@@ -114,6 +114,7 @@ class Results(Artifact):
         control: The merge of another run.
         subsets: See `poc_lora.evaluation.subsets`.
         calibration: Of `base`, `best`, `merged` and `ensemble`, where every label has a probability.
+        calibration_of_adapters: The same of every adapter, by its name.
     """
 
     content: ClassVar[str] = "the results of an evaluation"
@@ -141,6 +142,7 @@ class Results(Artifact):
     subsets: Public[Subsets | None] = None
     exact_average: Public[bool] = False
     calibration: Public[dict[str, Calibration]] = Field(default_factory=dict)
+    calibration_of_adapters: Public[dict[str, Calibration]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

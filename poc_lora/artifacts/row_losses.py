@@ -20,6 +20,7 @@ class RowLosses(Artifact):
         adapters: [n] of each adapter, by name.
         exact_average: Whether `merged` is the exact average of the adapters, which is in no folder.
         trained_on: Whether a file of these rows is among those that the run was trained on.
+        measured: A digest of all that the losses depend on; None where rows came from the Hub, and in older files.
     """
 
     content: ClassVar[str] = "the losses on rows"
@@ -36,6 +37,7 @@ class RowLosses(Artifact):
     ensemble: Public[list[Number] | None]
     exact_average: Public[bool] = False
     trained_on: Public[bool] = False
+    measured: str | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -6,7 +6,17 @@ MERGE_REPORT = "merge.json"  # in the folder of any merged adapter
 RESULTS = "results.json"  # in the folder of any evaluation
 RESULTS_TABLE = "results.md"
 ROW_LOSSES = "rows.json"  # beside them, of an evaluation on rows
+TASK_RESULTS = "tasks.json"  # likewise, on tasks of lm-eval
+STUDY = "study.json"  # of several runs, in the first of them
+STUDY_TABLE = "study.md"
+CONTROLS = "controls.json"  # in the folder of `poc-lora controls`
+CONTROLS_TABLE = "controls.md"
 PROTOCOLS = ("label", "generate", "harness")
+
+
+def variant_file(variant: str) -> str:
+    """Returns the name of a variant's scores in the folder of an evaluation."""
+    return f"{variant}.json"
 
 
 class RunFolder:
@@ -17,6 +27,8 @@ class RunFolder:
         self.config = path / "config.yaml"  # the resolved configuration
         self.info = path / "run.json"  # see RunInfo
         self.metrics = path / "metrics.jsonl"  # a line for each logged step and adapter
+        self.held_out = path / "held_out.jsonl"  # the validation rows; they stay on this machine
+        self.chat_template = path / "chat_template.jinja"  # that of data.chat_template
         self.checkpoints = path / "checkpoints"  # numbered commits
         self.adapters = path / "adapters"  # the finished adapters: 00, 01, ...
         self.merged = path / "merged"  # the merged adapter

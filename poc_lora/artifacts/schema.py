@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from poc_lora.errors import RunError
 from poc_lora.files import read_json, write_atomic
 
+MAX_SHOWN = 2  # entries of a collection in a repr
 LARGEST = 1e30  # matplotlib cannot draw larger values
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -19,7 +20,7 @@ Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1.001, allow_inf_nan=False)]
 MAX_COUNT = 2**53
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 def _is_drawable(value: float) -> float:
@@ -39,6 +40,11 @@ class _Marker:
     pass
 
 
+class _Entries(int):
+    def __repr__(self) -> str:
+        return f"<{int(self)} entries>"
+
+
 PUBLIC = _Marker()
 Public = Annotated[T, PUBLIC]  # a field that may leave this machine, as in `rank: Public[int]`
 
@@ -50,8 +56,14 @@ class Schema(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON values, in the order of the fields; NaN becomes None."""
-        plain: dict[str, Any] = _plain(self)
-        return plain
+        values: dict[str, Any] = plain(self)
+        return values
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Shortens collections: a whole file would fill the screen."""
+        for name, value in super().__repr_args__():
+            long = isinstance(value, dict | list | tuple) and len(value) > MAX_SHOWN
+            yield name, _Entries(len(value)) if long else value
 
     def public(self, names: Mapping[str, str]) -> Self:
         """Returns a copy with the fields marked `Public`, which all required fields must be.
@@ -60,7 +72,7 @@ class Schema(BaseModel):
             names: Texts to replace, such as a local path by its Hub id. Other absolute paths are cut to their last
                 part, since they tell about this machine.
         """
-        return self.model_validate(_plain(self, names))
+        return self.model_validate(plain(self, names))
 
 
 class Artifact(Schema):
@@ -94,18 +106,20 @@ class Artifact(Schema):
         write_atomic(path, self.dumps())
 
 
-def _plain(value: Any, names: Mapping[str, str] | None = None) -> Any:
-    """JSON values; with `names`, those of public fields only."""
+def plain(value: Any, names: Mapping[str, str] | None = None) -> Any:
+    """Returns JSON values of schemas, dataclasses and collections; with `names`, those of public fields only."""
     if isinstance(value, Schema):
         fields = type(value).model_fields
         shown = (n for n in fields if n in value.model_fields_set and (names is None or PUBLIC in fields[n].metadata))
-        return {name: _plain(getattr(value, name), names) for name in shown}
+        return {name: plain(getattr(value, name), names) for name in shown}
     if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value), names)
+        return plain(asdict(value), names)
     if isinstance(value, dict):
-        return {str(key): _plain(inner, names) for key, inner in value.items()}
+        return {str(key): plain(inner, names) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner, names) for inner in value]
+        return [plain(inner, names) for inner in value]
     if isinstance(value, str) and names is not None:
         return names.get(value, Path(value).name if Path(value).is_absolute() else value)
+    if isinstance(value, Path):
+        return str(value)
     return None if isinstance(value, float) and math.isnan(value) else value

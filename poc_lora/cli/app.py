@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from poc_lora import __version__
-from poc_lora.cli import evaluation, hub, merging, mfnn, training
+from poc_lora.cli import controls, evaluation, hub, merging, mfnn, training
 from poc_lora.cli.terminal import as_error, show, show_error
 from poc_lora.envvars import flag
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     help="Train several LoRA adapters of one base model, merge them into one: more accurate, at the cost of one model.",
     epilog="Set `POC_LORA_TRACEBACK=1` in the environment to see the traceback of an error.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -29,7 +29,7 @@ def main() -> None:
     traceback = False
     try:
         traceback = flag("POC_LORA_TRACEBACK")
-        app()
+        app(prog_name="poc-lora")  # also under `python -m`: completion goes by the name
     except Exception as problem:
         error = as_error(problem)
         if error is None:
@@ -58,6 +58,7 @@ for _verb in (training.demo, training.init, training.check, training.train, merg
 app.command("eval")(evaluation.evaluate)
 app.command()(evaluation.sample)
 app.command()(evaluation.report)
+app.command()(controls.controls)
 app.command()(hub.push)
 app.add_typer(mfnn.app, name="mfnn")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from poc_lora.cli.terminal import print_next, show
+from poc_lora.cli.terminal import AsJson, print_next, show, show_json, stdout_kept_for_json
 from poc_lora.errors import DataError, RequestError
 
 Protocol = Literal["label", "generate", "harness"]
@@ -26,6 +26,20 @@ def evaluate(
         list[str] | None,
         typer.Option(help="A file of rows as for training: losses on its answers instead of accuracies. Repeatable."),
     ] = None,
+    harness_tasks: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated tasks, groups and tags of lm-eval, such as gsm8k,mmlu, with its metrics."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="--harness-tasks: examples before each question; default: each task's own.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="--harness-tasks: a folder of further tasks, as for lm-eval.")
+    ] = None,
+    study: Annotated[
+        bool,
+        typer.Option("--study", help="Evaluate several runs that differ in the seed: means and intervals over runs."),
+    ] = False,
     show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks and exit.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model; default: the one the run or adapters name.")] = None,
     benchmarks: Annotated[
@@ -58,12 +72,16 @@ def evaluate(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: RUN/eval.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Score base, adapters, merge and prediction ensemble on your own questions or the eight commonsense benchmarks.
 
     Example: poc-lora eval runs/demo --data ../commonsense --benchmarks openbookqa,boolq --limit 200
 
     Example: poc-lora eval runs/mine --rows held-out.jsonl
+
+    Example: poc-lora eval runs/mine --harness-tasks gsm8k,mmlu --limit 100
+    Example: poc-lora eval --study runs/seed0 runs/seed1 runs/seed2 --data mytasks
     """
     if show_list:
         from poc_lora.reporting.results_tables import benchmark_table
@@ -71,29 +89,53 @@ def evaluate(
         show(benchmark_table())
         print_next("the benchmarks as LLM-Adapters renders them", "python scripts/download_commonsense.py --out DIR")
         return
+    options: dict[str, Any]
     if rows:
         given = dict(data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None)
+        given |= {"harness-tasks": harness_tasks}
         for name, value in given.items():
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--rows", fix="leave one of them out")
         if protocol != "label" or beams != 1:
             raise RequestError("rows have one protocol", where="--rows", fix="leave out --protocol and --beams")
-        _evaluate_rows(targets, rows, base=base, dtype=dtype, quantization=quantization, prompt=prompt, out=out)
+        if study:
+            score: Any = _evaluate_study
+        else:
+            score = _evaluate_rows
+        score(
+            targets,
+            rows=rows,
+            as_json=as_json,
+            base=base,
+            dtype=dtype,
+            quantization=quantization,
+            prompt=prompt,
+            out=out,
+        )
         return
+    if harness_tasks is not None:
+        if protocol == "generate" or beams != 1 or prompt is not None:
+            what = "lm-eval's tasks have their own protocols and prompts"
+            raise RequestError(what, where="--harness-tasks", fix="leave out --protocol, --beams and --prompt")
+        for name, value in dict(data=data, benchmarks=benchmarks, control=control, subsets=subsets or None).items():
+            if value is not None:
+                raise RequestError(f"--{name} is for benchmarks", where="--harness-tasks", fix="leave one of them out")
+        options = dict(base=base, dtype=dtype, quantization=quantization, out=out, limit=limit, as_json=as_json)
+        _evaluate_tasks(targets, harness_tasks, num_fewshot=num_fewshot, include_path=include_path, **options)
+        return
+    for option, given_value in {"--num-fewshot": num_fewshot, "--include-path": include_path}.items():
+        if given_value is not None:
+            raise RequestError(f"{option} is for tasks of lm-eval", fix="add --harness-tasks NAMES")
     if not targets or (data is None and protocol != "harness"):
         missing = "TARGETS" if not targets else "--data"
         raise RequestError(f"{missing} is missing", fix="for example: poc-lora eval runs/demo --data ../commonsense")
 
-    from poc_lora.distributed import is_first_rank
+    from poc_lora.distributed import is_rank_0
     from poc_lora.evaluation.evaluate import count_questions, evaluate
     from poc_lora.reporting.results_tables import power_note, results_summary, write_report
 
     names = None if benchmarks is None else [name.strip() for name in benchmarks.split(",")]
-    if data is not None and (limit is None or limit > 0) and is_first_rank():
-        with contextlib.suppress(DataError):  # `evaluate` raises it, after what is wrong with the targets
-            show(power_note(count_questions(data, names, limit)))
-    results = evaluate(
-        targets,
+    options = dict(
         data=data,
         base=base,
         dtype=dtype,
@@ -107,36 +149,101 @@ def evaluate(
         control=control,
         out=out,
     )
-    if not is_first_rank():
+    if data is not None and (limit is None or limit > 0) and is_rank_0() and not as_json:
+        with contextlib.suppress(DataError):  # `evaluate` raises it, after what is wrong with the targets
+            show(power_note(count_questions(data, names, limit)))
+    if study:
+        _evaluate_study(targets, as_json=as_json, **options)
+        return
+    with stdout_kept_for_json(as_json):
+        results = evaluate(targets, **options)
+    if not is_rank_0():
         return
     written = write_report(out or targets[0], results)
+    if as_json:
+        show_json(results)
+        return
     show(*results_summary(results))
     print_next(f"the results: {written.parent}", f"poc-lora report {shlex.quote(str(out or targets[0]))}")
 
 
-def _evaluate_rows(targets: list[Path] | None, rows: list[str], *, out: Path | None, **options: Any) -> None:
+def _evaluate_study(targets: list[Path] | None, *, out: Path | None, as_json: bool, **options: Any) -> None:
+    from poc_lora.artifacts.run_folder import STUDY_TABLE
+    from poc_lora.distributed import is_rank_0
+    from poc_lora.reporting.study import evaluate_study, study_notes, study_tables
+    from poc_lora.reporting.tables import terminal_table
+
+    runs = targets or []
+    with stdout_kept_for_json(as_json):
+        study = evaluate_study(runs, out=out, **options)
+    if not is_rank_0():
+        return
+    if as_json:
+        show_json(study)
+        return
+    show(*map(terminal_table, study_tables(study)), *study_notes(study))
+    compared = ["--compare", *runs[1:]] if "accuracy" in study.measures else []
+    command = "poc-lora report " + shlex.join(map(str, [runs[0], *compared]))
+    print_next(f"the study: {(out or runs[0]) / STUDY_TABLE}", command)
+
+
+def _evaluate_rows(
+    targets: list[Path] | None, *, rows: list[str], out: Path | None, as_json: bool, **options: Any
+) -> None:
     from poc_lora.artifacts.run_folder import ROW_LOSSES, RunFolder
     from poc_lora.evaluation.rows import evaluate_rows
-    from poc_lora.reporting.held_out import rows_notes, rows_table
+    from poc_lora.reporting.held_out import rows_held_out, rows_notes, rows_table
     from poc_lora.reporting.tables import terminal_table
 
     if not targets:
         raise RequestError("TARGETS is missing", fix="for example: poc-lora eval runs/mine --rows held-out.jsonl")
-    found = evaluate_rows(targets, rows, out=out, **options)
+    with stdout_kept_for_json(as_json):
+        found = evaluate_rows(targets, rows, out=out, **options)
+    if as_json:
+        show_json(found)
+        return
     show(terminal_table(rows_table(found)), *rows_notes(found))
     place, target = out or RunFolder(targets[0]).evaluation("rows"), shlex.quote(str(targets[0]))
-    if found.exact_average and RunFolder(targets[0]).is_run:
+    compared = rows_held_out(found)
+    pays = compared is None or compared.over_best[1] <= 0
+    if found.exact_average and pays and RunFolder(targets[0]).is_run:
         command = f"poc-lora merge {target} --out {shlex.quote(str(RunFolder(targets[0]).merged))}"
     else:
         command = f"poc-lora report {target}" if RunFolder(targets[0]).is_run else f"poc-lora eval {target} --data DIR"
     print_next(f"the losses of each row: {place / ROW_LOSSES}", command)
 
 
+def _evaluate_tasks(targets: list[Path] | None, tasks: str, *, out: Path | None, as_json: bool, **options: Any) -> None:
+    from poc_lora.artifacts.run_folder import TASK_RESULTS, RunFolder
+    from poc_lora.evaluation.tasks import evaluate_tasks
+    from poc_lora.reporting.tables import terminal_table
+    from poc_lora.reporting.task_tables import differences_table, scores_table, task_notes
+
+    if not targets:
+        raise RequestError("TARGETS is missing", fix="for example: poc-lora eval runs/mine --harness-tasks gsm8k")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    with stdout_kept_for_json(as_json):
+        found = evaluate_tasks(targets, names, out=out, **options)
+    if as_json:
+        show_json(found)
+        return
+    tables = [table for table in (scores_table(found), differences_table(found)) if table.rows]
+    show(*map(terminal_table, tables), *task_notes(found))
+    place, target = out or RunFolder(targets[0]).evaluation("tasks"), shlex.quote(str(targets[0]))
+    command = f"poc-lora report {target}" if RunFolder(targets[0]).is_run else f"poc-lora eval {target} --data DIR"
+    print_next(f"the metrics of every task: {place / TASK_RESULTS}; lm-eval's samples beside it", command)
+
+
 def sample(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
-    text: Annotated[str, typer.Argument(help="What to ask; it is put into the run's prompt template.")],
+    text: Annotated[str, typer.Argument(help="What to ask; it is put into the run's prompt or chat template.")],
     adapter: Annotated[str | None, typer.Option(help="An adapter, such as 03; default: the best one so far.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask in the base's chat template instead.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat", help="Ask in the chat template; default: where most training rows were chats."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 128,
 ) -> None:
     """Show what base, best adapter and merge write after one prompt, greedily.
@@ -175,16 +282,14 @@ def report(
         raise RequestError(what, where=", ".join(map(str, runs)), fix=fix)
 
     from poc_lora.reporting.compare import write_comparison
-    from poc_lora.reporting.page import write_page
-    from poc_lora.reporting.results_tables import results_summary, write_report
+    from poc_lora.reporting.page import report
+    from poc_lora.reporting.results_tables import results_summary
     from poc_lora.reporting.run_files import read_run
 
-    evaluations = read_run(run).evaluations
-    page = write_page(run, compare=others)
-    for results in evaluations:
-        write_report(run, results)
-        if not compare:
-            show(*results_summary(results))
+    page = report(run, compare=others)
     if compare:
-        show(write_comparison(runs))
+        show(*write_comparison(runs))
+    else:
+        for results in read_run(run).evaluations:
+            show(*results_summary(results))
     print_next(f"the report: {page}", "open it in a browser")

@@ -1,12 +1,13 @@
 """What the verbs print, errors included, and how they parse lists of numbers."""
 
 import contextlib
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from traceback import format_exception
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -14,6 +15,7 @@ from poc_lora.errors import Interrupted, PocLoraError, RequestError, WriteError,
 from poc_lora.files import system_errors_as
 
 N = TypeVar("N", int, float)
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
 # torch's CPU allocator has no exception of its own; its messages on Linux and macOS, and on Windows.
 CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
@@ -96,6 +98,22 @@ def show(*things: Any) -> None:
                 from rich.console import Console
 
                 Console().print(thing, highlight=False)
+
+
+@contextlib.contextmanager
+def stdout_kept_for_json(asked: bool) -> Iterator[None]:
+    """Within the block what libraries print goes to stderr, if `asked`."""
+    with contextlib.redirect_stdout(sys.stderr) if asked else contextlib.nullcontext():
+        yield
+
+
+def show_json(thing: Any) -> None:
+    """Print an artefact, or dataclasses and plain values, as one JSON object."""
+    from poc_lora.artifacts.schema import plain
+
+    text = json.dumps(plain(thing), indent=2, allow_nan=False)
+    with system_errors_as(WriteError, "cannot be written", "standard output"):
+        typer.echo(text)
 
 
 def numbers(text: str, kind: Callable[[str], N], option: str, example: str) -> list[N]:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.cli.terminal import print_next, show
+from poc_lora.cli.terminal import AsJson, print_next, show, show_json, stdout_kept_for_json
 
 Config = Annotated[Path, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.", metavar="CONFIG")]
 Overrides = Annotated[
@@ -24,9 +24,9 @@ def demo(
 
     Example: poc-lora demo --out runs/demo adapters.seed=1
     """
-    from poc_lora.microworld.demo import run_demo
+    from poc_lora.microworld.demo import demo
 
-    run_demo(out, overrides or [], show=show)
+    demo(out, overrides or [], show=show)
     run = RunFolder(out)
     print_next(
         f"the report: {run.report} (open it in a browser)",
@@ -61,6 +61,7 @@ def check(
     config: Config,
     overrides: Overrides = None,
     processes: Annotated[int, typer.Option(min=1, help="The number of processes of accelerate launch.")] = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Validate a run and say what it will do, without loading any weights.
 
@@ -72,7 +73,12 @@ def check(
 
     from poc_lora.training.check import check
 
-    facts = check(loaded, processes=processes)
+    with stdout_kept_for_json(as_json):
+        facts = check(loaded, processes=processes)
+    if as_json:
+        show_json(facts)
+        return
+    del facts["bytes"]
     row, found = facts.pop("a row"), facts.pop("warnings")
     width = max(map(len, facts))
     for name, value in facts.items():
@@ -89,6 +95,7 @@ def train(
     config: Config,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the output folder, if any.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train the adapters of a run, packed together; over several devices under accelerate launch.
 
@@ -100,15 +107,28 @@ def train(
 
     loaded = load_config(config, overrides or [])
 
+    from poc_lora.reporting.held_out import better_alone
+    from poc_lora.reporting.screening import screen
     from poc_lora.reporting.summaries import training_summary
     from poc_lora.training.train import train
 
-    done = train(loaded, resume=resume)
-    if not done.is_main_process:
+    with stdout_kept_for_json(as_json):
+        done = train(loaded, resume=resume)
+    if not done.is_rank_0:
+        return
+    if as_json:
+        from poc_lora.reporting.held_out import read_held_out
+
+        facts = {name: value for name, value in vars(done).items() if name != "is_rank_0"}
+        show_json(facts | {"held_out": read_held_out(done.folder)})
         return
     show(*training_summary(done))
     run = RunFolder(done.folder)
     command = "poc-lora merge " + shlex.join([str(run.path), "--out", str(run.merged)])
     if run.merged.exists():  # of the adapters before the run was extended
         command = f"rm -r {shlex.quote(str(run.merged))} && {command}"
-    print_next(f"adapters: {run.adapters}", command)
+    screening = screen(run.path)
+    best = None if screening and screening.left_out else better_alone(run.path)
+    if best is not None:
+        command = f'poc-lora sample {shlex.quote(str(run.path))} "A PROMPT OF YOURS"'
+    print_next(f"adapters: {run.adapters}" if best is None else f"the adapter to use: {run.adapter(best)}", command)

@@ -38,9 +38,8 @@ class BatchOrder:
         else:
             self.buckets = [list(range(len(lengths)))]
         self.steps_per_epoch = sum(-(-len(bucket) // batch_size) for bucket in self.buckets)
-        self._drawn: dict[
-            int, tuple[int, list[list[int]]]
-        ] = {}  # adapter -> its current epoch and that epoch's batches
+        # adapter -> its current epoch and that epoch's batches
+        self._drawn: dict[int, tuple[int, list[list[int]]]] = {}
 
     def rows(self, adapter: int, step: int) -> list[int]:
         """Returns the indices of the rows in one adapter's batch at an optimizer step."""

@@ -96,5 +96,5 @@ def _not_bounded(what: str) -> ModelError:
     return ModelError(
         f"the tokenizer's chat template {what}",
         where="model.name",
-        fix="use a tokenizer with another chat template, or rows that are no chats",
+        fix="set data.chat_template to another template, or give rows that are no chats",
     )

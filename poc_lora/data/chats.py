@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from poc_lora.config import Learn
 from poc_lora.data.formats import METADATA, ChatRow, carries, leave_out
 from poc_lora.errors import DataError, ModelError
+from poc_lora.files import read_text
 
+MAX_TEMPLATE_BYTES = 2**20
 Turn = dict[str, Any]
 # Keys that tie a tool's answer to its call, which most templates leave to the order of the turns.
 LINKS = dict.fromkeys(("tool", "function", "ipython"), frozenset({"name", "tool_call_id"}))
@@ -44,7 +47,11 @@ class ChatTemplate:
                 otherwise once others follow, so that its place cannot be told.
         """
         if self._tokenizer.chat_template is None:
-            raise ModelError("the rows are chats but the tokenizer has no chat template", where=row.where)
+            raise ModelError(
+                "the row is a chat, but the base's tokenizer has no chat template",
+                where=row.where,
+                fix="take the base's instruct model, or give a template: data.chat_template: FILE.jinja",
+            )
         learned = _learned_turns(row, learn)
         try:
             whole = self._text(row, row.messages)
@@ -97,15 +104,15 @@ class ChatTemplate:
             raise DataError(
                 f"the place of {name} cannot be told: the chat template writes {other}",
                 where=row.where,
-                fix=f"{split}give the tokenizer a template that does not look ahead, such as those of TRL's "
-                "get_training_chat_template",
+                fix=f"{split}set data.chat_template to a template that does not look ahead, such as those of "
+                "TRL's get_training_chat_template",
             )
         if _squeezed(content) not in _squeezed(whole[own : len(end)]):
             raise DataError(
                 f"the chat template leaves out a part of the content of {name}, which is to be learnt",
                 where=row.where,
-                fix="take out of the rows what the template leaves out, such as <think>...</think>, or give the "
-                "tokenizer a template that writes it",
+                fix="take out of the rows what the template leaves out, such as <think>...</think>, or set "
+                "data.chat_template to a template that writes it",
             )
         return start, max(start, len(end))
 
@@ -168,6 +175,14 @@ class ChatTemplate:
             return self._text(changed, changed.messages) == expected
         except Exception:
             return False
+
+
+def read_chat_template(path: Path) -> str:
+    """Read the file of `data.chat_template`. Raises DataError."""
+    text = read_text(path, error=DataError, max_bytes=MAX_TEMPLATE_BYTES)
+    if not text.strip():
+        raise DataError("the chat template is empty", where=path, fix="write a Jinja template, or unset it")
+    return text
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:

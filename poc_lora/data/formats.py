@@ -2,6 +2,7 @@
 
 instruction / input / output     the LLM-Adapters and Alpaca format, for a prompt template
 prompt / completion              text that is used as it is
+question / choices / answer      as `eval` scores it (data/questions.py): the right choice is the answer
 messages, or conversations       a chat for the tokenizer's chat template, with `tools` and `system` beside it;
                                  turns are role/content or ShareGPT's from/value
 
@@ -23,6 +24,7 @@ METADATA = frozenset(
 # Format -> the columns that it uses, and those that repeat them: the label in LLM-Adapters, Alpaca's rendered prompt.
 FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "chat": (("messages", "tools", "system"), ()),
+    "question/choices/answer": (("question", "prompt", "choices", "answer"), ()),
     "prompt/completion": (("prompt", "completion"), ()),
     "instruction/input/output": (("instruction", "input", "output"), ("answer", "text")),
 }
@@ -92,10 +94,22 @@ def _parse(row: dict[str, Any], kind: str, where: str) -> Row:
         return _parse_chat(row, where)
     if kind == "prompt/completion":
         return CompletionRow(_text(row, "prompt", kind, where), _text(row, "completion", kind, where), where)
+    if kind == "question/choices/answer":
+        return _parse_choices(row, kind, where)
     extra = "" if row.get("input") is None else row["input"]
     if not _is_text(extra):
         raise DataError(f"the column 'input' of an {kind} row is not text", where=where)
     return InstructionRow(_text(row, "instruction", kind, where), extra, _text(row, "output", kind, where), where)
+
+
+def as_columns(row: Row) -> dict[str, Any]:
+    """Returns columns from which `parse_row` reads an equal row."""
+    if isinstance(row, InstructionRow):
+        return {"instruction": row.instruction, "input": row.input, "output": row.output}
+    if isinstance(row, CompletionRow):
+        return {"prompt": row.prompt, "completion": row.completion}
+    turns = [{**turn, "weight": 0} if i in row.unlearned else turn for i, turn in enumerate(row.messages)]
+    return {"messages": turns} | ({"tools": list(row.tools)} if row.tools else {})
 
 
 def carries(value: Any) -> bool:
@@ -131,6 +145,8 @@ def _moved(row: Any, names: Mapping[str, str | None], where: str) -> Any:
 def _format(row: dict[str, Any], where: str) -> str:
     filled = {name for name, value in row.items() if carries(value)}
     for names in (filled, row.keys()):
+        if "choices" in names and names & {"question", "prompt"}:
+            return "question/choices/answer"
         for kind, own in (("chat", "messages"), ("prompt/completion", "prompt completion")):
             if names & set(own.split()):
                 return kind
@@ -139,8 +155,8 @@ def _format(row: dict[str, Any], where: str) -> str:
     raise DataError(
         f"columns {', '.join(map(repr, row)) or 'none'} fit none of the formats",
         where=where,
-        fix="rows have instruction/input/output, or prompt/completion, or messages (ShareGPT: conversations); "
-        "data.columns: {THEIR_COLUMN: OUR_COLUMN} renames theirs",
+        fix="rows have instruction/input/output, prompt/completion, question/choices/answer, or messages (ShareGPT: "
+        "conversations); data.columns: {THEIR_COLUMN: OUR_COLUMN} renames theirs",
     )
 
 
@@ -181,6 +197,28 @@ def _text(row: dict[str, Any], column: str, kind: str, where: str) -> str:
         where=where,
         fix=f"a {kind} row has text; write a chat as one column, messages" if chat else None,
     )
+
+
+def _parse_choices(row: dict[str, Any], kind: str, where: str) -> Row:
+    """The row's text up to the right choice, as `eval` scores it."""
+    choices, answer = row["choices"], row.get("answer")
+    if not isinstance(choices, list) or not all(_is_text(choice) and choice.strip() for choice in choices):
+        raise DataError(f"the column 'choices' of a {kind} row is not a list of texts", where=where)
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        answer = choices[answer]
+    if not isinstance(answer, str) or answer not in choices:
+        raise DataError(
+            f"the answer {str(answer)[:60]!r} is none of the {len(choices)} choices",
+            where=where,
+            fix="`answer` is the number of the right choice, from 0, or its text",
+        )
+    if carries(row.get("question")) and carries(row.get("prompt")):
+        raise DataError("the row has both 'question' and 'prompt'", where=where, fix=leave_out(["question"]))
+    if not carries(row.get("prompt")):
+        return InstructionRow(_text(row, "question", kind, where), "", answer, where)
+    prompt = _text(row, "prompt", kind, where)
+    space = "" if prompt[-1].isspace() or answer[0].isspace() else " "
+    return CompletionRow(prompt, space + answer, where)
 
 
 def _is_text(value: Any) -> bool:

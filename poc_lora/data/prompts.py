@@ -45,9 +45,15 @@ class Encoded:
 
     examples: list[Example]
     answers: list[Example]  # the same with a loss on the answers alone, whatever is learnt
+    rows: list[Row]  # the row of each example
     lengths: list[int]  # tokens of every row before truncation, dropped ones too
     truncated: int  # rows truncated to max_length that keep a part of what is learnt
     dropped: int  # rows left out because truncation removes all answers
+
+    @classmethod
+    def empty(cls) -> "Encoded":
+        """Returns what there is of no rows."""
+        return cls([], [], [], [], 0, 0)
 
 
 def render_prompt(instruction: str, input: str, template: str, *, purpose: str = "evaluation") -> str:
@@ -96,7 +102,7 @@ def encode_rows(
     if not rows and not (bad and bad.count):
         raise DataError("there are no training rows", where="data.train")
     problems = BadRows() if bad is None else bad
-    texts, chats = [], []
+    texts, used = [], []
     with _rendered_chats(rows, tokenizer, learn, now or datetime.now()) as rendered_chats:
         for row in rows:
             try:
@@ -108,13 +114,14 @@ def encode_rows(
                     raise found
                 require_length(found.text, row.where)
                 texts.append(found)
-                chats.append(isinstance(row, ChatRow))
+                used.append(row)
             except DataError as problem:
                 problems.add(problem)
     if bad is None:
         problems.raise_if_any()
-    encoded = Encoded([], [], [], 0, 0)
-    for ids, spans in _tokenise(tokenizer, texts, chats):
+    encoded = Encoded.empty()
+    chats = [isinstance(row, ChatRow) for row in used]
+    for row, (ids, spans) in zip(used, _tokenise(tokenizer, texts, chats), strict=True):
         encoded.lengths.append(len(ids))
         if spans[0][0] >= max_length:
             encoded.dropped += 1
@@ -124,6 +131,7 @@ def encode_rows(
         answers = tuple((start, min(end, max_length)) for start, end in spans if start < max_length)
         encoded.examples.append(Example(kept, ((1, len(kept)),) if learn == "all" else answers))
         encoded.answers.append(Example(kept, answers))
+        encoded.rows.append(row)
     return encoded
 
 

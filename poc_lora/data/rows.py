@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from poc_lora.data.formats import Row, parse_row
+from poc_lora.data.formats import Row, as_columns, parse_row
 from poc_lora.errors import DataError, first_line
-from poc_lora.files import read_json, read_text, require_plain
+from poc_lora.files import read_json, read_text, require_plain, write_atomic
 from poc_lora.hub_ids import is_repo_id
 
 MAX_DATA_BYTES = 4 * 2**30
@@ -75,7 +75,7 @@ def source_files(sources: Sequence[str]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         elif not is_dataset_id(source):
-            raise DataError("no such file or folder", where=source, fix="check data.train")
+            raise DataError("no such file or folder", where=source, fix="check the path")
     return files
 
 
@@ -113,13 +113,19 @@ def read_sources(
             except DataError as problem:
                 problems.add(problem)
         if not number:
-            raise DataError("the file has no rows", where=place, fix="remove it from data.train or fill it")
+            raise DataError("the file has no rows", where=place, fix="remove it from the list, or fill it")
     for name in columns:
         if name in unseen and name.partition(".")[0] in unseen:
             raise DataError(f"no row has the column {name!r}", where="data.columns", fix="correct it, or take it out")
     if bad is None:
         problems.raise_if_any()
     return rows
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSON lines, which `read_sources` reads back without `data.columns`."""
+    lines = (json.dumps(as_columns(row), ensure_ascii=False, default=str) for row in rows)  # a Hub's dates as text
+    write_atomic(path, "".join(line + "\n" for line in lines))
 
 
 def _parts(sources: Sequence[str]) -> Iterator[tuple[str | Path, Iterable[Any]]]:

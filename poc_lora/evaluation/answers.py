@@ -32,8 +32,8 @@ class Answer:
     Attributes:
         choice: One of the labels; None if the prompt does not fit the context, or no label was found.
         too_long: The prompt does not fit the context.
-        log_probs: Of every label (protocols `label` and `harness`).
-        text: What was generated (protocol `generate`).
+        log_probs: The log-probability of every label (protocols `label` and `harness`).
+        text: The generated text (protocol `generate`).
     """
 
     choice: str | None
@@ -50,12 +50,12 @@ class AnswerFile:
     questions that this evaluation does not ask are kept, after the others.
 
     Args:
-        path: Of `NAME.jsonl`, which need not exist.
+        path: `NAME.jsonl`, which need not exist.
         settings: Everything that answers depend on apart from the question: base, adapter, protocol, prompt, dtype.
         items: The questions of this evaluation.
 
     Attributes:
-        answers: The known ones, by question.
+        answers: The answers known so far, by question.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], items: Sequence[Item], *, rank: int = 0):

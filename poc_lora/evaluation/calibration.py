@@ -1,4 +1,4 @@
-"""Are a model's probabilities honest? Log loss, Brier score and expected calibration error of its answers."""
+"""Calibration: log loss, Brier score and expected calibration error of a variant's answers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,42 +14,45 @@ BINS = 15  # of equal width, as Guo et al. (ICML 2017) take
 
 
 def calibrate(items: Sequence[Item], answers: Mapping[Item, Answer]) -> Calibration | None:
-    """Compute the calibration of one variant: plain means over benchmarks, with errors of sampling the questions.
+    """Compute the calibration of one variant: means over benchmarks, with the standard errors of sampling questions.
 
-    The probabilities are those of the question's labels, normalised to one. Questions without them, such as those that
-    are too long, are left out; None if a benchmark has no other.
+    The probabilities are those of the question's labels, normalised to sum to one. Questions without them, such as
+    those that are too long, are left out. Returns None if a benchmark has no others.
     """
-    benchmarks: dict[str, list[tuple[Tensor, int]]] = {item.benchmark: [] for item in items}
+    benchmarks: dict[str, list[tuple[tuple[float, ...], int]]] = {item.benchmark: [] for item in items}
     for item in items:
         if found := answers[item].log_probs:
-            p = torch.tensor(found, dtype=torch.float64).softmax(-1)
-            benchmarks[item.benchmark].append((p, item.question.answer_index))
+            benchmarks[item.benchmark].append((found, item.question.answer_index))
     if not benchmarks or not all(benchmarks.values()):
         return None
-    parts = [
-        (
-            torch.stack([-p[right].log() for p, right in own]),
-            torch.stack([brier_score(p, right) for p, right in own]),
-            calibration_terms(
-                torch.stack([p.max() for p, _ in own]), torch.tensor([float(p.argmax() == right) for p, right in own])
-            ),
-        )
-        for own in benchmarks.values()
-    ]
+    parts = []
+    for own in benchmarks.values():
+        k = max(len(found) for found, _ in own)
+        padded = [(*found, *(k - len(found)) * [-math.inf]) for found, _ in own]  # absent labels have probability 0
+        p = torch.tensor(padded, dtype=torch.float64).softmax(-1)  # [n, k]
+        right = torch.tensor([right for _, right in own])
+        confidence, chosen = p.max(-1)
+        losses = -p.gather(-1, right[:, None])[:, 0].log()
+        parts.append((losses, brier_score(p, right), calibration_terms(confidence, chosen == right)))
     nll, brier, ece = (_mean_over_benchmarks(values) for values in zip(*parts, strict=True))
     return Calibration(nll=nll, brier=brier, ece=ece)
 
 
-def brier_score(p: Tensor, right: int) -> Tensor:
-    """The sum over labels of (probability − 1 for the right one, − 0 for others)², from 0 to 2 (Brier 1950)."""
-    return (p - torch.nn.functional.one_hot(torch.tensor(right), len(p))).square().sum()
+def brier_score(p: Tensor, right: Tensor) -> Tensor:
+    """Σ_l (p_l − y_l)² over the labels, with y_l = 1 for the right one and 0 for others; from 0 to 2 (Brier 1950).
+
+    Args:
+        p: Probabilities of the labels [n, k].
+        right: The number of the right label [n].
+    """
+    return (p - torch.nn.functional.one_hot(right, p.shape[-1])).square().sum(-1)
 
 
 def calibration_terms(confidence: Tensor, correct: Tensor) -> Tensor:
     """Values whose mean is the expected calibration error, Σ_bins |Σ (confidence − correct)| / n.
 
-    Each is (confidence − correct) times the sign of its bin's sum, so their sample variance gives the error of the mean
-    to first order. With few questions the expected calibration error is too large on average, for all variants alike.
+    Each is (confidence − correct) times the sign of its bin's sum, so their sample variance gives the standard error of
+    the mean to first order. With few questions the expected calibration error is biased upwards for all variants.
 
     Args:
         confidence: The probability of the chosen label [n].

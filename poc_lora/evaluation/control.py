@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poc_lora.artifacts.run_folder import RunFolder
+from poc_lora.artifacts.run_folder import RunFolder, variant_file
+from poc_lora.artifacts.variant_scores import VariantScores
 from poc_lora.config import load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.answers import Answer, AnswerFile, Item
-from poc_lora.files import read_json
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: S
         items: The test questions.
 
     Raises:
-        RunError: If its merge was not evaluated, or with other settings or questions.
+        RunError: The merge was not evaluated, or with other settings or questions.
     """
     folder = RunFolder(run).evaluation(protocol)
     fix = f"first: poc-lora eval {run} with the same base, data, benchmarks, prompt, dtype and limit"
-    if not (folder / "merged.json").is_file():
+    scores = VariantScores.read_if_there(folder / variant_file("merged"))
+    if scores is None:
         raise RunError("the control run has no evaluated merge", where=run, fix=fix)
-    described = read_json(folder / "merged.json", error=RunError)
-    theirs = described.get("settings") if isinstance(described, dict) else None
-    if not isinstance(theirs, dict):
+    theirs = scores.settings
+    if not theirs:
         raise RunError("the settings of its evaluation are missing", where=folder, fix=fix)
     differing = [name for name, value in settings.items() if theirs.get(name) != value]
     if differing:

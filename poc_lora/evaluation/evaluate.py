@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.artifacts.results import Results, Subsets
 from poc_lora.artifacts.run_folder import PROTOCOLS, RESULTS
@@ -19,17 +20,18 @@ from poc_lora.evaluation.protocols.harness import harness_answers
 from poc_lora.evaluation.protocols.harness_tasks import load_tasks
 from poc_lora.evaluation.scores import ensemble, summarise, write_results
 from poc_lora.evaluation.subsets import name_subsets, subset_points, variance_law
-from poc_lora.evaluation.variants import base_digest, find_variants
+from poc_lora.evaluation.variants import UNSHARDED, base_digest, find_variants, require_packed
 from poc_lora.files import require_place
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_base, resolve_dtype
+from poc_lora.models.sharding import load_to_shard, shard_base
 
 
 def evaluate(
-    targets: Sequence[Path],
+    targets: str | Path | Sequence[str | Path],
     *,
-    data: Path | None,
-    base: str | None = None,
+    data: str | Path | None,
+    base: str | Path | None = None,
     revision: str | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
@@ -39,14 +41,15 @@ def evaluate(
     prompt: str | None = None,
     limit: int | None = None,
     subsets: bool = False,
-    control: Path | None = None,
-    out: Path | None = None,
+    control: str | Path | None = None,
+    out: str | Path | None = None,
     seed: int = 0,
     device: torch.device | None = None,
 ) -> Results:
     """Score one run, or adapters of one base model, on benchmarks.
 
-    Every answer is saved as it is given, and the same call resumes an interrupted evaluation (`harness` starts again).
+    Every answer is saved as it is given. The same call resumes an interrupted evaluation (`harness` starts again) and
+    only reads the answers of a finished one.
     Under `accelerate launch` the ranks share the questions. The best adapter is chosen on BENCHMARK/validation.json if
     all benchmarks have one, otherwise on the test questions. Writes a JSON and a JSONL file of answers for every
     variant, then results.json.
@@ -54,8 +57,8 @@ def evaluate(
     Args:
         targets: A run folder, the folder of a model (scored alone), or adapter folders and Hub ids. Without a merge,
             the exact average of several adapters is scored as the merge.
-        data: The folder of BENCHMARK/test.json (or .jsonl) files; a name beside the eight is a benchmark of your own.
-            None, for `harness` only, takes lm-eval's own tasks.
+        data: The folder of BENCHMARK/test.json (or .jsonl) files. Folders other than the paper's eight are
+            benchmarks of your own. None, for `harness` only, takes lm-eval's own tasks.
         base, revision: The base model; default: the run's, or the one that the adapters name.
         dtype, quantization, prompt: Default: the run's, or `auto`, None and `clean`.
         benchmarks: Folder names or the paper's short names; default: all eight, or all that `data` holds if it has
@@ -64,27 +67,31 @@ def evaluate(
         beams: For `generate`; 1 is greedy.
         limit: Only the first questions of each benchmark.
         subsets: Score merges of 2, 4, ... adapters too.
-        control: Another run, evaluated before with the same settings, whose merge is compared with this one's.
+        control: A run that was evaluated with the same settings; its merge is compared with this one's.
         out: The folder for results; default: RUN/eval, or RUN/eval-PROTOCOL. Required for adapters outside a run.
-        seed: Of the bootstrap and of the subsets.
+        seed: Keys the bootstrap and the draw of the subsets.
         device: Default: this process's GPU, or the CPU.
 
     Returns:
         What was written to results.json.
 
     Raises:
-        RequestError, RunError, AdapterError, DataError, ModelError: For what cannot be evaluated, if possible before
-            weights are loaded.
-        Interrupted: After Ctrl-C or SIGTERM.
+        RequestError, RunError, AdapterError, DataError, ModelError: Something cannot be evaluated; raised before
+            weights are loaded if possible.
+        Interrupted: Ctrl-C or SIGTERM; the answers so far are saved.
     """
+    folders = list(map(Path, [targets] if isinstance(targets, str | Path) else targets))
+    data = None if data is None else Path(data)
+    control = None if control is None else Path(control)
+    out = None if out is None else Path(out)
     _check_request(protocol, limit=limit, beams=beams, subsets=subsets, control=control)
     device = device or default_device()
     with open_ranks(device) as ranks, without_cudnn_attention():
         with ranks.raise_on_all():
             chosen = find_benchmarks(benchmarks, data)
             variants = find_variants(
-                targets,
-                base=base,
+                folders,
+                base=None if base is None else str(base),
                 revision=revision,
                 dtype=dtype,
                 quantization=quantization,
@@ -112,14 +119,24 @@ def evaluate(
                 "dtype": resolve_dtype(variants.dtype, device),
                 "quantization": variants.quantization,
             }
+            sharded = variants.shard and ranks.size > 1
+            if sharded and protocol != "label":
+                raise RequestError(f"a sharded base does not answer by {protocol}", where="model.shard", fix=UNSHARDED)
             compared = None if control is None else read_control(control, protocol, settings, _test(items))
-            model, tokenizer = load_base(
-                variants.base,
-                revision=variants.revision,
-                dtype=variants.dtype,
-                quantization=variants.quantization,
-                device=device,
-            )
+
+        def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+            how_loaded: dict[str, Any] = {
+                "revision": variants.revision,
+                "quantization": variants.quantization,
+                "chat_template": variants.chat_template,
+            }
+            with ranks.raise_on_all():
+                if not sharded:
+                    return load_base(variants.base, **how_loaded, dtype=variants.dtype, device=device)
+                model, tokenizer = load_to_shard(variants.base, **how_loaded, dtype=settings["dtype"], rank=ranks.rank)
+                require_packed(model, variants)
+            ranks.heartbeat("sharding the base model")
+            return shard_base(model, device), tokenizer
 
         subset_slots = name_subsets(len(variants.adapters), seed, whole=variants.merged is not None) if subsets else {}
         digests = variants.digests(subset_slots)
@@ -129,15 +146,18 @@ def evaluate(
         files: dict[str, AnswerFile] = {}
         if protocol == "harness":
             stop = ranks.stop
-            items, answers = harness_answers(model, tokenizer, tasks, variants, data=data, limit=limit, stop=stop)
+            items, answers = harness_answers(*load(), tasks, variants, data=data, limit=limit, stop=stop)
         else:
             for name, its_settings in settings_of.items():
                 asked = items if name in variants.keys else _test(items)  # validation only chooses the best adapter
                 files[name] = AnswerFile(variants.out / f"{name}.jsonl", its_settings, asked, rank=ranks.rank)
             ranks.barrier()  # no rank adds answers before all have read, so that all share the same questions
-            with ranks.raise_on_all():
-                how.require_embeddings(model, tokenizer, items)
-            Evaluator(model, tokenizer, how, ranks).answer(variants, files, subset_slots)
+            asked_of_models = [file for name, file in files.items() if name != "ensemble"]
+            if not all(file.answers.keys() >= set(file.items) for file in asked_of_models):  # else nothing to load
+                model, tokenizer = load()
+                with ranks.raise_on_all():
+                    how.require_embeddings(model, tokenizer, items)
+                Evaluator(model, tokenizer, how, ranks, sharded).answer(variants, files, subset_slots)
             answers = {name: file.answers for name, file in files.items()}
         test = _test(items)
         if "ensemble" in digests:  # `answers["ensemble"]` is the dictionary of its AnswerFile, so these are saved too

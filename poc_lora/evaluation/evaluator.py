@@ -12,11 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from poc_lora.artifacts.run_folder import RESULTS
 from poc_lora.data.prompts import TEMPLATES, render_prompt
 from poc_lora.distributed import Ranks
-from poc_lora.errors import Interrupted, RunError
+from poc_lora.errors import Interrupted, PocLoraError, RunError
 from poc_lora.evaluation.answers import Answer, AnswerFile, Item, check_numbers
 from poc_lora.evaluation.protocols.generate import NEW_TOKENS, generate_answers
 from poc_lora.evaluation.protocols.label import ANSWER_PREFIX, answered, encode, label_answers
 from poc_lora.evaluation.variants import Variants, activate_variants
+from poc_lora.models.sharding import all_reduce_max
 from poc_lora.models.vocabulary import may_exceed, require_embeddings
 from poc_lora.progress import progress_bar
 
@@ -26,20 +27,29 @@ BATCHES_PER_RANK = 2  # at least, with several ranks: none is left without work 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How questions are put and answers are read."""
+    """A protocol and its settings: how prompts are made, and how answers are read."""
 
     name: str  # label or generate
     prompt: str  # the template
     beams: int = 1  # for generate; 1 is greedy
 
     def answers(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], *, copies: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        items: Sequence[Item],
+        *,
+        copies: int,
+        ranks: Ranks | None = None,
     ) -> list[list[Answer]]:
-        """The answers of each of the `copies` variants that the model computes together: [copies][n]."""
+        """The answers of each of the `copies` variants that the model computes together: [copies][n].
+
+        `ranks` that share a sharded base answer the same questions by `label`, together.
+        """
         questions = [item.question for item in items]
         if self.name == "generate":
             return generate_answers(model, tokenizer, questions, prompt=self.prompt, beams=self.beams, copies=copies)
-        return label_answers(model, tokenizer, questions, prompt=self.prompt, copies=copies)
+        return label_answers(model, tokenizer, questions, prompt=self.prompt, copies=copies, ranks=ranks)
 
     def require_embeddings(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
@@ -63,26 +73,31 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Puts questions to the variants that a model computes; with several ranks each answers its share."""
+    """Answers questions with all variants of a model.
+
+    Ranks share the questions; on a sharded base they answer every batch together.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     protocol: Protocol
     ranks: Ranks
+    sharded: bool = False
 
     def answer(
         self, variants: Variants, files: Mapping[str, AnswerFile], subset_slots: Mapping[str, Sequence[int]]
     ) -> None:
-        """Answer the questions of `files`, which the ranks share, and add the answers of all ranks to `files`.
+        """Answer the questions without an answer in `files`, shared over the ranks, and add all answers to `files`.
 
         Args:
-                files: By variant and subset, its questions and the answers that are known; the ensemble is left alone.
+            variants: The base model's adapters and merge.
+            files: By variant and subset, its questions and the answers known so far. The ensemble's file is left alone.
             subset_slots: By the name of a subset, the slots of its adapters.
 
         Raises:
-            Interrupted: On all ranks, after a request to stop one of them.
-            AdapterError, ModelError: If scores are not numbers.
-            RunError: If the other ranks' answers cannot be read.
+            Interrupted: A rank was asked to stop; raised on all ranks.
+            AdapterError, ModelError: Scores are NaN.
+            RunError: The other ranks' answers cannot be read.
         """
         asked = {name: file for name, file in files.items() if name != "ensemble"}
         stopped = None
@@ -141,18 +156,38 @@ class Evaluator:
         Raises:
             Interrupted, AdapterError, ModelError: As in `answer`.
         """
+        if self.sharded:
+            for batch in _batches(items, QUESTIONS_PER_BATCH):
+                self._heartbeat(names)
+                answers = self._answers(names, batch, self.ranks)
+                yield batch, answers if self.ranks.rank == 0 else []
+            return
         share = math.ceil(len(items) / (BATCHES_PER_RANK * self.ranks.size))
         size = QUESTIONS_PER_BATCH if self.ranks.size == 1 else max(1, min(QUESTIONS_PER_BATCH, share))
         for number, batch in enumerate(_batches(items, size)):
-            answers: list[list[Answer]] = []
             if number % self.ranks.size == self.ranks.rank:
-                if self.ranks.stop.is_set():
-                    raise Interrupted("stopped; the answers so far are kept", fix="the same command resumes from there")
-                self.ranks.heartbeat(f"evaluating {', '.join(names)}")
-                answers = self.protocol.answers(self.model, self.tokenizer, batch, copies=len(names))
-                for name, own in zip(names, answers, strict=True):
-                    check_numbers(name, batch, own)
-            yield batch, answers
+                self._heartbeat(names)
+                yield batch, self._answers(names, batch)
+            else:
+                yield batch, []
+
+    def _heartbeat(self, names: Sequence[str]) -> None:
+        """Show that this rank is alive. Raises Interrupted if it, or where the base is sharded any, is to stop."""
+        stop = self.ranks.stop.is_set()
+        if all_reduce_max([stop])[0] if self.sharded else stop:
+            raise Interrupted("stopped; the answers so far are kept", fix="the same command resumes from there")
+        self.ranks.heartbeat(f"evaluating {', '.join(names)}")
+
+    def _answers(self, names: Sequence[str], batch: Sequence[Item], ranks: Ranks | None = None) -> list[list[Answer]]:
+        answers = self.protocol.answers(self.model, self.tokenizer, batch, copies=len(names), ranks=ranks)
+        try:
+            for name, own in zip(names, answers, strict=True):
+                check_numbers(name, batch, own)
+        except PocLoraError as problem:
+            if ranks:
+                self.ranks.mark_shared(problem)
+            raise
+        return answers
 
 
 def _batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:

@@ -1,8 +1,11 @@
 """`evaluate_rows`: the losses of the base, every adapter, their merge and their ensemble on rows with answers."""
 
 import contextlib
+import hashlib
+import json
 import threading
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -17,12 +20,12 @@ from poc_lora.data.batches import supervised_tokens
 from poc_lora.data.prompts import Encoded, Example, encode_rows, row_limit
 from poc_lora.data.rows import BadRows, is_dataset_id, read_sources
 from poc_lora.distributed import open_ranks
-from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError
+from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError, RunError
 from poc_lora.evaluation.protocols.label import batch_ranges, head_in_float32
-from poc_lora.evaluation.variants import Variants, activate_variants, find_variants
+from poc_lora.evaluation.variants import Variants, activate_variants, base_digest, find_variants
 from poc_lora.files import require_place, sha256_file
 from poc_lora.models.forward import logits_at, without_cudnn_attention
-from poc_lora.models.load import context_length, default_device, load_base
+from poc_lora.models.load import context_length, default_device, load_base, resolve_dtype
 from poc_lora.models.vocabulary import require_embeddings
 from poc_lora.progress import progress_bar
 
@@ -43,16 +46,18 @@ def evaluate_rows(
 ) -> RowLosses:
     """Measure losses on the answers of rows in any format that training reads; writes rows.json.
 
+    Losses that were measured already, with the same settings on the same files, are only read.
+
     Args:
         targets: As for `evaluate`.
-        rows: Files, and data sets of the Hub. In a run they are read as its training rows were: with its columns,
-            prompt template, longest row and turns to learn.
+        rows: Files, and data sets of the Hub. For a run they are read like its training rows, with the same columns,
+            prompt template, max_length and turns to learn.
         base, revision, dtype, quantization, prompt, out: As for `evaluate`; `out` is RUN/eval-rows by default.
         device: Default: the GPU, or the CPU.
 
     Raises:
-        RequestError, RunError, AdapterError, DataError, ModelError: For what cannot be evaluated.
-        Interrupted: After Ctrl-C or SIGTERM.
+        RequestError, RunError, AdapterError, DataError, ModelError: Something cannot be evaluated.
+        Interrupted: Ctrl-C or SIGTERM.
     """
     device = device or default_device()
     for source in rows:
@@ -76,14 +81,22 @@ def evaluate_rows(
         require_place(variants.out)
         run = RunFolder(targets[0])
         settings = load_config(run.config).data if run.is_run else None
+        info = RunInfo.read_if_there(run.info) if run.is_run else None
+        trained_on = info is not None and _trained_on(info, rows)
+        place, measured = variants.out / ROW_LOSSES, _digest(variants, settings, rows, device, trained_on=trained_on)
+        if measured is not None and (known := _read(place)) and known.measured == measured:
+            return known
         model, tokenizer = load_base(
             variants.base,
             revision=variants.revision,
             dtype=variants.dtype,
             quantization=variants.quantization,
             device=device,
+            chat_template=variants.chat_template,
         )
-        encoded = _encode(rows, settings, variants.prompt, tokenizer, context_length(model))
+        encoded = _encode(
+            rows, settings, variants.prompt, tokenizer, context_length(model), now=info.start if info else None
+        )
         require_embeddings(model, tokenizer, (example.ids for example in encoded.answers), where="--rows")
         found = _score(model, variants, encoded.answers, ranks.stop)
     result = RowLosses(
@@ -97,10 +110,37 @@ def evaluate_rows(
         merged=found.get("merged"),
         ensemble=found.get("ensemble"),
         exact_average=variants.exact_average,
-        trained_on=run.is_run and _trained_on(run, rows),
+        trained_on=trained_on,
+        measured=measured,
     )
-    result.write(variants.out / ROW_LOSSES)
+    result.write(place)
     return result
+
+
+def _digest(
+    variants: Variants, settings: DataSection | None, rows: Sequence[str], device: torch.device, **others: bool
+) -> str | None:
+    """A hash of what rows.json depends on; None if it cannot be known without reading rows from the Hub."""
+    if not all(Path(source).expanduser().is_file() for source in rows):
+        return None
+    depends_on = {
+        "base": base_digest(variants.base, variants.revision),
+        "dtype": resolve_dtype(variants.dtype, device),
+        "quantization": variants.quantization,
+        "prompt": variants.prompt,
+        "chat_template": variants.chat_template,
+        "adapters": variants.digests(),
+        "rows": [sha256_file(Path(source).expanduser()) for source in rows],
+        "data": settings and settings.model_dump(mode="json", include={"columns", "max_length", "learn"}),
+        **others,
+    }
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+
+
+def _read(place: Path) -> RowLosses | None:
+    with contextlib.suppress(RunError):  # a damaged file is measured again
+        return RowLosses.read_if_there(place)
+    return None
 
 
 def _encode(
@@ -109,14 +149,22 @@ def _encode(
     prompt: str,
     tokenizer: PreTrainedTokenizerBase,
     context: int | None,
+    *,
+    now: datetime | None,
 ) -> Encoded:
     bad = BadRows()
+    held_out = [source for source in sources if _is_held_out(source)]
+    others = [source for source in sources if source not in held_out]
     encoded = encode_rows(
-        read_sources(sources, columns=settings.columns if settings else None, bad=bad),
+        [
+            *read_sources(held_out, bad=bad),
+            *read_sources(others, columns=settings.columns if settings and others else None, bad=bad),
+        ],
         tokenizer,
         template=prompt,
         max_length=row_limit(settings.max_length if settings else "auto", context),
         learn=settings.learn if settings else "last",
+        now=now,
         bad=bad,
     )
     if bad.count:
@@ -188,7 +236,12 @@ def _row_sums(log_probs: Tensor, sizes: Sequence[int]) -> list[float]:
     return [round(-part.sum().item(), 4) for part in log_probs.split(list(sizes))]
 
 
-def _trained_on(run: RunFolder, rows: Sequence[str]) -> bool:
-    info = RunInfo.read(run.info) if run.info.is_file() else None
-    digests = set(info.data_sha256.values()) if info else set()
+def _is_held_out(source: str) -> bool:
+    """Whether it is a run's own file of validation rows, whose columns are the format's."""
+    run = RunFolder(Path(source).expanduser().parent)
+    return run.is_run and Path(source).name == run.held_out.name
+
+
+def _trained_on(info: RunInfo, rows: Sequence[str]) -> bool:
+    digests = set(info.data_sha256.values())
     return any(sha256_file(path) in digests for path in map(Path, rows) if path.is_file())

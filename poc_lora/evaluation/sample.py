@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from poc_lora.artifacts.run_folder import RunFolder
+from poc_lora.artifacts.run_info import RunInfo
 from poc_lora.data.bounded import map_bounded
 from poc_lora.data.limits import require_length
 from poc_lora.data.prompts import render_prompt
@@ -24,7 +25,7 @@ def sample_texts(
     text: str,
     *,
     adapter: str | None = None,
-    chat: bool = False,
+    chat: bool | None = None,
     new_tokens: int = 128,
     device: torch.device | None = None,
 ) -> dict[str, str]:
@@ -32,9 +33,9 @@ def sample_texts(
 
     Args:
         run: The run folder.
-        text: Is put into the run's prompt template.
+        text: The instruction to put into the run's prompt template.
         adapter: The adapter's name, such as 03; None leaves it out.
-        chat: The text is a user's turn in the base's chat template instead.
+        chat: Take `text` as the user's turn in the chat template instead; default: where most training rows were chats.
         new_tokens: The most tokens to generate.
         device: Default: the GPU, or the CPU.
 
@@ -42,7 +43,7 @@ def sample_texts(
         The new texts, by `base`, the adapter's name, and `merge`.
 
     Raises:
-        RequestError, RunError, AdapterError, DataError, ModelError: For what cannot be sampled.
+        RequestError, RunError, AdapterError, DataError, ModelError: The run or the prompt cannot be used.
     """
     if not RunFolder(run).is_run:
         raise RequestError("not a run", where=run, fix="give a run folder, with config.yaml")
@@ -61,7 +62,11 @@ def sample_texts(
             dtype=variants.dtype,
             quantization=variants.quantization,
             device=device,
+            chat_template=variants.chat_template,
         )
+        if chat is None:
+            info = RunInfo.read_if_there(RunFolder(run).info)
+            chat = bool(info and info.chats)
         ids = _chat(text, tokenizer) if chat else encode(tokenizer, [render_prompt(text, "", variants.prompt)])[0]
         require_embeddings(model, tokenizer, [ids], where="the prompt")
         room = context_length(model)
@@ -81,7 +86,8 @@ def sample_texts(
 
 def _chat(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not tokenizer.chat_template:
-        raise RequestError("the base has no chat template", where="--chat", fix="leave it out")
+        fix = "leave it out; or train with the base's instruct model, or with data.chat_template"
+        raise RequestError("the base has no chat template", where="--chat", fix=fix)
     turns = [{"role": "user", "content": text}]
 
     def render(turns: list[dict[str, str]]) -> str:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from poc_lora import rng
 from poc_lora.artifacts.results import Calibration, Difference, Estimate, Results, Scored
-from poc_lora.artifacts.run_folder import RESULTS
+from poc_lora.artifacts.run_folder import RESULTS, variant_file
+from poc_lora.artifacts.variant_scores import BenchmarkAccuracy, VariantAccuracy, VariantScores
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.calibration import calibrate
 from poc_lora.evaluation.variants import Variants, adapter_key
-from poc_lora.files import write_json
 
 RESAMPLES = 10_000
 SMALLEST = 2.802  # standard errors: the normal quantiles of 0.975, for the 5 % level, and of 0.8, for the power
@@ -36,7 +36,7 @@ def summarise(
     """Compute Results from answers.
 
     Args:
-        answers: By variant: `base`, the `adapter_key` of each adapter and, if there are such, `merged`, `ensemble` and
+        answers: By variant: `base`, the `adapter_key` of each adapter and, where they exist, `merged`, `ensemble` and
             `control`. Adapters answer all `items`, the other variants only test questions.
         seed: The seed of the bootstrap.
         described: The fields of Results that do not depend on answers.
@@ -58,6 +58,8 @@ def summarise(
     if "control" in correct:
         rivals["control"] = correct["control"]
     merged, together = answers.get("merged"), answers.get("ensemble")
+    calibrated = _calibrations(answers, test)
+    shown = {"base": "base", "best": adapter_key(best), "merged": "merged", "ensemble": "ensemble"}
     return Results(
         questions={b: len(values) for b, values in correct["base"].items()},
         too_long={b: sum(i.benchmark == b and answers["base"][i].too_long for i in test) for b in benchmarks},
@@ -73,14 +75,15 @@ def summarise(
         comparisons={name: paired_difference(correct["merged"], rival, seed=seed) for name, rival in rivals.items()}
         if merged
         else {},
-        calibration=_calibrations(answers, test, best),
+        calibration={name: calibrated[key] for name, key in shown.items() if key in calibrated},
+        calibration_of_adapters={a: calibrated[key] for a in adapters if (key := adapter_key(a)) in calibrated},
         agreement=agreement(merged, together) if merged and together else None,
         **described,
     )
 
 
 def write_results(variants: Variants, results: Results, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write a JSON file for each variant, then results.json: if it is there, the others are complete.
+    """Write `VariantScores` for each variant, then results.json: if it is there, the others are complete.
 
     Args:
         settings: By variant, what its answers depend on besides the questions; its `adapters` are digests.
@@ -92,18 +95,20 @@ def write_results(variants: Variants, results: Results, settings: Mapping[str, M
     for variant, scored in found.items():
         if scored is None:
             continue
-        summary = {
-            "variant": variant,
-            "source": read[variant].source if variant in read else None,
-            "adapter_digest": settings[variant]["adapters"][0] if variant in read else None,
-            "base_model": results.base_model,
-            "protocol": results.protocol,
-            "prompt": results.prompt,
-            "benchmarks": {b: _plain(e) | {"questions": results.questions[b]} for b, e in scored.benchmarks.items()},
-            "average": _plain(scored.average),
-            "settings": settings[variant],
-        }
-        write_json(variants.out / f"{variant}.json", summary)
+        VariantScores(
+            variant=variant,
+            source=read[variant].source if variant in read else None,
+            adapter_digest=settings[variant]["adapters"][0] if variant in read else None,
+            base_model=results.base_model,
+            protocol=results.protocol,
+            prompt=results.prompt,
+            benchmarks={
+                benchmark: BenchmarkAccuracy(accuracy=value, error=error, questions=results.questions[benchmark])
+                for benchmark, (value, error) in scored.benchmarks.items()
+            },
+            average=VariantAccuracy(accuracy=scored.average.value, error=scored.average.error),
+            settings=dict(settings[variant]),
+        ).write(variants.out / variant_file(variant))
     results.write(variants.out / RESULTS)
 
 
@@ -197,8 +202,8 @@ def paired_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], 
 def smallest_difference(questions: Mapping[str, int]) -> float:
     """The smallest difference of macro averages that an evaluation shows with 80 % power at the 5 % level.
 
-    For two variants of which one is right and the other wrong on one question in five: the difference per question then
-    has the variance 1/5. Variants that differ more often need more questions.
+    It assumes that on one question in five exactly one of the two variants is right, so that the difference per
+    question has variance 1/5. Variants that differ more often need more questions.
 
     Args:
         questions: Their number, by benchmark.
@@ -207,17 +212,14 @@ def smallest_difference(questions: Mapping[str, int]) -> float:
 
 
 def agreement(ours: Mapping[Item, Answer], theirs: Mapping[Item, Answer]) -> float:
-    """The share of questions that fit the context on which two variants choose the same label; NaN if none fits."""
+    """The share of questions, of those that fit the context, on which two variants agree; NaN if none fits."""
     same = [ours[item].choice == theirs[item].choice for item in ours if not ours[item].too_long]
     return sum(same) / len(same) if same else math.nan
 
 
-def _calibrations(
-    answers: Mapping[str, Mapping[Item, Answer]], test: Sequence[Item], best: str
-) -> dict[str, Calibration]:
-    shown = {"base": "base", "best": adapter_key(best), "merged": "merged", "ensemble": "ensemble"}
-    found = {name: calibrate(test, answers[key]) for name, key in shown.items() if key in answers}
-    return {name: calibration for name, calibration in found.items() if calibration}
+def _calibrations(answers: Mapping[str, Mapping[Item, Answer]], test: Sequence[Item]) -> dict[str, Calibration]:
+    found = {variant: calibrate(test, given) for variant, given in answers.items() if variant != "control"}
+    return {variant: calibration for variant, calibration in found.items() if calibration}
 
 
 def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item]) -> dict[str, float]:
@@ -229,10 +231,6 @@ def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item])
         asked = [given[item] for item in items if not given[item].too_long]
         shares[variant] = sum(answer.choice is None for answer in asked) / len(asked) if asked else math.nan
     return shares
-
-
-def _plain(estimate: Estimate) -> dict[str, float | None]:
-    return {"accuracy": estimate.value, "error": None if math.isnan(estimate.error) else estimate.error}
 
 
 def _scored(correct: Mapping[str, Tensor], per_byte: Mapping[str, Tensor] | None = None) -> Scored:

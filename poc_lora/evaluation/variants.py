@@ -11,11 +11,19 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
+from poc_lora.adapters.adapter import (
+    CHAT_TEMPLATE_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    read_adapter,
+    shared_tokenizer,
+)
 from poc_lora.adapters.sources import Source, find_adapters, find_sources
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.config import load_config
+from poc_lora.data.chats import read_chat_template
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.errors import ModelError, RequestError, RunError, first_line
 from poc_lora.evaluation.whole_weights import check_fits, in_weights, named_as_in
@@ -24,6 +32,8 @@ from poc_lora.hub_ids import is_adapter_id
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.merging.compatible import check_compatible
 from poc_lora.models.load import resolve_base
+
+UNSHARDED = "evaluate it in one process, on a device that holds the base"
 
 
 def adapter_key(name: str) -> str:
@@ -39,8 +49,10 @@ class Variants:
         base, revision, dtype, quantization: As for `load_base`.
         prompt: The prompt template.
         adapters: By name, in order.
+        chat_template: The text of the chat template that takes the place of the base's, if any.
         merged: The run's merge; None evaluates the exact average of several adapters in its place.
         out: The folder for results.
+        shard: Whether several ranks share the base, as the run trained on it.
     """
 
     base: str
@@ -51,6 +63,8 @@ class Variants:
     adapters: dict[str, Adapter]
     merged: Adapter | None
     out: Path
+    shard: bool = False
+    chat_template: str | None = None
 
     @property
     def keys(self) -> list[str]:
@@ -63,7 +77,10 @@ class Variants:
         return self.merged is None and len(self.adapters) > 1
 
     def digests(self, subsets: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[str]]:
-        """For every variant and named subset, the digests of its adapters, after how they are combined."""
+        """Returns what identifies the weights of every variant and named subset.
+
+        That is the digests of its adapters, and before them, for a variant made of several, `mean` or `ensemble`.
+        """
         alone = {adapter_key(name): [adapter_digest(Path(a.source))] for name, a in self.adapters.items()}
         every = [digest for digests in alone.values() for digest in digests]
         found: dict[str, list[str]] = {"base": []}
@@ -83,19 +100,21 @@ def activate_variants(
     subsets: Mapping[str, Sequence[int]] | None = None,
     packed: bool = True,
 ) -> Generator[list[str], None, None]:
-    """Make `model` compute each variant in turn, except the ensemble, which is made of answers.
+    """Make `model` compute each variant in turn, except the ensemble, which is computed from the adapters' answers.
 
     Args:
-        model: The loaded base model, without a bank; closing the iterator restores it.
-        subsets: Names of further variants, and the slots of the adapters that they average.
-        packed: Compute all adapters in one step, in which every batch must be repeated for each of them
-            (adapter-major); otherwise one adapter per step.
+        model: The loaded base model, without a bank. Closing the iterator restores it.
+        variants: The adapters and the merge.
+        subsets: Further variants by name, each the average of the adapters in these slots.
+        packed: Yield all adapters at once. The caller must then repeat every batch for each of them, adapter-major.
+            If False, yield one adapter at a time.
 
     Yields:
-        The names of the variants that `model` computes until the next step.
+        The names of the variants that `model` computes until the iterator is advanced.
 
     Raises:
-        AdapterError: For an adapter that does not fit the model; before the first step unless it is the merge.
+        AdapterError: An adapter does not fit the model. It is raised before anything is yielded, for the merge when
+            its turn comes.
     """
     adapters = [named_as_in(model, adapter) for adapter in variants.adapters.values()]
     if not adapters:
@@ -139,6 +158,13 @@ def _packs(model: PreTrainedModel, adapter: Adapter) -> bool:
     return not adapter.modules_to_save and not any(
         isinstance(layers.get(m), Conv1D | Embedding) for m in adapter.modules
     )
+
+
+def require_packed(model: PreTrainedModel, variants: Variants) -> None:
+    """Raise RequestError for adapters that are added to the base's weights: no rank has a sharded one whole."""
+    for adapter in (*variants.adapters.values(), *filter(None, [variants.merged])):
+        if not _packs(model, named_as_in(model, adapter)):
+            raise RequestError("on a sharded base only linear layers can change", where=adapter.source, fix=UNSHARDED)
 
 
 def _activate_adapters(bank: AdapterBank, names: list[str], packed: bool) -> Iterator[list[str]]:
@@ -193,13 +219,13 @@ def find_variants(
 
     Args:
         targets: One run folder, one model's folder, or adapter folders and Hub ids.
-        base, revision, dtype, quantization, prompt, out: As in `Variants`. Defaults come from the run's config.yaml;
-            loose adapters name their base, are asked with the template `clean`, and need `out`.
+        base, revision, dtype, quantization, prompt, out: As in `Variants`. Defaults come from the run's config.yaml.
+            For adapters outside a run the base is the one they name, the template is `clean`, and `out` is required.
         protocol: Names the default folder for results.
 
     Raises:
-        RequestError: For targets that are not one run or adapters of one base model, or an unknown prompt template.
-        RunError, AdapterError, ConfigError: For a run or an adapter that cannot be read.
+        RequestError: The targets are not one run or adapters of one base model, or the prompt template is unknown.
+        RunError, AdapterError, ConfigError: A run or an adapter cannot be read.
     """
     if prompt is not None and prompt not in TEMPLATES:
         raise RequestError(f"no prompt template is called {prompt!r}", fix=f"known: {', '.join(TEMPLATES)}")
@@ -235,6 +261,8 @@ def find_variants(
             adapters={folder.name: read_adapter(folder) for folder in folders},
             merged=read_adapter(run.merged) if run.merged.is_dir() else None,
             out=out or run.evaluation(protocol),
+            shard=config.model.shard,
+            chat_template=read_chat_template(run.chat_template) if run.chat_template.is_file() else None,
         )
     if out is None:
         raise RequestError("adapters outside a run need a folder for the results", fix="add --out DIR")
@@ -247,7 +275,10 @@ def find_variants(
     if base is None:
         base, own_revision = _common_base(adapters)
         revision = revision or own_revision
-    return Variants(base, revision, dtype or "auto", quantization, prompt or "clean", adapters, None, out)
+    beside = shared_tokenizer([(source.folder, source.root) for source in sources])
+    template = beside[CHAT_TEMPLATE_NAME].decode(errors="replace") if CHAT_TEMPLATE_NAME in beside else None
+    asked = dtype or "auto", quantization, prompt or "clean"
+    return Variants(base, revision, *asked, adapters, None, out, chat_template=template)
 
 
 def is_model(folder: Path) -> bool:
@@ -256,10 +287,9 @@ def is_model(folder: Path) -> bool:
 
 
 def is_merge_of(report: MergeReport, adapters: Sequence[Path]) -> bool:
-    """Whether a merge is current: of these adapters, with the weights that they have now, but for those left out."""
-    return {source.sha256 for source in (*report.sources, *report.left_out)} == {
-        sha256_file(path / WEIGHTS_NAME) for path in adapters
-    }
+    """Whether a merge is up to date: of these adapters but for those left out, with their present weights."""
+    known = {source.sha256 for source in (*report.sources, *report.left_out)}
+    return known == {sha256_file(path / WEIGHTS_NAME) for path in adapters}
 
 
 def _name_sources(sources: Sequence[Source]) -> dict[str, Source]:

@@ -34,8 +34,8 @@ def named_as_in(model: PreTrainedModel, adapter: Adapter) -> Adapter:
 def check_fits(model: PreTrainedModel, adapter: Adapter) -> None:
     """Raises AdapterError unless the adapter's updates have the shapes of weights of the model.
 
-    A table of tokens that replaces the model's own may have more or fewer rows. Updates of quantised linear layers are
-    computed beside them; what else the adapter changes must be floating-point.
+    An embedding or head that replaces the model's may have more or fewer rows. Updates of quantised linear layers are
+    computed beside them; all other weights that the adapter changes must be floating-point.
     """
     adapter, _ = _split(model, adapter)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -60,11 +60,13 @@ def check_fits(model: PreTrainedModel, adapter: Adapter) -> None:
 
 @contextlib.contextmanager
 def in_weights(model: PreTrainedModel, adapters: Sequence[Adapter]) -> Iterator[None]:
-    """Within the block the model's weights include the mean of adapters; a tied table is untied, as in PEFT.
+    """Within the block the mean of the adapters' updates is added to the model's weights.
 
-    A table that has an update too stays tied until that is added: PEFT loads it into the base's own.
+    An embedding or head that an adapter saves whole replaces only itself, as in PEFT, also where the two are tied. If
+    the adapter has factors for it too, it replaces both, since PEFT loads it into the base's shared parameter.
 
-    Raises AdapterError if an adapter does not fit.
+    Raises:
+        AdapterError: An adapter does not fit.
     """
     before: dict[str, nn.Parameter] = {}
 

@@ -13,13 +13,14 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from poc_lora.adapters.peft_config import TASKS
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.run_info import NO_FILES
 from poc_lora.data.commonsense import BY_FOLDER, Benchmark, own_benchmark
 from poc_lora.data.rows import is_dataset_id
 from poc_lora.errors import RequestError
 from poc_lora.hub.collect import Evaluation, File, Subject
-from poc_lora.hub.usage import TASKS, UNKNOWN_TASK, usage
+from poc_lora.hub.usage import UNKNOWN_TASK, usage
 from poc_lora.merging.methods import METHODS
 from poc_lora.optim.schedules import MAX_WARMUP_STEPS
 from poc_lora.reporting.escape import code, markdown
@@ -174,17 +175,19 @@ def _making(subject: Subject) -> str:
         rows |= {"saved whole, averaged": _parameters(averaged)} if averaged else {}
         rows |= {"saved whole, the same in all adapters": _parameters(same)} if same else {}
     if config is not None:
-        optim, train = config.optim, config.train
+        optim, train, targets = config.optim, config.train, config.lora.targets
+        targets = (targets,) if isinstance(targets, str) else targets
         warmup = f"{optim.warmup_steps} warm-up steps"
         if optim.warmup_steps == "auto":
             warmup = f"warm-up over a tenth of the steps, at most {MAX_WARMUP_STEPS}"
         rows |= {
             "λ (temperature of the noise)": f"{optim.temperature:g}",
             "rank and alpha in training": f"{config.lora.rank} and {config.lora.alpha:g}",
-            "modules": ", ".join(map(code, config.lora.targets)),
+            "modules": ", ".join(map(code, subject.run.target_modules or targets)),
             "optimizer": f"{'noisy ' if optim.temperature else ''}AdamW, lr {optim.lr:g}, "
             f"weight decay {optim.weight_decay:g}, {optim.schedule} schedule, {warmup}",
             "length": f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs",
+            **({"weights": kept} if (kept := _kept(subject)) else {}),
             "batch": f"{train.batch_size} rows per adapter and step"
             + ("" if config.data.max_length == "auto" else f", at most {config.data.max_length} tokens each"),
             "prompt": code(config.data.prompt),
@@ -202,6 +205,16 @@ def _making(subject: Subject) -> str:
     if versions := (merge.versions.to_json() if merge else {}) or subject.run.versions:
         lines += ["", "Made with " + ", ".join(f"{markdown(k)} {markdown(v)}" for k, v in versions.items()) + "."]
     return "\n".join(lines)
+
+
+def _kept(subject: Subject) -> str | None:
+    """Which weights training kept, where they are not those of the last step."""
+    train = subject.config.train if subject.config else None
+    if train is None or train.keep != "best":
+        return None
+    steps = sorted((subject.run.best_steps or {}).values())
+    at = f": of steps {steps[0]} to {steps[-1]}" if subject.merge and steps else ""
+    return f"of each adapter those of lowest validation loss, measured every {train.validate_every} steps{at}"
 
 
 def _parameters(names: list[str]) -> str:

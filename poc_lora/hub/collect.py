@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from poc_lora.adapters.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, open_adapter
+from poc_lora.adapters.adapter import CONFIG_NAME, TOKENIZER_FILES, WEIGHTS_NAME, Adapter, open_adapter
 from poc_lora.adapters.sources import find_adapters
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.results import Results, Scored
@@ -119,6 +119,9 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
     names = {adapter.base_model: base} if adapter.base_model else {}
     config = _public_config(folder, adapter, base, tree)
     files = [File(CONFIG_NAME, _json(config)), File(WEIGHTS_NAME, folder / WEIGHTS_NAME)]
+    for name in TOKENIZER_FILES:
+        if tree.has(folder / name):
+            tree.left_out[f"{folder.name}/{name}"] = "yours, and it may be private: upload it by hand if not"
     siblings = _singles(run, tree, required=members) if run else []
     for member in siblings if members else []:
         own = _public_config(member, _read(member, tree)[0], base, tree)

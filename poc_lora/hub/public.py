@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from poc_lora.adapters.peft_config import HARMLESS, auto_mapping
 from poc_lora.errors import AdapterError
+from poc_lora.files import open_safetensors
 
 _PATTERN = re.compile(r"[\w.*+?|()\[\]{}\\^$:,=!<>-]{1,4096}", re.ASCII)  # a module, or PEFT's pattern of several
 
@@ -98,7 +97,7 @@ def _names(value: Any) -> list[Any]:
 
 def refuse_metadata(path: Path) -> None:
     """Raise AdapterError for weights with metadata other than their format: some trainers put paths there."""
-    with safe_open(path, framework="pt") as stored:
+    with open_safetensors(path, error=AdapterError) as stored:
         more = sorted((stored.metadata() or {}).keys() - {"format"})
     if more:
         names = ", ".join(more)[:200]

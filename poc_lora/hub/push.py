@@ -55,8 +55,8 @@ class Pushed:
     """
 
     repo_id: str
-    files: tuple[File, ...]
-    card: str
+    files: tuple[File, ...] = field(repr=False)
+    card: str = field(repr=False)
     base_model: str
     left_out: dict[str, str]
     url: str | None = None
@@ -66,7 +66,7 @@ class Pushed:
 
 
 def push(
-    adapter_or_run: Path,
+    adapter_or_run: str | Path,
     repo_id: str,
     *,
     all: bool = False,
@@ -102,7 +102,7 @@ def push(
         )
     if revision is not None and (not _BRANCH.fullmatch(revision) or ".." in revision):
         raise RequestError(f"{revision!r} is not a branch to commit to", where="--revision", fix="such as v2")
-    subject = collect(adapter_or_run, members=all, base_model=base_model)
+    subject = collect(Path(adapter_or_run), members=all, base_model=base_model)
     card = model_card(subject, repo_id, revision=revision, licence=licence)
     files = (File("README.md", card.encode()), *subject.files, *eval_results_files(subject.evaluation))
     plan = Pushed(repo_id, files, card, subject.base_model, subject.left_out)

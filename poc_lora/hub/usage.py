@@ -4,18 +4,10 @@ import json
 import re
 import shlex
 
+from poc_lora.adapters.peft_config import TASKS
 from poc_lora.adapters.serving import VLLM_RANKS, vllm_command
 from poc_lora.hub.collect import Subject
 
-# By PEFT's task_type: transformers' class of the base model, and the Hub's name of the task.
-TASKS = {
-    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
-    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
-    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
-    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
-    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
-    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
-}
 UNKNOWN_TASK = ("AutoModel", None)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from poc_lora import rng
 from poc_lora.adapters.adapter import Adapter
 from poc_lora.adapters.factors import Factors
+from poc_lora.config import ALL_LINEAR, Targets
 from poc_lora.errors import AdapterError, ModelError
 from poc_lora.lora.layer import BankLinear, FactorBuffers, ForwardState
 from poc_lora.models.load import keep_differentiable, linear_names
@@ -22,15 +23,19 @@ class AdapterBank:
 
     Every target `nn.Linear` is replaced by a module that calls the base layer once for all adapters and adds their
     updates by one batched matmul. The adapters' parameters are the rows of one float32 buffer `weights` [M, P], with
-    gradients in `gradients` [M, P]; modules hold views of both. So the optimizer's parameter, the checkpoint and the
-    gradient norm of an adapter are each one row. A packed forward pass has M·b rows, the first b for the first adapter.
+    gradients in `gradients` [M, P]; modules hold torch views of both. So the optimizer's parameter, the checkpoint and
+    the gradient norm of an adapter are each one row.
+
+    A forward pass is packed by default: its batch has M·b rows, the first b for the first adapter. Within the blocks
+    `only`, `merged` and `disabled` all rows of the batch pass through one model instead: one adapter, the average of
+    the adapters, or the base model alone.
 
     A is initialised uniformly in ±1/sqrt(d_in), PEFT's default, and B with zeros.
 
     Args:
         model: A frozen torch model whose first dimension is the batch. Linear layers may be bitsandbytes' 4-bit or
             8-bit ones.
-        targets: Module names, matched by the last parts of paths as in PEFT.
+        targets: Module names, matched by the last parts of paths as in PEFT, or `all-linear`; see `resolve_targets`.
         rank: The rank r of every module.
         alpha: LoRA's alpha: ΔW = (alpha / rank) B A.
         adapters: The adapters' ids. An id, not the slot, keys an adapter's initialisation.
@@ -46,14 +51,15 @@ class AdapterBank:
         self,
         model: nn.Module,
         *,
-        targets: Sequence[str],
+        targets: Targets,
         rank: int,
         alpha: float,
         adapters: Sequence[int],
         seed: int = 0,
         dropout: float = 0.0,
     ):
-        self._build(model, matching_linears(model, targets), rank, alpha / rank, list(adapters), dropout, targets)
+        names = resolve_targets(model, targets)
+        self._build(model, matching_linears(model, names), rank, alpha / rank, list(adapters), dropout, names)
         with torch.no_grad():
             for path, module in self.modules.items():
                 bound = 1 / math.sqrt(module.base.in_features)
@@ -63,11 +69,11 @@ class AdapterBank:
 
     @classmethod
     def blank(
-        cls, model: nn.Module, *, targets: Sequence[str], rank: int, adapters: Sequence[int], dropout: float = 0.0
+        cls, model: nn.Module, *, targets: Targets, rank: int, adapters: Sequence[int], dropout: float = 0.0
     ) -> "AdapterBank":
         """Returns a trainable bank with weights of zero and scale 1, for its shapes or to load a checkpoint into."""
-        bank = cls.__new__(cls)
-        bank._build(model, matching_linears(model, targets), rank, 1.0, list(adapters), dropout, targets)
+        bank, names = cls.__new__(cls), resolve_targets(model, targets)
+        bank._build(model, matching_linears(model, names), rank, 1.0, list(adapters), dropout, names)
         return bank
 
     @classmethod
@@ -129,7 +135,7 @@ class AdapterBank:
         self.targets = frozenset(targets or ())
         self.dropped: set[int] = set()
         self.state = ForwardState(members=list(range(M)))
-        P = sum(rank * (linear.in_features + linear.out_features) for linear in linears.values())
+        P = count_parameters(linears.values(), rank)
         device = next(iter(linears.values())).weight.device
         self.weights = torch.zeros(M, P, device=device)
         # Not trainable: a single zero expanded to a matrix, so that the views below cost no memory.
@@ -284,13 +290,39 @@ class AdapterBank:
             _replace(self.model, path, module.base)
 
 
-def matching_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """Returns the linear layers whose paths end in one of `targets`, by path.
+def count_parameters(linears: Iterable[nn.Linear], rank: int) -> int:
+    """Returns P, the number of parameters of one adapter of these layers."""
+    return sum(rank * (linear.in_features + linear.out_features) for linear in linears)
+
+
+def resolve_targets(model: nn.Module, targets: Targets) -> tuple[str, ...]:
+    """Returns the module names that `targets` stands for.
+
+    `all-linear` is every linear layer but the output head, as in PEFT, and but routed experts: by the last part of its
+    path where no other module has that name, else by the whole path.
+
+    Raises:
+        ModelError: The model has no such layer.
+    """
+    if targets != ALL_LINEAR:
+        return tuple(targets)
+    named = dict(model.named_modules())
+    linears = {path for path, m in named.items() if isinstance(m, nn.Linear) and not _why_regrouped(model, path, m)}
+    if not linears:
+        raise ModelError(
+            "the base model has no linear layer that can be adapted", where="lora.targets", fix="choose another base"
+        )
+    others = {path.rpartition(".")[2] for path in named.keys() - linears}
+    return tuple(sorted({path if (last := path.rpartition(".")[2]) in others else last for path in linears}))
+
+
+def matching_linears(model: nn.Module, targets: Targets) -> dict[str, nn.Linear]:
+    """Returns the linear layers whose paths end in one of `targets`, by path; see `resolve_targets`.
 
     Raises:
         ModelError: A target matches no linear layer, or one that cannot be adapted.
     """
-    named = dict(model.named_modules())
+    targets, named = resolve_targets(model, targets), dict(model.named_modules())
     linears: dict[str, nn.Linear] = {}
     for path, module in named.items():
         if any(path == t or path.endswith(f".{t}") for t in targets):
@@ -311,15 +343,17 @@ def matching_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.L
 
 
 def _refuse_regrouped(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
-    """Refuse modules whose input is not the pack's rows in order, so that a row's adapter is not known.
-
-    The output head runs only at some positions; an expert gets only the tokens that are routed to it.
-    """
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    """Refuse modules whose input is not the pack's rows in order, so that a row's adapter is not known."""
     for path, linear in linears.items():
-        what = "the output head" if linear is head else "a routed expert" if "experts" in path.split(".") else None
-        if what:
+        if what := _why_regrouped(model, path, linear):
             raise ModelError(f"'{path}' is {what}, which cannot be adapted", fix="leave it out of the targets")
+
+
+def _why_regrouped(model: nn.Module, path: str, linear: nn.Linear) -> str | None:
+    """The output head runs only at some positions; an expert gets only the tokens that are routed to it."""
+    if isinstance(model, PreTrainedModel) and linear is model.get_output_embeddings():
+        return "the output head"
+    return "a routed expert" if "experts" in path.split(".") else None
 
 
 def _refuse_outlier_columns(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of keys, and is computed again for the gradient instead of being kept."""
+"""Dropout whose mask is a function of keys, and is recomputed in the backward pass instead of being saved."""
 
 from typing import Any
 

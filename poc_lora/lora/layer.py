@@ -17,8 +17,8 @@ from poc_lora.lora.shared_input import PackedLinear, SharedInput, add_product, a
 class ForwardState:
     """What the forward passes of a bank compute; shared by all its modules.
 
-    mode: `packed` sends each adapter's own rows through it. In the other modes all rows take the same path: `single`
-    the adapter in `slot`, `merged` the average of the adapters in `members`, `base` the base model alone.
+    In the mode `packed` each adapter is applied to its own rows. The other modes apply the same to all rows: `single`
+    the adapter in `slot`, `merged` the average of the adapters in `members`, `base` nothing.
     """
 
     mode: Literal["packed", "single", "merged", "base"] = "packed"
@@ -34,7 +34,7 @@ class ForwardState:
 
 @dataclass
 class FactorBuffers:
-    """One module's views of the bank's buffers."""
+    """One module's torch views of the bank's buffers."""
 
     A: Tensor  # [M, r, d_in]
     B: Tensor  # [M, r, d_out]

@@ -1,4 +1,4 @@
-"""Which modules PEFT attaches an adapter to: asked of PEFT itself, on shapes alone."""
+"""Asks PEFT which modules it would attach an adapter to, on a model without weights."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ from poc_lora.models.names import names_in_model
 
 
 def why_not_attached(model: PreTrainedModel, modules: Collection[str], targets: str | list[str]) -> str | None:
-    """Returns None if PEFT attaches an adapter of `modules` to exactly these modules, or else what it does.
+    """Returns None if PEFT attaches an adapter of `modules` to exactly these, otherwise what it does instead.
 
     Routed experts are compared as a whole: PEFT converts those of older checkpoints to parameters.
 
@@ -70,9 +70,10 @@ def require_attached(model: PreTrainedModel, modules: Collection[str], targets: 
 
 
 def attachable(adapter: Adapter) -> Adapter:
-    """Returns the adapter, with its modules named in full if PEFT attaches it exactly only so.
+    """Returns the adapter with `target_modules` that PEFT attaches to exactly its modules.
 
-    It is returned as it is if its base's config is not on this machine, or has other modules.
+    These are its own if they do that, otherwise the modules' full names. They are not checked if the base's config is
+    not on this machine, or has other modules.
 
     Raises:
         AdapterError: PEFT would attach other modules, or none.
@@ -113,7 +114,7 @@ def _require_a_module(adapter: Adapter, modules: Collection[str]) -> None:
 
 
 def base_at_hand(adapter: Adapter) -> Path | None:
-    """The folder of the adapter's base, or of what the Hub's cache has of it, if its config is on this machine."""
+    """Returns the folder with the config of the adapter's base, local or in the Hub's cache; None if there is none."""
     name = adapter.base_model
     if not name:
         return None

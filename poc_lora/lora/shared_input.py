@@ -18,8 +18,8 @@ from torch.nn import functional as F
 class SharedInput:
     """The last input of a bank's layers and the link that stands for it in the next layer.
 
-    An input is known by its identity, so which layers share one, in what order and how often, needs no names. It cannot
-    have changed in between: the layers save it for the backward pass, which autograd then refuses.
+    Layers share an input if it is the same tensor object, so no names of layers are needed. The tensor cannot have
+    been changed in between: the layers save it for the backward pass, and autograd refuses to use it once changed.
     """
 
     def __init__(self) -> None:

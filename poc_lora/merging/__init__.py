@@ -1,1 +1,1 @@
-"""Adapters of one base model made one: averages, their errors, and folding one into its base."""
+"""Merges adapters of one base model into one, reports what that loses, and folds an adapter into its base."""

@@ -1,4 +1,4 @@
-"""Checks of whether adapters can be merged, and with which weights."""
+"""Checks whether adapters can be merged, and with which weights."""
 
 import math
 from collections.abc import Sequence
@@ -16,15 +16,19 @@ SAME_BASE = "merge only adapters of one base model"
 def check_compatible(
     adapters: Sequence[Adapter], *, allow_base_mismatch: bool = False, modules_to_save: str = "same"
 ) -> None:
-    """Check that adapters can be averaged: same base model, same shapes, same parameters of modules_to_save.
+    """Check that adapters can be merged: same base model, same shapes, equal parameters of modules_to_save.
 
-    With modules_to_save = "mean" only the shapes of those parameters must be the same.
+    Factors are not read.
 
-    Factors are not read. Base models are compared by name only if they are Hub ids, and not if `allow_base_mismatch`.
+    Args:
+        adapters: The adapters.
+        allow_base_mismatch: Do not compare the names of base models. Only names that are Hub ids are compared, since
+            two folders may hold the same model.
+        modules_to_save: `same`: these parameters must be equal. `mean`: only their shapes must be.
 
     Raises:
         RequestError: There are no adapters.
-        AdapterError: Two of them do not fit together.
+        AdapterError: Two adapters do not fit together.
     """
     if not adapters:
         raise RequestError("there are no adapters to merge", fix="give at least one")
@@ -85,7 +89,7 @@ def _check_modules_to_save(adapters: Sequence[Adapter], *, same: bool) -> None:
 
 
 def same_parameter(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two adapters' parameters of modules_to_save are one, in the same or in another dtype."""
+    """Whether two parameters of modules_to_save are equal, up to their dtypes; False if one of them is missing."""
     if one is None or other is None:
         return False
     wider = torch.promote_types(one.dtype, other.dtype)

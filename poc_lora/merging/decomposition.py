@@ -62,7 +62,7 @@ def decompose(A: Tensor, B: Tensor, weights: Tensor | None = None) -> Decomposit
     return Decomposition(Q_A, Q_B, U, values, Vh.T)
 
 
-def canonical(stacked: StackedFactors) -> StackedFactors:
+def canonical_factors(stacked: StackedFactors) -> StackedFactors:
     """Refactor each adapter's update into its singular triples, so that its components do not depend on training."""
     parts = [
         decompose(*stacked.adapter(j)).truncated(r) if r else stacked.adapter(j) for j, r in enumerate(stacked.ranks)

@@ -14,7 +14,7 @@ from torch import Tensor
 from poc_lora.adapters.adapter import TOKENIZER_FILES, Adapter, open_adapter, real_file
 from poc_lora.adapters.factors import Factors
 from poc_lora.adapters.sources import Source, find_sources
-from poc_lora.errors import AdapterError, ModelError, first_line
+from poc_lora.errors import AdapterError, ModelError, RequestError, first_line
 from poc_lora.files import (
     allow_as_usual,
     commit_folder,
@@ -46,30 +46,32 @@ class Folded:
     loaded_by: str | None  # the class of transformers that loads it; None if none does without custom code
 
 
-def fold(adapter: str | Path, base: str, out: Path, *, untie_head: bool = False) -> Folded:
+def fold(adapter: str | Path, base: str | Path | None, out: str | Path, *, untie_head: bool = False) -> Folded:
     """Write the base model with weights W + ΔW to the new folder `out`.
 
-    Files, tensors, dtypes and their order stay those of the base; tokenizer and configuration are copied, the tokenizer
-    from beside the adapter if one is there. Sums are computed in float32 (float64 for a float64 base) and rounded once.
-    Memory holds one weight file at a time.
+    The folder has the base's files, with the same tensors in the same order and dtypes, its configuration, and its
+    tokenizer or, if there is one, the adapter's. Sums are computed in float32 (float64 for a float64 base) and rounded
+    once. One weight file at a time is in memory.
 
     Args:
         adapter: The adapter's folder or Hub id, which may end in @revision.
         base: The base model's folder or Hub id, which may end in @revision; without one the adapter's own is used, if
-            it names this base. It is not changed.
+            it names this base. None: the base that the adapter names. It is not changed.
         out: The folder to create.
-        untie_head: Give the output head weights of its own, if the adapter changes it or the embedding that it is tied
-            to.
+        untie_head: If the output head is tied to the embedding and the adapter changes one of them, write the head's
+            weights separately.
 
     Raises:
         AdapterError: The adapter cannot be read, or was trained on another base.
         ModelError: The base cannot be found, is quantised, or is not in safetensors.
-        RequestError: `out` exists, and is not an empty folder.
+        RequestError: `out` exists, and is not an empty folder; or no base is given, and the adapter names none.
         WriteError: The disk could not be written to.
     """
     source = _one_source(adapter)
     read, out = open_adapter(source.folder, root=source.root), Path(out)
-    folder = _base_folder(base, read)
+    if base is None and not read.base_model:
+        raise RequestError("the adapter does not name its base model", where=adapter, fix="add --base DIR_OR_ID")
+    folder = _base_folder(str(base or read.base_model), read)
     require_new(out)
     config = _read_config(folder)
     files = weight_files(folder)
@@ -135,7 +137,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The weight files by name, with the shapes of their tensors, from their headers."""
+    """Returns the shapes of the tensors in every weight file, by file name, read from the headers."""
     if (folder / INDEX_NAME).exists():
         index = read_json(folder / INDEX_NAME, error=ModelError)
         mapping = index.get("weight_map") if isinstance(index, dict) else None

@@ -1,4 +1,4 @@
-"""Which tensors of a base's files an adapter changes, by transformers' own loading maps, and what to write beside."""
+"""Finds the tensors in a base's files that an adapter changes, by transformers' loading maps, and what else changes."""
 
 import json
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ Files = Mapping[str, Mapping[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """What happens to the tensors of a base's files, which are keys here."""
+    """What a fold does to the tensors of a base's files. The keys are their names in the files."""
 
     modules: Mapping[str, str]  # the adapter's module whose update is added
     whole: Mapping[str, str]  # the adapter's parameter (modules_to_save) that replaces it

@@ -20,15 +20,15 @@ from poc_lora.files import require_new, sha256_file
 from poc_lora.lora.peft_targets import attachable
 from poc_lora.merging.merge import merge, sweep_by_type
 from poc_lora.merging.methods import METHODS
-from poc_lora.merging.unchanged import without_the_base_s_own
+from poc_lora.merging.unchanged import drop_unchanged_tables
 from poc_lora.progress import progress_bar
 
 MODULES_PER_TRIM = 8
 
 
 def merge_folders(
-    sources: Sequence[str | Path],
-    out: Path,
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path | None,
     *,
     leave_out: Collection[Path] = (),
     method: str = "average",
@@ -43,24 +43,28 @@ def merge_folders(
 ) -> MergeReport:
     """Merge adapters into the new folder `out`; the same inputs give the same bytes.
 
+    A tokenizer is written too if all sources have the same one. After an error nothing has been written.
+
     Args:
-        sources: Adapter folders, run folders (for their finished adapters in order) and Hub ids.
-        out: The folder to create; it may exist if it is empty.
+        sources: Adapter folders, run folders (for their finished adapters in order), folders of adapter folders, and
+            Hub ids.
+        out: The folder to create; it may exist if it is empty. None writes nothing.
         leave_out: Adapter folders among the sources that are not merged; merge.json names them.
         method, rank, rank_sweep, weights, canonical, seed, dtype, allow_base_mismatch, modules_to_save: As
             in `poc_lora.merging.merge.merge`.
 
     Returns:
-        The contents of merge.json. A tokenizer that lies beside all sources, the same, is carried too.
+        The contents of merge.json.
 
     Raises:
-        AdapterError: A source cannot be read or merged. Nothing was written, here and below.
+        AdapterError: A source cannot be read or merged.
         RequestError: The options do not go together, or `out` exists and is not an empty folder.
         WriteError: The disk could not be written to.
     """
-    out = Path(out)
-    require_new(out)
-    found = tell_apart([source for given in sources for source in find_sources(given)])
+    if out is not None:
+        require_new(Path(out))
+    given_sources = [sources] if isinstance(sources, str | Path) else sources
+    found = tell_apart([source for given in given_sources for source in find_sources(given)])
     unwanted = {folder.resolve() for folder in leave_out}
     left_out = [source for source in found if source.folder.resolve() in unwanted]
     found = [source for source in found if source not in left_out]
@@ -72,7 +76,7 @@ def merge_folders(
     merged_sources = [
         _described(source, adapter, digest) for source, adapter, digest in zip(found, adapters, digests, strict=True)
     ]
-    adapters = without_the_base_s_own(adapters)
+    adapters = drop_unchanged_tables(adapters)
     modules = {name for adapter in adapters for name in adapter.modules}
     done = itertools.count(1)
     with progress_bar(len(modules), f"merging {len(adapters)} adapters") as bar:
@@ -116,11 +120,12 @@ def merge_folders(
         embeddings=sorted(merged.adapter.embeddings),
         **statistics,
     )
-    files: dict[str, str | bytes] = {
-        MERGE_REPORT: report.dumps(),
-        **shared_tokenizer([(source.folder, source.root) for source in found]),
-    }
-    write_adapter(attachable(merged.adapter), out, dtype=dtype, extra_files=files)
+    if out is not None:
+        files: dict[str, str | bytes] = {
+            MERGE_REPORT: report.dumps(),
+            **shared_tokenizer([(source.folder, source.root) for source in found]),
+        }
+        write_adapter(attachable(merged.adapter), Path(out), dtype=dtype, extra_files=files)
     return report
 
 

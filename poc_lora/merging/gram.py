@@ -1,6 +1,7 @@
-"""Gram matrices of adapters' updates, and what follows from them: norms, cosines and the merge variance.
+"""Gram matrices of adapters' updates, and what is computed from them: norms, cosines and the merge variance.
 
-A Gram matrix is [M, M] in float64, with entries ⟨ΔW_i, ΔW_j⟩; those of modules add up to that of the whole updates.
+A Gram matrix is [M, M] in float64, with entries ⟨ΔW_i, ΔW_j⟩. The matrices of all modules add up to that of the
+whole updates.
 """
 
 import math

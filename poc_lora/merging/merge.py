@@ -10,19 +10,22 @@ from torch import Tensor
 
 from poc_lora import rng
 from poc_lora.adapters.adapter import Adapter
-from poc_lora.adapters.factors import DTYPES, MAX_RANK, Factors, is_finite
+from poc_lora.adapters.factors import Factors, check_dtype, is_finite
 from poc_lora.artifacts.merge_report import MergeStatistics, ModuleReport
+from poc_lora.config import MAX_RANK
 from poc_lora.errors import AdapterError, RequestError
 from poc_lora.hub_ids import is_base_model_id
 from poc_lora.merging import gram, norms
 from poc_lora.merging.compatible import check_compatible, checked_weights, same_parameter
-from poc_lora.merging.decomposition import canonical
+from poc_lora.merging.decomposition import canonical_factors
 from poc_lora.merging.methods import MergeMethod, ModuleToMerge, find_method
 from poc_lora.merging.stacked import stack
 
 
 @dataclass(frozen=True)
 class Merged:
+    """The result of a merge."""
+
     adapter: Adapter
     report: MergeStatistics
     averaged: list[str]  # the parameters of modules_to_save that differed
@@ -53,7 +56,7 @@ def merge(
 
     Args:
         adapters: The adapters; shapes must agree, and so must parameters of modules_to_save.
-        method: A name in `poc_lora.merging.methods.METHODS`, where each has its formula.
+        method: A name in `poc_lora.merging.methods.METHODS`; the formulas are in the docstrings there.
         rank: The rank to keep in each module, for the methods that use one.
         rank_sweep: Ranks for which the report gives the error of truncating the average.
         weights: One weight w_j for each adapter; they sum to 1.
@@ -62,8 +65,8 @@ def merge(
         seed: Keys the random draws of method `random`.
         dtype: The dtype of the merged factors.
         allow_base_mismatch: Accept adapters whose base models have different Hub ids.
-        modules_to_save: `same` refuses parameters that differ; `mean` takes Σ_j w_j W_j, which is right for classifiers
-            whose labels stand in the same order: adapters do not tell that order.
+        modules_to_save: `same` refuses parameters that differ. `mean` averages them, Σ_j w_j W_j. For classifiers all
+            adapters must have the labels in the same order, which their files do not record.
         on_module: Called with each module's name once it is merged.
 
     Returns:
@@ -149,7 +152,7 @@ def _merge_module(name: str, adapters: Sequence[Adapter], plan: _Plan) -> tuple[
         _refuse_overflow(name)
     norm = math.sqrt(max(0.0, float(weights @ inner @ weights)))
     exact = ModuleToMerge(stacked, weights, plan.rank, rng.key(plan.seed, 0, "random merge", 0, name))
-    module = replace(exact, factors=canonical(stacked)) if plan.canonical else exact
+    module = replace(exact, factors=canonical_factors(stacked)) if plan.canonical else exact
     A, B, error = plan.method.merge(module)
     if error is None:
         error = norms.distance(*exact.average, A, B) / norm if norm else 0.0
@@ -203,7 +206,7 @@ def _effective_rank(modules: Iterable[ModuleReport], norm: float) -> float:
 
 
 def sweep_by_type(report: MergeStatistics) -> dict[str, dict[int, float]]:
-    """The relative error of each rank of a sweep, over all modules of a type (`q_proj`, ...) and over `all`."""
+    """Returns the relative error at each rank of a sweep, by type of module (`q_proj`, ...) and over `all` modules."""
     types: dict[str, list[ModuleReport]] = {"all": list(report.modules.values())}
     for name, module in report.modules.items():
         types.setdefault(name.rpartition(".")[2], []).append(module)
@@ -231,8 +234,7 @@ def _check_plan(name: str, plan: _Plan, adapters: Sequence[Adapter]) -> None:
         raise RequestError(what[:200], where="rank", fix=f"give ranks from 1 to {MAX_RANK}")
     if not -(2**63) <= plan.seed < 2**63:
         raise RequestError("the seed is no integer of 64 bits", where="seed")
-    if plan.dtype not in DTYPES.values():
-        raise RequestError(f"an adapter cannot be written in {plan.dtype}", fix="use float32, bfloat16 or float16")
+    check_dtype(plan.dtype)
     if plan.method.rank == "required" and plan.rank is None:
         raise RequestError(f"the method {name} needs the number of components to keep", fix="give a rank")
     if plan.method.rank == "unused" and plan.rank is not None:

@@ -1,4 +1,4 @@
-"""The merge methods: one entry each, and nothing to change elsewhere to add one.
+"""The merge methods, one function each.
 
 To add a method, write a function of one module under `@merge_method`:
 
@@ -6,8 +6,9 @@ To add a method, write a function of one module under `@merge_method`:
     def first(module: ModuleToMerge) -> MergedFactors:
         return MergedFactors(*module.factors.adapter(0))
 
-`merge`, the command line's help and the error messages take their choices from `METHODS`. All tensors are float64 and
-the adapters' scales are in B. The command line reads this module for its help: import torch only within functions.
+Nothing else changes: `merge`, the command line's help and the error messages list what is in `METHODS`. All tensors
+are float64 and the adapters' scales are in B. The command line reads this module for its help: import torch only within
+functions.
 """
 
 from collections import Counter
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from poc_lora.config import MAX_RANK
 from poc_lora.errors import RequestError
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModuleToMerge:
-    """One module of M adapters, with what was asked of the merge."""
+    """One module of M adapters, and the options of the merge."""
 
     factors: "StackedFactors"
     weights: "Tensor"  # [M], sums to 1
@@ -109,9 +111,7 @@ def find_method(name: str) -> MergeMethod:
 
 
 def _check_total_rank(adapters: Sequence["Adapter"], weights: Sequence[float], rank: int | None) -> None:
-    """The exact average has the sum of the ranks, which must be a rank that can be written."""
-    from poc_lora.adapters.factors import MAX_RANK
-
+    """The rank of the exact average is the sum of the ranks, which must be one that can be written."""
     totals: Counter[str] = Counter()
     for adapter in adapters:
         totals.update({name: adapter.rank(name) for name in adapter.modules})
@@ -182,8 +182,8 @@ def _check_probabilities(adapters: Sequence["Adapter"], weights: Sequence[float]
 def random(module: ModuleToMerge) -> MergedFactors:
     """ΔW = (1 / rank) Σ_t s_j r_j b_i a_iᵀ over `rank` draws (j, i), each with probability w_j / r_j.
 
-    The expectation is the average. A draw of an adapter that lacks the module counts as zero. (The paper's remark on
-    pruning draws without replacement.)
+    The expectation is the average. A draw from an adapter that lacks the module counts as zero. The paper's remark on
+    pruning, by contrast, draws without replacement.
     """
     from poc_lora import rng
 
@@ -202,7 +202,7 @@ def random(module: ModuleToMerge) -> MergedFactors:
 def soup(module: ModuleToMerge) -> MergedFactors:
     """ΔW = (Σ_j w_j s_j B_j) (Σ_i w_i A_i), smaller ranks padded with zeros (Wortsman et al., 2022).
 
-    Not the average: it has the cross terms B_j A_i, i ≠ j.
+    This is not the average: it also has the cross terms B_j A_i, i ≠ j.
     """
     factors, r = module.factors, max(module.factors.ranks)
     A = factors.A.new_zeros(r, factors.A.shape[1])

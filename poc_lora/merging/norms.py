@@ -19,7 +19,7 @@ def distance(A: Tensor, B: Tensor, other_A: Tensor, other_B: Tensor) -> float:
 
 
 def cast_distance(A: Tensor, B: Tensor, cast_A: Tensor, cast_B: Tensor) -> float:
-    """‖B A − B' A'‖ of nearly equal factors, computed as (B − B') A + B' (A − A'), where nothing cancels."""
+    """‖B A − B' A'‖ of nearly equal factors, computed without cancellation as (B − B') A + B' (A − A')."""
     if _holds(cast_A, A):  # a float32 average has the very A of its adapters
         return 0.0 if _holds(cast_B, B) else product_norm(A, B - cast_B)
     cast_A, cast_B = cast_A.to(A.dtype), cast_B.to(B.dtype)

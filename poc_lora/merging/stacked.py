@@ -49,7 +49,7 @@ class StackedFactors:
 
 
 def exact_device(device: torch.device) -> torch.device:
-    """The device to compute in float64 on for tensors on `device`: the CPU for a Mac's GPU, which has no float64."""
+    """The device for float64 work on tensors of `device`: itself, or the CPU for a Mac's GPU, which has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -57,7 +57,7 @@ def stack(members: Sequence[Factors | None]) -> StackedFactors:
     """Stack the factors of one module, in float64 with the scales in B.
 
     Args:
-        members: One entry for each adapter, None where it lacks the module; at least one has it.
+        members: Each adapter's factors, or None if it lacks the module; at least one has it.
     """
     present = [member for member in members if member is not None]
     ranks = [0 if member is None else member.rank for member in members]

@@ -1,4 +1,4 @@
-"""What adapters were saved with and did not train: the base's own tables of tokens, which PEFT may save beside them."""
+"""Drops the untrained embedding tables of the base model that PEFT may save beside an adapter."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,10 +17,10 @@ from poc_lora.models.load import empty_base
 from poc_lora.models.names import names_in_model
 
 
-def without_the_base_s_own(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Leave out saved parameters that are the base's own, where the adapters do not all have the same.
+def drop_unchanged_tables(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Drop parameters of modules_to_save that are equal to the base's, where the adapters do not all have the same.
 
-    They stay where the base's weights are not on this machine.
+    Nothing is dropped if the base's weights are not on this machine.
     """
     names = {name for adapter in adapters for name in adapter.modules_to_save}
     odd = {

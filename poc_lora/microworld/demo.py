@@ -22,17 +22,22 @@ _HERE = Path(__file__).parent
 _CONFIGS = (_HERE / "demo.yaml", _HERE.parents[1] / "configs" / "demo.yaml")
 
 
-def run_demo(
-    out: Path, overrides: Sequence[str] = (), *, show: Callable[..., None], limit: int | None = None
+def demo(
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    show: Callable[..., None] = lambda *_: None,
+    limit: int | None = None,
 ) -> Results:
     """Trains the adapters of configs/demo.yaml, merges and evaluates them, and writes the report.
 
     Args:
         out: The run folder; one that is not empty raises RequestError.
         overrides: Settings that replace those of the file, except for the model, the data and the output.
-        show: Called with lines and tables for the terminal.
+        show: Called with lines and rich tables for the terminal.
         limit: Evaluate only the first questions of each benchmark.
     """
+    out = Path(out)
     require_new(out)
     path = next(path for path in _CONFIGS if path.is_file())
     # JSON, so that YAML reads a path with a comma or a bracket as one string.

@@ -61,10 +61,6 @@ class Float8Linear(nn.Linear):
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def dequantized(self) -> Tensor:
-        """The weights in float32, [d_out, d_in]."""
-        return self.weight.float() * self.weight_scale
-
     def for_backward(self) -> tuple[Tensor, Tensor]:
         """W8^T [d_in, d_out] and its scales, which are ones."""
         if self.transposed is None or self.ones is None:

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import logging
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def load_base(
     quantization: str | None = None,
     device: torch.device | None = None,
     floats_only: bool = False,
+    chat_template: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model, frozen and in eval mode, and its tokenizer.
 
@@ -90,6 +92,7 @@ def load_base(
             without outlier columns, and those in `DEQUANTIZED` in `dtype`.
         device: The device to load to; default: `default_device()`.
         floats_only: Store 4-bit weights in tensors of `dtype`, since FSDP shards only floating-point tensors.
+        chat_template: The tokenizer's chat template, in place of its own.
 
     Raises:
         ModelError: The model cannot be loaded, or lacks weights.
@@ -100,7 +103,7 @@ def load_base(
     name = resolve_base(name)
     stored = require_stored(name, quantization, revision=revision)
     packed = quantization in BITSANDBYTES or stored is not None  # while it is read, and straight to the device
-    tokenizer = load_tokenizer(name, revision=revision)
+    tokenizer = load_tokenizer(name, revision=revision, chat_template=chat_template)
     if not sys.stderr.isatty():
         disable_progress_bar()  # a bar in a log file is noise
     chosen = _quantization(quantization, resolve_dtype(dtype, device), floats_only=floats_only)
@@ -247,13 +250,25 @@ def keep_differentiable(model: nn.Module) -> None:
             vars(module)["support_avx512bf16_for_cpu"] = False
 
 
-def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base model. Raises ModelError."""
+def load_tokenizer(
+    name: str, *, revision: str | None = None, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base model, with another chat template if one is given. Raises ModelError."""
     name = resolve_base(name)
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as problem:
         raise _cannot_load(name, problem) from problem
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """Returns the files from which transformers loads the tokenizer, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
 
 def empty_base(name: str, *, revision: str | None = None, dtype: str = "float32") -> PreTrainedModel:

@@ -7,13 +7,44 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from poc_lora.errors import ModelError
+from poc_lora.models.load import empty_base, load_base, load_tokenizer
+
+
+def load_to_shard(
+    name: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    quantization: str | None,
+    rank: int,
+    chat_template: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base model and its tokenizer for `shard_base`: on rank 0 to the CPU, elsewhere without weights.
+
+    Args:
+        name, revision, quantization, chat_template: As for `load_base`.
+        dtype: A torch dtype's name; not `auto`, which would be the CPU's.
+        rank: This process's rank.
+    """
+    if rank:
+        model = empty_base(name, revision=revision, dtype=dtype)
+        return model, load_tokenizer(name, revision=revision, chat_template=chat_template)
+    return load_base(
+        name,
+        revision=revision,
+        dtype=dtype,
+        quantization=quantization,
+        device=torch.device("cpu"),
+        floats_only=True,
+        chat_template=chat_template,
+    )
 
 
 def shard_base(model: PreTrainedModel | None, device: torch.device) -> PreTrainedModel:
@@ -22,7 +53,7 @@ def shard_base(model: PreTrainedModel | None, device: torch.device) -> PreTraine
     It is broadcast layer by layer, so that no other rank holds more than one full layer.
 
     Args:
-        model: The base model on the CPU on rank 0; None on the other ranks.
+        model: The base model on the CPU on rank 0; elsewhere it is not used.
         device: This rank's device.
 
     Raises:
@@ -30,6 +61,7 @@ def shard_base(model: PreTrainedModel | None, device: torch.device) -> PreTraine
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers: list[nn.Module] = []
+    model = model if dist.get_rank() == 0 else None
     if model is not None:
         holder = _layer_list(model)
         layers = list(holder)
@@ -52,6 +84,11 @@ def all_reduce_max(values: list[int]) -> list[int]:
     tensor = torch.tensor(values, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.tolist()
+
+
+def all_reduce_sum(tensor: Tensor) -> None:
+    """Replace `tensor`, on this rank's device, by its sum over all ranks; a collective operation."""
+    dist.all_reduce(tensor, dist.ReduceOp.SUM)
 
 
 def _from_rank_0(thing: Any) -> Any:

@@ -10,13 +10,14 @@ import rich.table
 
 from poc_lora.artifacts.results import Estimate, Results, Scored
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.config import RunConfig, flatten
+from poc_lora.config import RunConfig
 from poc_lora.errors import RunError
 from poc_lora.files import write_atomic
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Section, chart
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.run_files import RunFiles, read_run
+from poc_lora.reporting.study import differing, figure, make_study, same_but_for_the_seed, settings_of
 from poc_lora.reporting.tables import Table, Value, markdown_table, terminal_table
 
 SWEPT = ("optim.temperature", "adapters.seed", "output")
@@ -62,6 +63,7 @@ def comparison(runs: Sequence[RunFiles]) -> Section:
             [_row(name, config, results) for name, (_, config, results) in zip(names, known, strict=True)],
         )
     )
+    section.tables += _over_runs(known)
     rows = {name: (role, _points(scored, known)) for name, (role, scored) in ROLES.items()}
     rows = {name: (role, points) for name, (role, points) in rows.items() if points}
     repeated = len({config.optim.temperature for _, config, _ in known}) < len(known)
@@ -82,17 +84,19 @@ def comparison(runs: Sequence[RunFiles]) -> Section:
     return section
 
 
-def write_comparison(folders: Sequence[Path]) -> rich.table.Table:
-    """Writes the comparison of the runs to comparison.md in the first; returns the table for a terminal."""
+def write_comparison(folders: Sequence[Path]) -> list[rich.table.Table]:
+    """Writes the comparison of the runs to comparison.md in the first; returns its tables for a terminal."""
     section = comparison(list(map(read_run, folders)))
-    (table,) = section.tables
-    lines = [f"# {section.title}", "", *section.paragraphs, "", f"{table.caption}.", "", *markdown_table(table)]
+    lines = [f"# {section.title}", "", *section.paragraphs]
+    for table in section.tables:
+        lines += ["", f"{table.caption}.", "", *markdown_table(table)]
     write_atomic(RunFolder(folders[0]).comparison, "\n".join(lines) + "\n")
     # In 80 columns there is no room for names of runs, numbers of adapters and intervals.
+    each, *over_runs = section.tables
     columns = ["λ", "seed", *ROLES, "merge − best"]
-    rows = [[level, seed, *cells, str(gain).partition(" ")[0]] for _, level, seed, _, *cells, gain in table.rows]
+    rows = [[level, seed, *cells, str(gain).partition(" ")[0]] for _, level, seed, _, *cells, gain in each.rows]
     narrow = {title: title.replace(" ", "\n") for title in columns}
-    return terminal_table(replace(table, columns=columns, rows=rows), narrow)
+    return [terminal_table(table, narrow) for table in (replace(each, columns=columns, rows=rows), *over_runs)]
 
 
 def _checked(run: RunFiles) -> Compared:
@@ -108,24 +112,12 @@ def _asked(results: Results) -> tuple[object, ...]:
     return results.questions, results.prompt, results.protocol, results.limit
 
 
-def _settings(run: RunFiles, config: RunConfig, results: Results) -> dict[str, object]:
-    """Returns how the run was trained, merged and evaluated, but for the settings that are swept."""
-    found: dict[str, object] = {key: value for key, value in flatten(config).items() if key not in SWEPT}
-    found |= {"the base model evaluated": results.base_model, "what LoRA (best) was chosen on": results.best_chosen_on}
-    if run.merge is not None and results.merged is not None:
-        found |= {"the merge's method": run.merge.method, "the merge's rank": run.merge.rank}
-        found["the merge's weights"] = run.merge.weights
-    return found
-
-
 def _differences(known: Sequence[Compared]) -> str:
     """Describes how the runs differ besides the settings that are swept."""
-    first, *others = [_settings(*one) for one in known]
-    keys = dict.fromkeys(key for one in (first, *others) for key in one)
-    differing = [key for key in keys if any(one.get(key) != first.get(key) for one in others)]
-    if not differing:
+    found = differing([settings_of(run) for run, _, _ in known], SWEPT)
+    if not found:
         return "The runs differ only in λ and in the seed, as far as their files show."
-    return f"Besides λ and the seed, the runs differ in {', '.join(differing)}: λ may not explain their difference."
+    return f"Besides λ and the seed, the runs differ in {', '.join(found)}: λ may not explain their difference."
 
 
 def _row(name: str, config: RunConfig, results: Results) -> list[Value]:
@@ -134,6 +126,28 @@ def _row(name: str, config: RunConfig, results: Results) -> list[Value]:
     gain = "" if d is None else f"{100 * d.value:+.2f} ({100 * d.low:+.2f} to {100 * d.high:+.2f})"
     settings: list[Value] = [f"{config.optim.temperature:g}", str(config.adapters.seed), len(results.adapters)]
     return [short(name), *settings, *(one.average if one else "" for one in scored), gain]
+
+
+def _over_runs(known: Sequence[Compared]) -> list[Table]:
+    """Returns a table of means and intervals over runs that differ in the seed alone, by λ; none if there are none."""
+    groups: list[dict[int, Compared]] = []  # by seed
+    for one in known:
+        config = one[1]
+        own = next((g for g in groups if same_but_for_the_seed(next(iter(g.values()))[1], config)), None)
+        if own is None:
+            groups.append(own := {})
+        own.setdefault(config.adapters.seed, one)
+    rows: list[list[Value]] = []
+    for group in groups:
+        if len(group) > 1:
+            study = make_study([replace(run, rows=None) for run, _, _ in group.values()])
+            scored, gains = study.measures["accuracy"], study.differences.get("accuracy", {})
+            cells = [figure("accuracy", scored.get(variant)) for variant in ("average", "best", "merged", "ensemble")]
+            gain = figure("accuracy", gains.get("merged - best"), signed=True)
+            (_, config, _), *_ = group.values()
+            rows.append([f"{config.optim.temperature:g}", len(group), *cells, gain])
+    caption = "Mean accuracy (%) over runs ± half-width of its 95 % interval over runs (Student's t), questions fixed"
+    return [Table(caption, ["λ", "runs", *ROLES, "merge − best"], rows)] if rows else []
 
 
 def _points(scored: Callable[[Results], Scored | None], known: Sequence[Compared]) -> list[tuple[float, float, float]]:

@@ -12,10 +12,10 @@ from poc_lora import rng
 from poc_lora.artifacts.metrics_line import MetricsLine, read_metrics
 from poc_lora.artifacts.row_losses import RowLosses
 from poc_lora.artifacts.run_folder import RunFolder
+from poc_lora.evaluation.scores import RESAMPLES
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.tables import Table, Value
 
-RESAMPLES = 10_000
 MAX_RESAMPLED = 1000  # rows: their draws are held at once
 MAX_LISTED = 32  # adapters in the table of losses
 MAX_SHOWN = 100  # nats per token, of which the perplexity is shown
@@ -174,7 +174,9 @@ def rows_notes(found: RowLosses) -> list[str]:
 def paired_interval(differences: np.ndarray, tokens: np.ndarray) -> tuple[float, float, float]:
     """The difference per token of two models' losses, and the bounds of its 95 % percentile bootstrap interval.
 
-    Of more than `MAX_RESAMPLED` rows it is the normal interval of a ratio, to which the bootstrap's tends.
+    What is resampled is a ratio of two sums, since rows have different numbers of tokens; `scores.paired_difference`
+    resamples means of a few distinct values, which is done by their counts. Of more than `MAX_RESAMPLED` rows the
+    interval is the normal one of a ratio, which the bootstrap's tends to.
 
     Args:
         differences: Of the losses of each row, summed over its tokens [n].
@@ -192,6 +194,12 @@ def paired_interval(differences: np.ndarray, tokens: np.ndarray) -> tuple[float,
 def verdicts(run: Path) -> list[str]:
     """Says for each pack of a run what its merge is worth on the held-out rows."""
     return [verdict(found) for found in read_held_out(run)]
+
+
+def better_alone(run: Path) -> int | str | None:
+    """Returns the adapter that is better than the merge on the held-out rows beyond chance, if that is known."""
+    packs = read_held_out(run)
+    return packs[0].best if len(packs) == 1 and packs[0].over_best[1] > 0 else None
 
 
 def verdict(found: HeldOut) -> str:

@@ -16,15 +16,37 @@ from poc_lora.errors import visible
 from poc_lora.files import write_atomic
 from poc_lora.plotting import render
 from poc_lora.reporting.blocks import Section
-from poc_lora.reporting.compare import comparison
+from poc_lora.reporting.compare import comparison, write_comparison
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.figures import rank_sweep_figure
 from poc_lora.reporting.held_out import verdict
+from poc_lora.reporting.results_tables import write_report
 from poc_lora.reporting.run_files import RunFiles, read_run
 from poc_lora.reporting.sections_merge import ranks, similarity
 from poc_lora.reporting.sections_results import benchmarks, headline, subsets
 from poc_lora.reporting.sections_training import noise, provenance, training, what_was_run
 from poc_lora.reporting.tables import shown
+
+
+def report(run: str | Path, *, compare: Sequence[str | Path] = ()) -> Path:
+    """Write the report of a run, or of a folder of results: the page, and the tables of its evaluations as Markdown.
+
+    Args:
+        run: The folder.
+        compare: Other runs, to be compared with it by λ, on the page and in comparison.md.
+
+    Returns:
+        The page, report.html in the folder.
+
+    Raises:
+        RunError, ConfigError: As `write_page`.
+    """
+    folder, others = Path(run), list(map(Path, compare))
+    for results in read_run(folder).evaluations:
+        write_report(folder, results)
+    if others:
+        write_comparison([folder, *others])
+    return write_page(folder, compare=others)
 
 
 def write_page(folder: Path, *, compare: Sequence[Path] = ()) -> Path:

@@ -9,12 +9,13 @@ from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.metrics_line import read_metrics
 from poc_lora.artifacts.results import Results
 from poc_lora.artifacts.row_losses import RowLosses
-from poc_lora.artifacts.run_folder import RESULTS, ROW_LOSSES, RunFolder
+from poc_lora.artifacts.run_folder import RESULTS, ROW_LOSSES, TASK_RESULTS, RunFolder, variant_file
 from poc_lora.artifacts.run_info import RunInfo
+from poc_lora.artifacts.task_scores import TaskResults
+from poc_lora.artifacts.variant_scores import VariantScores
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.variants import adapter_digest, adapter_key
-from poc_lora.files import read_json
 from poc_lora.reporting.held_out import MAX_METRICS_BYTES, HeldOut, read_held_out, rows_held_out
 
 MEASURES = ("loss", "grad_norm", "noise_norm", "validation_loss")
@@ -41,6 +42,7 @@ class RunFiles:
     evaluations: tuple[Results, ...]  # one for each protocol, `label` first
     held_out: tuple[HeldOut, ...] = ()  # one for each pack that was validated
     rows: RowLosses | None = None  # of `poc-lora eval --rows`
+    tasks: TaskResults | None = None  # of `poc-lora eval --harness-tasks`
     changed: tuple[tuple[str, ...], ...] = ()  # for each evaluation, what has other weights now than were evaluated
 
     @property
@@ -66,6 +68,7 @@ def read_run(folder: Path) -> RunFiles:
         evaluations=evaluations,
         held_out=tuple(read_held_out(folder)),
         rows=RowLosses.read_if_there(run.evaluation("rows") / ROW_LOSSES),
+        tasks=TaskResults.read_if_there(run.evaluation("tasks") / TASK_RESULTS),
         changed=tuple(_changed(run, *found) for found in zip(evaluated, evaluations, strict=True)),
     )
 
@@ -88,12 +91,10 @@ def of_these_weights(place: Path, variant: str, adapter: Path) -> bool | None:
     """
     if not re.fullmatch(r"[\w .@+-]{1,100}", variant):  # a name from results.json must not lead out of the folder
         return None
-    path = place / f"{variant}.json"
-    if not (path.is_file() and (adapter / WEIGHTS_NAME).is_file() and (adapter / CONFIG_NAME).is_file()):
+    scores = VariantScores.read_if_there(place / variant_file(variant))
+    if not (scores and scores.adapter_digest and all((adapter / n).is_file() for n in (WEIGHTS_NAME, CONFIG_NAME))):
         return None
-    summary = read_json(path, error=RunError)
-    digest = summary.get("adapter_digest") if isinstance(summary, dict) else None
-    return digest == adapter_digest(adapter) if isinstance(digest, str) else None
+    return scores.adapter_digest == adapter_digest(adapter)
 
 
 def _changed(run: RunFolder, place: Path, results: Results) -> tuple[str, ...]:
@@ -115,7 +116,7 @@ def _read_metrics(path: Path) -> Metrics | None:
         metrics.last_step = max(metrics.last_step, line.step)
         if line.diverged:
             metrics.diverged.setdefault(name, line.step)
-        for measure in MEASURES:
+        for measure in MEASURES if not line.kept else ():  # a point of no curve
             if (value := getattr(line, measure)) is not None:
                 metrics.curves[measure].setdefault(name, []).append((line.step, float(value)))
     return metrics

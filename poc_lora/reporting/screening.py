@@ -35,10 +35,12 @@ class Screening:
         listed = ", ".join(f"{number} ({loss:.3f})" for number, loss in list(self.left_out.items())[:MAX_LISTED])
         more = f" and {len(self.left_out) - MAX_LISTED} more" if len(self.left_out) > MAX_LISTED else ""
         one = len(self.left_out) == 1
+        them, what = ("it", "adapter") if one else ("them", "adapters")
         return (
-            f"{'Adapter' if one else 'Adapters'} {listed}{more} learnt less than half of what the median adapter did: "
+            f"{what.capitalize()} {listed}{more} learnt less than half of what the median adapter did: "
             f"its loss on {self.rows} held-out rows is {self.median:.3f}, the base's {self.base:.3f}"
             + ("" if self.merge is None else f", that of the merge of all adapters {self.merge:.3f}")
+            + f". `poc-lora merge` leaves {them} out, unless it is given --keep-all."
         )
 
 

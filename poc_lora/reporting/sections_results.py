@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 from poc_lora.artifacts.results import Estimate, Results, Scored
@@ -19,6 +20,8 @@ from poc_lora.reporting.results_tables import (
     table_rows,
 )
 from poc_lora.reporting.run_files import RunFiles
+from poc_lora.reporting.tables import Table
+from poc_lora.reporting.task_tables import task_notes, task_tables
 
 
 def headline(results: Results | None) -> tuple[str, list[tuple[str, Estimate]]]:
@@ -32,22 +35,32 @@ def headline(results: Results | None) -> tuple[str, list[tuple[str, Estimate]]]:
     tiles += [("average adapter", results.average.average)] if M > 1 else []
     tiles += [("best adapter" if M > 1 else "the adapter", best)]
     tiles += [("merge", merged.average)] if merged else []
+    tiles += [(f"ensemble, {M} models to run", results.ensemble.average)] if results.ensemble else []
     if merged is None:
         return f"{M} adapters were evaluated, and no merge of them.", tiles
-    over_average = f"{100 * (merged.average.value - results.average.average.value):+.2f} points"
+    over_average = _above(merged.average.value - results.average.average.value)
     if M == 1:
-        return f"The merge is {over_average} from the one adapter it is made of.", tiles
-    picked = f"which had to be picked on {'the test itself' if results.best_chosen_on == 'test' else 'validation'}"
+        return f"The merge is {over_average} the one adapter it is made of.", tiles
+    where = "the test questions themselves" if results.best_chosen_on == "test" else "validation questions"
     d = results.comparisons.get("best")
     if d is None:
-        return f"The merge of {M} adapters is {over_average} from the average adapter.", tiles
-    gain = f"{100 * d.value:+.2f} points, 95 % interval {100 * d.low:+.2f} to {100 * d.high:+.2f}"
+        return f"The merge of {M} adapters is {over_average} the average adapter.", tiles
+    interval = f"95 % interval {100 * d.low:+.2f} to {100 * d.high:+.2f}"
     if d.low <= 0 <= d.high:
-        sentence = f"The merge of {M} adapters and the best one, {picked}, cannot be told apart here ({gain})"
+        sentence = f"The merge of {M} adapters and the best of them cannot be told apart here: it is {_above(d.value)}"
     else:
-        verb = "beats" if d.value > 0 else "falls short of"
-        sentence = f"The merge of {M} adapters {verb} the best one ({gain}), {picked}"
-    return f"{sentence}. The merge is {over_average} from the average adapter.", tiles
+        sentence = (
+            f"The merge of {M} adapters {'beats' if d.value > 0 else 'loses to'} the best of them: {_above(d.value)}"
+        )
+    return (
+        f"{sentence} that one ({interval}), which had to be picked on {where}, and {over_average} the average adapter.",
+        tiles,
+    )
+
+
+def _above(difference: float) -> str:
+    """A difference of accuracies in words, such as `4.27 points above`."""
+    return f"{abs(100 * difference):.2f} points {'above' if difference >= 0 else 'below'}"
 
 
 def benchmarks(files: RunFiles) -> Section:
@@ -55,6 +68,9 @@ def benchmarks(files: RunFiles) -> Section:
     if files.rows is not None:
         section.tables.append(rows_table(files.rows))
         section.paragraphs += rows_notes(files.rows)
+    if files.tasks is not None:
+        section.tables += task_tables(files.tasks)
+        section.paragraphs += task_notes(files.tasks)
     if not files.evaluations:
         section.omitted.append("Nothing has been evaluated: poc-lora eval RUN --data DIR.")
         return section
@@ -79,7 +95,7 @@ def _evaluation(section: Section, results: Results, protocol: str) -> None:
             "The base model is the embedded one, and these benchmarks are about its invented world: the figures cannot "
             "be compared with those of the real benchmarks."
         )
-    section.tables.append(accuracy_table(results, protocol))
+    section.tables.append(_average_first(accuracy_table(results, protocol)))
     if not section.charts:
         section.charts.append(_averages(results))
     if results.merged is not None and results.comparisons:
@@ -88,7 +104,14 @@ def _evaluation(section: Section, results: Results, protocol: str) -> None:
         section.tables.append(calibration_table(results, protocol))
     section.paragraphs += notes(results, paired=False)
     if len(results.adapters) > 1:
-        section.tables.append(adapters_table(results, protocol))
+        section.tables.append(_average_first(adapters_table(results, protocol)))
+
+
+def _average_first(table: Table) -> Table:
+    """Moves the last column to the front: a phone shows the first ones."""
+    rows = [[name, average, *cells] for name, *cells, average in table.rows]
+    name, *titles, average = table.columns
+    return replace(table, columns=[name, average, *titles], rows=rows)
 
 
 def subsets(files: RunFiles) -> Section:

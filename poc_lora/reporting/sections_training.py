@@ -9,7 +9,7 @@ from poc_lora.reporting.blocks import Chart, Listing, Section, chart
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.held_out import verdict
 from poc_lora.reporting.run_files import RunFiles
-from poc_lora.reporting.summaries import merge_outcome
+from poc_lora.reporting.summaries import best_weights, merge_outcome
 
 
 def what_was_run(files: RunFiles) -> Section:
@@ -26,6 +26,9 @@ def what_was_run(files: RunFiles) -> Section:
             section.paragraphs.append(f"The training is not finished: step {metrics.last_step:,} of {steps:,}.")
         for name, step in sorted(metrics.diverged.items()):
             section.paragraphs.append(f"Adapter {name} diverged at step {step:,} and is left out of the merge.")
+    if files.info is not None and files.info.best_steps:
+        said = best_weights(files.info.best_steps, files.info.steps or max(files.info.best_steps.values()))
+        section.paragraphs.append(f"{said[0].upper()}{said[1:]}.")
     if merge is not None:
         section.paragraphs.append(merge_outcome(merge))
     elif config is not None:
@@ -60,6 +63,8 @@ def training(files: RunFiles) -> Section:
             f"Per token of the answers of rows held out of training. {final}",
         )
     )
+    if files.info is not None and files.info.best_steps:
+        section.paragraphs.append("The adapters have their weights of lowest loss on these rows; of these weights:")
     section.paragraphs += map(verdict, files.held_out)
     return section
 
@@ -126,6 +131,8 @@ def provenance(files: RunFiles) -> Section:
 def _sentence(config: RunConfig, files: RunFiles) -> str:
     """Describes the run in a sentence."""
     lora, optim, train, adapters = config.lora, config.optim, config.train, config.adapters
+    resolved = files.info.target_modules if files.info else []
+    targets = ", ".join(resolved or ([lora.targets] if isinstance(lora.targets, str) else lora.targets))
     steps = files.info.steps if files.info else None
     steps = steps or train.max_steps
     length = f"{steps:,} steps" if steps else f"{train.epochs:g} epochs"
@@ -134,7 +141,7 @@ def _sentence(config: RunConfig, files: RunFiles) -> str:
     quantised = f", quantised to {config.model.quantization}" if config.model.quantization else ""
     return (
         f"M = {adapters.count} LoRA adapters of rank {lora.rank} (alpha {lora.alpha:g}) on "
-        f"{short(', '.join(lora.targets))} of {short(model, 300)}{quantised}, each trained independently for "
+        f"{short(targets)} of {short(model, 300)}{quantised}, each trained independently for "
         f"{length} of {train.batch_size} rows with NoisyAdamW: learning rate {optim.lr:g}, {noise}, "
         f"run seed {adapters.seed}. Trained on {short(', '.join(config.data.train), 300)}."
     )

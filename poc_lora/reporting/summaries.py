@@ -1,6 +1,9 @@
 """Sentences about a training and a merge, for the command line and the report."""
 
 import statistics
+from collections.abc import Mapping
+
+import rich.table
 
 from poc_lora.adapters.serving import serving_advice
 from poc_lora.artifacts.merge_report import MergeReport
@@ -8,11 +11,12 @@ from poc_lora.files import size
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.held_out import verdicts
 from poc_lora.reporting.screening import screen
-from poc_lora.reporting.tables import percent
+from poc_lora.reporting.tables import Table, percent, terminal_table
 from poc_lora.training.loop import TrainingResult
 
 IDENTICAL = 0.9999  # a larger cosine suggests the same seed
 MAX_LISTED = 4  # names in a line
+MAX_BEST_LISTED = 16
 UNRELATED = 0.01  # a smaller cosine suggests different base models or tasks
 # Cosines below these are that much: of M updates of equal norm with mean cosine c, the average has the share
 # c + (1 - c)/M of one update's squared norm.
@@ -38,10 +42,18 @@ def training_summary(done: TrainingResult) -> list[str]:
     for adapter, state in done.progress.items():
         if state.status == "diverged":
             lines.append(f"adapter {adapter} diverged after step {state.step} and is left out of the merge")
+    best_steps = {a: state.best_step for a, state in done.progress.items() if state.best_step and a in finished}
+    lines += [best_weights(best_steps, done.steps)] if best_steps else []
     screening = screen(done.folder)
-    if screening and screening.left_out:
-        lines.append(f"{screening}: poc-lora merge leaves it out")
-    return [*lines, *verdicts(done.folder)]
+    return [*lines, *([str(screening)] if screening and screening.left_out else verdicts(done.folder))]
+
+
+def best_weights(best_steps: Mapping[int, int], steps: int) -> str:
+    """Says which step's weights each adapter ended with under `train.keep: best`."""
+    listed = [f"adapter {adapter}: best at step {step:,}" for adapter, step in sorted(best_steps.items())]
+    more = len(listed) - MAX_BEST_LISTED
+    shown = ", ".join(listed[:MAX_BEST_LISTED]) + (f", and {more} more (best_steps in run.json)" if more > 0 else "")
+    return f"each adapter has its weights of lowest validation loss: {shown}, of {steps:,}"
 
 
 def merge_outcome(report: MergeReport) -> str:
@@ -109,17 +121,16 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + more
 
 
-def rank_table(report: MergeReport) -> list[str]:
-    """Returns the rank sweep as lines: the relative error and the share of ‖ΔW‖² retained, by module type and rank."""
+def rank_table(report: MergeReport) -> rich.table.Table:
+    """Returns the rank sweep: the relative error by module type and rank, and the share of all ‖ΔW‖² that is kept."""
     sweep = report.rank_sweep
-    width = max(map(len, sweep))
-    lines = [
-        "relative error (retained share of the squared norm) at rank",
-        " " * width + "".join(f"{r:>17}" for r in sweep["all"]),
+    ranks = list(sweep["all"])
+    rows = [
+        ["kept of ‖ΔW‖²", *(f"{1 - error**2:.1%}" for error in sweep["all"].values())],
+        *([short(kind, 24), *(f"{errors[rank]:.4f}" for rank in ranks)] for kind, errors in sweep.items()),
     ]
-    for kind, errors in sweep.items():
-        lines.append(f"{kind:<{width}}" + "".join(f"{e:>8.4f} ({1 - e**2:6.1%})" for e in errors.values()))
-    return lines
+    caption = "Relative error ‖ΔW − ΔW_r‖ / ‖ΔW‖ of the best approximation of each rank r"
+    return terminal_table(Table(caption, ["", *map(str, ranks)], rows, strong=["all"]))
 
 
 def _warnings(report: MergeReport) -> list[str]:

@@ -1,17 +1,19 @@
 """One model of a table, shown in a terminal, in Markdown and by the template of the report."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import rich.table
 from rich import box
+from rich.text import Text
 
 from poc_lora.artifacts.results import Estimate
+from poc_lora.artifacts.task_scores import Score
 from poc_lora.errors import visible
 from poc_lora.reporting.escape import markdown
 
-Value = str | int | Estimate
+Value = str | int | Estimate | Score
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,11 @@ class Table:
     Attributes:
         caption: What the table shows.
         columns: Their titles.
-        rows: The values: texts, counts, and accuracies with their standard errors, which are shown in percent.
+        rows: The values: texts, counts, accuracies with their standard errors, which are shown in percent, and scores
+            with theirs, which are shown as they are.
         strong: The names of the rows to highlight.
+        bold: The cells to set in bold, by the name of the row and the title of the column.
+        note: How to read it, below it in the report.
         texts: The titles of the columns of texts, which are aligned to the left as the first column is.
         folded: Whether the report hides the table until it is opened.
     """
@@ -31,6 +36,8 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Value]]
     strong: Sequence[str] = ()
+    bold: Collection[tuple[Value, str]] = ()
+    note: str = ""
     texts: Sequence[str] = ()
     folded: bool = False
 
@@ -45,11 +52,17 @@ def shown(value: Value) -> tuple[str, str]:
     if isinstance(value, Estimate):
         error = "" if math.isnan(value.error) else percent(value.error, 1 if value.error >= 0.1 else 2)
         return percent(value.value), error
+    if isinstance(value, Score):
+        return _digits(value.value, 4), "" if math.isnan(value.error) else _digits(value.error, 2)
     return (f"{value:,}" if isinstance(value, int) else visible(value)), ""
 
 
 def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f}"
+
+
+def _digits(value: float, digits: int) -> str:
+    return "not a number" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 def terminal_table(table: Table, narrow: Mapping[str, str] | None = None) -> rich.table.Table:
@@ -65,14 +78,24 @@ def terminal_table(table: Table, narrow: Mapping[str, str] | None = None) -> ric
         low = "\n" * (lines - name.count("\n")) + name
         made.add_column(low, justify="left" if left else "right", no_wrap=title != wraps, overflow="fold")
     for row in table.rows:
-        made.add_row(*(_joined(value, "\n±") for value in row), style="bold" if row[0] in table.strong else "")
+        bold = [row[0] in table.strong, *((row[0], title) in table.bold for title in table.columns[1:])]
+        cells = (Text(_joined(value, "\n±"), "bold" if b else "") for value, b in zip(row, bold, strict=True))
+        made.add_row(*cells)
     return made
 
 
 def markdown_table(table: Table, text: Callable[[str], str] = markdown) -> list[str]:
     """Returns the lines of the table in Markdown, without its caption; `text` turns texts into Markdown."""
     rule = ["---" if left else "---:" for left in table.left]
-    rows = [[text(value) if isinstance(value, str) else _joined(value, " ± ") for value in row] for row in table.rows]
+    rows = [
+        [
+            f"**{cell}**" if (row[0], title) in table.bold else cell
+            for title, cell in zip(
+                table.columns, (text(v) if isinstance(v, str) else _joined(v, " ± ") for v in row), strict=True
+            )
+        ]
+        for row in table.rows
+    ]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (table.columns, rule, *rows)]
 
 

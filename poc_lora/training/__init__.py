@@ -1,1 +1,1 @@
-"""Training M adapters together: the loop, its loss, its checkpoints, and the plan of a run."""
+"""Trains M adapters together: the loop, its loss, its checkpoints, and the checks before a run."""

@@ -8,10 +8,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.config import RunConfig
+from poc_lora.config import RunConfig, TrainSection
 from poc_lora.data.batches import supervised_tokens
 from poc_lora.errors import RequestError
 from poc_lora.files import free_bytes_at, require_place, size
+from poc_lora.lora.bank import resolve_targets
 from poc_lora.models.compilation import compiles, why_not_compiled
 from poc_lora.models.load import (
     context_length,
@@ -24,10 +25,10 @@ from poc_lora.models.load import (
     resolve_dtype,
 )
 from poc_lora.models.vocabulary import require_embeddings
-from poc_lora.training.data import TrainingData, prepare_data
+from poc_lora.training.data import TrainingData, chat_template, prepare_data
 from poc_lora.training.memory import Footprint, free_bytes, snapshot_bytes
 from poc_lora.training.metrics import require_trackers
-from poc_lora.training.placement import Progress, place
+from poc_lora.training.placement import initial_progress, place
 from poc_lora.training.preview import (
     LOSS,
     learning_rate_in_words,
@@ -50,7 +51,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
 
     Returns:
         What the run will do, as names and values to read; memory is the predicted peak on `device`. The values are
-        numbers and texts, those of `a row` and `warnings` lists of texts.
+        numbers and texts, those of `a row` and `warnings` lists of texts, and `bytes` holds the needs as numbers.
 
     Raises:
         PocLoraError: As `train` would: run folder, trackers, compiler, target modules, rows, disk space.
@@ -65,18 +66,18 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     run, config = preflight(config, device, resume=in_use)
     compiled = compiles(config.train.compile, device)
     model = empty_base(config.model.name, revision=config.model.revision)
-    tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
+    tokenizer = load_tokenizer(config.model.name, revision=config.model.revision, chat_template=chat_template(config))
     data = run_data(config, run, model, tokenizer, now=run.info.start if run.info else None)
     footprint = Footprint(config, device, longest=data.longest, ranks=processes)
     free = free_bytes(device)
     sizes = footprint.choose(free, run.info.to_json() if run.info else {})
-    fresh = {adapter: Progress(0) for adapter in range(config.adapters.count)}
-    placement = place(fresh, data.total_steps, ranks=processes, per_device=sizes.per_device)
+    placement = place(
+        initial_progress(config.adapters.count), data.total_steps, ranks=processes, per_device=sizes.per_device
+    )
     memory = footprint.memory(sizes)
     M, P = config.adapters.count, footprint.parameters
-    at_once = min(sizes.per_device * processes, M)
     begun = sum(state.begun for state in run.commit.progress.values()) if run.commit else 0
-    on_disk = disk_bytes(config, P, at_once, waiting=max(0, begun - at_once))
+    on_disk = disk_bytes(config, P, sizes.per_device * processes, begun=begun)
     room = require_room(folder, 0 if in_use else on_disk)
     tokens = sum(len(e.ids) for e in data.train)
     rows = M * config.train.batch_size
@@ -87,6 +88,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "base parameters": sum(p.numel() for p in model.parameters()),
         "base weights": footprint.dtype if quantized is None else f"{quantized}, computing in {footprint.dtype}",
         "adapters": M,
+        "adapted modules": ", ".join(resolve_targets(model, config.lora.targets)),
         "parameters per adapter": P,
         "training rows": len(data.train),
         "validation rows": len(data.validation),
@@ -102,7 +104,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "steps": data.total_steps,
         "learning rate": learning_rate_in_words(config.optim, data.total_steps),
         "tokens of the whole run, about": round(tokens / len(data.train) * rows * data.total_steps),
-        "validation, about": _validation_cost(data, sizes.per_device, config.train.validate_every),
+        "validation, about": _validation_cost(data, sizes.per_device, config.train),
         "adapters trained at once": sizes.per_device,
         **{
             f"process {rank} trains adapters": ", then ".join(
@@ -128,6 +130,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "run folder": f"{folder} ({'existing run; --resume continues it' if in_use else 'new'})",
         "a row": row_preview(data.train, tokenizer),
         "warnings": warnings(config, data, unknown),
+        "bytes": {"peak": memory.total, "free": free, "disk": on_disk, "disk free": room},
     }
 
 
@@ -158,7 +161,7 @@ def run_data(
     require_targets(config)
     data = prepare_data(config, tokenizer, context=context_length(model), now=now)
     require_embeddings(model, tokenizer, (e.ids for e in (*data.train, *data.validation)), where="data.train")
-    require_same_rows(run, data.files)
+    require_same_rows(run, data.files, data.validation_files)
     return data
 
 
@@ -172,11 +175,12 @@ def require_processes(config: RunConfig, processes: int) -> None:
         )
 
 
-def _validation_cost(data: TrainingData, per_device: int, every: int | None) -> str:
+def _validation_cost(data: TrainingData, per_device: int, section: TrainSection) -> str:
     """The tokens of a pack's validations: base, adapters and merge see every row."""
     if not data.validation:
         return "none: there are no validation rows"
-    times = 1 + ((data.total_steps - 1) // every if every else 0)
+    every = section.validate_every
+    times = 1 + ((data.total_steps - 1) // every if every else 0) + (section.keep == "best")  # of what is kept
     tokens = (per_device + 2) * sum(len(e.ids) for e in data.validation)
     models = per_device + 2
     return f"{times * tokens:,} tokens: {len(data.validation)} rows × {models} models × {times} validations per pack"
@@ -187,16 +191,19 @@ def _span(pack: list[int]) -> str:
     return f"{pack[0]}" if len(pack) == 1 else f"{pack[0]} to {pack[-1]} together"
 
 
-def disk_bytes(config: RunConfig, parameters: int, at_once: int, waiting: int = 0) -> int:
+def disk_bytes(config: RunConfig, parameters: int, at_once: int, *, begun: int = 0) -> int:
     """Return the bytes of a run's commits and adapters.
 
     Args:
         config: The run's configuration.
         parameters: Of one adapter; a commit holds as many weights and twice as many moments, in float32.
-        at_once: How many adapters train at the same time.
-        waiting: How many more have begun; all commits share the state of these.
+        at_once: How many adapters all ranks can train at the same time.
+        begun: How many adapters have begun; all commits share the state of those that wait for their turn.
     """
-    states = (config.checkpoint.keep + 1) * at_once + waiting
+    at_once = min(at_once, config.adapters.count)
+    states = (config.checkpoint.keep + 1) * at_once + max(0, begun - at_once)
+    if config.train.keep == "best":
+        states *= 2  # each may have a best state that no other commit has
     return 4 * parameters * (3 * states + config.adapters.count)
 
 

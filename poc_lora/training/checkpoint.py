@@ -1,22 +1,23 @@
 """Numbered commits of a run's state: atomic, checksummed, one file per adapter, written in the background.
 
-    checkpoints/commit_00007/  manifest.json  adapter_00.safetensors  adapter_01.safetensors ...
+    checkpoints/commit_00007/  manifest.json  adapter_00.safetensors ...  best_00.safetensors ...
 
-A commit holds the weights and moments of every adapter that has begun and not finished. The manifest gives every
-adapter's step and status, its place, and the checksum of every file. There is no random state: draws are keyed, so
-weights, moments and step are all there is. Every rank writes the adapters placed on it; rank 0 adds the manifest and
-publishes the commit by one rename.
+A commit holds the weights and moments of every adapter that has begun and not finished. Under `train.keep: best` it
+also holds the state at the lowest validation loss so far: a link into the commit that was written before that
+validation. The manifest gives every adapter's step and status, its place, and the checksum of every file. There is no
+random state: draws are keyed, so weights, moments and step are all there is. Every rank writes the adapters placed on
+it; rank 0 adds the manifest and publishes the commit by one rename.
 """
 
 import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +39,7 @@ State = dict[str, torch.Tensor]  # one adapter's weights and moments, on the hos
 
 
 class FileEntry(Schema):
-    """What a file must be to be intact."""
+    """Size and checksum of a file of a commit."""
 
     bytes: int
     sha256: str
@@ -91,7 +92,8 @@ class Commits:
         self._channel = ranks.channel("commits")
         self._number = max(_numbers(root), default=0)
         self._last = last.folder if last else root  # not used before an adapter has begun
-        self._files = last.manifest.files if last else {}
+        self._files = dict(last.manifest.files) if last else {}  # of the newest commit: at least this rank's
+        self._best_steps = {a: state.best_step for a, state in last.progress.items()} if last else {}  # in it
         self._intact = [last.number] if last else []
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commits")
         self._under_way: Future[None] | None = None
@@ -108,7 +110,8 @@ class Commits:
         """Start the next commit when the previous one is written. All ranks must call it.
 
         The state of the adapters in the bank is copied before the call returns, so training may continue. Adapters
-        that have begun and wait for their turn are linked from the previous commit.
+        that have begun and wait for their turn are linked from the previous commit, and so are best states: a
+        validation follows the commit of the step that it validates.
 
         Args:
             progress: Of all adapters, the same on every rank.
@@ -122,14 +125,20 @@ class Commits:
         began = time.perf_counter()
         self._number += 1
         states = {} if bank is None or optimizer is None else _snapshot(bank, optimizer, progress)
-        waiting = [adapter for adapter in self._mine if progress[adapter].begun and adapter not in states]
+        begun = [adapter for adapter in self._mine if progress[adapter].begun]
+        links = {_file_name(adapter): _file_name(adapter) for adapter in begun if adapter not in states}
+        for adapter in begun:
+            if best := progress[adapter].best_step:
+                unchanged = self._best_steps.get(adapter) == best
+                links[_best_name(adapter)] = _best_name(adapter) if unchanged else _file_name(adapter)
+        self._best_steps = {adapter: state.best_step for adapter, state in progress.items()}
         manifest = Manifest(
             commit=self._number,
             adapters=dict(sorted(progress.items())),
             placement=self._placement,
             files={},
         )
-        self._under_way = self._background.submit(self._write, self._number, states, waiting, manifest)
+        self._under_way = self._background.submit(self._write, self._number, states, links, manifest)
         self.seconds += time.perf_counter() - began
 
     def check(self) -> None:
@@ -158,13 +167,25 @@ class Commits:
             elif progress[adapter].begun:
                 _restore(self._last / _file_name(adapter), progress[adapter].step, bank, optimizer, slot)
 
-    def _write(self, number: int, states: dict[int, State], waiting: list[int], manifest: Manifest) -> None:
+    def restore_best(self, progress: Mapping[int, Progress], bank: AdapterBank) -> None:
+        """Set the weights of the bank's adapters to their best, from the newest commit.
+
+        Those whose last step is their best stay as they are. Raises CheckpointError if a file cannot be used.
+        """
+        self.wait()
+        for slot, adapter in enumerate(bank.adapters):
+            if 0 < progress[adapter].best_step < progress[adapter].step and slot not in bank.dropped:
+                state = _load_state(self._last / _best_name(adapter), bank.rows[slot])
+                with torch.no_grad():
+                    bank.rows[slot].copy_(state["weights"])
+
+    def _write(self, number: int, states: dict[int, State], links: dict[str, str], manifest: Manifest) -> None:
         """Write commit `number` together with the other ranks, in the background thread."""
         began = time.perf_counter()
         folder = _folder(self.root, number)
         aside = self.root / f".{folder.name}"
         try:
-            files = self._write_files(aside, states, waiting)
+            files = self._write_files(aside, states, links)
             reports = self._channel.gather({name: entry.to_json() for name, entry in files.items()})
             if self._ranks.rank == 0:
                 every = {name: FileEntry(**entry) for report in reports for name, entry in report.items()}
@@ -184,18 +205,21 @@ class Commits:
                 where=folder,
                 fix=fix,
             ) from problem
-        self._last = folder
+        self._last, self._files = folder, files
         if self._ranks.rank == 0:
             self._prune(number)
         self.slowest = max(self.slowest, time.perf_counter() - began)
 
-    def _write_files(self, aside: Path, states: dict[int, State], waiting: list[int]) -> dict[str, FileEntry]:
-        """Write this rank's files in parallel and verify them; returns their entries of the manifest."""
+    def _write_files(self, aside: Path, states: dict[int, State], links: dict[str, str]) -> dict[str, FileEntry]:
+        """Write this rank's files in parallel and verify them; returns their entries of the manifest.
+
+        links: Names of files that the previous commit has, by their names in this one.
+        """
         self.root.mkdir(exist_ok=True)  # but not a run folder that was removed
         aside.mkdir(exist_ok=True)  # all ranks write to one folder
-        files = {_file_name(adapter): self._files[_file_name(adapter)] for adapter in waiting}
-        for name in files:
-            _link(self._last / name, aside / name)
+        for name, before in links.items():
+            _link(self._last / before, aside / name)
+        files = {name: self._files[before] for name, before in links.items()}
         with ThreadPoolExecutor(max_workers=FILES_AT_ONCE) as pool:
             written = pool.map(lambda item: _write_state(aside / _file_name(item[0]), item[1]), states.items())
             return files | dict(written)
@@ -204,6 +228,7 @@ class Commits:
         """Remove this rank's files of a failed commit; other ranks may still be writing to the folder."""
         for adapter in self._mine:
             (aside / _file_name(adapter)).unlink(missing_ok=True)
+            (aside / _best_name(adapter)).unlink(missing_ok=True)
         if self._ranks.rank == 0:
             (aside / MANIFEST).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty
@@ -240,16 +265,6 @@ def newest_commit(root: Path) -> tuple[Commit | None, list[str]]:
     if numbers:
         raise CheckpointError("no commit of this run is intact:", details=problems, where=root)
     return None, problems
-
-
-def progress_to_json(progress: Mapping[int, Progress], adapters: Iterable[int]) -> dict[str, dict[str, Any]]:
-    """Convert the progress of some adapters to plain JSON values."""
-    return {str(adapter): asdict(progress[adapter]) for adapter in sorted(adapters)}
-
-
-def progress_from_json(adapters: Mapping[str, Any]) -> dict[int, Progress]:
-    """Convert the values of `progress_to_json` back."""
-    return {int(adapter): Progress(**state) for adapter, state in adapters.items()}
 
 
 def _snapshot(bank: AdapterBank, optimizer: NoisyAdamW, progress: Mapping[int, Progress]) -> dict[int, State]:
@@ -292,14 +307,20 @@ def _link(source: Path, target: Path) -> None:
         sync(target)
 
 
-def _restore(path: Path, step: int, bank: AdapterBank, optimizer: NoisyAdamW, slot: int) -> None:
+def _load_state(path: Path, row: torch.Tensor) -> State:
+    """Load one adapter's state. Raises CheckpointError unless its tensors have the shape of `row`."""
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as problem:
         raise CheckpointError(f"cannot be read: {problem}", where=path) from problem
-    row, group = bank.rows[slot], optimizer.param_groups[slot]
     if any(name not in state or state[name].shape != row.shape for name in ("weights", *MOMENTS)):
         raise CheckpointError("the saved adapter has other shapes than this run", where=path)
+    return state
+
+
+def _restore(path: Path, step: int, bank: AdapterBank, optimizer: NoisyAdamW, slot: int) -> None:
+    row, group = bank.rows[slot], optimizer.param_groups[slot]
+    state = _load_state(path, row)
     with torch.no_grad():
         row.copy_(state["weights"])
     moments = {name: state[name].to(row.device) for name in MOMENTS}
@@ -311,6 +332,7 @@ def _verified(folder: Path) -> Commit:
     """Verify the commit in `folder`. Raises if a file, or the state of an adapter, is missing or damaged."""
     manifest = Manifest.read(folder / MANIFEST)
     needed = {_file_name(adapter) for adapter, state in manifest.adapters.items() if state.begun}
+    needed |= {_best_name(a) for a, state in manifest.adapters.items() if state.begun and state.best_step}
     if missing := needed - manifest.files.keys():
         raise CheckpointError(f"the commit has no {', '.join(sorted(missing))}", where=folder)
     with ThreadPoolExecutor(max_workers=FILES_AT_ONCE) as pool:
@@ -325,6 +347,10 @@ def _require_intact(path: Path, entry: FileEntry) -> None:
 
 def _file_name(adapter: int) -> str:
     return f"adapter_{adapter:02d}.safetensors"
+
+
+def _best_name(adapter: int) -> str:
+    return f"best_{adapter:02d}.safetensors"
 
 
 def _folder(root: Path, number: int) -> Path:

@@ -1,11 +1,13 @@
 """The training loop: the packs of one rank, one after another; their steps, commits and validation."""
 
+import math
 import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -15,7 +17,7 @@ from poc_lora.envvars import whole_number
 from poc_lora.errors import Interrupted
 from poc_lora.models.sharding import all_reduce_max
 from poc_lora.progress import ProgressBar, progress_bar
-from poc_lora.training.checkpoint import Commits, progress_from_json, progress_to_json
+from poc_lora.training.checkpoint import Commits
 from poc_lora.training.data import TrainingData
 from poc_lora.training.memory import Sizes
 from poc_lora.training.metrics import MetricsLogger
@@ -43,7 +45,7 @@ class TrainingResult:
         seconds: Time in optimizer steps, on the slowest rank.
         commit_seconds: Time that training waited for commits, on the slowest rank.
         peak_bytes: Peak memory of one device; on the CPU, of one process.
-        is_main_process: Whether this process is the one, of several, that reports the result.
+        is_rank_0: Whether this process is rank 0, which reports the result.
     """
 
     folder: Path
@@ -57,31 +59,32 @@ class TrainingResult:
     seconds: float = 0.0
     commit_seconds: float = 0.0
     peak_bytes: int = 0
-    is_main_process: bool = True
+    is_rank_0: bool = True
 
 
 @dataclass
 class TrainingLoop:
-    """One rank's share of a run: the state of training, passed on from `train`, and what moves it."""
+    """Trains one rank's share of a run: its packs, one after another."""
 
     config: RunConfig
     ranks: Ranks
-    run_folder: Run
+    run: Run
     metrics: MetricsLogger
     commits: Commits
     placement: Placement
     model: PreTrainedModel
     data: TrainingData
     sizes: Sizes
-    result: TrainingResult  # progress at the start; `run` brings it up to date
+    result: TrainingResult  # progress at the start; `train` brings it up to date
 
     def __post_init__(self) -> None:
-        self.sharded = self.config.model.shard and self.ranks.size > 1
+        self.sharded = self.config.model.is_sharded(self.ranks.size)
         self.own = self.placement.of(self.ranks.rank)
+        self.keeps_best = self.config.train.keep == "best"
         self._steps_since_commit = 0
         self._warned = False
 
-    def run(self) -> TrainingResult:
+    def train(self) -> TrainingResult:
         """Train this rank's packs to the end, committing on the way; then join the other ranks' commits.
 
         Raises:
@@ -108,7 +111,7 @@ class TrainingLoop:
                 )
                 if start > 0:
                     self.commits.restore(self.result.progress, pack.bank, pack.optimizer)
-                self._train(pack, start, bar)
+                self._train_pack(pack, start, bar)
                 pack.close()
             while any(state.status == "training" for state in self.result.progress.values()):
                 self._commit(None)
@@ -120,8 +123,8 @@ class TrainingLoop:
         """This rank's packs, each with the step that it starts from."""
         packs = []
         for placed in self.placement.rounds:
-            # All ranks must run a sharded base equally often: one without a pack of its own runs another rank's along,
-            # and neither records, commits nor validates it.
+            # Ranks gather the layers of a sharded base together, so all must run it equally often. In a round without
+            # a pack of its own a rank trains a copy of another rank's pack, and keeps nothing of it.
             adapters = placed[self.ranks.rank] or (next(filter(None, placed)) if self.sharded else [])
             if adapters:
                 states = [self.result.progress[a] for a in adapters]
@@ -132,7 +135,7 @@ class TrainingLoop:
         others = sum(len(pack) for packs in self.placement.rounds for pack in packs) - len(self.own)
         return f"training {len(self.own)} adapters" + (f", {others} on other ranks" if others else "")
 
-    def _train(self, pack: Pack, start: int, bar: ProgressBar) -> None:
+    def _train_pack(self, pack: Pack, start: int, bar: ProgressBar) -> None:
         """Train one pack from step `start` to the end; then write, commit and validate its adapters."""
         result, total = self.result, self.result.steps
         own_pack = pack if pack.bank.adapters[0] in self.own else None
@@ -159,10 +162,12 @@ class TrainingLoop:
                 if self._steps_since_commit >= self.config.checkpoint.every_steps:
                     self._commit(own_pack)
         # What is trained is saved before anything else happens: validation may take longer than training did.
-        if own_pack:
+        if own_pack and not self.keeps_best:
             self._write_adapters(pack)
         self._commit(own_pack)
         self._validate(pack, total, own_pack, bar)
+        if self.keeps_best:
+            self._keep_best(pack, own_pack, bar)
         if own_pack:
             self._update(_live(pack), status="finished")
         self._commit(own_pack)
@@ -174,7 +179,7 @@ class TrainingLoop:
         self._update([pack.bank.adapters[slot] for slot in done.diverged], step=step, status="diverged")
         self.metrics.step(pack, done, step)
 
-    def _update(self, adapters: list[int], **changes: int | str) -> None:
+    def _update(self, adapters: list[int], **changes: int | float | str) -> None:
         """Change the progress of some adapters."""
         self.result.progress |= {a: replace(self.result.progress[a], **changes) for a in adapters}  # type: ignore[arg-type]
 
@@ -192,45 +197,72 @@ class TrainingLoop:
         due = any(self.result.progress[a].validated < step for a in _live(pack))
         if not (all_reduce_max([due])[0] if self.sharded else due):
             return ""
+        measures = self._measure(pack, step, bar)
+        if measures is None:
+            self._commit(own_pack)  # raises Interrupted
+            return ""
+        losses = {a: measures[a]["validation_loss"] for a in _live(pack) if "validation_loss" in measures.get(a, {})}
+        if own_pack and pack.live:
+            self.metrics.validation(pack, step, measures)
+            self._update(_live(pack), validated=step)
+            for adapter, loss in losses.items() if self.keeps_best else ():
+                best = self.result.progress[adapter].best_loss
+                if loss < (math.inf if best is None else best):
+                    self._update([adapter], best_step=step, best_loss=loss)
+        if not losses:
+            return ""
+        least, most, merge = min(losses.values()), max(losses.values()), measures["merge"]["validation_loss"]
+        return f"held out {least:.3f} to {most:.3f}, merge {merge:.3f}, "
+
+    def _measure(self, pack: Pack, step: int, bar: ProgressBar) -> dict[int | str, dict[str, Any]] | None:
+        """Validate a pack as it is; None if a rank was asked to stop."""
 
         def stop() -> bool:
             self.ranks.heartbeat(f"validating after step {step}")
             return self.ranks.stop.is_set()
 
-        measures = validate(pack, stop=stop, report=bar.report)
-        if measures is None:
-            self._commit(own_pack)  # raises Interrupted
-            return ""
-        if own_pack and pack.live:
-            self.metrics.validation(pack, step, measures)
-            self._update(_live(pack), validated=step)
-        losses = [measures[a]["validation_loss"] for a in _live(pack) if "validation_loss" in measures.get(a, {})]
-        if not losses:
-            return ""
-        return f"held out {min(losses):.3f} to {max(losses):.3f}, merge {measures['merge']['validation_loss']:.3f}, "
+        return validate(pack, stop=stop, report=bar.report)
+
+    def _keep_best(self, pack: Pack, own_pack: Pack | None, bar: ProgressBar) -> None:
+        """Give each adapter its weights of lowest validation loss; validate and write these.
+
+        Until the pack is finished, commits link the state of its last step: an interruption leads back to there.
+        """
+        total, progress = self.result.steps, self.result.progress
+        changes = own_pack is not None and any(0 < progress[a].best_step < total for a in _live(pack))
+        if own_pack and changes:
+            self.commits.restore_best(progress, pack.bank)
+        if all_reduce_max([changes])[0] if self.sharded else changes:
+            measures = self._measure(pack, total, bar)
+            if measures is None:
+                self._commit(None)  # raises Interrupted
+            elif changes:
+                self.metrics.validation(pack, total, measures, kept=True)
+        if own_pack:
+            self._write_adapters(pack)
 
     def _write_adapters(self, pack: Pack) -> None:
         section = self.config.model
         for slot in pack.live:
             adapter = pack.bank.adapter(slot, base_model=section.name, revision=section.revision, task_type="CAUSAL_LM")
-            self.run_folder.write_adapter(pack.bank.adapters[slot], adapter)
+            self.run.write_adapter(pack.bank.adapters[slot], adapter)
 
     def _commit(self, own_pack: Pack | None) -> None:
         """Start a commit with all ranks. Raises Interrupted, after it is written, if any was asked to stop."""
         self.commits.check()
         reports = self.ranks.gather(
             {
-                "adapters": progress_to_json(self.result.progress, self.own),
+                "adapters": {adapter: asdict(self.result.progress[adapter]) for adapter in self.own},
                 "stop": self.ranks.stop.is_set(),
                 "metrics": self.metrics.take(),
             }
         )
         for report in reports:
-            self.result.progress |= progress_from_json(report["adapters"])
+            self.result.progress |= {int(adapter): Progress(**state) for adapter, state in report["adapters"].items()}
         if self.ranks.rank == 0:
             for adapters, lines in (kept for report in reports for kept in report["metrics"]):
                 self.metrics.write(adapters, lines)
-            self.run_folder.sync_metrics()
+            self.run.sync_metrics()
         self.commits.start(
             self.result.progress, own_pack.bank if own_pack else None, own_pack.optimizer if own_pack else None
         )
@@ -248,7 +280,7 @@ class TrainingLoop:
             f"stopped after step {step} of {total}; everything up to it is saved"
             + (": only the final validation is left to run" if step == total else ""),
             where=folder,
-            fix=f"resume with: {launcher} train {shlex.quote(str(self.run_folder.paths.config))} --resume",
+            fix=f"resume with: {launcher} train {shlex.quote(str(self.run.paths.config))} --resume",
         )
 
     def _warn_of_slow_commits(self) -> None:

@@ -20,12 +20,16 @@ MIN_CHUNK_ROWS = 32
 def packed_loss(
     model: PreTrainedModel, batch: MicroBatch, tokens_per_slot: Tensor, *, plain_head: bool
 ) -> tuple[Tensor, Tensor]:
-    """The share of one micro-batch in a step's loss.
+    """Compute one micro-batch's part of a step's loss Σ_j (1/n_j) Σ_t CE_jt, the sum of the adapters' mean losses.
 
-    tokens_per_slot [M]: supervised tokens n_j of each adapter in all micro-batches of the step, so that their shares
-    add up to `Σ_j (1/n_j) Σ_t CE_jt`: one mean per adapter, summed over adapters.
-    plain_head: see `has_plain_head`; logits that are scaled or capped are computed all at once.
-    Returns that share (a scalar to differentiate) and its part per adapter [M], detached.
+    Args:
+        model: The base model, with a bank.
+        batch: The rows of all adapters.
+        tokens_per_slot: The number n_j of each adapter's supervised tokens in all micro-batches of the step [M].
+        plain_head: See `has_plain_head`. Logits that are scaled or capped are computed all at once.
+
+    Returns:
+        The part, a scalar to differentiate, and each adapter's term of it [M], detached.
     """
     if plain_head:
         head: Any = model.get_output_embeddings()
@@ -40,17 +44,22 @@ def packed_loss(
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-    """-log softmax(hidden Wᵀ + b)[target], float32 [n], without ever holding the logits of all positions.
+    """Returns −log softmax(hidden Wᵀ + b)[target], float32 [n], computed without the logits of all positions at once.
 
-    hidden [n, d], weight [V, d] and bias [V], both frozen; target [n]. The gradient is found chunk by chunk in the
-    forward pass, while the logits are there: d(loss)/d(hidden) = (softmax − onehot) W.
+    The gradient d(loss)/d(hidden) = (softmax − onehot) W is computed in the forward pass, from each chunk's logits.
+
+    Args:
+        hidden: [n, d].
+        weight: W [V, d], frozen.
+        bias: b [V], frozen, or None.
+        target: The tokens to predict [n].
     """
     losses: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, target)  # type: ignore[no-untyped-call]
     return losses
 
 
 def chunk_rows(vocabulary: int, device_type: str) -> int:
-    """How many positions' logits are held at once."""
+    """Returns the number of positions whose logits are computed at once."""
     return max(MIN_CHUNK_ROWS, by_device(CHUNK_LOGITS, device_type) // vocabulary)
 
 
@@ -89,7 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def plain_residual(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses, float32 [n], and their gradient softmax − onehot in the dtype of logits [n, V], which are used up."""
+    """Returns losses, float32 [n], and their gradient softmax − onehot, of logits [n, V], which it may overwrite."""
     chosen, x = target[:, None], logits.float()
     log_normaliser = x.logsumexp(1, keepdim=True)
     losses = (log_normaliser - x.gather(1, chosen)).squeeze(1)
@@ -100,7 +109,7 @@ def plain_residual(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 @fusable
 def fused_residual_(logits: Tensor, target: Tensor) -> Tensor:
-    """`plain_residual` whose gradient takes the place of logits, written for the compiler: two reads and one write.
+    """`plain_residual` with the gradient written over `logits`, for the compiler: two reads and one write.
 
     All arithmetic is in float32, but no float32 copy of the logits is made.
     """

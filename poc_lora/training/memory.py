@@ -1,14 +1,12 @@
 """Predict a run's memory without loading weights, and choose the sizes that `auto` stands for.
 
-One micro-batch is run forwards and backwards on tensors that have shapes but no data; the peak of what would be alive
-is counted. So any architecture is covered, with or without gradient checkpointing.
+One micro-batch is run forwards and backwards on tensors that have shapes but no data, and the peak of the bytes alive
+is counted. That works for any architecture, with or without gradient checkpointing.
 """
 
 import contextlib
-import logging
 import resource
 import sys
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,10 +15,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -32,10 +27,11 @@ from poc_lora.errors import PocLoraError, first_line
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.models.compilation import compiled_parts, compiles, memory_of_kernel
 from poc_lora.models.float8 import float8_bytes, float8_layers
-from poc_lora.models.forward import has_plain_head, one_sequence_per_row
+from poc_lora.models.forward import has_plain_head
 from poc_lora.models.load import empty_base, resolve_dtype, stored_quantization
 from poc_lora.models.recomputation import gradient_checkpointing
 from poc_lora.training.loss import chunk_rows, packed_loss
+from poc_lora.training.shapes import PeakBytes, shapes_only
 
 # Tokens of a micro-batch, all adapters counted, that keep the device busy; more would only take memory.
 # On a GPU twice as many are some 2 % faster, and took 25 GB more with a base of 8B parameters.
@@ -74,7 +70,7 @@ class Memory:
 
 
 class Footprint:
-    """The memory of a run's parts as functions of the sizes to be chosen. Reads the base's config, no weights."""
+    """Predicts the memory of a run from its sizes. Reads the base's config, and no weights."""
 
     def __init__(self, config: RunConfig, device: torch.device, *, longest: int, ranks: int = 1):
         self.config, self.device, self.longest, self.ranks = config, device, longest, ranks
@@ -97,7 +93,7 @@ class Footprint:
             stored = stored_quantization(section.name, revision=section.revision)
             self.quantization = section.quantization or (stored if stored in QUANTIZED_BYTES else None)
             self.weights, self.largest = _weight_bytes(model, self.quantization, device)
-            if section.shard and ranks > 1:
+            if section.is_sharded(ranks):
                 self.weights = self.weights // ranks + _gathered_bytes(model, self.weights)
             bank = AdapterBank.blank(model, targets=config.lora.targets, rank=config.lora.rank, adapters=[0])
             self.parameters = bank.parameters_per_adapter
@@ -120,9 +116,11 @@ class Footprint:
         )
 
     def choose(self, free: int, before: Mapping[str, Any] = MappingProxyType({})) -> Sizes:
-        """What `auto` stands for with `free` bytes: the first of the candidates that fits, or the smallest.
+        """Choose the sizes that `auto` stands for: the first of the candidates that fits, or the smallest.
 
-        before: sizes that were chosen earlier, by name; they are kept.
+        Args:
+            free: The free bytes of the device.
+            before: Sizes by name that were chosen earlier, which are kept.
         """
         for sizes in self._candidates(_asked(self.config, before)):
             if self.memory(sizes).total <= (1 - SPARE) * free:
@@ -204,7 +202,7 @@ class Footprint:
         batch = MicroBatch(torch.zeros(rows, T, dtype=torch.int64), zeros, zeros, zeros, zeros, [], 0)
         bank.key_dropout(torch.zeros(rows, dtype=torch.int64))
         body: list[int] = []
-        with _PeakBytes() as alive:
+        with PeakBytes() as alive:
             hook = model.get_output_embeddings().register_forward_pre_hook(lambda *_: body.append(alive.restart()))
             loss, _ = packed_loss(model, batch, torch.ones(bank.size), plain_head=self.plain_head)
             hook.remove()
@@ -221,12 +219,12 @@ class Footprint:
 
 
 def snapshot_bytes(adapters: int, parameters: int) -> int:
-    """Bytes on the host of what a commit under way is written from: weights and two moments of a pack's adapters."""
+    """Bytes of the host's copy of a pack from which a commit is written: weights and two moments."""
     return 3 * 4 * adapters * parameters
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process may take on the device; processes on one machine share its memory evenly."""
+    """Free bytes of the device; of a CPU's memory, the even share of this process among those of its machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
@@ -236,7 +234,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory taken so far: of the GPU by tensors, of the CPU by the whole process."""
+    """The peak of bytes in use so far: by tensors on a GPU, by the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type != "cpu":
@@ -261,12 +259,16 @@ def resolve_sizes(
     ranks: int = 1,
     before: Mapping[str, Any],
 ) -> Sizes:
-    """The sizes of a run on `ranks` ranks. What is `auto` stays as it was `before`, or is chosen to fit.
+    """Choose the sizes of a run that are `auto`, to fit the memory; a resumed run keeps its own.
 
     Args:
+        config: The run's configuration.
         model: The base model, or its shapes alone.
         device: Default: the model's.
         free: Bytes of each rank's device that are free before the base model is loaded.
+        longest: Tokens of the longest row.
+        ranks: The number of ranks.
+        before: The sizes that a resumed run was started with, by name.
     """
     device = device or model.device
     asked = _asked(config, before)
@@ -283,7 +285,7 @@ def resolve_sizes(
 
 def _worthwhile_tokens(config: RunConfig, device: torch.device, ranks: int) -> tuple[int, int]:
     """SLOW_TOKENS and FAST_TOKENS of a run."""
-    times = GATHERED_TIMES if config.model.shard and ranks > 1 else 1
+    times = GATHERED_TIMES if config.model.is_sharded(ranks) else 1
     return times * by_device(SLOW_TOKENS, device.type), times * by_device(FAST_TOKENS, device.type)
 
 
@@ -323,18 +325,6 @@ def _halves(most: int, least: int) -> list[int]:
     return sizes
 
 
-@contextlib.contextmanager
-def shapes_only() -> Iterator[None]:
-    """Within the block tensors have shapes but no data."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    silent, log.disabled = log.disabled, True  # what fails is raised as well
-    try:
-        with one_sequence_per_row(), FakeTensorMode(allow_non_fake_inputs=True):  # or transformers would read positions
-            yield
-    finally:
-        log.disabled = silent
-
-
 def _weight_bytes(model: PreTrainedModel, quantization: str | None, device: torch.device) -> tuple[int, int]:
     """Bytes of the base's weights, and of the largest one as it is unpacked for a matmul."""
     head = model.get_output_embeddings()
@@ -359,39 +349,3 @@ def _gathered_bytes(model: PreTrainedModel, weights: int) -> int:
     largest = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
     outside = total - in_layers
     return outside + round(2 * largest / in_layers * (weights - outside))
-
-
-class _PeakBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made within the block that are alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self._now = 0
-        self._known: dict[int, int] = {}  # storage -> its bytes, 0 for one made before the block
-
-    def restart(self) -> int:
-        """The peak so far, which is forgotten."""
-        peak, self.peak = self.peak, self._now
-        return peak
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self._meet(tensor, 0)
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._meet(tensor, tensor.untyped_storage().nbytes())
-        return result
-
-    def _meet(self, tensor: Tensor, nbytes: int) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._known:
-            self._known[key] = nbytes
-            self._now += nbytes
-            self.peak = max(self.peak, self._now)
-            weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self._now -= self._known.pop(key, 0)

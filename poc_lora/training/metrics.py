@@ -49,10 +49,15 @@ class MetricsLogger:
             ]
         self._log(adapters, lines)
 
-    def validation(self, pack: Pack, step: int, measures: Mapping[int | str, dict[str, Any]]) -> None:
+    def validation(
+        self, pack: Pack, step: int, measures: Mapping[int | str, dict[str, Any]], *, kept: bool = False
+    ) -> None:
         """Log what `validate` measured. `members` are the adapters of the merge: others may train in other packs."""
         members = [pack.bank.adapters[slot] for slot in pack.live]
-        lines = [{"step": step, "adapter": name, **measured, "members": members} for name, measured in measures.items()]
+        lines = [
+            {"step": step, "adapter": name, **measured, "members": members} | ({"kept": True} if kept else {})
+            for name, measured in measures.items()
+        ]
         self._log(pack.bank.adapters, lines)
 
     def take(self) -> list[tuple[list[int], Lines]]:
@@ -76,14 +81,16 @@ class MetricsLogger:
 def _track(tracker: Any, lines: Lines, part: str) -> None:
     """Pass lines on as curves named MEASURE/ADAPTER, where ADAPTER is a number, `base` or `merge`.
 
-    The merge of a pack that is not the whole run is `merge_FIRST-LAST`: each pack has its own.
+    The merge of a pack that is not the whole run is `merge_FIRST-LAST`: each pack has its own. Measures of the weights
+    that `train.keep: best` chose begin with `kept_`.
     """
     for line in lines:
         name = f"merge{part}" if line["adapter"] == "merge" else line["adapter"]
+        kept = "kept_" if "kept" in line else ""
         values = {
-            f"{measure}/{name}": float(value)
+            f"{kept}{measure}/{name}": float(value)
             for measure, value in line.items()
-            if measure not in ("step", "adapter") and isinstance(value, int | float)
+            if measure not in ("step", "adapter", "kept") and isinstance(value, int | float)
         }
         if tracker.name == "wandb":  # ignores a step before the last one, such as those of a second pack
             tracker.log({**values, "step": line["step"]})

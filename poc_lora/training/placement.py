@@ -16,11 +16,18 @@ class Progress:
     step: int
     status: str = "training"
     validated: int = 0  # the last step whose validation is written down
+    best_step: int = 0  # that of the lowest validation loss so far, under `train.keep: best`; 0: none yet
+    best_loss: float | None = None
 
     @property
     def begun(self) -> bool:
         """Whether it must be saved: in training and past step 0."""
         return self.status == "training" and self.step > 0
+
+
+def initial_progress(count: int) -> dict[int, Progress]:
+    """Returns the progress of a new run's adapters."""
+    return {adapter: Progress(0) for adapter in range(count)}
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def lengths_in_words(lengths: Sequence[int], max_length: int) -> str:
 
 
 def unknown_tokens(rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> float | None:
-    """Returns the share of tokens that stand for text that the tokenizer does not know; None if it has none such."""
+    """Returns the share of unknown tokens, which stand for text not in the vocabulary; None if there is none such."""
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         return None
@@ -86,7 +86,7 @@ def _peak(optim: OptimSection, steps: int) -> float:
 
 
 def warnings(config: RunConfig, data: TrainingData, unknown: float | None) -> list[str]:
-    """Returns what would waste the run, each with its remedy.
+    """Returns warnings of what would waste the run, each with its remedy.
 
     Args:
         config: The run's configuration.

@@ -6,7 +6,7 @@ config.yaml  run.json  metrics.jsonl  checkpoints/  adapters/  merged/  eval/
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from poc_lora.artifacts.metrics_line import MetricsLine, read_metrics
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.artifacts.run_info import NO_FILES, SUPERVISED_TOKENS, RunInfo
 from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
+from poc_lora.data.formats import Row
+from poc_lora.data.rows import write_rows
 from poc_lora.environment import environment
 from poc_lora.errors import CheckpointError, RunError
 from poc_lora.files import require_place, sync, system_errors_as, write_atomic
@@ -35,6 +37,7 @@ class Run:
         commit: The commit to resume, if any.
         problems: A line for each newer commit that is damaged.
         info: The content of run.json; None in a new run.
+        beside_adapters: Further files of every adapter's folder, by name: the tokenizer, if its template is ours.
     """
 
     def __init__(self, folder: Path, commit: Commit | None, problems: list[str], info: RunInfo | None):
@@ -43,20 +46,28 @@ class Run:
         self.commit = commit
         self.problems = problems
         self.info = info
+        self.beside_adapters: dict[str, bytes] = {}
 
-    def begin(self, config: RunConfig, **info: Any) -> None:
-        """Write config.yaml and run.json, and remove what a killed process left half written.
+    def begin(self, config: RunConfig, *, held_out: Sequence[Row], chat_template: str | None, **info: Any) -> None:
+        """Write config.yaml, run.json and the held-out rows, and remove what a killed process left half written.
 
         Args:
             config: The run's configuration.
+            held_out: The validation rows.
+            chat_template: The text of `data.chat_template`, if it is set.
             **info: Fields of `RunInfo`, beside those of the environment.
         """
         paths = self.paths
         write_atomic(paths.config, dump_yaml(config))
         self.update_info(**environment(), **info)
+        if held_out:
+            write_rows(paths.held_out, held_out)
+        if chat_template is not None:
+            write_atomic(paths.chat_template, chat_template)
         for aside in (*paths.checkpoints.glob(".*"), *paths.adapters.glob(".*")):
             shutil.rmtree(aside, ignore_errors=True)
-        for aside in (a for p in (paths.config, paths.info, paths.metrics) for a in self.folder.glob(f".{p.name}.*")):
+        written = (paths.config, paths.info, paths.metrics, paths.held_out, paths.chat_template)
+        for aside in (a for p in written for a in self.folder.glob(f".{p.name}.*")):
             aside.unlink()
         self._drop_repeated_metrics({} if self.commit is None else self.commit.progress)
 
@@ -97,12 +108,14 @@ class Run:
         folder = self.paths.adapter(number)
         if folder.exists():
             shutil.rmtree(folder)
-        write_adapter(adapter, folder)
+        write_adapter(adapter, folder, extra_files=self.beside_adapters)
 
 
 def _is_final(line: MetricsLine, progress: Mapping[int, Progress]) -> bool:
     """Whether a line is of a step or validation that a run at `progress` will not repeat."""
     nothing = Progress(0)
+    if line.kept:
+        return all(progress.get(adapter, nothing).status != "training" for adapter in line.members or ())
     if line.members is None:
         return isinstance(line.adapter, int) and line.step <= progress.get(line.adapter, nothing).step
     return all(line.step <= progress.get(adapter, nothing).validated for adapter in line.members)
@@ -110,9 +123,9 @@ def _is_final(line: MetricsLine, progress: Mapping[int, Progress]) -> bool:
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Create the folder and lock it against other training processes; removed again if no run begins.
+    """Create the folder and lock it against other training processes; both are removed if no run begins.
 
-    The lock ends with the process, however that ends.
+    The system releases the lock when the process ends, even if it is killed.
 
     Raises:
         RequestError: Another process holds the lock, or the folder cannot be created.
@@ -167,7 +180,8 @@ def find_run(config: RunConfig, *, resume: bool) -> Run:
         return Run(folder, None, [], None)
     before = load_config(paths.config)
     changed = changed_keys(before, config)
-    refused = {k: v for k, v in changed.items() if not k.startswith(RESUMABLE)}
+    fixed = ("train.validate_every",) if before.train.keep == "best" else ()  # the steps to choose among
+    refused = {k: v for k, v in changed.items() if not k.startswith(RESUMABLE) or k in fixed}
     if config.adapters.count < before.adapters.count:
         refused["adapters.count"] = (before.adapters.count, config.adapters.count)
     if refused:
@@ -181,16 +195,21 @@ def find_run(config: RunConfig, *, resume: bool) -> Run:
     return Run(folder, commit, problems, RunInfo.read_if_there(paths.info))
 
 
-def require_same_rows(run: Run, files: Mapping[str, str]) -> None:
+def require_same_rows(run: Run, files: Mapping[str, str], validation_files: Mapping[str, str]) -> None:
     """Raise RunError, saying what has changed, if a run is resumed on other rows than it began with.
 
     Args:
         run: The run to resume.
-        files: Checksums by path, and of the tokenised rows under the keys `NO_FILES`.
+        files: Checksums of the training files by path, and of the tokenised rows under the keys `NO_FILES`.
+        validation_files: The same of `data.validation_files`.
     """
     if run.info is None:
         return
-    before = run.info.data_sha256
+    _require_same(run, "training", run.info, run.info.data_sha256, files)
+    _require_same(run, "validation", run.info, run.info.validation_sha256, validation_files)
+
+
+def _require_same(run: Run, kind: str, info: RunInfo, before: Mapping[str, str], files: Mapping[str, str]) -> None:
     if SUPERVISED_TOKENS not in before:  # a run of before it was recorded
         files = {path: digest for path, digest in files.items() if path != SUPERVISED_TOKENS}
     if before == files:
@@ -198,17 +217,17 @@ def require_same_rows(run: Run, files: Mapping[str, str]) -> None:
     changed = sorted(path for path in before.keys() | files.keys() if before.get(path) != files.get(path))
     changed_files = [path for path in changed if path not in NO_FILES]
     if changed_files:
-        what = f"the training files have changed since the run began: {', '.join(changed_files)}"
+        what = f"the {kind} files have changed since the run began: {', '.join(changed_files)}"
         fix = "restore them, or start a new run"
     else:
-        then, now = run.info.versions, environment()["versions"]
+        then, now = info.versions, environment()["versions"]
         others = [
             f"{name} was {then.get(name)}, is {now.get(name)}"
             for name in ("transformers", "tokenizers", "datasets")
             if then.get(name) != now.get(name)
         ]
         what = (
-            "the training files are unchanged, but their tokens, or which of them have a loss, are not those that the"
+            f"the {kind} files are unchanged, but their tokens, or which of them have a loss, are not those that the"
             " run began with: the tokenizer,"
             f" its chat template or a data set of the Hub has changed{'; ' + ', '.join(others) if others else ''}"
         )

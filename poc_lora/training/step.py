@@ -100,7 +100,7 @@ class Pack:
 
         Args:
             step: The number of the step, which keys its rows, dropout and noise.
-            stop: Asked before every micro-batch.
+            stop: Called before every micro-batch; the step is abandoned if it returns True.
 
         Returns:
             What the step did; None, with nothing changed, if `stop` returned True before all rows had been processed.
@@ -181,9 +181,9 @@ class Pack:
 
     @torch.no_grad()
     def row_losses(self, examples: Sequence[Example], stop: Callable[[], bool] = lambda: False) -> list[float] | None:
-        """Return the loss of each example, summed over its supervised tokens, under the bank's present view.
+        """Return the loss of each example, summed over its supervised tokens, of the model that the bank computes now.
 
-        None if `stop`, which is asked before every micro-batch, returned True before all of them had been processed.
+        Returns None if `stop`, which is called before every micro-batch, returned True.
         """
         self.model.eval()
         losses = [0.0] * len(examples)

@@ -1,4 +1,4 @@
-"""Whether what is trained is what the model computes and what PEFT loads: asked on shapes, before weights are read."""
+"""Checks before weights are read: updates of the targets have an effect, and PEFT attaches to the same modules."""
 
 import contextlib
 
@@ -6,16 +6,17 @@ import torch
 
 from poc_lora.config import RunConfig
 from poc_lora.errors import PocLoraError
-from poc_lora.lora.bank import AdapterBank, matching_linears
+from poc_lora.lora.bank import AdapterBank, matching_linears, resolve_targets
 from poc_lora.lora.peft_targets import require_attached
 from poc_lora.models.load import empty_base
-from poc_lora.training.memory import shapes_only
+from poc_lora.training.shapes import shapes_only
 
 
 def require_targets(config: RunConfig) -> None:
     """Raises ModelError if a target matches no layer, if PEFT attaches other modules, or if an update has no effect."""
-    section, targets = config.model, config.lora.targets
+    section = config.model
     model = empty_base(section.name, revision=section.revision)
+    targets = resolve_targets(model, config.lora.targets)
     require_attached(model, list(matching_linears(model, targets)), targets)
     with shapes_only(), torch.no_grad():
         model = empty_base(section.name, revision=section.revision)

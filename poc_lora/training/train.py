@@ -16,20 +16,20 @@ from poc_lora.config import RunConfig, flatten
 from poc_lora.distributed import Ranks, open_ranks
 from poc_lora.environment import changed_devices, describe_device, environment
 from poc_lora.envvars import whole_number
-from poc_lora.errors import TrainingError, visible
-from poc_lora.lora.bank import matching_linears
+from poc_lora.errors import Interrupted, TrainingError, visible
+from poc_lora.lora.bank import count_parameters, matching_linears, resolve_targets
 from poc_lora.models.compilation import why_not_compiled
 from poc_lora.models.forward import without_cudnn_attention
-from poc_lora.models.load import default_device, empty_base, load_base, load_tokenizer
+from poc_lora.models.load import default_device, load_base, tokenizer_files
 from poc_lora.models.recomputation import gradient_checkpointing
-from poc_lora.models.sharding import shard_base
+from poc_lora.models.sharding import load_to_shard, shard_base
 from poc_lora.training.check import disk_bytes, preflight, require_processes, require_room, run_data
 from poc_lora.training.checkpoint import Commits
-from poc_lora.training.data import TrainingData
+from poc_lora.training.data import TrainingData, chat_template
 from poc_lora.training.loop import TrainingLoop, TrainingResult
 from poc_lora.training.memory import Sizes, free_bytes, peak_bytes, resolve_sizes
 from poc_lora.training.metrics import MetricsLogger, open_trackers
-from poc_lora.training.placement import Progress, place
+from poc_lora.training.placement import initial_progress, place
 from poc_lora.training.run import Run, run_lock
 
 
@@ -77,26 +77,35 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
         model, tokenizer = _load_model(config, dtype, device, ranks)
         started = (run.info and run.info.start) or datetime.fromisoformat(now)
         data = run_data(config, run, model, tokenizer, now=started)
+        if config.data.chat_template:
+            run.beside_adapters = tokenizer_files(tokenizer)
         sizes = _resolve_sizes(run, resolved, data, model, device, free, ranks)
-    ranks.require_equal(data.files | asdict(sizes) | {"commit": run.commit.number if run.commit else None})
+    ranks.require_equal(
+        data.files
+        | {"validation": data.validation_files}
+        | asdict(sizes)
+        | {"commit": run.commit.number if run.commit else None}
+    )
     with ranks.raise_on_all():
         if ranks.rank == 0:
-            _begin(run, config, data, sizes, started_at=started.isoformat(), dtype=dtype, devices=devices)
-    if _sharded(config, ranks):
+            targets = list(resolve_targets(model, config.lora.targets))
+            begun = dict(started_at=started.isoformat(), dtype=dtype, target_modules=targets)
+            _begin(run, config, data, sizes, devices=devices, **begun)
+    if config.model.is_sharded(ranks.size):
         ranks.heartbeat("sharding the base model")
-        model = shard_base(model if ranks.rank == 0 else None, device)
+        model = shard_base(model, device)
 
-    progress = _progress(config, run)
+    progress = initial_progress(config.adapters.count) | (run.commit.progress if run.commit else {})
     before = run.commit.manifest.placement if run.commit else None
     placement = place(progress, data.total_steps, ranks=ranks.size, per_device=sizes.per_device, before=before)
     with (
         open_trackers(config, run) if ranks.rank == 0 else contextlib.nullcontext(()) as trackers,
         Commits(run.paths.checkpoints, ranks, placement, keep=config.checkpoint.keep, last=run.commit) as commits,
     ):
-        result = TrainingLoop(
+        loop = TrainingLoop(
             config,
             ranks=ranks,
-            run_folder=run,
+            run=run,
             metrics=MetricsLogger(run, trackers, adapters=config.adapters.count, rank=ranks.rank),
             commits=commits,
             placement=placement,
@@ -110,32 +119,31 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
                 data.truncated,
                 data.dropped,
                 data.skipped,
-                is_main_process=ranks.rank == 0,
+                is_rank_0=ranks.rank == 0,
             ),
-        ).run()
-    return _total(result, run, ranks, device)
-
-
-def _sharded(config: RunConfig, ranks: Ranks) -> bool:
-    return config.model.shard and ranks.size > 1
+        )
+        try:
+            result = loop.train()
+        except Interrupted:
+            if ranks.rank == 0:
+                _add_seconds(run, loop.result.seconds, loop.result.commit_seconds)
+            raise
+    return _total(config, result, run, ranks, device)
 
 
 def _load_model(
     config: RunConfig, dtype: str, device: torch.device, ranks: Ranks
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load base model and tokenizer; of a base that is to be sharded, rank 0 loads weights, the others only shapes."""
-    section, sharded = config.model, _sharded(config, ranks)
-    if sharded and ranks.rank:
-        model = empty_base(section.name, revision=section.revision, dtype=dtype)
-        return model, load_tokenizer(section.name, revision=section.revision)
-    return load_base(
-        section.name,
-        revision=section.revision,
-        dtype=dtype,
-        quantization=section.quantization,
-        device=torch.device("cpu") if sharded else device,
-        floats_only=sharded,
-    )
+    section = config.model
+    how: dict[str, Any] = {
+        "revision": section.revision,
+        "dtype": dtype,
+        "quantization": section.quantization,
+        "chat_template": chat_template(config),
+    }
+    if section.is_sharded(ranks.size):
+        return load_to_shard(section.name, **how, rank=ranks.rank)
+    return load_base(section.name, **how, device=device)
 
 
 def _resolve_sizes(
@@ -161,10 +169,8 @@ def _resolve_sizes(
         with gradient_checkpointing(model):
             pass  # refuses a model without such layers before anything is written
     if run.info is None:
-        linears = matching_linears(model, config.lora.targets).values()
-        parameters = config.lora.rank * sum(m.in_features + m.out_features for m in linears)
-        at_once = min(sizes.per_device * ranks.size, config.adapters.count)
-        require_room(run.folder, disk_bytes(config, parameters, at_once))
+        parameters = count_parameters(matching_linears(model, config.lora.targets).values(), config.lora.rank)
+        require_room(run.folder, disk_bytes(config, parameters, sizes.per_device * ranks.size))
     return sizes
 
 
@@ -176,9 +182,13 @@ def _begin(run: Run, config: RunConfig, data: TrainingData, sizes: Sizes, *, dev
         print(change, file=sys.stderr)  # noqa: T201
     run.begin(
         config,
+        held_out=data.held_out,
+        chat_template=chat_template(config),
         seed=config.adapters.seed,
         steps=data.total_steps,
         data_sha256=data.files,
+        validation_sha256=data.validation_files,
+        chats=data.chats,
         skipped_rows=data.skipped,
         processes=len(devices),
         devices=devices,
@@ -187,12 +197,7 @@ def _begin(run: Run, config: RunConfig, data: TrainingData, sizes: Sizes, *, dev
     )
 
 
-def _progress(config: RunConfig, run: Run) -> dict[int, Progress]:
-    fresh = {adapter: Progress(0) for adapter in range(config.adapters.count)}
-    return fresh if run.commit is None else fresh | run.commit.progress
-
-
-def _total(result: TrainingResult, run: Run, ranks: Ranks, device: torch.device) -> TrainingResult:
+def _total(config: RunConfig, result: TrainingResult, run: Run, ranks: Ranks, device: torch.device) -> TrainingResult:
     """Sum over all ranks and write the totals to run.json. Raises TrainingError if no adapter has finished."""
     figures = ranks.gather(
         [result.tokens, result.padded_tokens, result.seconds, result.commit_seconds, peak_bytes(device)]
@@ -201,18 +206,26 @@ def _total(result: TrainingResult, run: Run, ranks: Ranks, device: torch.device)
     result.tokens, result.padded_tokens = sum(tokens), sum(padded)
     result.seconds, result.commit_seconds, result.peak_bytes = max(seconds), max(waited), max(peaks)
     if ranks.rank == 0:
-        before = run.info or RunInfo()
-        run.update_info(
-            train_seconds=round((before.train_seconds or 0) + result.seconds, 3),
-            commit_seconds=round((before.commit_seconds or 0) + result.commit_seconds, 3),
-            peak_bytes=result.peak_bytes,
-        )
+        if config.train.keep == "best":
+            finished = {a: state for a, state in result.progress.items() if state.status == "finished"}
+            run.update_info(best_steps={a: state.best_step or state.step for a, state in finished.items()})
+        _add_seconds(run, result.seconds, result.commit_seconds)
+        run.update_info(peak_bytes=result.peak_bytes)
     if not any(state.status == "finished" for state in result.progress.values()):
         problem = TrainingError(
             "every adapter diverged: no loss stayed finite", where=run.folder, fix="lower optim.lr or optim.temperature"
         )
         raise ranks.mark_shared(problem)
     return result
+
+
+def _add_seconds(run: Run, training: float, commits: float) -> None:
+    """Add the time of this call to that of the calls before it, in run.json."""
+    before = run.info or RunInfo()
+    run.update_info(
+        train_seconds=round((before.train_seconds or 0) + training, 3),
+        commit_seconds=round((before.commit_seconds or 0) + commits, 3),
+    )
 
 
 def _restarted(config: RunConfig) -> bool:

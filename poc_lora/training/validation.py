@@ -25,8 +25,8 @@ def validate(
     """Measure the base model, each live adapter, and their running merge.
 
     Args:
-        pack: The pack, whose bank provides the views.
-        stop: Asked before every micro-batch.
+        pack: The adapters, at the same step.
+        stop: Called before every micro-batch; validation ends if it returns True.
         report: Called with a note on progress before each model.
 
     Returns:
@@ -42,14 +42,14 @@ def validate(
     tokens = [supervised_tokens(example) for example in examples]
     # Ranks that share a base run it equally often: those with fewer adapters measure the base once more instead.
     most = all_reduce_max([len(pack.live)])[0] if pack.sharded else len(pack.live)
-    views: list[tuple[int | str, Callable[[], contextlib.AbstractContextManager[None]]]] = [
+    models: list[tuple[int | str, Callable[[], contextlib.AbstractContextManager[None]]]] = [
         *[("base", bank.disabled)] * (1 + most - len(pack.live)),
         *[(bank.adapters[slot], functools.partial(bank.only, slot)) for slot in pack.live],
         ("merge", bank.merged),
     ]
-    for number, (name, view) in enumerate(views, start=1):
-        report(f"validating, model {number} of {len(views)}")
-        with view():
+    for number, (name, activate) in enumerate(models, start=1):
+        report(f"validating, model {number} of {len(models)}")
+        with activate():
             losses = pack.row_losses(examples, stop)
         if losses is None:
             return None

@@ -257,7 +257,7 @@ def in_float8(model: PreTrainedModel) -> Iterator[None]:
         for path, layer in list(model.named_modules()):
             if isinstance(layer, Float8Linear):
                 linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-                weight = layer.dequantized().to(model.dtype)
+                weight = (layer.weight.float() * layer.weight_scale).to(model.dtype)
                 linear.weight = torch.nn.Parameter(weight, requires_grad=False)
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, linear.eval())

@@ -53,6 +53,7 @@ from poc_lora.training.step import Pack
 
 TRAINED = ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")
 QUESTIONS = 1_000  # of each benchmark
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # as in the paper
 HELD_OUT = 20  # every so many rows, or modules
 OPTION = re.compile(r"\b(?:Answer|Solution|Option|Ending)\d: ")
 EMA_DECAY = 0.99
@@ -226,7 +227,7 @@ class Study:
     def _config(self, job: Job, rows: str = "train") -> Any:
         raw = {
             "model": {"name": self.folder},
-            "lora": {"rank": job.rank, "alpha": 2 * job.rank},
+            "lora": {"rank": job.rank, "alpha": 2 * job.rank, "targets": TARGETS},
             "adapters": {"count": job.count, "seed": job.seed},
             "data": {
                 "train": [str(self.rows / job.task / f"{rows}.json")],

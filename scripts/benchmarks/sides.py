@@ -32,6 +32,7 @@ from transformers import (
 
 from poc_lora.config import RunConfig
 from poc_lora.data.batches import PAD_MULTIPLE
+from poc_lora.lora.bank import resolve_targets
 from poc_lora.training.data import TrainingData
 from poc_lora.training.memory import Sizes
 from poc_lora.training.step import Pack, StepResult
@@ -212,7 +213,7 @@ def peft_model(work: Work, adapter: int) -> PeftModel:
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora.dropout,
-        target_modules=list(config.lora.targets),
+        target_modules=list(resolve_targets(work.model, config.lora.targets)),
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(adapter)

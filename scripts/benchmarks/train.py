@@ -48,6 +48,7 @@ from poc_lora.devices import by_device
 from poc_lora.environment import environment
 from poc_lora.errors import PocLoraError
 from poc_lora.files import write_json
+from poc_lora.lora.bank import resolve_targets
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import context_length, default_device, load_base, resolve_dtype
@@ -62,6 +63,7 @@ SHAPES = {
     "1b": (2048, 16, 8192, 32, 8, 128256),
     "8b": (4096, 32, 14336, 32, 8, 128256),
 }
+PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 PAD = "<pad>"
 ROW_LENGTHS = (40, 160)  # of random rows, both ends included
 WARM_UP = 2  # steps
@@ -220,6 +222,7 @@ def random_work(a: argparse.Namespace, config: RunConfig, device: torch.device) 
     data = TrainingData(
         rows,
         [],
+        [],
         order,
         total_steps=a.steps,
         max_length=max(lengths),
@@ -227,7 +230,9 @@ def random_work(a: argparse.Namespace, config: RunConfig, device: torch.device) 
         truncated=0,
         dropped=0,
         skipped=0,
+        chats=False,
         files={},
+        validation_files={},
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({PAD: 0})), pad_token=PAD)
     free = free_bytes(device)
@@ -272,9 +277,9 @@ def batch_order(rows: list[Example], config: RunConfig) -> BatchOrder:
 def run_config(a: argparse.Namespace) -> RunConfig:
     raw = {
         "model": {"name": a.shape or a.model or str(MODEL_DIR), "dtype": a.dtype},
-        "lora": {"rank": a.rank, "alpha": 2 * a.rank},
+        "lora": {"rank": a.rank, "alpha": 2 * a.rank, "targets": PAPER_TARGETS},
         "adapters": {"count": a.adapters, "per_device": a.adapters},
-        "data": {"train": [a.data or str(DATA_DIR)], "prompt": a.prompt, "validation": 0},
+        "data": {"train": [a.data or str(DATA_DIR)], "prompt": a.prompt, "learn": "all", "validation": 0},
         "train": {"max_steps": a.steps, "batch_size": a.batch},
         "output": "unused",
     }
@@ -299,7 +304,7 @@ def settings(a: argparse.Namespace, work: Work) -> dict[str, Any]:
         "batch": config.train.batch_size,
         "rank": config.lora.rank,
         "alpha": config.lora.alpha,
-        "targets": list(config.lora.targets),
+        "targets": list(resolve_targets(work.model, config.lora.targets)),
         "rows": len(work.data.train),
         "steps": a.steps,
         "warm_up_steps": WARM_UP,

@@ -15,7 +15,8 @@ VERBS = sorted(get_command(cli.app).commands)
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(poc_lora, verb):
-    status, out, _ = poc_lora(verb, "--help")
+    status, out, _ = poc_lora(verb, "-h")
+    assert poc_lora(verb, "--help") == (status, out, "")
     assert status == 0
     assert "Usage" in out
     assert "Example" in out or verb == "env"  # env takes nothing
@@ -26,6 +27,14 @@ def test_help_lists_the_verbs(poc_lora):
     assert status == 0
     assert {"demo", "check", "train", "merge", "eval", "report", "env"} <= set(VERBS)
     assert all(verb in out for verb in VERBS)
+
+
+def test_a_shell_completes_verbs_and_options(poc_lora, monkeypatch):
+    monkeypatch.setenv("_POC_LORA_COMPLETE", "complete_bash")
+    for words, number, expected in [("poc-lora tr", 1, "train"), ("poc-lora merge --rank-", 2, "--rank-sweep")]:
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(number))
+        assert poc_lora() == (0, f"{expected}\n", "")
 
 
 def test_the_module_refuses_bad_input_as_a_program(tmp_path):

@@ -1,13 +1,19 @@
 """`eval` and `report`: what they refuse, and what they write."""
 
+import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
+from poc_lora.artifacts.results import Results
+from poc_lora.artifacts.row_losses import RowLosses
+from poc_lora.artifacts.study import Study
 from poc_lora.cli.evaluation import Dtype, Prompt, Protocol
 from poc_lora.config import DataSection, ModelSection
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.evaluation.evaluate import PROTOCOLS
+from poc_lora.microworld import DATA_DIR
 
 
 @pytest.mark.parametrize(
@@ -34,6 +40,15 @@ def test_eval_list_shows_the_eight_benchmarks_and_needs_nothing_else(poc_lora, r
         assert name in out
     assert "TARGETS is missing" in refused("eval", "--data", ".")
     assert "--data is missing" in refused("eval", "run")
+
+
+def test_json_alone_is_on_stdout_and_is_the_file_of_results(poc_lora, trained):
+    status, out, err = poc_lora("eval", "run", "--data", DATA_DIR, "--limit", "2", "--json")
+    assert status == 0, err
+    assert json.loads(out) == json.loads((trained.parent / "run/eval/results.json").read_text())
+    status, out, err = poc_lora("eval", "run", "--rows", "train.json", "--json")
+    assert status == 0, err
+    assert json.loads(out) == json.loads((trained.parent / "run/eval-rows/rows.json").read_text())
 
 
 def test_a_report_of_a_run_that_was_only_trained(poc_lora, trained):
@@ -76,3 +91,45 @@ def test_the_choices_are_the_library_s():
 )
 def test_rows_and_benchmarks_are_scored_apart(refused, words, said):
     assert said in refused(*words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("eval --harness-tasks gsm8k", "TARGETS is missing"),
+        ("eval run --harness-tasks gsm8k --data .", "--data is for benchmarks"),
+        ("eval run --harness-tasks gsm8k --subsets", "--subsets is for benchmarks"),
+        ("eval run --harness-tasks gsm8k --rows x.jsonl", "--harness-tasks is for benchmarks"),
+        ("eval run --harness-tasks gsm8k --protocol generate", "their own protocols"),
+        ("eval run --harness-tasks gsm8k --prompt bare", "their own protocols"),
+        ("eval run --data . --num-fewshot 3", "--num-fewshot is for tasks of lm-eval"),
+        ("eval run --data . --include-path .", "--include-path is for tasks of lm-eval"),
+    ],
+)
+def test_tasks_of_lm_eval_are_scored_apart(refused, words, said):
+    assert said in refused(*words.split())
+
+
+def test_a_study_evaluates_each_run_as_it_would_be_alone(poc_lora, refused, trained):
+    quiz = [{"question": f"Which is {i}?", "choices": ["cup", "old hat"], "answer": i % 2} for i in range(6)]
+    Path("tasks/quiz").mkdir(parents=True)
+    Path("tasks/quiz/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quiz))
+    assert poc_lora("train", trained, "adapters.seed=1", "output=other")[0] == 0
+    assert poc_lora("eval", "other", "--data", "tasks")[0] == 0
+    alone = Results.read(Path("other/eval/results.json"))
+    status, out, err = poc_lora("eval", "--study", "run", "other", "--data", "tasks")
+    assert status == 0, err
+    assert "12.7 standard errors" in out
+    assert "next: poc-lora report run --compare other" in out
+    assert Results.read(Path("other/eval/results.json")) == alone
+    study = Study.read(Path("run/study.json"))
+    for variant, scored in (("average", alone.average), ("merged", alone.merged)):
+        assert study.measures["accuracy"][variant].values[1] == scored.average.value
+    assert set(study.measures) == {"accuracy", "nll", "held_out_loss"}
+    status, out, err = poc_lora("eval", "--study", "run", "other", "--rows", "train.json", "--out", "rows-study")
+    assert status == 0, err
+    losses = RowLosses.read(Path("other/eval-rows/rows.json"))
+    study = Study.read(Path("rows-study/study.json"))
+    assert study.measures["rows_loss"]["merged"].values[1] == sum(losses.merged) / sum(losses.tokens)
+    assert set(study.measures) == {"rows_loss", "held_out_loss"}
+    assert "one run is no study" in refused("eval", "--study", "run", "--rows", "train.json")

@@ -1,6 +1,7 @@
 """`merge` and `fold`: what they refuse, what they write beside the adapter, and how they are interrupted."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -59,6 +60,41 @@ def test_a_rank_sweep_is_drawn_beside_merge_json(poc_lora, trained):
     status, _, _ = poc_lora("merge", "run", "--out", "plain")
     assert status == 0
     assert not list((trained.parent / "plain").glob("rank_sweep*"))
+
+
+def test_a_rank_sweep_alone_writes_nothing(poc_lora, refused, trained):
+    status, out, err = poc_lora("merge", "run", "--rank-sweep", "1,2,4")
+    assert status == 0, err
+    assert "nothing was written\nnext: poc-lora merge run --out DIR --rank RANK\n" in out
+    assert "kept of ‖ΔW‖²" in out
+    assert sorted(path.name for path in trained.parent.iterdir()) == ["run", "run.yaml", "train.json"]
+    assert "--out is missing" in refused("merge", "run")
+
+
+def test_the_folder_of_adapters_is_as_good_as_their_names(poc_lora, trained):
+    assert poc_lora("merge", "run/adapters", "--out", "one")[0] == 0
+    assert poc_lora("merge", "run/adapters/00", "run/adapters/01", "--out", "two")[0] == 0
+    weights = [(trained.parent / out / "adapter_model.safetensors").read_bytes() for out in ("one", "two")]
+    assert weights[0] == weights[1]
+
+
+def test_fold_takes_the_base_that_the_adapter_names(poc_lora, refused, trained, tiny_model_dir):
+    for words in (["--out", "one"], ["--out", "two", "--base", tiny_model_dir]):
+        assert poc_lora("fold", "run/adapters/00", *words)[0] == 0
+    weights = [(trained.parent / out / "model.safetensors").read_bytes() for out in ("one", "two")]
+    assert weights[0] == weights[1]
+    config = trained.parent / "run/adapters/00/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    assert "does not name its base model" in refused("fold", "run/adapters/00", "--out", "three")
+
+
+def test_json_alone_is_on_stdout_and_is_merge_json(poc_lora, trained):
+    status, out, err = poc_lora("merge", "run", "--out", "out", "--rank-sweep", "1,2", "--json")
+    assert status == 0, err
+    assert json.loads(out) == json.loads((trained.parent / "out" / "merge.json").read_text())
+    assert (trained.parent / "out" / "rank_sweep.svg").is_file()
+    status, out, _ = poc_lora("merge", "run", "--rank-sweep", "1,2", "--json")
+    assert json.loads(out)["rank_sweep"].keys() == {"all", "q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize("options", [["--method", "linear"], ["--dtype", "int8"]])

@@ -32,6 +32,21 @@ def test_check_prints_what_a_run_will_do(poc_lora, config):
     assert not (config.parent / "run").exists()
 
 
+def test_check_and_train_print_one_json_object_alone(poc_lora, config):
+    status, out, err = poc_lora("check", config, "--json")
+    assert status == 0, err
+    facts = json.loads(out)
+    assert (facts["steps"], facts["adapters"], facts["warnings"]) == (2, 2, [])
+    assert 0 < facts["bytes"]["peak"] < facts["bytes"]["free"]
+    assert "bytes" not in poc_lora("check", config)[1].split()
+    status, out, err = poc_lora("train", config, "--json")
+    assert status == 0, err
+    done = json.loads(out)
+    assert done["folder"] == "run"
+    assert done["progress"]["1"] == {"step": 2, "status": "finished", "validated": 2}
+    assert done["held_out"][0]["rows"] == 4
+
+
 def test_init_writes_a_configuration_that_check_takes_at_once(poc_lora, refused, config, tiny_model_dir):
     rows = ["--data", "train.json", "--data", "train.json"]
     status, out, err = poc_lora("init", "mine.yaml", "--model", tiny_model_dir, *rows)

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
-from poc_lora.data.formats import ChatRow, CompletionRow, InstructionRow, parse_row
+from poc_lora.data.formats import ChatRow, CompletionRow, InstructionRow, as_columns, parse_row
+from poc_lora.data.prompts import TEMPLATES, render_prompt
+from poc_lora.data.questions import Question
 from poc_lora.errors import DataError
+from poc_lora.evaluation.protocols.label import answered
 
 INSTRUCTION = {"instruction": "Add.", "input": "1 2", "output": "3"}
 COMPLETION = {"prompt": "1 + 2 =", "completion": " 3"}
@@ -100,6 +103,56 @@ def test_two_columns_do_not_become_one():
         in refusal({**INSTRUCTION, "answer": "3"}, {"answer": "output"}).what
     )
     assert "already" in refusal({"a": "x", "b": "y"}, {"a": "prompt", "b": "prompt"}).what
+
+
+@pytest.mark.parametrize("answer", [1, " in a barn"])
+def test_the_right_choice_is_the_answer_where_eval_looks_for_it(answer):
+    row = {"question": "Where?", "choices": ["in the attic", " in a barn"], "answer": answer}
+    assert parse_row(row, "") == InstructionRow("Where?", "", " in a barn")
+    prompted = {**row, "prompt": "It is", "question": None}
+    assert parse_row(prompted, "") == CompletionRow("It is", " in a barn")
+    assert parse_row({**prompted, "answer": 0}, "") == CompletionRow("It is", " in the attic")
+    assert parse_row({**prompted, "answer": 0, "prompt": "It is\n"}, "") == CompletionRow("It is\n", "in the attic")
+    for template in TEMPLATES:
+        question = Question("Where?", "", tuple(row["choices"]), " in a barn", "question")
+        prompt = render_prompt("Where?", "", template, purpose="training")
+        if template != "llm-adapters":  # its two prompts differ in white space
+            assert prompt + " in a barn" == answered(question, template)[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"answer": 2}, "'2' is none of the 2 choices"),
+        ({"answer": None}, "'None' is none of"),
+        ({"answer": True}, "'True' is none of"),
+        ({"choices": {"text": ["a", "b"]}}, "not a list of texts"),
+        ({"choices": ["a", " "]}, "not a list of texts"),
+        ({"prompt": "It is"}, "both 'question' and 'prompt'"),
+        ({"label": 3}, "the column 'label' carries content"),
+    ],
+)
+def test_choices_that_cannot_be_used_are_refused(change, said):
+    assert said in refusal({"question": "Where?", "choices": ["a", "b"], "answer": 0, **change}).what
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        INSTRUCTION,
+        {"instruction": "Add.", "output": "3"},
+        COMPLETION,
+        CHAT,
+        {"messages": [*TURNS, *TURNS], "tools": [SCHEMA], "system": "Be brief."},
+        {"messages": [{**TURNS[0], "name": "Ann"}, {**TURNS[1], "weight": 0}, *TURNS]},
+        {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}, TURNS[1]]},
+        {"question": "Where?", "choices": ["a", "b"], "answer": 1},
+    ],
+)
+def test_the_columns_of_a_row_read_back_as_the_row(row):
+    parsed = parse_row(row, "")
+    written = json.loads(json.dumps(as_columns(parsed)))
+    assert parse_row(written, "") == parsed
 
 
 @pytest.mark.parametrize("name", ["conversations", "messages"])

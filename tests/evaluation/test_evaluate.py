@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -356,6 +357,22 @@ def test_questions_that_were_answered_are_not_asked_again(run, data, monkeypatch
         evaluate([run], data=data, benchmarks=["piqa"])
 
 
+def test_a_finished_evaluation_is_read_without_its_base(run, data, monkeypatch):
+    first = evaluate([run], data=data, benchmarks=["openbookqa", "piqa"], subsets=True)
+    assert list(first.calibration_of_adapters) == ["00", "01", "02"]
+    assert first.calibration["best"] == first.calibration_of_adapters[first.best]
+    module = sys.modules[evaluate.__module__]
+
+    def refuse(*arguments, **options):
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr(module, "load_base", refuse)
+    assert evaluate([run], data=data, benchmarks=["openbookqa", "piqa"], subsets=True) == first
+    assert evaluate([run], data=data, benchmarks=["piqa"]).questions == {"piqa": 12}
+    with pytest.raises(AssertionError, match="was loaded"):
+        evaluate([run], data=data, benchmarks=["piqa"], prompt="clean")
+
+
 @pytest.mark.parametrize("protocol", ["label", "generate"])
 def test_an_interrupted_evaluation_resumes_to_the_same_results(run, data, tmp_path, monkeypatch, protocol):
     expected = evaluate([run], data=data, benchmarks=["piqa"], protocol=protocol, out=tmp_path / "straight")
@@ -530,6 +547,51 @@ def test_two_ranks_share_the_questions(run, data, tmp_path):
     assert together.adapters == alone.adapters
     assert together.merged == alone.merged
     assert together.ensemble == alone.ensemble
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_base_that_was_sharded_for_training_is_sharded_for_its_questions(run, data, tmp_path, size):
+    alone = evaluate([run], data=data, out=tmp_path / "alone", benchmarks=["piqa", "openbookqa"])
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["shard"] = True
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    code = (
+        "from poc_lora.evaluation import evaluate as e; shard = e.shard_base;"
+        " e.shard_base = lambda *a: print('shards') or shard(*a);"
+        " from poc_lora.evaluation.protocols import label; label.TOKENS_PER_BATCH['cpu'] = 300;"
+        " from poc_lora.__main__ import main; main()"
+    )
+    arguments = ["eval", str(run), "--data", str(data), "--benchmarks", "piqa,openbookqa"]
+    with processes(size, "-c", code, *arguments) as ranks:
+        (first, shown, errors), *others = finish(ranks)
+    assert [first, *(status for status, _, _ in others)] == [0] * size, errors
+    assert "PoC merge" in shown
+    assert [out for _, out, _ in others] == ["shards\n"] * (size - 1)
+    together = Results.read(run / "eval" / "results.json")
+    assert together.adapters == alone.adapters
+    assert (together.base, together.merged, together.ensemble) == (alone.base, alone.merged, alone.ensemble)
+    for variant in ("base", "adapter-02", "merged"):
+        ours, theirs = (lines(place / f"{variant}.jsonl") for place in (run / "eval", tmp_path / "alone"))
+        for one, other in zip(ours, theirs, strict=True):
+            assert one["log_probs"] == pytest.approx(other["log_probs"], abs=2e-5)
+
+
+@pytest.mark.parametrize("protocol", ["generate", "label"])
+def test_what_cannot_be_evaluated_on_a_sharded_base_is_refused(run, data, protocol):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["shard"] = True
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    if protocol == "label":
+        whole = adapter(0, config["model"]["name"])
+        head = {"lm_head.weight": torch.zeros(1)}
+        write_adapter(dataclasses.replace(whole, modules_to_save=head), run / "adapters" / "03")
+        shutil.rmtree(run / "merged")
+    arguments = ["eval", str(run), "--data", str(data), "--benchmarks", "piqa", "--protocol", protocol]
+    with processes(2, "-m", "poc_lora", *arguments) as ranks:
+        (first, _, errors), (second, _, silent) = finish(ranks)
+    assert (first, second) == (2, 2), errors
+    assert "in one process" in errors
+    assert "poc-lora:" not in silent
 
 
 def test_a_rank_without_questions_ends_with_those_that_are_stopped(run, data):

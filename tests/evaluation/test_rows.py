@@ -11,12 +11,12 @@ import torch
 from poc_lora.adapters.adapter import write_adapter
 from poc_lora.artifacts.row_losses import RowLosses
 from poc_lora.config import load_config
-from poc_lora.data.prompts import encode_rows
+from poc_lora.data.prompts import encode_rows, row_limit
 from poc_lora.data.rows import read_sources
 from poc_lora.errors import AdapterError, DataError, Interrupted, RequestError
 from poc_lora.evaluation import rows as module
 from poc_lora.evaluation.rows import evaluate_rows
-from poc_lora.models.load import load_base
+from poc_lora.models.load import context_length, load_base
 from tests.evaluation import test_evaluate
 from tests.evaluation.test_evaluate import adapter
 
@@ -44,7 +44,7 @@ def by_peft(run, rows, folder=None):
         read_sources([str(rows)]),
         tokenizer,
         template=config.data.prompt,
-        max_length=config.data.max_length,
+        max_length=row_limit(config.data.max_length, context_length(model)),
         learn="last",
     )
     found = []
@@ -75,6 +75,22 @@ def test_each_variants_losses_are_those_of_peft_row_by_row(run, rows, monkeypatc
     assert found.tokens == [len(row) for row in together]
     assert len({tuple(losses) for losses in [found.base, found.merged, found.ensemble, *found.adapters.values()]}) == 6
     assert RowLosses.read(run / "eval-rows" / "rows.json") == found
+
+
+def test_losses_that_were_measured_already_are_read_and_changed_ones_measured_again(run, rows, monkeypatch):
+    first = evaluate_rows([run], [str(rows)])
+    loads = []
+    monkeypatch.setattr(module, "load_base", lambda *a, **o: loads.append(1) or load_base(*a, **o))
+    assert evaluate_rows([run], [str(rows)]) == first
+    assert not loads
+    rows.write_text(rows.read_text().replace("wool", "glass"))
+    changed = evaluate_rows([run], [str(rows)])
+    assert changed.base[:-1] == first.base[:-1]
+    assert changed.base[-1] != first.base[-1]
+    evaluate_rows([run], [str(rows)], prompt="clean")
+    (run / "eval-rows" / "rows.json").write_text("{")
+    assert evaluate_rows([run], [str(rows)]) == changed
+    assert len(loads) == 3
 
 
 def test_the_exact_average_stands_for_a_merge_that_is_not_there(run, rows, tmp_path):

@@ -108,6 +108,8 @@ def make_run(folder, *, base="org/base", evaluated=True, real=True):
     (folder / "figures" / "curves.svg").write_text("<svg/>")
     (folder / "spectrum.png").write_bytes(b"\x89PNG")
     (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "held_out.jsonl").write_text('{"prompt": "secret", "completion": "secret"}\n')
+    (folder / "chat_template.jinja").write_text("secret")
     (folder / ".env").write_text("SECRET=1")
     (folder / "merged" / ".env").write_text("SECRET=1")
     (folder / "merged" / "README.md").write_text("mine")

@@ -132,6 +132,18 @@ def test_the_warm_up_is_said(run, steps, said):
     assert said in benchmark(card(run))["optimizer"]
 
 
+def test_weights_that_are_not_those_of_the_last_step_are_said(run):
+    assert "weights" not in benchmark(card(run))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["train"] |= {"keep": "best", "validate_every": 2}
+    config["data"]["validation"] = 3
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    said = "of each adapter those of lowest validation loss, measured every 2 steps"
+    assert benchmark(card(run))["weights"] == said
+    change(run / "run.json", best_steps={"0": 6, "1": 4})
+    assert benchmark(card(run))["weights"] == f"{said}: of steps 4 to 6"
+
+
 def test_files_of_a_folder_are_told_apart(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["data"]["train"] = ["secret-project"]

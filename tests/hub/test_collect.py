@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from poc_lora.adapters.adapter import write_adapter
 from poc_lora.errors import AdapterError, RequestError, RunError
-from poc_lora.evaluation.variants import adapter_digest
 from poc_lora.hub.collect import collect
 from poc_lora.merging.folders import merge_folders
 from tests.hub.conftest import change, make_run, small_adapter, snapshot, some_results, write_results
+from tests.reporting.run_folder import write_scores
 
 
 def paths(subject):
@@ -68,6 +68,14 @@ def test_other_links_are_left_out_and_said_so(run, tmp_path):
     assert not paths(subject) & {"merge.json", "results.json", "results.md", "figures/leak.svg"}
 
 
+def test_held_out_rows_and_a_template_of_ones_own_stay_and_the_latter_is_said(run):
+    assert (run / "held_out.jsonl").is_file()
+    (run / "merged" / "chat_template.jinja").write_text("secret")
+    subject = collect(run, members=True)
+    assert not any(path.endswith((".jsonl", ".jinja")) for path in paths(subject))
+    assert list(subject.left_out) == ["merged/chat_template.jinja"]
+
+
 def test_a_folder_inside_a_link_is_not_looked_into(run, tmp_path):
     (run / "eval" / "figures").mkdir()
     (run / "eval" / "figures" / "private.svg").write_text("<svg/>")
@@ -98,7 +106,7 @@ def test_pictures_of_the_merge_are_taken(run):
 
 def test_an_evaluation_is_known_by_its_weights_and_not_by_times(run):
     for thing, folder in [("merged", run / "merged"), ("adapter-00", run / "adapters" / "00")]:
-        (run / "eval" / f"{thing}.json").write_text(json.dumps({"adapter_digest": adapter_digest(folder)}))
+        write_scores(run / "eval", thing, folder)
     os.utime(run / "eval" / "results.json", ns=(0, 0))  # as a copy may have it
     assert collect(run).evaluation is not None
     assert collect(run / "adapters" / "00").evaluation is not None

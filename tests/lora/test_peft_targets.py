@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraModel
+from torch import nn
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     Qwen2MoeConfig,
@@ -21,7 +27,7 @@ from transformers import (
 from poc_lora.adapters.adapter import Adapter, read_adapter, write_adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.errors import AdapterError, ModelError
-from poc_lora.lora.bank import AdapterBank, matching_linears
+from poc_lora.lora.bank import AdapterBank, matching_linears, resolve_targets
 from poc_lora.lora.peft_targets import require_attached
 from poc_lora.merging.folders import merge_folders
 from tests.conftest import build_llama
@@ -46,10 +52,14 @@ LINEAR = dict(
     linear_num_value_heads=2,
     layer_types=["linear_attention", "full_attention"],
 )
+NEOX = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 MODELS = {
     "qwen3_next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**SIZES, **LINEAR)),
     "qwen2_moe": lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES)),
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, mlp_only_layers=[0])),
+    "all_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES)),
+    "llama": lambda: build_llama(64),
+    "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**NEOX)),
     "mamba": lambda: MambaForCausalLM(
         MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4)
     ),
@@ -69,6 +79,11 @@ def tiny(kind):
         ("qwen3_next", MLP, False),
         ("qwen3_next", ["q_proj", "up_proj", "down_proj"], False),
         ("qwen3_next", ATTENTION, True),
+        ("qwen3_next", "all-linear", False),
+        ("llama", "all-linear", True),
+        ("neox", "all-linear", True),
+        ("qwen2_moe", "all-linear", True),
+        ("all_moe", "all-linear", True),
         ("qwen2_moe", [*ATTENTION, *MLP], True),
         ("qwen3_moe", ["down_proj"], False),
         ("qwen3_moe", ATTENTION, True),
@@ -82,9 +97,9 @@ def test_targets_pass_exactly_where_peft_loads_what_was_trained(tmp_path, kind, 
         shapes = MODELS[kind]()
     if not attached:
         with pytest.raises(ModelError, match=r"PEFT (cannot|would not) attach"):
-            require_attached(shapes, list(matching_linears(shapes, targets)), targets)
+            require_attached(shapes, list(matching_linears(shapes, targets)), resolve_targets(shapes, targets))
     else:
-        require_attached(shapes, list(matching_linears(shapes, targets)), targets)
+        require_attached(shapes, list(matching_linears(shapes, targets)), resolve_targets(shapes, targets))
 
     model, tokens = tiny(kind), torch.arange(1, 13).view(2, 6)
     bank = AdapterBank(model, targets=targets, rank=2, alpha=4, adapters=[0])
@@ -99,6 +114,28 @@ def test_targets_pass_exactly_where_peft_loads_what_was_trained(tmp_path, kind, 
         assert not attached
     else:
         assert torch.allclose(ours, theirs, atol=1e-4) == attached
+
+
+@pytest.mark.parametrize("kind", ["llama", "neox", "qwen2_moe"])
+@pytest.mark.filterwarnings("ignore")
+def test_all_linear_is_what_it_is_in_peft(kind):
+    model = MODELS[kind]()
+    ours = matching_linears(model, "all-linear").keys()
+    short = matching_linears(model, resolve_targets(model, "all-linear")).keys()
+    theirs = LoraModel(model, LoraConfig(r=1, target_modules="all-linear"), "default").targeted_module_names
+    assert set(ours) == set(short) == set(theirs)
+
+
+def test_all_linear_is_named_by_paths_where_another_module_has_the_name():
+    model = nn.ModuleDict({"a": nn.ModuleDict({"x": nn.Linear(2, 2), "y": nn.Linear(2, 2)}), "x": nn.LayerNorm(2)})
+    assert resolve_targets(model, "all-linear") == ("a.x", "y")
+    assert list(matching_linears(model, ["a.x", "y"])) == ["a.x", "a.y"]
+
+
+def test_a_base_without_linear_layers_is_refused():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))  # transposed layers, and a head
+    with pytest.raises(ModelError, match="no linear layer that can be adapted"):
+        resolve_targets(model, "all-linear")
 
 
 def test_a_layer_whose_weight_the_model_multiplies_by_itself_is_refused():

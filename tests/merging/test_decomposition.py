@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poc_lora.merging.decomposition import canonical, decompose
+from poc_lora.merging.decomposition import canonical_factors, decompose
 from tests.merging.samples import RANKS, merged, product, stack_of, weights_of
 
 
@@ -26,7 +26,7 @@ def test_a_decomposition_is_that_of_the_dense_product(ranks, seed):
 @given(RANKS, st.integers(0, 2**20))
 def test_canonical_components_are_each_adapters_singular_triples(ranks, seed):
     stacked = stack_of(ranks, seed)
-    other = canonical(stacked)
+    other = canonical_factors(stacked)
     for j in range(len(ranks)):
         (A, B), (A_j, B_j) = other.adapter(j), stacked.adapter(j)
         torch.testing.assert_close(product(A, B), product(A_j, B_j), rtol=1e-9, atol=1e-9)

@@ -159,7 +159,7 @@ def test_differently_named_hub_bases_are_refused_unless_allowed():
 
 def test_a_rank_that_cannot_be_written_is_refused_before_the_work(monkeypatch):
     wide = [random_adapter(seed, 8) for seed in range(3)]
-    monkeypatch.setattr("poc_lora.adapters.factors.MAX_RANK", 23)
+    monkeypatch.setattr("poc_lora.merging.methods.MAX_RANK", 23)
     with pytest.raises(RequestError, match=r"has rank 24(.*)at most 23") as problem:
         merge(wide)
     assert "--rank" in problem.value.fix

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from poc_lora import rng
 from poc_lora.errors import RequestError
 from poc_lora.merging import methods
-from poc_lora.merging.decomposition import canonical
+from poc_lora.merging.decomposition import canonical_factors
 from poc_lora.merging.merge import merge
 from poc_lora.merging.methods import METHODS
 from poc_lora.merging.stacked import StackedFactors
@@ -101,7 +101,7 @@ def test_canonical_makes_block_independent_of_the_factorisation():
     )
     plain = [product(*merged("block", s, weights, 2)) for s in (stacked, other)]
     assert not torch.allclose(*plain)
-    torch.testing.assert_close(*(product(*merged("block", canonical(s), weights, 2)) for s in (stacked, other)))
+    torch.testing.assert_close(*(product(*merged("block", canonical_factors(s), weights, 2)) for s in (stacked, other)))
 
 
 def test_a_new_method_is_one_entry(monkeypatch):

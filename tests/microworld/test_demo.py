@@ -5,7 +5,7 @@ import json
 import pytest
 
 from poc_lora.errors import RequestError
-from poc_lora.microworld.demo import run_demo
+from poc_lora.microworld import demo as microworld_demo
 from poc_lora.reporting.sections_results import headline
 
 SMALL = ["adapters.count=3", "train.max_steps=12", "lora.rank=4"]
@@ -13,7 +13,7 @@ SMALL = ["adapters.count=3", "train.max_steps=12", "lora.rank=4"]
 
 def run(out):
     shown = []
-    results = run_demo(out, SMALL, show=lambda *things: shown.extend(things), limit=24)
+    results = microworld_demo.demo(out, SMALL, show=lambda *things: shown.extend(things), limit=24)
     return results, shown
 
 
@@ -72,5 +72,5 @@ def test_it_refuses_a_folder_with_something_in_it(demo):
 
 @pytest.mark.slow
 def test_at_full_size_the_merge_beats_the_average_adapter(tmp_path):
-    results = run_demo(tmp_path / "demo", show=lambda *_: None)
+    results = microworld_demo.demo(tmp_path / "demo", show=lambda *_: None)
     assert results.merged.average.value > results.average.average.value

@@ -4,7 +4,10 @@ import json
 import math
 
 from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
+from poc_lora.artifacts.task_scores import Metric, Score, Task, TaskResults
+from poc_lora.artifacts.variant_scores import VariantAccuracy, VariantScores
 from poc_lora.config import dump_yaml, validate
+from poc_lora.evaluation.variants import adapter_digest
 
 FOLDERS = "social_i_qa piqa winogrande openbookqa ARC-Challenge ARC-Easy boolq hellaswag".split()
 MODULES = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")]
@@ -15,6 +18,19 @@ def scored(value, step=0.01):
     parts = {b: Estimate(value + step * i, 0.0061 + step / 10 * i) for i, b in enumerate(FOLDERS)}
     values = [estimate.value for estimate in parts.values()]
     return Scored(benchmarks=parts, average=Estimate(sum(values) / 8, 0.0043))
+
+
+def write_scores(place, variant, adapter):
+    """VARIANT.json of an evaluation of the weights that the folder `adapter` has now."""
+    average = VariantAccuracy(accuracy=0.5, error=math.nan)
+    VariantScores(
+        adapter_digest=adapter_digest(adapter),
+        base_model="org/base",
+        protocol="label",
+        prompt="clean",
+        benchmarks={},
+        average=average,
+    ).write(place / f"{variant}.json")
 
 
 def difference(value, low, high, p):
@@ -90,7 +106,7 @@ def make_run(folder, *, temperature=1e-3, seed=0, found=None, merge=None, metric
     """Write a whole run folder, and return it."""
     settings = {
         "model": {"name": model},
-        "lora": {"rank": 4},
+        "lora": {"rank": 4, "targets": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]},
         "adapters": {"count": 3, "seed": seed},
         "data": {"train": ["train.json"]},
         "optim": {"temperature": temperature},
@@ -121,3 +137,37 @@ def make_run(folder, *, temperature=1e-3, seed=0, found=None, merge=None, metric
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return folder
+
+
+def task_results():
+    """Of lm-eval's tasks: one with a mean over documents, one with a perplexity, and a member of a group."""
+    acc = Metric(
+        higher_is_better=True,
+        base=Score(0.5, 0.079),
+        adapters={"00": Score(0.75, 0.05), "01": Score(0.65, 0.05)},
+        average=Score(0.7, 0.04),
+        merged=Score(0.8, 0.03),
+        best="00",
+        comparisons={"base": difference(0.3, 0.1, 0.5, 0.01), "best": difference(0.05, -0.02, 0.1, 0.2)},
+    )
+    perplexity = Metric(
+        higher_is_better=False,
+        base=Score(23.4567, math.nan),
+        adapters={"00": Score(13.0, math.nan), "01": Score(12.0, math.nan)},
+        average=Score(12.5, math.nan),
+        merged=Score(math.nan, math.nan),
+        best="01",
+        comparisons={},
+    )
+    quiz = Task(listed=True, version="1.0", fewshot=5, documents=40, truncated=3, metrics={"acc,strict": acc})
+    read = Task(
+        listed=True, version="2", fewshot=0, documents=7, truncated=0, metrics={"word_perplexity,none": perplexity}
+    )
+    member = quiz.model_copy(update={"listed": False, "fewshot": 0})
+    return TaskResults(
+        base_model="org/base",
+        lm_eval="0.4.13",
+        limit=40,
+        exact_average=False,
+        tasks={"quiz": quiz, "read": read, "member": member},
+    )

@@ -62,12 +62,12 @@ def test_the_tables_show_what_results_json_says(run, browser):
     rows = {row[0]: row[1:] for row in tables["Accuracy (%) ± standard error"]}
     named = {"LoRA (best)": raw["adapters"][raw["best"]], "LoRA (average)": raw["average"], "PoC merge": raw["merged"]}
     for name, row in (named | {"base": raw["base"], "prediction ensemble": raw["ensemble"]}).items():
-        pairs = [*(row["benchmarks"][b] for b in FOLDERS), row["average"]]
+        pairs = [row["average"], *(row["benchmarks"][b] for b in FOLDERS)]
         assert rows[name] == [f"{100 * value:.2f} ± {100 * error:.2f}" for value, error in pairs]
     (every,) = [table for caption, table in tables.items() if caption.startswith("Every adapter")]
     expected = {
         name: [
-            f"{100 * value:.2f} ± {100 * error:.2f}" for value, error in (*row["benchmarks"].values(), row["average"])
+            f"{100 * value:.2f} ± {100 * error:.2f}" for value, error in (row["average"], *row["benchmarks"].values())
         ]
         for name, row in raw["adapters"].items()
     }

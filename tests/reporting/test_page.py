@@ -12,13 +12,23 @@ import pytest
 from rich.console import Console
 
 from poc_lora.errors import PocLoraError, RunError
-from poc_lora.evaluation.variants import adapter_digest
 from poc_lora.reporting.compare import write_comparison
 from poc_lora.reporting.page import write_page
+from poc_lora.reporting.run_files import read_run
 from poc_lora.reporting.sections_merge import labels
 from poc_lora.reporting.sections_results import headline
 from tests.reporting.html import Page
-from tests.reporting.run_folder import FOLDERS, difference, make_run, merge_report, metric_lines, results, scored
+from tests.reporting.run_folder import (
+    FOLDERS,
+    difference,
+    make_run,
+    merge_report,
+    metric_lines,
+    results,
+    scored,
+    task_results,
+    write_scores,
+)
 
 PARTS = "run benchmarks subsets training noise similarity ranks provenance".split()
 TAGS = set(
@@ -66,18 +76,18 @@ def page(whole):
 def test_the_table_says_what_results_json_says(whole, page):
     raw = json.loads((whole / "eval/results.json").read_text())
     table = page.tables["Accuracy (%) ± standard error"]
-    assert table[0] == ["", "SIQA", "PIQA", "WinoGrande", "OBQA", "ARC-c", "ARC-e", "BoolQ", "HellaSwag", "average"]
+    assert table[0] == ["", "average", "SIQA", "PIQA", "WinoGrande", "OBQA", "ARC-c", "ARC-e", "BoolQ", "HellaSwag"]
     rows = {row[0]: row[1:] for row in table[1:]}
-    assert rows.pop("questions") == ["100"] * 8 + ["800"]
+    assert rows.pop("questions") == ["800"] + ["100"] * 8
     assert rows.pop("chance level") == ["25.00"] * 9
     named = {"LoRA (best)": raw["adapters"]["02"], "LoRA (average)": raw["average"], "PoC merge": raw["merged"]}
     named |= {"base": raw["base"], "prediction ensemble": raw["ensemble"]}
     assert rows.keys() == named.keys()
     for name, row in named.items():
-        assert rows[name] == [as_shown(row["benchmarks"][b]) for b in FOLDERS] + [as_shown(row["average"])]
+        assert rows[name] == [as_shown(row["average"])] + [as_shown(row["benchmarks"][b]) for b in FOLDERS]
     every = page.tables["Every adapter: accuracy (%) ± standard error"][1:]
     assert [row[0] for row in every] == list(raw["adapters"])
-    assert [row[-1] for row in every] == [as_shown(row["average"]) for row in raw["adapters"].values()]
+    assert [row[1] for row in every] == [as_shown(row["average"]) for row in raw["adapters"].values()]
 
 
 def test_the_paired_tests_are_a_table(page):
@@ -92,7 +102,10 @@ def test_it_says_what_was_run_in_words(page):
     text = page.text
     assert "M = 3 LoRA adapters of rank 4 (alpha 64) on q_proj, k_proj, v_proj, up_proj, down_proj of org/base" in text
     assert "40 steps of 16 rows with NoisyAdamW: learning rate 0.0001, temperature λ = 0.001, run seed 0" in text
-    assert "The merge of 3 adapters beats the best one (+4.57 points, 95 % interval +2.00 to +7.00)" in text
+    assert (
+        "The merge of 3 adapters beats the best of them: 4.57 points above that one (95 % interval +2.00 to +7.00), "
+        "which had to be picked on the test questions themselves, and 4.87 points above the average adapter."
+    ) in text
     for fact in ("29.9 s", "578.5 MB", "a processor", "2.13.0", "ab" * 32, f"{2:064x}"):
         assert fact in text
 
@@ -102,9 +115,9 @@ def test_it_says_what_was_run_in_words(page):
     [
         (
             difference(0.01, -0.01, 0.03, 0.3),
-            "and the best one, which had to be picked on validation, cannot be told apart",
+            "the best of them cannot be told apart here: it is 1.00 points above that one",
         ),
-        (difference(-0.02, -0.03, -0.01, 0.01), "falls short of the best one (-2.00 points"),
+        (difference(-0.02, -0.03, -0.01, 0.01), "loses to the best of them: 2.00 points below that one"),
     ],
 )
 def test_the_headline_claims_no_more_than_the_test(gain, told):
@@ -179,8 +192,7 @@ def test_an_evaluation_of_other_weights_is_told(run):
         (run / folder).mkdir(parents=True, exist_ok=True)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             (run / folder / name).write_text(thing)
-        told = {"adapter_digest": adapter_digest(run / folder)}
-        (run / "eval" / f"{thing}.json").write_text(json.dumps(told))
+        write_scores(run / "eval", thing, run / folder)
     assert "have changed since" not in page_of(run).text
     for folder in ("merged", "adapters/01"):
         (run / folder / "adapter_model.safetensors").write_text("made anew")
@@ -224,6 +236,22 @@ SUBSETS = {
 }
 
 
+def test_what_was_kept_is_said_and_is_a_point_of_no_curve(tmp_path):
+    members = [0, 1, 2]
+    names = [("base", 4.0), ("merge", 0.123), *((a, 0.2) for a in members)]
+    rows = {"row_losses": [1.0, 2.0], "members": members, "kept": True, "row_tokens": [1, 2]}
+    kept = [{"step": 40, "adapter": name, "validation_loss": loss} | rows for name, loss in names]
+    folder = make_run(tmp_path / "run", metrics=metric_lines() + kept)
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(info | {"best_steps": {"0": 10, "1": 40, "2": 20}}))
+    text = page_of(folder).text
+    assert "adapter 0: best at step 10, adapter 1: best at step 40, adapter 2: best at step 20, of 40." in text
+    assert "At the end: base: 4.000, running merge of 3: 0.225" in text  # those of the last step
+    assert "of these weights:" in text
+    curves = read_run(folder).metrics.curves["validation_loss"]
+    assert [step for step, _ in curves["00"]] == [10, 20, 30, 40]
+
+
 def test_accuracy_against_m_is_drawn_where_subsets_were_scored(tmp_path):
     page = page_of(make_run(tmp_path, found=results(subsets=SUBSETS)))
     assert "1 merged: mean 70.00 %; 2 merged: mean 74.00 %; 3 merged: mean 75.00 %" in page.text
@@ -245,6 +273,26 @@ def test_the_losses_on_rows_of_a_file_are_a_table(tmp_path):
     assert "x" * 100 not in page.text
     assert "On 2 held-out rows the merge of 2 adapters" in page.text
     assert "1 rows were left out" in page.text
+
+
+def test_tasks_of_lm_eval_are_tables(tmp_path):
+    run = make_run(tmp_path)
+    (run / "eval-tasks").mkdir()
+    attack = "<script>alert(1)</script>" + "x" * 1000
+    found = task_results()
+    found.model_copy(update={"tasks": found.tasks | {attack: found.tasks["quiz"]}}).write(run / "eval-tasks/tasks.json")
+    page = page_of(run)
+    table = page.tables["Tasks of lm-eval ± standard error"]
+    assert table[0] == ["", "documents", "base", "LoRA (best)", "LoRA (average)", "PoC merge"]
+    assert table[1] == ["quiz, 5-shot: acc (strict) ↑", "40", "0.5 ± 0.079", "0.75 ± 0.05", "0.7 ± 0.04", "0.8 ± 0.03"]
+    assert table[2] == ["read: word_perplexity ↓", "7", "23.46", "12", "12.5", "not a number"]
+    assert table[3][0].startswith("<script>alert(1)")
+    assert page.tables["Tasks in groups ± standard error"][1][0] == "member: acc (strict) ↑"
+    differences = page.tables["PoC merge minus others (paired bootstrap over documents)"]
+    assert differences[1] == ["quiz, 5-shot: acc (strict) ↑ minus base", "+0.3000", "+0.1000 to +0.5000"]
+    assert "x" * 100 not in page.text
+    assert "quiz: 3 of 40 prompts were cut at their start" in page.text
+    assert "Only the first 40 documents" in page.text
 
 
 def test_a_control_and_other_protocols_stand_beside(tmp_path):
@@ -418,7 +466,7 @@ def test_a_comparison_is_a_table_in_markdown_and_on_a_terminal_of_80_columns(tmp
     first = make_run(tmp_path / "a|b", temperature=1e-3)
     control = make_run(tmp_path / "b", temperature=0.0, seed=1, found=results(merged=scored(0.74)))
     console = Console(width=80, file=StringIO())
-    console.print(write_comparison([first, control]))
+    console.print(*write_comparison([first, control]))
     shown, written = console.file.getvalue(), (first / "comparison.md").read_text()
     assert "78.67" in shown
     assert "±0.43" in shown

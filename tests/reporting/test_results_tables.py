@@ -6,9 +6,10 @@ import re
 import pytest
 from rich.console import Console
 
-from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
+from poc_lora.artifacts.results import Calibration, Difference, Estimate, Measure, Results, Scored
 from poc_lora.reporting.results_tables import (
     accuracy_table,
+    calibration_table,
     notes,
     paired_table,
     power_note,
@@ -67,7 +68,7 @@ def test_markdown_has_the_papers_rows_and_columns(results):
         "PoC merge",
         "prediction ensemble",
     ]
-    assert any(line.startswith("| PoC merge | 81.17 ± 0.89 |") for line in lines)
+    assert any(line.startswith("| PoC merge | **81.17 ± 0.89** |") for line in lines)
     assert all(line.count(" | ") == 9 for line in lines if line.startswith("| ") and "---" not in line)
 
 
@@ -89,6 +90,32 @@ def test_notes_say_what_was_chosen_how_and_what_does_not_fit(results):
     assert "Only the first 9 questions" in "\n".join(notes(results.model_copy(update=dict(limit=9))))
 
 
+def test_bold_is_the_best_of_a_column_and_what_cannot_be_told_from_it(results):
+    def bold(**changes):
+        cells = accuracy_table(results.model_copy(update=changes)).bold
+        return {name for name, title in cells if title == "average"}
+
+    # the error of a difference is 0.0089 · sqrt(2), so 1.96 of it are 0.0247
+    assert bold() == {"PoC merge", "prediction ensemble"}
+    assert bold(ensemble=scored(0.7869)) == {"PoC merge"}
+    assert bold(ensemble=scored(0.7871)) == {"PoC merge", "prediction ensemble"}
+    assert bold(ensemble=scored(0.9)) == {"prediction ensemble"}
+    assert any("too close to tell apart" in note for note in notes(results))
+
+
+def test_of_calibration_the_smallest_is_bold(results):
+    def found(value):
+        return Calibration(nll=Measure(value, 0.01), brier=Measure(0.2, 0.01), ece=Measure(value, 0.01))
+
+    table = calibration_table(results.model_copy(update={"calibration": {"base": found(0.5), "merged": found(0.3)}}))
+    assert table.bold == {
+        ("PoC merge", "log loss"),
+        ("PoC merge", "expected calibration error"),
+        ("base", "Brier score"),
+        ("PoC merge", "Brier score"),
+    }
+
+
 def test_one_adapter_without_a_merge_stands_for_itself(results):
     single = results.model_copy(
         update=dict(adapters={"a": scored(0.7)}, best="a", merged=None, ensemble=None, comparisons={}, agreement=None)
@@ -99,7 +126,7 @@ def test_one_adapter_without_a_merge_stands_for_itself(results):
 
 
 def test_an_error_that_cannot_be_told_is_left_out(results):
-    assert "30.00 |" in results_markdown(results.model_copy(update=dict(base=scored(0.3, float("nan")))))
+    assert "**30.00** |" in results_markdown(results.model_copy(update=dict(base=scored(0.3, float("nan")))))
     assert "nan" not in printed(results.model_copy(update=dict(base=scored(0.3, float("nan")))))
 
 

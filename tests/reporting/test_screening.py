@@ -63,7 +63,7 @@ def test_adapters_of_several_packs_are_compared_together(tmp_path):
     found = screen(write(tmp_path, {0: LEARNT, 1: 12.0}, {2: LEARNT, 3: LEARNT}))
     assert list(found.left_out) == [1]
     assert found.merge is None
-    assert "merge" not in str(found)
+    assert "merge of all" not in str(found)
 
 
 def test_two_adapters_or_no_rows_held_out_are_not_screened(tmp_path):

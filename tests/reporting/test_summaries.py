@@ -6,7 +6,7 @@ import torch
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.merging.folders import merge_folders
-from poc_lora.reporting.summaries import merge_summary, rank_table
+from poc_lora.reporting.summaries import best_weights, merge_summary, rank_table
 
 
 def adapter(seed, names=("layers.0.q_proj", "layers.0.up_proj")):
@@ -23,11 +23,13 @@ def report(tmp_path, adapters, **options):
 
 
 def test_a_rank_sweep_is_a_table_of_types_by_ranks(tmp_path):
-    lines = rank_table(report(tmp_path, [adapter(i) for i in range(3)], rank_sweep=[2, 6]))
-    assert [line.split()[0] for line in lines[2:]] == ["all", "q_proj", "up_proj"]
-    assert lines[1].split() == ["2", "6"]
-    assert all(line.endswith("0.0000 (100.0%)") for line in lines[2:])
-    assert len({len(line) for line in lines[1:]}) == 1
+    table = rank_table(found := report(tmp_path, [adapter(i) for i in range(3)], rank_sweep=[2, 6]))
+    first, two, six = (list(map(str, column.cells)) for column in table.columns)
+    assert first == ["kept of ‖ΔW‖²", "all", "q_proj", "up_proj"]
+    assert [column.header for column in table.columns] == ["", "2", "6"]
+    error = found.rank_sweep["all"][2]
+    assert two[:2] == [f"{1 - error**2:.1%}", f"{error:.4f}"]
+    assert six == ["100.0%", "0.0000", "0.0000", "0.0000"]
 
 
 def test_a_summary_says_how_far_one_more_adapter_would_move_the_merge(tmp_path):
@@ -71,3 +73,13 @@ def test_a_cosine_is_said_in_words(tmp_path, common, words):
     rows = [torch.randn(1, 400, generator=draw) + common * shared for _ in range(4)]
     sources = [Adapter({"layers.0.q_proj": Factors(row, torch.ones(1, 1))}) for row in rows]
     assert f"they share {words} of what" in "\n".join(merge_summary(report(tmp_path, sources)))
+
+
+def test_the_best_step_of_each_adapter_is_said():
+    steps = {1: 300, 0: 240}
+    assert best_weights(steps, 300) == (
+        "each adapter has its weights of lowest validation loss: adapter 0: best at step 240, "
+        "adapter 1: best at step 300, of 300"
+    )
+    many = best_weights(dict.fromkeys(range(20), 80), 1600)
+    assert "adapter 15: best at step 80, and 4 more (best_steps in run.json), of 1,600" in many

@@ -14,9 +14,9 @@ from poc_lora.training.step import Pack
 def settings(tiny_model_dir, train_file, tmp_path):
     return {
         "model": {"name": str(tiny_model_dir)},
-        "lora": {"rank": 2, "alpha": 4},
+        "lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]},
         "adapters": {"count": 3, "seed": 1},
-        "data": {"train": [str(train_file)], "validation": 6, "prompt": "bare", "max_length": 128},
+        "data": {"train": [str(train_file)], "validation": 6, "prompt": "bare", "max_length": 128, "learn": "all"},
         "optim": {"lr": 1e-2, "warmup_steps": 2, "temperature": 1e-5},
         "train": {"max_steps": 6, "batch_size": 4, "tokens_per_microbatch": 512},
         "checkpoint": {"every_steps": 2},

@@ -1,8 +1,10 @@
 """Runs over several ranks, interrupted where a test wants it. A rank starts in no time: it is a fork of a process that
 has everything imported and trained nothing."""
 
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -21,6 +23,7 @@ from poc_lora.training.data import prepare_data
 from poc_lora.training.memory import Sizes
 from poc_lora.training.step import Pack
 from poc_lora.training.train import train
+from poc_lora.training.validation import validate
 from tests.training.crash import KILLED, Killer
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -148,7 +151,16 @@ def _train_pack(config: RunConfig, adapters: list[int], folder: Path) -> None:
     data = prepare_data(config, tokenizer)
     sizes = Sizes(config.train.tokens_per_microbatch, len(adapters), gradient_checkpointing=False)
     pack = Pack(config, model, data, adapters, sizes=sizes)
+    lowest = [math.inf] * len(adapters)
     for step in range(data.total_steps):
         pack.step(step)
-    for slot, adapter in enumerate(adapters):
+        if config.train.keep == "best" and (step + 1) % config.train.validate_every == 0:
+            measures = validate(pack)
+            for slot, adapter in enumerate(adapters):
+                if measures[adapter]["validation_loss"] < lowest[slot]:
+                    lowest[slot] = measures[adapter]["validation_loss"]
+                    kept = folder / "adapters" / f"{adapter:02d}"
+                    shutil.rmtree(kept, ignore_errors=True)
+                    write_adapter(pack.bank.adapter(slot), kept)
+    for slot, adapter in enumerate(adapters) if config.train.keep == "last" else ():
         write_adapter(pack.bank.adapter(slot), folder / "adapters" / f"{adapter:02d}")

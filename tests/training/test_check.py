@@ -56,6 +56,7 @@ def test_every_line_is_given_without_weights(settings, no_weights, monkeypatch, 
         "base parameters": linears + others,
         "base weights": f"{quantization}, computing in float32" if quantization else "float32",
         "adapters": 3,
+        "adapted modules": "q_proj, k_proj, v_proj, up_proj, down_proj",
         "parameters per adapter": PARAMETERS,
         "training rows": 54,
         "validation rows": 6,
@@ -79,7 +80,7 @@ def test_every_line_is_given_without_weights(settings, no_weights, monkeypatch, 
     counted = {"tokens per epoch and adapter", "supervised tokens per epoch and adapter"}
     predicted = {f"memory on cpu: {part}" for part in ("activations", "logits", "peak")}
     about = {"tokens of the whole run, about", "validation, about"}
-    shown = {"tokens of a row", "unknown tokens", "what has a loss", "learning rate", "a row", "warnings"}
+    shown = {"tokens of a row", "unknown tokens", "what has a loss", "learning rate", "a row", "warnings", "bytes"}
     assert facts.keys() == fixed.keys() | counted | about | predicted | shown
     assert facts["memory on cpu: peak"].endswith(" MB of 2.0 GB free")
     assert not Path(settings["output"]).exists()

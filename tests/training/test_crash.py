@@ -14,11 +14,15 @@ import torch
 
 from poc_lora.config import dump_yaml
 from poc_lora.training.train import train
-from tests.training.conftest import config, metrics, weights
+from tests.training.conftest import config, facts, metrics, weights
+
+OVERFITTING = {"optim__lr": 0.5, "optim__warmup_steps": 0, "train__validate_every": 1, "train__keep": "best"}
 
 
-def test_a_run_killed_inside_any_write_fsync_or_rename_goes_on_to_the_same_bits(settings, tmp_path):
-    small = config(settings, adapters__count=2, train__max_steps=2, checkpoint__every_steps=1, data__validation=2)
+@pytest.mark.parametrize("changes", [{}, OVERFITTING], ids=["last", "best"])
+def test_a_run_killed_inside_any_write_fsync_or_rename_goes_on_to_the_same_bits(settings, tmp_path, changes):
+    changes = dict(adapters__count=2, train__max_steps=2, checkpoint__every_steps=1, data__validation=2) | changes
+    small = config(settings, **changes)
     (tmp_path / "run.yaml").write_text(dump_yaml(small))
     ended = subprocess.run(
         [sys.executable, "-m", "tests.training.crash", str(tmp_path / "run.yaml"), str(tmp_path)],
@@ -28,6 +32,8 @@ def test_a_run_killed_inside_any_write_fsync_or_rename_goes_on_to_the_same_bits(
         cwd=Path(__file__).parents[2],
     )
     assert ended.returncode == 0, ended.stderr
+    reference = facts(tmp_path / "reference")
+    assert reference.get("best_steps") == ({"0": 1, "1": 1} if "train__keep" in changes else None)
     points = json.loads(ended.stdout)
     assert [point for point in points if point["problem"]] == []
     kinds = Counter(point["point"] for point in points)

@@ -60,13 +60,13 @@ def test_a_run_on_rows_with_another_loss_is_not_resumed(settings):
     done = train(config(settings))
     run = Run(done.folder, None, [], None)
     run.update_info(data_sha256=facts(done.folder)["data_sha256"])
-    require_same_rows(run, run.info.data_sha256)
+    require_same_rows(run, run.info.data_sha256, {})
     recorded = dict(run.info.data_sha256)
     run.update_info(data_sha256={k: v for k, v in recorded.items() if k != SUPERVISED_TOKENS})
-    require_same_rows(run, recorded)  # a run of before it was recorded
+    require_same_rows(run, recorded, {})  # a run of before it was recorded
     run.update_info(data_sha256=recorded)
     with pytest.raises(RunError, match="which of them have a loss, are not those"):
-        require_same_rows(run, run.info.data_sha256 | {SUPERVISED_TOKENS: "ab" * 32})
+        require_same_rows(run, run.info.data_sha256 | {SUPERVISED_TOKENS: "ab" * 32}, {})
 
 
 def test_bad_rows_are_refused_or_left_out_and_counted(settings, tmp_path):

@@ -26,7 +26,8 @@ from poc_lora.models.load import load_base, load_tokenizer
 from poc_lora.models.recomputation import gradient_checkpointing
 from poc_lora.training import memory
 from poc_lora.training.loss import CHUNK_LOGITS, packed_loss
-from poc_lora.training.memory import SPARE, Footprint, Sizes, _most_bytes, _PeakBytes, resolve_sizes
+from poc_lora.training.memory import SPARE, Footprint, Sizes, _most_bytes, resolve_sizes
+from poc_lora.training.shapes import PeakBytes
 from poc_lora.training.train import train
 from tests.training.conftest import config
 
@@ -112,7 +113,7 @@ def predicted(footprint, rows, *, checkpointing):
 
 def test_the_peak_counts_what_is_alive_at_once():
     x = torch.ones(8, 4)
-    with _PeakBytes() as alive:
+    with PeakBytes() as alive:
         y = x @ torch.ones(4, 16)  # 4·16·4 = 256 bytes for a moment, and 8·16·4 = 512
         assert alive.peak == 256 + 512
         z = y.t().reshape(2, -1)  # a copy: 512 more, without the 256

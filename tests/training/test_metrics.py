@@ -60,6 +60,15 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(settings, monkeypatch):
         assert not any(secret.encode() in path.read_bytes() for secret in SECRETS.values()), path
 
 
+def test_what_is_kept_has_curves_of_its_own(settings):
+    settings["optim"] |= {"lr": 5e-2, "schedule": "constant"}
+    settings["train"] |= {"max_steps": 12, "validate_every": 2, "keep": "best"}
+    shown = curves(train(config(settings, track=["tensorboard"])).folder)
+    assert [step for step, _ in shown["validation_loss/0"]] == [2, 4, 6, 8, 10, 12]
+    assert [step for step, _ in shown["kept_validation_loss/merge"]] == [12]
+    assert not any(name.startswith(("kept/", "kept_kept")) for name in shown)
+
+
 def test_each_pack_has_a_curve_for_its_own_merge(settings):
     done = train(config(settings, track=["tensorboard"], adapters__per_device=2, train__validate_every=3))
     shown = curves(done.folder)

@@ -209,7 +209,11 @@ class Life(RuleBasedStateMachine):
         assert Counter((line["step"], line["adapter"]) for line in lines if "loss" in line) == Counter(
             (step, adapter) for step in range(1, STEPS + 1) for adapter in everyone
         )
-        assert Counter(line["adapter"] for line in lines if "validation_loss" in line) == Counter(everyone)
+        validations = STEPS // (self.references.settings["train"].get("validate_every") or STEPS)
+        validated = Counter(line["adapter"] for line in lines if "validation_loss" in line and "kept" not in line)
+        assert validated == Counter(dict.fromkeys(everyone, validations))
+        kept = Counter(line["adapter"] for line in lines if "kept" in line)
+        assert set(kept.values()) <= {1}
         drawn, expected = (
             {(line["step"], line["adapter"]): line["noise_norm"] for line in metrics(folder) if "noise_norm" in line}
             for folder in (self.run, self.references.straight)
@@ -244,9 +248,13 @@ class Life(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-def test_whatever_befalls_a_run_it_ends_in_the_same_adapters(settings, tmp_path):
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_whatever_befalls_a_run_it_ends_in_the_same_adapters(settings, tmp_path, keep):
     settings["lora"]["dropout"] = 0.2
-    settings["train"]["max_steps"] = STEPS
+    settings["train"] |= {"max_steps": STEPS, "keep": keep}
+    if keep == "best":  # which is not the last step of each
+        settings["train"]["validate_every"] = 3
+        settings["optim"] |= {"lr": 5e-2, "schedule": "constant"}
     references = References(settings, tmp_path)
     run_state_machine_as_test(
         lambda: Life(references),

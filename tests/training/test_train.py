@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from poc_lora import progress
-from poc_lora.config import dump_yaml
+from poc_lora.config import dump_yaml, load_config
 from poc_lora.errors import CheckpointError, ConfigError, Interrupted, ModelError, RequestError, RunError, TrainingError
 from poc_lora.models import compilation, recomputation
 from poc_lora.training import step as pack
@@ -74,6 +74,17 @@ def test_the_same_run_twice_is_bitwise_the_same(settings, tmp_path):
     again = train(config(settings, output=str(tmp_path / "again")))
     for adapter in range(3):
         assert_same_bits(weights(first.folder, adapter), weights(again.folder, adapter))
+
+
+def test_all_linear_layers_are_adapted_by_default_and_their_names_are_recorded(settings):
+    del settings["lora"]["targets"]
+    done = train(config(settings, train__max_steps=1))
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert facts(done.folder)["target_modules"] == names
+    written = json.loads((done.folder / "adapters/00/adapter_config.json").read_text())
+    assert written["target_modules"] == names
+    assert load_config(done.folder / "config.yaml").lora.targets == "all-linear"
+    train(load_config(done.folder / "config.yaml"), resume=True)
 
 
 def test_prompts_can_be_left_out_of_the_loss(settings, tmp_path):

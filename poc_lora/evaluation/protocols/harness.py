@@ -3,7 +3,7 @@
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -73,12 +73,12 @@ def harness_answers(
     ):
         for (name,) in steps:
 
-            def on_answer(name: str = name) -> None:
+            def on_progress(answers: int, name: str = name) -> None:
                 if stop is not None and stop.is_set():
                     raise Interrupted(f"stopped while lm-eval scored {name}", fix="the same command starts again")
-                progress.advance(1, name)
+                progress.advance(answers, name)
 
-            scores, results = score_tasks(model, tokenizer, tasks, limit=limit, on_answer=on_answer)
+            scores, results = score_tasks(model, tokenizer, tasks, limit=limit, on_progress=on_progress)
             items = items or _items(data, scores)
             answers[name] = {item: _answer(item, scores[item.benchmark]) for item in items}
             check_numbers(name, items, list(answers[name].values()))
@@ -93,13 +93,13 @@ def score_tasks(
     tasks: Mapping[str, Any],
     *,
     limit: int | None = None,
-    on_answer: Callable[[], object] = lambda: None,
+    on_progress: Callable[[int], object] = lambda _: None,
 ) -> tuple[dict[str, TaskScores], dict[str, Any]]:
     """Score the variant that `model` computes now. lm-eval's cache is not used: it cannot tell adapters apart.
 
     Args:
         model, tokenizer, tasks, limit: As in `harness_answers`.
-        on_answer: Called after every answer; what it raises ends the scoring.
+        on_progress: As for `LoadedModel`.
 
     Returns:
         The scores by benchmark folder, and lm-eval's own results.
@@ -110,7 +110,7 @@ def score_tasks(
 
     names = {folder: task.config.task for folder, task in tasks.items()}
     with quiet_lm_eval():
-        wrapped = LoadedModel(model, tokenizer, on_answer)
+        wrapped = LoadedModel(model, tokenizer, on_progress)
         task_dict = {"tasks": {names[folder]: task for folder, task in tasks.items()}}
         results = evaluate(lm=wrapped, task_dict=task_dict, limit=limit, log_samples=True)
     scores = {}
@@ -154,26 +154,31 @@ def _answer(item: Item, scores: TaskScores) -> Answer:
 
 def _write(folder: Path, results: dict[str, Any]) -> None:
     """Write lm-eval's results.json and a samples file per task, in its formats but without the date in the names."""
-    from lm_eval.utils import handle_non_serializable, sanitize_list
-
-    def dump(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, default=handle_non_serializable, ensure_ascii=False, indent=indent) + "\n"
+    from lm_eval.utils import handle_non_serializable
 
     (folder / "results.json").unlink(missing_ok=True)  # where it is present, the rest is of the same evaluation
     for task, samples in results["samples"].items():
-        lines = [
-            sample
-            | {
-                "arguments": {
-                    f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(argument)}
-                    for i, argument in enumerate(sample["arguments"])
-                },
-                "resps": sanitize_list(sample["resps"]),
-                "filtered_resps": sanitize_list(sample["filtered_resps"]),
-                "target": str(sample["target"]),
-            }
-            for sample in samples
-        ]
-        write_atomic(folder / f"samples_{task}.jsonl", "".join(map(dump, lines)))
+        write_samples(folder / f"samples_{task}.jsonl", samples)
     summary = {key: value for key, value in results.items() if key != "samples"}
-    write_atomic(folder / "results.json", dump(summary, indent=2))
+    text = json.dumps(summary, default=handle_non_serializable, ensure_ascii=False, indent=2)
+    write_atomic(folder / "results.json", text + "\n")
+
+
+def write_samples(path: Path, samples: Sequence[dict[str, Any]]) -> None:
+    """Write the samples of a task, from lm-eval's results, in the format of its `--log_samples`."""
+    from lm_eval.utils import handle_non_serializable, sanitize_list
+
+    lines = []
+    for sample in samples:
+        arguments = {
+            f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(argument)}
+            for i, argument in enumerate(sample["arguments"])
+        }
+        shown = {
+            "arguments": arguments,
+            "resps": sanitize_list(sample["resps"]),
+            "filtered_resps": sanitize_list(sample["filtered_resps"]),
+            "target": str(sample["target"]),
+        }
+        lines.append(json.dumps(sample | shown, default=handle_non_serializable, ensure_ascii=False) + "\n")
+    write_atomic(path, "".join(lines))

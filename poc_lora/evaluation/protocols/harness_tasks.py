@@ -8,11 +8,16 @@ sum is a tie there and not in `label`.
 
 import contextlib
 import importlib.util
+import io
 import logging
+import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from poc_lora.data.commonsense import Benchmark, find_benchmarks
 from poc_lora.data.prompts import TEMPLATES, render_prompt
@@ -20,6 +25,7 @@ from poc_lora.data.questions import read_questions
 from poc_lora.errors import DataError, RequestError, first_line
 from poc_lora.evaluation.protocols.label import ANSWER_PREFIX
 
+SEED = 1234  # lm-eval's, of NumPy, torch and the examples before a question
 TASKS_FOLDER = Path(__file__).with_name("tasks")  # for lm_eval --include_path
 
 
@@ -37,13 +43,10 @@ def load_tasks(benchmarks: Sequence[Benchmark], *, data: Path | None, prompt: st
         prompt: The prompt template of the local tasks.
 
     Raises:
-        RequestError: If lm-eval is not installed.
-        DataError: If the questions cannot be read or loaded.
+        RequestError: lm-eval is not installed.
+        DataError: The questions cannot be read or loaded.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise RequestError(
-            "the harness protocol needs lm-eval", where="--protocol", fix="pip install 'poc-lora[harness]'"
-        )
+    require_lm_eval("--protocol harness")
     from lm_eval.tasks import TaskManager
 
     for benchmark in benchmarks:
@@ -57,6 +60,12 @@ def load_tasks(benchmarks: Sequence[Benchmark], *, data: Path | None, prompt: st
         metadata = {"data": str(data), "prompt": prompt}
         manager = TaskManager(include_path=TASKS_FOLDER, include_defaults=False, metadata=metadata)
         return {b.folder: manager.load([local_task(b)])["tasks"][local_task(b)] for b in benchmarks}
+
+
+def require_lm_eval(where: str) -> None:
+    """Raises RequestError if lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise RequestError("lm-eval is not installed", where=where, fix="pip install 'poc-lora[harness]'")
 
 
 def _load_hub_task(manager: Any, name: str) -> Any:
@@ -111,19 +120,30 @@ def local_dataset(*, benchmark: str, data: str | None = None, prompt: str = "cle
 
 @contextlib.contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Within the block lm-eval shows no notices or progress bars, and its draws leave Python's global stream unchanged.
+    """Within the block lm-eval shows no notices and starts no processes.
 
-    It draws from that stream whenever it looks up a task's name.
+    The global random streams, which some of its tasks draw from, begin there as its command line begins them, and are
+    afterwards as they were. The processes of its bootstraps would inherit this one's handlers of signals and not end.
     """
     from lm_eval.api import task
 
-    logger = logging.getLogger("lm_eval")
-    level, bar, state = logger.level, task.tqdm, random.getstate()
+    logger, one_process = logging.getLogger("lm_eval"), "DISABLE_MULTIPROC"
+    level, bar, others = logger.level, task.tqdm, os.environ.get(one_process)
+    numbers, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     logger.setLevel(logging.ERROR)
     task.tqdm = lambda docs, **_: docs
+    os.environ[one_process] = "1"
     try:
-        yield
+        with torch.random.fork_rng(devices), contextlib.redirect_stdout(io.StringIO()):
+            random.seed(0)
+            np.random.seed(SEED)  # noqa: NPY002
+            torch.manual_seed(SEED)
+            yield
     finally:
         logger.setLevel(level)
         task.tqdm = bar
-        random.setstate(state)
+        os.environ.pop(one_process)
+        os.environ.update({} if others is None else {one_process: others})
+        random.setstate(numbers)
+        np.random.set_state(arrays)  # noqa: NPY002

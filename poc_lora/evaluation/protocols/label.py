@@ -19,11 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from poc_lora.data.prompts import render_prompt
 from poc_lora.data.questions import Question
 from poc_lora.devices import by_device
+from poc_lora.distributed import Ranks
 from poc_lora.errors import DataError
 from poc_lora.evaluation.answers import Answer
 from poc_lora.models.forward import logits_at
 from poc_lora.models.load import context_length
 from poc_lora.models.prefix_cache import run_prefix
+from poc_lora.models.sharding import all_reduce_sum
 
 ANSWER_PREFIX = "the correct answer is"
 TOKENS_PER_BATCH = {"cpu": 8_192, "cuda": 16_384}  # padded, over all copies; more leave a CPU's cache
@@ -101,10 +103,11 @@ def label_answers(
     *,
     prompt: str,
     copies: int = 1,
+    ranks: Ranks | None = None,
 ) -> list[list[Answer]]:
     """Answer questions by the label protocol: `prepare`, then `score_labels`. Returns [copies][n] answers."""
     prepared = prepare(questions, tokenizer, prompt=prompt, max_length=context_length(model))
-    log_probs = score_labels(model, prepared, copies=copies)
+    log_probs = score_labels(model, prepared, copies=copies, ranks=ranks)
     chosen, too_long = log_probs.argmax(-1).tolist(), prepared.too_long.tolist()
 
     def answer(copy: int, i: int) -> Answer:
@@ -118,7 +121,9 @@ def label_answers(
 
 
 @torch.inference_mode()
-def score_labels(model: PreTrainedModel, prepared: PreparedQuestions, *, copies: int = 1) -> Tensor:
+def score_labels(
+    model: PreTrainedModel, prepared: PreparedQuestions, *, copies: int = 1, ranks: Ranks | None = None
+) -> Tensor:
     """Compute the log-probabilities of the labels.
 
     Args:
@@ -126,6 +131,8 @@ def score_labels(model: PreTrainedModel, prepared: PreparedQuestions, *, copies:
         prepared: The questions.
         copies: How often the model expects each batch to be repeated: M for a bank of M packed adapters
             (adapter-major), otherwise 1.
+        ranks: Where they share a sharded base, so that all must run it equally often: each batch is split over them.
+            A collective operation then, with the same questions on every rank.
 
     Returns:
         Log-probabilities, float32 on the CPU [copies, n, k]; -inf for labels that do not exist or have no score.
@@ -138,7 +145,12 @@ def score_labels(model: PreTrainedModel, prepared: PreparedQuestions, *, copies:
     past = run_prefix(model, prepared.tokens[:P], copies) if P >= MIN_PREFIX else None
     P = P if past else 0
     budget = by_device(TOKENS_PER_BATCH, model.device.type) // copies
-    for first, last in batch_ranges(prepared.starts.diff().tolist(), budget):
+    rank, size = (ranks.rank, ranks.size) if ranks else (0, 1)
+    for start, end in batch_ranges(prepared.starts.diff().tolist(), budget * size):
+        first, last = (start + (end - start) * r // size for r in (rank, rank + 1))
+        own = last > first
+        if not own:  # run a row of another rank's along
+            first, last = start, start + 1
         ids = _padded(prepared, first, last)[:, P:]  # [b, T]
         b, T = ids.shape
         reads = slice(int(prepared.first_read[first]), int(prepared.first_read[last]))
@@ -152,7 +164,10 @@ def score_labels(model: PreTrainedModel, prepared: PreparedQuestions, *, copies:
         ids, rows, columns = (x.to(model.device) for x in (ids.repeat(copies, 1), rows, columns))
         with head_in_float32(model):
             logits = logits_at(model, ids, rows, columns, past=past).float().view(copies, len(position), -1)
-        scores.index_add_(1, slot, logits[:, where, token] - logits.logsumexp(-1)[:, where])
+        if own:
+            scores.index_add_(1, slot, logits[:, where, token] - logits.logsumexp(-1)[:, where])
+    if size > 1:
+        all_reduce_sum(scores)  # each is one rank's
     scored = prepared.label_exists & ~prepared.too_long[:, None]
     return scores.cpu().view(copies, n, k).masked_fill_(~scored, -torch.inf)
 

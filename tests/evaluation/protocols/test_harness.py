@@ -175,7 +175,7 @@ def test_free_choices_have_lm_evals_accuracies(base, tmp_path, form, ascii):
     for view in (bank.disabled(), bank.only(0)):
         with view, quiet_lm_eval():
             task = TaskManager(include_defaults=False).load([config])["tasks"]["quiz"]
-            theirs = evaluate(lm=LoadedModel(model, tokenizer, lambda: None), task_dict={"tasks": {"quiz": task}})
+            theirs = evaluate(lm=LoadedModel(model, tokenizer, lambda _: None), task_dict={"tasks": {"quiz": task}})
             (ours,) = label_answers(model, tokenizer, asked, prompt="clean")
         given = dict(zip(items, ours, strict=True))
         metrics = theirs["results"]["quiz"]

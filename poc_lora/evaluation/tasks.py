@@ -1,0 +1,159 @@
+"""`evaluate_tasks`: the base, every adapter and their merge on tasks of lm-eval, over one loaded base model."""
+
+import contextlib
+import importlib.metadata
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from poc_lora.artifacts.run_folder import TASK_RESULTS
+from poc_lora.artifacts.task_scores import TaskResults, TaskScore
+from poc_lora.distributed import open_ranks
+from poc_lora.errors import Interrupted, RequestError
+from poc_lora.evaluation.protocols.named_tasks import WHERE, load_named_tasks
+from poc_lora.evaluation.protocols.task_scoring import (
+    PreparedTask,
+    check_room,
+    prepare_task,
+    read_score,
+    score_task,
+    write_score,
+)
+from poc_lora.evaluation.task_summary import summarise_tasks
+from poc_lora.evaluation.variants import Variants, activate_variants, base_digest, find_variants
+from poc_lora.files import require_place
+from poc_lora.models.forward import without_cudnn_attention
+from poc_lora.models.load import default_device, load_base, resolve_dtype
+from poc_lora.progress import progress_bar
+
+
+def evaluate_tasks(
+    targets: Sequence[Path],
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    base: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> TaskResults:
+    """Score variants of one base model on any tasks, groups and tags of lm-eval, with its metrics and errors.
+
+    The scores of a variant on each task are saved in `OUT/VARIANT` with lm-eval's samples, so the same call resumes an
+    interrupted evaluation. Writes tasks.json at the end.
+
+    Args:
+        targets, base, revision, dtype, quantization: As for `evaluate`.
+        tasks, num_fewshot, include_path: As for `load_named_tasks`.
+        limit: Only the first documents of each task.
+        out: The folder for results; default: RUN/eval-tasks. Required for adapters outside a run.
+        seed: Of the bootstrap of differences.
+        device: Default: the GPU, or the CPU.
+
+    Returns:
+        What was written to tasks.json. There is no prediction ensemble: generated texts have no mean.
+
+    Raises:
+        RequestError, RunError, AdapterError, DataError, ModelError: Something cannot be evaluated; raised before
+            weights are loaded if possible.
+        Interrupted: Ctrl-C or SIGTERM.
+    """
+    device = device or default_device()
+    if limit is not None and limit < 1:
+        raise RequestError(f"the limit is {limit} documents", where="--limit", fix="give 1 or more")
+    with open_ranks(device) as ranks, without_cudnn_attention():
+        if ranks.size > 1:
+            raise RequestError("lm-eval runs in one process", where=WHERE)
+        variants = find_variants(
+            targets,
+            base=base,
+            revision=revision,
+            dtype=dtype,
+            quantization=quantization,
+            out=out,
+            protocol="tasks",
+        )
+        require_place(variants.out)
+        named = load_named_tasks(tasks, num_fewshot=num_fewshot, include_path=include_path)
+        prepared = [prepare_task(name, task, limit) for name, task in named.tasks.items()]
+        version = importlib.metadata.version("lm_eval")
+        settings = {
+            "lm_eval": version,
+            "base": base_digest(variants.base, variants.revision),
+            "dtype": resolve_dtype(variants.dtype, device),
+            "quantization": variants.quantization,
+        }
+        keys = {
+            name: {task.name: task.key(settings | {"adapters": digests}) for task in prepared}
+            for name, digests in variants.digests().items()
+            if name != "ensemble"
+        }
+        found = {
+            name: {task: known for task, key in own.items() if (known := read_score(variants.out / name, task, key))}
+            for name, own in keys.items()
+        }
+        if any(found[name].keys() != own.keys() for name, own in keys.items()):
+            model, tokenizer = load_base(
+                variants.base,
+                revision=variants.revision,
+                dtype=variants.dtype,
+                quantization=variants.quantization,
+                device=device,
+            )
+            check_room(model, tokenizer, prepared)
+            found = _score_missing(model, tokenizer, variants, prepared, keys, found, ranks.stop)
+    results = TaskResults(
+        base_model=variants.base,
+        lm_eval=version,
+        limit=limit,
+        exact_average=variants.exact_average,
+        tasks=summarise_tasks(named, found, adapters=list(variants.adapters), seed=seed),
+    )
+    results.write(variants.out / TASK_RESULTS)
+    return results
+
+
+def _score_missing(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    variants: Variants,
+    prepared: Sequence[PreparedTask],
+    keys: Mapping[str, Mapping[str, str]],
+    known: Mapping[str, Mapping[str, TaskScore]],
+    stop: threading.Event,
+) -> dict[str, dict[str, TaskScore]]:
+    """Score what is not known, variant by variant, and save each task of each. Returns it with what is known."""
+    requests = sum(task.requests for task in prepared)
+    done = sum(task.requests for task in prepared for scores in known.values() if task.name in scores)
+    found = {name: dict(scores) for name, scores in known.items()}
+    with (
+        progress_bar(len(keys) * requests, "evaluating", done=done) as progress,
+        contextlib.closing(activate_variants(model, variants, packed=False)) as steps,
+    ):
+        for (name,) in steps:
+            for task in prepared:
+                if task.name in found[name]:
+                    continue
+                note = f"{name}, {task.name}"
+
+                def on_progress(answers: int, note: str = note) -> None:
+                    if stop.is_set():
+                        raise Interrupted(
+                            f"stopped at {note}; the tasks before are kept", fix="the same command resumes"
+                        )
+                    progress.advance(answers, note)
+
+                key = keys[name][task.name]
+                score, samples = score_task(model, tokenizer, task, variant=name, key=key, on_progress=on_progress)
+                (variants.out / TASK_RESULTS).unlink(missing_ok=True)  # where it is present, all is of one evaluation
+                write_score(variants.out / name, task.name, score, samples)
+                found[name][task.name] = score
+    return found
