@@ -113,7 +113,7 @@ class DataSection(Section):
     """Batch rows of similar length together, which saves padding."""
     validation: Literal["auto"] | NonNegative = "auto"
     """Rows held out of training to measure the validation loss. `auto`: a tenth of the rows, at most 120."""
-    validation_files: tuple[Name, ...] = ()
+    validation_files: Annotated[tuple[Name, ...], ListOrOne] = ()
     """Files or Hub data sets of rows to measure the validation loss on; none are then held out of `train`."""
 
     @model_validator(mode="before")

@@ -75,7 +75,7 @@ def run_controls(
         out: The folder of the runs, which takes the place of `config.output`.
         runs: How often each is trained, at least twice.
         data, limit: As for `evaluate`.
-        rows: As for `evaluate_rows`, in place of `data`.
+        rows: As for `evaluate_rows`, in place of `data`. One of the two is needed.
         only: Names of `RIVALS` to train; default: all.
         show: Called with lines and tables for the terminal.
 
@@ -84,7 +84,13 @@ def run_controls(
         TrainingError: Every adapter of a pack diverged.
         Interrupted: After Ctrl-C or SIGTERM.
     """
-    plans, left_out = make_plans(config, out, runs=runs, measured_on=bool(data or rows), only=only)
+    if data is None and not rows:
+        raise RequestError(
+            "there is nothing to compare on: the rows that a run holds out are chosen by its seed",
+            where="--data",
+            fix="add --data DIR, or --rows FILE of rows that are not trained on",
+        )
+    plans, left_out = make_plans(config, out, runs=runs, only=only)
     show(plan_table([(p.name, len(p.configs), p.configs[0], p.steps, p.tokens) for p in plans]))
     show(*(f"{name} is left out: {why}" for name, why in left_out.items()))
     for plan in plans:
@@ -94,7 +100,7 @@ def run_controls(
     for plan in plans:
         done[plan.name] = []
         for one in plan.configs:
-            show(f"{Path(one.output).name}: {plan.meaning}")
+            show(f"{Path(one.output).name}: {plan.meaning}" + (" (trained already)" if _has_ended(one) else ""))
             with _same_command_resumes():
                 _train(one)
                 if finished := _finished_adapters(one):
@@ -108,13 +114,12 @@ def run_controls(
 
 
 def make_plans(
-    config: RunConfig, out: Path, *, runs: int, measured_on: bool, only: Sequence[str] | None = None
+    config: RunConfig, out: Path, *, runs: int, only: Sequence[str] | None = None
 ) -> tuple[list[Plan], dict[str, str]]:
     """Returns what is to be trained, the pack first, and by name why a rival is left out.
 
     Args:
         config, out, runs, only: As for `run_controls`.
-        measured_on: Whether questions or rows are given, beside those that the run holds out.
 
     Raises:
         RequestError: For what cannot be compared.
@@ -133,9 +138,6 @@ def make_plans(
     tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
     context = context_length(empty_base(config.model.name, revision=config.model.revision))
     rows = prepare_data(config, tokenizer, context=context)
-    if not measured_on and not rows.validation:
-        what = "nothing would be measured: no questions or rows are given, and none are held out"
-        raise RequestError(what, where="data.validation", fix="add --data or --rows, or hold rows out")
     M, steps = config.adapters.count, rows.total_steps
     batch, rank, seed = config.train.batch_size, config.lora.rank, config.adapters.seed
     as_long = ["train.epochs=null", f"train.max_steps={steps}"]
@@ -210,19 +212,20 @@ def _finished_adapters(config: RunConfig) -> list[int]:
     return [adapter for adapter, state in _progress(config).items() if state.status == "finished"]
 
 
+def _has_ended(config: RunConfig) -> bool:
+    """Whether a run is over: every adapter has finished or diverged."""
+    progress = _progress(config)
+    return len(progress) == config.adapters.count and all(s.status != "training" for s in progress.values())
+
+
 def _train(config: RunConfig) -> None:
     """Train or resume a run, unless it has ended. One whose adapters all diverged has ended too."""
-
-    def ended() -> bool:
-        progress = _progress(config)
-        return len(progress) == config.adapters.count and all(s.status != "training" for s in progress.values())
-
-    if ended():
+    if _has_ended(config):
         return
     try:
         train(config, resume=True)
     except TrainingError:
-        if not ended():
+        if not _has_ended(config):
             raise
 
 
@@ -252,7 +255,8 @@ def _compare(plans: Sequence[Plan], done: dict[str, list[RunFiles]], left_out: d
             differences={
                 measure: _difference(pack.measures[measure]["merged"].values, found, paired=plan.merged)
                 for measure, found in values.items()
-                if "merged" in pack.measures.get(measure, {})
+                # A seed chooses the rows held out: those of independent runs are not the same.
+                if "merged" in pack.measures.get(measure, {}) and (plan.merged or measure != "held_out_loss")
             },
         )
     return Controls(pack=pack, tokens=plans[0].tokens, seconds=_seconds(plans[0]), rivals=rivals, left_out=left_out)

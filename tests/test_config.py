@@ -362,7 +362,7 @@ def test_weights_that_cannot_be_sharded_are_refused(kind):
 
 
 def test_columns_are_mapped_to_those_of_the_formats(load):
-    assert "'reply' to 'answer', which is none of instruction, input" in refusal(data__columns={"reply": "answer"})
+    assert "'reply' to 'label', which is none of instruction, input" in refusal(data__columns={"reply": "label"})
     kept = {"reply": "output", "hints": None, "messages.who": "role"}
     assert load("", "data.columns={reply: output, hints: null, messages.who: role}").data.columns == kept
 

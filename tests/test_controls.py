@@ -39,7 +39,7 @@ def changed(one, other):
 
 
 def test_the_rivals_differ_from_the_pack_in_what_is_said(config):
-    plans, left_out = make_plans(config, Path("out"), runs=3, measured_on=True)
+    plans, left_out = make_plans(config, Path("out"), runs=3)
     assert not left_out
     plans = {plan.name: plan for plan in plans}
     assert list(plans) == [PACK, *RIVALS]
@@ -60,9 +60,7 @@ def test_the_rivals_differ_from_the_pack_in_what_is_said(config):
 
 def test_epochs_become_as_many_steps(config):
     config = load_config("run.yaml", ["train.max_steps=null", "train.epochs=2"])
-    (pack, longer, batch), _ = make_plans(
-        config, Path("out"), runs=2, measured_on=True, only=["longer", "larger_batch"]
-    )
+    (pack, longer, batch), _ = make_plans(config, Path("out"), runs=2, only=["longer", "larger_batch"])
     assert pack.configs[0].train.epochs == 2
     assert pack.steps == 20  # twice 20 rows in batches of 2
     assert (longer.configs[0].train.max_steps, batch.configs[0].train.max_steps) == (40, 20)
@@ -72,11 +70,11 @@ def test_epochs_become_as_many_steps(config):
 
 def test_what_the_configuration_has_already_is_left_out(config):
     config = load_config("run.yaml", ["data.learn=last", "optim.temperature=0"])
-    plans, left_out = make_plans(config, Path("out"), runs=2, measured_on=True)
+    plans, left_out = make_plans(config, Path("out"), runs=2)
     assert [plan.name for plan in plans] == [PACK, "longer", "larger_batch", "larger_rank"]
     assert list(left_out) == ["answers_only", "lambda_0"]
     assert "has it already" in left_out["lambda_0"]
-    assert make_plans(config, Path("out"), runs=2, measured_on=True, only=["longer"])[1] == {}
+    assert make_plans(config, Path("out"), runs=2, only=["longer"])[1] == {}
 
 
 def test_the_merge_is_compared_seed_by_seed_or_with_independent_runs(config):
@@ -101,7 +99,10 @@ def test_the_merge_is_compared_seed_by_seed_or_with_independent_runs(config):
     each = [a - b for a, b in zip(merges, without_noise, strict=True)]
     assert paired.paired
     assert paired.half_width == pytest.approx(12.7062 * statistics.stdev(each) / math.sqrt(2), rel=1e-4)
-    assert set(found.rivals["longer"].differences) == {"rows_loss", "held_out_loss"}
+    assert set(found.rivals["lambda_0"].differences) == {"rows_loss", "held_out_loss"}
+    assert set(found.rivals["longer"].measures) == {"rows_loss", "held_out_loss"}
+    assert set(found.rivals["longer"].differences) == {"rows_loss"}  # other seeds hold other rows out
+    assert "of different rows, so their difference is left out" in " ".join(controls_notes(found))
     written = Path("controls/controls.md").read_text()
     assert "| longer |" in written
     assert "| PoC merge − lambda\\_0 |" in written
@@ -200,20 +201,21 @@ def test_the_outcome_says_what_the_interval_shows(difference, half, said):
         ([], {"only": ["ema"]}, "no rival 'ema'"),
         ([], {"runs": 1}, "1 run gives no interval"),
         (["adapters.count=1"], {}, "no merge to compare"),
-        (["data.validation=0"], {}, "nothing would be measured"),
+        ([], {"rows": []}, "nothing to compare on"),
         (["lora.rank=4096"], {}, "rank"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(config, overrides, options, said):
     with pytest.raises(RequestError, match=said):
-        compare(load_config("run.yaml", overrides), **options)
+        compare(load_config("run.yaml", overrides), **({"rows": ["rows.jsonl"]} | options))
     assert not Path("controls").exists()
 
 
 def test_one_process_and_one_configuration(config, monkeypatch):
-    compare(config, only=["longer"])
+    options = {"only": ["longer"], "rows": ["rows.jsonl"]}
+    compare(config, **options)
     with pytest.raises(RunError, match=r"optim.lr was 0.0001, is 0.01"):
-        compare(load_config("run.yaml", ["optim.lr=1e-2"]), only=["longer"])
+        compare(load_config("run.yaml", ["optim.lr=1e-2"]), **options)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RequestError, match="one process"):
-        compare(config, only=["longer"])
+        compare(config, **options)

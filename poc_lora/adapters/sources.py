@@ -58,7 +58,9 @@ def find_adapters(source: Path) -> list[Path]:
         return [source]
     inside = RunFolder(source).adapters
     if not inside.is_dir():
-        found = [folder for folder in source.iterdir() if _has_adapter(folder)] if source.is_dir() else []
+        is_run = RunFolder(source).is_run  # whose merge is none of its adapters
+        folders = source.iterdir() if source.is_dir() and not is_run else ()
+        found = [folder for folder in folders if _has_adapter(folder)]
         if found:
             return sorted(found, key=_by_number)
         raise AdapterError(

@@ -87,10 +87,14 @@ class VarianceLaw(Schema):
 
 
 class Subsets(Schema):
-    """How accuracy and the distance from the merge of all depend on the number of adapters merged."""
+    """How accuracy and the distance from the merge of all depend on the number of adapters merged.
+
+    With `limit`, on the first so many questions of each benchmark.
+    """
 
     points: Public[Annotated[list[SubsetPoint], Field(min_length=1)]]
     variance_law: Public[VarianceLaw | None]
+    limit: Public[Count | None] = None
 
 
 class Results(Artifact):
@@ -113,6 +117,7 @@ class Results(Artifact):
         unread: By variant, the share of generated answers without a label; NaN where no question fits.
         control: The merge of another run.
         subsets: See `poc_lora.evaluation.subsets`.
+        truncated: The best approximation of the merge of rank `truncated_rank`.
         calibration: Of `base`, `best`, `merged` and `ensemble`, where every label has a probability.
         calibration_of_adapters: The same of every adapter, by its name.
     """
@@ -141,6 +146,8 @@ class Results(Artifact):
     control_name: Public[str | None] = None
     subsets: Public[Subsets | None] = None
     exact_average: Public[bool] = False
+    truncated: Public[Scored | None] = None
+    truncated_rank: Public[Count | None] = None
     calibration: Public[dict[str, Calibration]] = Field(default_factory=dict)
     calibration_of_adapters: Public[dict[str, Calibration]] = Field(default_factory=dict)
 
@@ -153,7 +160,15 @@ class Results(Artifact):
             raise ValueError("a name that no benchmark can have")
         if self.best not in (self.adapters or {""}):  # a model without adapters has no best one
             raise ValueError("the best adapter is not among the adapters")
-        rows = [self.base, self.average, self.merged, self.ensemble, self.control, *self.adapters.values()]
+        rows = [
+            self.base,
+            self.average,
+            self.merged,
+            self.ensemble,
+            self.control,
+            self.truncated,
+            *self.adapters.values(),
+        ]
         known = [self.too_long.keys(), self.chance.keys(), *(row.benchmarks.keys() for row in rows if row)]
         if not all(asked <= benchmarks for benchmarks in known):
             raise ValueError("benchmarks without an accuracy, a chance level or a count")

@@ -58,6 +58,7 @@ def evaluate(
         Prompt | None, typer.Option(help="The prompt template; default: the run's own, clean outside a run.")
     ] = None,
     subsets: Annotated[bool, typer.Option("--subsets", help="Also score merges of 2, 4, ... of the adapters.")] = False,
+    rank: Annotated[int | None, typer.Option(help="Also score the merge truncated to this rank.")] = None,
     control: Annotated[
         Path | None, typer.Option(help="Another run, evaluated with the same options, to compare the merge with.")
     ] = None,
@@ -91,33 +92,24 @@ def evaluate(
         return
     options: dict[str, Any]
     if rows:
-        given = dict(data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None)
+        given = dict(data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None, rank=rank)
         given |= {"harness-tasks": harness_tasks}
         for name, value in given.items():
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--rows", fix="leave one of them out")
         if protocol != "label" or beams != 1:
             raise RequestError("rows have one protocol", where="--rows", fix="leave out --protocol and --beams")
-        if study:
-            score: Any = _evaluate_study
-        else:
-            score = _evaluate_rows
-        score(
-            targets,
-            rows=rows,
-            as_json=as_json,
-            base=base,
-            dtype=dtype,
-            quantization=quantization,
-            prompt=prompt,
-            out=out,
-        )
+        options = dict(base=base, dtype=dtype, quantization=quantization, prompt=prompt, out=out)
+        score = _evaluate_study if study else _evaluate_rows
+        score(targets, rows=rows, as_json=as_json, **options)
         return
     if harness_tasks is not None:
         if protocol == "generate" or beams != 1 or prompt is not None:
             what = "lm-eval's tasks have their own protocols and prompts"
             raise RequestError(what, where="--harness-tasks", fix="leave out --protocol, --beams and --prompt")
-        for name, value in dict(data=data, benchmarks=benchmarks, control=control, subsets=subsets or None).items():
+        for name, value in dict(
+            data=data, benchmarks=benchmarks, control=control, subsets=subsets or None, rank=rank
+        ).items():
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--harness-tasks", fix="leave one of them out")
         options = dict(base=base, dtype=dtype, quantization=quantization, out=out, limit=limit, as_json=as_json)
@@ -146,6 +138,7 @@ def evaluate(
         prompt=prompt,
         limit=limit,
         subsets=subsets,
+        rank=rank,
         control=control,
         out=out,
     )

@@ -98,6 +98,9 @@ def find_benchmarks(names: Sequence[str] | None, data: Path | None = None) -> tu
         wanted.add(found.folder)
     if not wanted:
         raise DataError("no benchmark was named", fix="name at least one, or leave the choice out to take all")
+    if len(wanted) > MAX_BENCHMARKS:
+        what = f"{len(wanted):,} benchmarks were named; {MAX_BENCHMARKS} are the most at once"
+        raise DataError(what, where=data, fix="name fewer")
     return tuple(b for b in (*BENCHMARKS, *own.values()) if b.folder in wanted)
 
 

@@ -12,3 +12,11 @@ def require_length(text: str, where: str) -> None:
     if len(text) > MAX_TEXT:
         what = f"a text of {len(text):,} characters; {MAX_TEXT:,} are the most that is read"
         raise DataError(what, where=where, fix="split it into several rows")
+
+
+def require_characters(text: str, where: str) -> None:
+    """Raise DataError for half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        raise DataError("the text holds half of a surrogate pair, which is no character", where=where) from problem

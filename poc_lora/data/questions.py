@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from poc_lora.data.commonsense import Benchmark, questions_file
-from poc_lora.data.limits import MAX_LABELS, MAX_LABELS_LENGTH, require_length
+from poc_lora.data.limits import MAX_LABELS, MAX_LABELS_LENGTH, require_characters, require_length
 from poc_lora.data.rows import file_rows
 from poc_lora.errors import DataError
 from poc_lora.files import read_json
@@ -106,15 +106,8 @@ def _with_choices(row: dict[str, Any], where: str) -> Question:
         shown = "missing" if answer is None else f"{str(answer)[:60]!r}, which is none of the {len(choices)} choices"
         raise DataError(f"the answer is {shown}", where=where, fix=CHOICES_FIX)
     require_length(text, where)
-    _require_characters(text + "".join(choices), where)
+    require_characters(text + "".join(choices), where)
     return Question(text, "", tuple(choices), answer, given[0])
-
-
-def _require_characters(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as problem:
-        raise DataError("the text holds half of a surrogate pair, which is no character", where=where) from problem
 
 
 def _with_labels(row: dict[str, Any], where: str) -> Question:
@@ -131,7 +124,7 @@ def _with_labels(row: dict[str, Any], where: str) -> Question:
             where=where,
             fix=f"correct the answer, or the labels after {ANSWER_FORMAT!r}",
         )
-    _require_characters(instruction + extra, where)
+    require_characters(instruction + extra, where)
     return Question(instruction, extra, labels, answer)
 
 

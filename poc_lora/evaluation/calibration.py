@@ -29,11 +29,11 @@ def calibrate(items: Sequence[Item], answers: Mapping[Item, Answer]) -> Calibrat
     for own in benchmarks.values():
         k = max(len(found) for found, _ in own)
         padded = [(*found, *(k - len(found)) * [-math.inf]) for found, _ in own]  # absent labels have probability 0
-        p = torch.tensor(padded, dtype=torch.float64).softmax(-1)  # [n, k]
+        log_p = torch.tensor(padded, dtype=torch.float64).log_softmax(-1)  # [n, k]; those of long texts lie far apart
         right = torch.tensor([right for _, right in own])
-        confidence, chosen = p.max(-1)
-        losses = -p.gather(-1, right[:, None])[:, 0].log()
-        parts.append((losses, brier_score(p, right), calibration_terms(confidence, chosen == right)))
+        confidence, chosen = log_p.exp().max(-1)
+        losses = -log_p.gather(-1, right[:, None])[:, 0]
+        parts.append((losses, brier_score(log_p.exp(), right), calibration_terms(confidence, chosen == right)))
     nll, brier, ece = (_mean_over_benchmarks(values) for values in zip(*parts, strict=True))
     return Calibration(nll=nll, brier=brier, ece=ece)
 

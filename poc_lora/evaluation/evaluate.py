@@ -41,6 +41,8 @@ def evaluate(
     prompt: str | None = None,
     limit: int | None = None,
     subsets: bool = False,
+    subset_limit: int | None = None,
+    rank: int | None = None,
     control: str | Path | None = None,
     out: str | Path | None = None,
     seed: int = 0,
@@ -67,6 +69,8 @@ def evaluate(
         beams: For `generate`; 1 is greedy.
         limit: Only the first questions of each benchmark.
         subsets: Score merges of 2, 4, ... adapters too.
+        subset_limit: With `subsets`, only on the first questions of each benchmark.
+        rank: Score the merge truncated to this rank too.
         control: A run that was evaluated with the same settings; its merge is compared with this one's.
         out: The folder for results; default: RUN/eval, or RUN/eval-PROTOCOL. Required for adapters outside a run.
         seed: Keys the bootstrap and the draw of the subsets.
@@ -84,7 +88,7 @@ def evaluate(
     data = None if data is None else Path(data)
     control = None if control is None else Path(control)
     out = None if out is None else Path(out)
-    _check_request(protocol, limit=limit, beams=beams, subsets=subsets, control=control)
+    _check_request(protocol, limit=limit, beams=beams, subsets=subsets, rank=rank, control=control)
     device = device or default_device()
     with open_ranks(device) as ranks, without_cudnn_attention():
         with ranks.raise_on_all():
@@ -102,6 +106,8 @@ def evaluate(
             _check_out(variants.out)
             if subsets and len(variants.adapters) < 2:
                 raise RequestError("subsets need several adapters", where="--subsets")
+            if rank is not None:
+                variants = variants.truncate(rank)
             settings: dict[str, Any]
             items: list[Item] = []  # lm-eval's are known when it has asked them
             if protocol == "harness":
@@ -150,6 +156,8 @@ def evaluate(
         else:
             for name, its_settings in settings_of.items():
                 asked = items if name in variants.keys else _test(items)  # validation only chooses the best adapter
+                if name in subset_slots and subset_limit is not None:
+                    asked = [item for item in asked if item.row <= subset_limit]
                 files[name] = AnswerFile(variants.out / f"{name}.jsonl", its_settings, asked, rank=ranks.rank)
             ranks.barrier()  # no rank adds answers before all have read, so that all share the same questions
             asked_of_models = [file for name, file in files.items() if name != "ensemble"]
@@ -167,7 +175,8 @@ def evaluate(
         if subsets:
             by_slots = {tuple(range(len(variants.adapters))): answers["merged"]}
             by_slots |= {(slot,): answers[key] for slot, key in enumerate(variants.keys)}
-            points = subset_points(by_slots | {slots: answers.pop(name) for name, slots in subset_slots.items()}, test)
+            by_slots |= {slots: answers.pop(name) for name, slots in subset_slots.items()}
+            points = subset_points(by_slots, [i for i in test if subset_limit is None or i.row <= subset_limit])
 
         results = summarise(
             answers | ({"control": compared.answers} if compared else {}),
@@ -180,7 +189,8 @@ def evaluate(
             prompt=settings["prompt"],
             limit=limit,
             chance={b.folder: chance_level([i.question for i in test if i.benchmark == b.folder]) for b in chosen},
-            subsets=points and Subsets(points=points, variance_law=variance_law(points)),
+            subsets=points and Subsets(points=points, variance_law=variance_law(points), limit=subset_limit),
+            truncated_rank=rank,
             exact_average=variants.exact_average,
         )
         if ranks.rank == 0:
@@ -197,7 +207,9 @@ def count_questions(data: Path, benchmarks: Sequence[str] | None = None, limit: 
     return {b.folder: len(read_questions(data, b, limit=limit)) for b in find_benchmarks(benchmarks, data)}
 
 
-def _check_request(protocol: str, *, limit: int | None, beams: int, subsets: bool, control: Path | None) -> None:
+def _check_request(
+    protocol: str, *, limit: int | None, beams: int, subsets: bool, rank: int | None, control: Path | None
+) -> None:
     """Raises RequestError for arguments that do not fit together."""
     if protocol not in PROTOCOLS:
         raise RequestError(f"there is no protocol '{protocol}'", fix=f"one of: {', '.join(PROTOCOLS)}")
@@ -209,6 +221,8 @@ def _check_request(protocol: str, *, limit: int | None, beams: int, subsets: boo
         raise RequestError(f"the protocol {protocol} has no beams", where="--beams", fix="add --protocol generate")
     if subsets and protocol != "label":
         raise RequestError("subsets need the protocol label", where="--subsets")
+    if rank is not None and protocol == "harness":
+        raise RequestError("a truncated merge needs the protocol label or generate", where="--rank")
     if control is not None and protocol == "harness":
         raise RequestError("a control needs the protocol label or generate", where="--control")
 

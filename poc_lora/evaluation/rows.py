@@ -83,7 +83,8 @@ def evaluate_rows(
         settings = load_config(run.config).data if run.is_run else None
         info = RunInfo.read_if_there(run.info) if run.is_run else None
         trained_on = info is not None and _trained_on(info, rows)
-        place, measured = variants.out / ROW_LOSSES, _digest(variants, settings, rows, device, trained_on=trained_on)
+        place = variants.out / ROW_LOSSES
+        measured = _digest(variants, settings, info, rows, device, trained_on=trained_on)
         if measured is not None and (known := _read(place)) and known.measured == measured:
             return known
         model, tokenizer = load_base(
@@ -118,7 +119,12 @@ def evaluate_rows(
 
 
 def _digest(
-    variants: Variants, settings: DataSection | None, rows: Sequence[str], device: torch.device, **others: bool
+    variants: Variants,
+    settings: DataSection | None,
+    info: RunInfo | None,
+    rows: Sequence[str],
+    device: torch.device,
+    **others: bool,
 ) -> str | None:
     """A hash of what rows.json depends on; None if it cannot be known without reading rows from the Hub."""
     if not all(Path(source).expanduser().is_file() for source in rows):
@@ -130,7 +136,8 @@ def _digest(
         "prompt": variants.prompt,
         "chat_template": variants.chat_template,
         "adapters": variants.digests(),
-        "rows": [sha256_file(Path(source).expanduser()) for source in rows],
+        "rows": [(sha256_file(Path(source).expanduser()), _is_held_out(source)) for source in rows],
+        "started": info and info.started_at,  # the time that chat templates write
         "data": settings and settings.model_dump(mode="json", include={"columns", "max_length", "learn"}),
         **others,
     }

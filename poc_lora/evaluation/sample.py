@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.artifacts.run_info import RunInfo
 from poc_lora.data.bounded import map_bounded
-from poc_lora.data.limits import require_length
+from poc_lora.data.limits import require_characters, require_length
 from poc_lora.data.prompts import render_prompt
 from poc_lora.errors import DataError, RequestError
 from poc_lora.evaluation.protocols.generate import generate, generation_config
@@ -50,6 +50,7 @@ def sample_texts(
     if new_tokens < 1:
         raise RequestError(f"the number of new tokens is {new_tokens}", where="--tokens", fix="give 1 or more")
     require_length(text, "the prompt")
+    require_characters(text, "the prompt")
     device = device or default_device()
     variants = find_variants([run])
     if adapter is not None and adapter not in variants.adapters:

@@ -21,6 +21,7 @@ from poc_lora.evaluation.calibration import calibrate
 from poc_lora.evaluation.variants import Variants, adapter_key
 
 RESAMPLES = 10_000
+MAX_DRAWN = 10_000_000  # counts at once
 SMALLEST = 2.802  # standard errors: the normal quantiles of 0.975, for the 5 % level, and of 0.8, for the power
 DISCORDANT = 0.2
 
@@ -70,6 +71,7 @@ def summarise(
         best_chosen_on="validation" if validation else "test",
         average=scored["average"],
         merged=scored.get("merged"),
+        truncated=scored.get("truncated"),
         ensemble=scored.get("ensemble"),
         control=scored.get("control"),
         comparisons={name: paired_difference(correct["merged"], rival, seed=seed) for name, rival in rivals.items()}
@@ -91,7 +93,7 @@ def write_results(variants: Variants, results: Results, settings: Mapping[str, M
     read = {adapter_key(name): adapter for name, adapter in variants.adapters.items()}
     read |= {"merged": variants.merged} if variants.merged else {}
     found: dict[str, Scored | None] = {adapter_key(name): scored for name, scored in results.adapters.items()}
-    found |= {"base": results.base, "merged": results.merged, "ensemble": results.ensemble}
+    found |= {name: getattr(results, name) for name in ("base", "merged", "truncated", "ensemble")}
     for variant, scored in found.items():
         if scored is None:
             continue
@@ -173,30 +175,42 @@ def paired_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], 
     """The macro average of `ours` minus that of `theirs`, with a percentile bootstrap (Efron 1979).
 
     Questions are resampled within each benchmark. p is twice the smaller share of resamples on one side of zero, with
-    one resample added to each side so that it is never zero.
+    one resample added to each side so that it is never zero. It is at least `smallest_p` of the questions that differ,
+    and where that is above 5 % the interval holds zero: resamples of a few equal values are all equal.
 
     Args:
         ours, theirs: For each benchmark a value per question [n], in the same order.
         seed: Of the bootstrap.
     """
     resampled = np.zeros(RESAMPLES)
-    observed = 0.0
+    observed, differing = 0.0, 0
     for benchmark in ours:
         difference = (ours[benchmark] - theirs[benchmark]).double().numpy()
         values, counts = np.unique(difference, return_counts=True)
         # n draws with replacement take few distinct values, so their counts are drawn: the same law, much less work.
         stream = np.random.default_rng(rng.key(seed, 0, "bootstrap", name=benchmark))
-        drawn = stream.multinomial(len(difference), counts / len(difference), size=RESAMPLES)
-        resampled += drawn @ values / len(difference)
+        rows = max(1, MAX_DRAWN // len(values))
+        for first in range(0, RESAMPLES, rows):
+            size = min(rows, RESAMPLES - first)
+            drawn = stream.multinomial(len(difference), counts / len(difference), size=size)
+            resampled[first : first + size] += drawn @ values / len(difference)
         observed += difference.mean()
+        differing += int(np.count_nonzero(difference))
     resampled /= len(ours)
     low, high = np.quantile(resampled, (0.025, 0.975))
     tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
-    p = min(1.0, 2 * (int(tail) + 1) / (RESAMPLES + 1))
+    p = min(1.0, max(2 * (int(tail) + 1) / (RESAMPLES + 1), smallest_p(differing)))
+    if smallest_p(differing) > 0.05:
+        low, high = min(low, 0.0), max(high, 0.0)
     detectable = SMALLEST * float(resampled.std())
     return Difference(
         value=float(observed / len(ours)), low=float(low), high=float(high), p=p, detectable=detectable or None
     )
+
+
+def smallest_p(differing: int) -> float:
+    """The smallest two-sided p-value of n paired differences, 2^(1 − n): a sign test's where all have one sign."""
+    return 2.0 ** (1 - differing)
 
 
 def smallest_difference(questions: Mapping[str, int]) -> float:

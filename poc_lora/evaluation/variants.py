@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch.nn import Embedding
@@ -31,6 +31,7 @@ from poc_lora.files import sha256_file
 from poc_lora.hub_ids import is_adapter_id
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.merging.compatible import check_compatible
+from poc_lora.merging.merge import merge
 from poc_lora.models.load import resolve_base
 
 UNSHARDED = "evaluate it in one process, on a device that holds the base"
@@ -51,6 +52,7 @@ class Variants:
         adapters: By name, in order.
         chat_template: The text of the chat template that takes the place of the base's, if any.
         merged: The run's merge; None evaluates the exact average of several adapters in its place.
+        truncated: The best approximation of the merge of a smaller rank.
         out: The folder for results.
         shard: Whether several ranks share the base, as the run trained on it.
     """
@@ -65,6 +67,14 @@ class Variants:
     out: Path
     shard: bool = False
     chat_template: str | None = None
+    truncated: Adapter | None = None
+
+    def truncate(self, rank: int) -> "Variants":
+        """Adds the merge truncated to a rank. Raises RequestError where there is no merge, and for a rank below 1."""
+        if self.merged is None and not self.exact_average:
+            raise RequestError("there is no merge to truncate", where="--rank", fix="give a run, or several adapters")
+        sources = [self.merged] if self.merged is not None else list(self.adapters.values())
+        return replace(self, truncated=merge(sources, rank=rank, allow_base_mismatch=True).adapter)
 
     @property
     def keys(self) -> list[str]:
@@ -88,6 +98,8 @@ class Variants:
             found["merged"] = [adapter_digest(Path(self.merged.source))]
         elif self.exact_average:
             found["merged"] = ["mean", *every]
+        if self.truncated is not None:
+            found["truncated"] = [f"rank {max(map(self.truncated.rank, self.truncated.modules))}", *found["merged"]]
         if len(every) > 1:
             found["ensemble"] = ["ensemble", *every]
         return found | alone | {k: ["mean", *(every[slot] for slot in slots)] for k, slots in (subsets or {}).items()}
@@ -141,15 +153,17 @@ def activate_variants(
         for name, members in {**{k: [a] for k, a in zip(variants.keys, adapters, strict=True)}, **averages}.items():
             with in_weights(model, members):
                 yield [name]
-    if variants.merged is not None:
-        merged = named_as_in(model, variants.merged)
+    for name, one in (("merged", variants.merged), ("truncated", variants.truncated)):
+        if one is None:
+            continue
+        merged = named_as_in(model, one)
         if _packs(model, merged):
             # A bank of its own: in the adapters' bank its rank, the sum of theirs, would pad every one of them.
             with _bank(model, [merged]) as bank:
-                yield from _activate_adapters(bank, ["merged"], packed)
+                yield from _activate_adapters(bank, [name], packed)
         else:
             with in_weights(model, [merged]):
-                yield ["merged"]
+                yield [name]
 
 
 def _packs(model: PreTrainedModel, adapter: Adapter) -> bool:

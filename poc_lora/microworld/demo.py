@@ -15,9 +15,11 @@ from poc_lora.reporting.page import write_page, write_rank_sweep
 from poc_lora.reporting.results_tables import results_summary, write_report
 from poc_lora.reporting.sections_results import headline
 from poc_lora.reporting.summaries import merge_summary, training_summary
+from poc_lora.reporting.tables import percent
 from poc_lora.training.train import train
 
 _HERE = Path(__file__).parent
+SUBSET_QUESTIONS = 100  # of each benchmark, for the merges of some adapters: all take as long as training does
 # The wheel carries the checkout's configs/demo.yaml beside this module.
 _CONFIGS = (_HERE / "demo.yaml", _HERE.parents[1] / "configs" / "demo.yaml")
 
@@ -52,12 +54,21 @@ def demo(
     merged = merge_folders([out], RunFolder(out).merged, rank_sweep=[2**k for k in range(max_rank.bit_length())])
     write_rank_sweep(merged, RunFolder(out).merged)
     show(*merge_summary(merged))
-    results = evaluate([out], data=DATA_DIR, limit=limit)
+    results = evaluate(
+        [out],
+        data=DATA_DIR,
+        limit=limit,
+        subsets=config.adapters.count > 1,
+        subset_limit=SUBSET_QUESTIONS,
+        rank=config.lora.rank,
+    )
     write_report(out, results)
+    truncated = f" ({percent(results.truncated.average.value)} % here)" if results.truncated else ""
     show(*results_summary(results), headline(results)[0])
     show(
-        f"The merge is one adapter of rank {merged.rank}: folded into the base it costs nothing, truncated to rank "
-        f"{config.lora.rank} what one adapter costs. The prediction ensemble runs all {config.adapters.count}."
+        f"The merge is one adapter of rank {merged.rank}: folded into the base it costs nothing, and truncated to rank "
+        f"{config.lora.rank} what one adapter costs{truncated}. The prediction ensemble runs all "
+        f"{config.adapters.count}."
     )
     write_page(out)
     return results

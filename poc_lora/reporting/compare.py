@@ -17,7 +17,7 @@ from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Section, chart
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.run_files import RunFiles, read_run
-from poc_lora.reporting.study import differing, figure, make_study, same_but_for_the_seed, settings_of
+from poc_lora.reporting.study import asked, differing, figure, make_study, same_but_for_the_seed, settings_of
 from poc_lora.reporting.tables import Table, Value, markdown_table, terminal_table
 
 SWEPT = ("optim.temperature", "adapters.seed", "output")
@@ -44,7 +44,7 @@ def comparison(runs: Sequence[RunFiles]) -> Section:
         raise RunError("a run is compared with itself", fix="give every run once")
     differences = _differences(known)
     for run, _, results in known:
-        if _asked(results) != _asked(known[0][2]):
+        if asked(results) != asked(known[0][2]):
             raise RunError(
                 "evaluated on other questions, or in another way, than the first run",
                 where=run.folder,
@@ -106,10 +106,6 @@ def _checked(run: RunFiles) -> Compared:
         fix = f"first: poc-lora eval {run.folder} --data DIR"
         raise RunError("a run that was not evaluated cannot be compared", where=run.folder, fix=fix)
     return run, run.config, run.results
-
-
-def _asked(results: Results) -> tuple[object, ...]:
-    return results.questions, results.prompt, results.protocol, results.limit
 
 
 def _differences(known: Sequence[Compared]) -> str:

@@ -9,8 +9,10 @@ from poc_lora.artifacts.study import Controls, OverRuns, RunDifference
 from poc_lora.config import RunConfig
 from poc_lora.files import write_atomic
 from poc_lora.reporting.escape import code, markdown
-from poc_lora.reporting.study import MEASURES, VARIANTS, difference_rows, figure, study_notes
+from poc_lora.reporting.study import MEASURES, VARIANTS, difference_rows, figure, study_notes, variant_cells
 from poc_lora.reporting.tables import Table, Value, markdown_table
+
+PAIRED, UNPAIRED = "seed by seed", "Welch"
 
 
 def plan_table(plans: Sequence[tuple[str, int, RunConfig, int, int]]) -> Table:
@@ -47,22 +49,20 @@ def controls_tables(found: Controls) -> list[Table]:
     )
     costs: dict[str, tuple[int, OverRuns | None]] = {"base": (0, None), "average": (found.tokens // M, share)}
     rows: list[list[Value]] = []
-    for variant, name in VARIANTS.items():
-        cells = [figure(measure, pack.measures[measure].get(variant)) for measure in measures]
-        if any(cells):
-            tokens, seconds = costs.get(variant, (found.tokens, found.seconds))
-            rows.append([name, *cells, _tokens(tokens), _seconds(seconds)])
+    for variant, cells in variant_cells(pack).items():
+        tokens, seconds = costs.get(variant, (found.tokens, found.seconds))
+        rows.append([VARIANTS[variant], *cells, _tokens(tokens), _seconds(seconds)])
     for name, rival in found.rivals.items():
         cells = [figure(measure, rival.measures.get(measure)) for measure in measures]
         if not any(cells):
             cells = ["diverged", *cells[1:]]
         rows.append([name, *cells, _tokens(rival.tokens), _seconds(rival.seconds)])
-    differences: list[list[Value]] = [[*row, "within runs"] for row in difference_rows(pack)]
+    differences: list[list[Value]] = [[*row, PAIRED] for row in difference_rows(pack)]
     for name, rival in found.rivals.items():
         if rival.differences:
             cells = [figure(measure, rival.differences.get(measure), signed=True) for measure in measures]
             paired = next(iter(rival.differences.values())).paired
-            differences.append([f"PoC merge − {name}", *cells, "within runs" if paired else "Welch"])
+            differences.append([f"PoC merge − {name}", *cells, PAIRED if paired else UNPAIRED])
     return [
         Table(
             f"Mean over {len(pack.runs)} runs ± half-width of its 95 % interval",
@@ -72,9 +72,9 @@ def controls_tables(found: Controls) -> list[Table]:
         ),
         Table(
             "Differences: mean over runs ± half-width of the 95 % interval",
-            ["", *titles, "interval"],
+            ["", *titles, "compared"],
             differences,
-            texts=["interval"],
+            texts=["compared"],
         ),
     ]
 
@@ -86,8 +86,13 @@ def controls_notes(found: Controls) -> list[str]:
     notes += [f"{name} is left out: {why}." for name, why in found.left_out.items()]
     notes += study_notes(found.pack)
     notes.append(
-        "A rival with the same seeds is compared seed by seed (within runs), the others as independent runs (Welch)."
+        "A rival with the same seeds is compared seed by seed, the others as independent runs (Welch's interval)."
     )
+    if "held_out_loss" in found.pack.measures and not all(rival.merged for rival in found.rivals.values()):
+        notes.append(
+            "The held-out losses of packs and of rivals of one adapter are of different rows, so their difference is "
+            "left out."
+        )
     notes.append(
         "All keep the configuration's learning rate, which was tuned for none of them here, and no interval is widened "
         "for the number of comparisons."

@@ -163,12 +163,13 @@ def rank_sweep_figure(sweep: Mapping[str, Mapping[int, float]]) -> Figure:
 
 
 @style()
-def subsets_figure(points: Sequence[tuple[int, float, float]], best: float) -> Figure:
+def subsets_figure(points: Sequence[tuple[int, float, float]], best: float | None) -> Figure:
     """Draws (m, mean accuracy of the merges of m adapters, its standard error) and the best adapter, in percent."""
     figure, axes = _figure(2.7)
     m, values, errors = zip(*points, strict=True)
     axes.errorbar(m, values, yerr=errors, marker="o", color=COLOURS["merge"], capsize=2.5, label="merge of m")
-    axes.axhline(best, color=COLOURS["best"], label="LoRA (best)", **DASHED)
+    if best is not None:
+        axes.axhline(best, color=COLOURS["best"], label="LoRA (best)", **DASHED)
     _doubling_axis(axes, m, "adapters merged, m")
     axes.set_ylabel("average accuracy (%)")
     _legend(figure, axes)

@@ -12,7 +12,7 @@ from poc_lora import rng
 from poc_lora.artifacts.metrics_line import MetricsLine, read_metrics
 from poc_lora.artifacts.row_losses import RowLosses
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.evaluation.scores import RESAMPLES
+from poc_lora.evaluation.scores import RESAMPLES, smallest_p
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.tables import Table, Value
 
@@ -43,6 +43,7 @@ class HeldOut:
         merge: The loss of their merge; that of the adapter where there is one alone.
         best: The adapter with the lowest loss.
         over_best: The merge's loss minus that adapter's, and the bounds of its 95 % bootstrap interval over rows.
+        over_base: That adapter's loss minus the base model's, likewise.
     """
 
     rows: int
@@ -51,6 +52,7 @@ class HeldOut:
     merge: float
     best: int | str
     over_best: tuple[float, float, float]
+    over_base: tuple[float, float, float]
 
     @property
     def average(self) -> float:
@@ -121,6 +123,7 @@ def _held_out(base: np.ndarray, adapters: Mapping[Any, np.ndarray], merge: np.nd
         merge=_mean(merge, tokens),
         best=best,
         over_best=paired_interval(merge - adapters[best], tokens),
+        over_base=paired_interval(adapters[best] - base, tokens),
     )
 
 
@@ -176,7 +179,8 @@ def paired_interval(differences: np.ndarray, tokens: np.ndarray) -> tuple[float,
 
     What is resampled is a ratio of two sums, since rows have different numbers of tokens; `scores.paired_difference`
     resamples means of a few distinct values, which is done by their counts. Of more than `MAX_RESAMPLED` rows the
-    interval is the normal one of a ratio, which the bootstrap's tends to.
+    interval is the normal one of a ratio, which the bootstrap's tends to. Of so few that no test of their signs could
+    reach 5 % (`smallest_p`) it holds zero.
 
     Args:
         differences: Of the losses of each row, summed over its tokens [n].
@@ -188,6 +192,8 @@ def paired_interval(differences: np.ndarray, tokens: np.ndarray) -> tuple[float,
         return value, value - half, value + half
     drawn = np.random.default_rng(rng.key(0, 0, "bootstrap")).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     low, high = np.quantile(drawn @ differences / (drawn @ tokens), (0.025, 0.975))
+    if smallest_p(int(np.count_nonzero(differences))) > 0.05:
+        low, high = min(low, 0.0), max(high, 0.0)
     return value, float(low), float(high)
 
 
@@ -204,12 +210,15 @@ def better_alone(run: Path) -> int | str | None:
 
 def verdict(found: HeldOut) -> str:
     """Says in plain words what the merge is worth on the held-out rows, and what to do."""
-    M, difference = len(found.adapters), "difference {:+.3f}, 95 % interval {:+.3f} to {:+.3f}".format(*found.over_best)
+    M, interval = len(found.adapters), "difference {:+.3f}, 95 % interval {:+.3f} to {:+.3f}"
     losses, best = list(found.adapters.values()), short(str(found.best), 60)
-    on = f"On {found.rows} held-out rows"
+    on = f"On {found.rows} held-out row{'' if found.rows == 1 else 's'}"
     if M == 1:
-        verb = "lowers" if losses[0] < found.base else "does not lower"
-        return f"{on} the adapter {verb} the loss: {losses[0]:.3f}, the base {found.base:.3f}."
+        _, low, high = found.over_base
+        said = "lowers the loss" if high < 0 else "raises the loss" if low > 0 else "cannot be told apart from the base"
+        difference = interval.format(*found.over_base)
+        return f"{on} the adapter {said}: {losses[0]:.3f}, the base {found.base:.3f} ({difference})."
+    difference = interval.format(*found.over_best)
     figures = (
         f"loss {found.merge:.3f}; adapters {min(losses):.3f} to {max(losses):.3f}, the best is {best}; "
         f"base {found.base:.3f}; merge and best: {difference}"

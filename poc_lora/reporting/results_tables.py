@@ -32,6 +32,7 @@ def table_rows(results: Results) -> list[tuple[str, str, Scored]]:
         ("base", "base", results.base),
         *adapters,
         ("PoC merge", "merge", results.merged),
+        (f"PoC merge, rank {results.truncated_rank}", "merge", results.truncated),
         (f"PoC merge, {results.control_name}", "violet", results.control),
         ("prediction ensemble", "ensemble", results.ensemble),
     ]
@@ -118,8 +119,11 @@ def calibration_table(results: Results, of: str = "") -> Table:
 def power_note(questions: Mapping[str, int]) -> str:
     """Says before an evaluation which differences its questions can show."""
     n, points = sum(questions.values()), 100 * smallest_difference(questions)
+    asked = f"{n:,} question{'s' if n > 1 else ''}"
+    if points > 100:
+        return f"{asked}: too few to show any difference."
     return (
-        f"{n:,} question{'s' if n > 1 else ''}: a difference of {points:.1f} points or more would show, in 80 % of "
+        f"{asked}: a difference of {points:.1f} points or more would show, in 80 % of "
         "evaluations at the 5 % level, between variants of which one is right and one wrong on a question in five."
     )
 
@@ -232,7 +236,8 @@ def _subset_notes(subsets: Subsets) -> Iterator[str]:
         f"m = {p.m}: {percent(p.accuracy)}" + ("" if math.isnan(p.error) else f" ± {percent(p.error)}")
         for p in subsets.points
     )
-    yield f"Accuracy of merges of m adapters (± over subsets): {points}."
+    which = "" if subsets.limit is None else f", on the first {subsets.limit} questions of each benchmark"
+    yield f"Accuracy of merges of m adapters (± over subsets){which}: {points}."
     law = subsets.variance_law
     if law is None:
         yield "The law of their distance from the merge of all is not fitted: it needs at least five adapters."

@@ -35,7 +35,8 @@ def headline(results: Results | None) -> tuple[str, list[tuple[str, Estimate]]]:
     tiles += [("average adapter", results.average.average)] if M > 1 else []
     tiles += [("best adapter" if M > 1 else "the adapter", best)]
     tiles += [("merge", merged.average)] if merged else []
-    tiles += [(f"ensemble, {M} models to run", results.ensemble.average)] if results.ensemble else []
+    tiles += [(f"merge, rank {results.truncated_rank}", results.truncated.average)] if results.truncated else []
+    tiles += [(f"ensemble ({M} models)", results.ensemble.average)] if results.ensemble else []
     if merged is None:
         return f"{M} adapters were evaluated, and no merge of them.", tiles
     over_average = _above(merged.average.value - results.average.average.value)
@@ -126,10 +127,12 @@ def subsets(files: RunFiles) -> Section:
     points = [(p.m, 100 * p.accuracy, 0.0 if math.isnan(p.error) else 100 * p.error) for p in scored.points]
     section.charts.append(
         chart(
-            figures.subsets_figure(points, 100 * found.adapters[found.best].average.value),
+            # The best adapter's accuracy is known on all questions, the points' perhaps on some.
+            figures.subsets_figure(points, None if scored.limit else 100 * found.adapters[found.best].average.value),
             "Accuracy of merges of m adapters",
             "; ".join(f"{m} merged: mean {value:.2f} %" for m, value, _ in points) + ".",
-            "The mean over subsets of m adapters ± standard error over them, which is rough: subsets share adapters.",
+            "The mean over subsets of m adapters ± standard error over them, which is rough: subsets share adapters."
+            + ("" if scored.limit is None else f" On the first {scored.limit} questions of each benchmark."),
         )
     )
     distances = [(p.m, p.distance) for p in scored.points if p.distance is not None and p.distance > 0]

@@ -112,6 +112,10 @@ def make_study(runs: Sequence[RunFiles]) -> Study:
     Raises:
         RunError: Two runs are copies of one, or were evaluated on different questions or rows.
     """
+
+    def scored_on(run: RunFiles) -> tuple[object, ...]:
+        return run.results and asked(run.results), run.rows and (run.rows.tokens, run.rows.prompt)
+
     settings = [settings_of(run) for run in runs]
     seeds = [run.config and run.config.adapters.seed for run in runs]
     differ_in = differing(settings)
@@ -122,7 +126,7 @@ def make_study(runs: Sequence[RunFiles]) -> Study:
                 where=run.folder,
                 fix="train it with another adapters.seed",
             )
-        if _asked(run) != _asked(runs[0]):
+        if scored_on(run) != scored_on(runs[0]):
             raise RunError(
                 "evaluated on other questions or rows, or in another way, than the first run",
                 where=run.folder,
@@ -240,28 +244,36 @@ def same_but_for_the_seed(one: RunConfig, other: RunConfig) -> bool:
     return not differing([flatten(one), flatten(other)])
 
 
-def _asked(run: RunFiles) -> tuple[object, ...]:
-    results, rows = run.results, run.rows
-    return (
-        results and (results.questions, results.prompt, results.protocol, results.limit),
-        rows and (rows.tokens, rows.prompt),
-    )
+def asked(results: Results) -> tuple[object, ...]:
+    """Returns what must be equal for the accuracies of two runs to be compared."""
+    return results.questions, results.prompt, results.protocol, results.limit
 
 
 def study_tables(study: Study) -> list[Table]:
     """Returns the table of the variants and that of their differences."""
     titles = [MEASURES[measure] for measure in study.measures]
-    rows: list[list[Value]] = [
-        [name, *(figure(measure, found.get(variant)) for measure, found in study.measures.items())]
-        for variant, name in VARIANTS.items()
-        if any(variant in found for found in study.measures.values())
-    ]
+    rows: list[list[Value]] = [[VARIANTS[variant], *cells] for variant, cells in variant_cells(study).items()]
     n = len(study.runs)
     tables = [Table(f"Mean over {n} runs ± half-width of its 95 % interval", ["", *titles], rows, strong=["PoC merge"])]
     if study.differences:
         caption = "Differences within each run: mean over runs ± half-width of the 95 % interval"
         tables.append(Table(caption, ["", *titles], difference_rows(study)))
     return tables
+
+
+def variant_cells(study: Study) -> dict[str, list[str]]:
+    """Returns by variant a cell for each measure of the study. The base needs no interval on the same questions."""
+    cells = {}
+    for variant in VARIANTS:
+        found = [(measure, values.get(variant)) for measure, values in study.measures.items()]
+        if variant == "base":
+            found = [
+                (m, one and one.model_copy(update={"half_width": math.nan} if len(set(one.values)) == 1 else {}))
+                for m, one in found
+            ]
+        if any(one for _, one in found):
+            cells[variant] = [figure(measure, one) for measure, one in found]
+    return cells
 
 
 def difference_rows(study: Study) -> list[list[Value]]:
@@ -284,8 +296,7 @@ def figure(measure: str, found: OverRuns | RunDifference | None, *, signed: bool
     if found is None:
         return ""
     scale, digits = (100, 2) if measure == "accuracy" else (1, 3)
-    is_constant = isinstance(found, OverRuns) and len(set(found.values)) == 1 and not signed  # such as the base
-    half = "" if math.isnan(found.half_width) or is_constant else f" ± {scale * found.half_width:.{digits}f}"
+    half = "" if math.isnan(found.half_width) else f" ± {scale * found.half_width:.{digits}f}"
     return f"{scale * found.mean:{'+' if signed else ''}.{digits}f}{half}"
 
 

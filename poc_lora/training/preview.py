@@ -120,6 +120,12 @@ def _warnings(config: RunConfig, data: TrainingData, unknown: float | None) -> I
             f"{unknown:.1%} of all tokens stand for text that the base's tokenizer does not know: it cannot learn that "
             "text; choose a base whose tokenizer knows it"
         )
+    trained = {row.ids for row in data.train}
+    if known := sum(row.ids in trained for row in data.validation):
+        yield (
+            f"{known:,} of {len(data.validation):,} held-out rows are the same as training rows, so their losses say "
+            "little about new rows; take repeated rows out"
+        )
     if not sum(supervised_tokens(row) for row in data.validation):
         yield (
             "no rows are held out, so nothing will say whether the merge is better than an adapter; set data.validation"

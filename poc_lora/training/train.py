@@ -209,8 +209,7 @@ def _total(config: RunConfig, result: TrainingResult, run: Run, ranks: Ranks, de
         if config.train.keep == "best":
             finished = {a: state for a, state in result.progress.items() if state.status == "finished"}
             run.update_info(best_steps={a: state.best_step or state.step for a, state in finished.items()})
-        _add_seconds(run, result.seconds, result.commit_seconds)
-        run.update_info(peak_bytes=result.peak_bytes)
+        _add_seconds(run, result.seconds, result.commit_seconds, peak_bytes=result.peak_bytes)
     if not any(state.status == "finished" for state in result.progress.values()):
         problem = TrainingError(
             "every adapter diverged: no loss stayed finite", where=run.folder, fix="lower optim.lr or optim.temperature"
@@ -219,12 +218,13 @@ def _total(config: RunConfig, result: TrainingResult, run: Run, ranks: Ranks, de
     return result
 
 
-def _add_seconds(run: Run, training: float, commits: float) -> None:
-    """Add the time of this call to that of the calls before it, in run.json."""
+def _add_seconds(run: Run, training: float, commits: float, **info: int) -> None:
+    """Add the time of this call to that of the calls before it, in run.json; `info` are other fields of it."""
     before = run.info or RunInfo()
     run.update_info(
         train_seconds=round((before.train_seconds or 0) + training, 3),
         commit_seconds=round((before.commit_seconds or 0) + commits, 3),
+        **info,
     )
 
 

@@ -4,14 +4,21 @@ from pathlib import Path
 
 
 def test_controls_says_what_it_trains_and_ends_with_one_table(poc_lora, config):
-    arguments = ["controls", config, "--out", "controls", "--runs", 2, "--only", "larger_batch", "optim.temperature=0"]
+    Path("rows.jsonl").write_text('{"instruction": "Where is it?", "output": "in the old hall"}\n')
+    arguments = ["controls", config, "--out", "controls", "--rows", "rows.jsonl", "--runs", 2, "--only", "larger_batch"]
     status, out, err = poc_lora(*arguments)
     assert status == 0, err
     before, after = out.split("pack-0: 2 adapters, merged")
     for cell in ("pack", "larger_batch", "2 × 2", "1 × 2"):
         assert cell in before
     assert max(map(len, before.splitlines())) <= 80
-    for said in ("held-out loss", "PoC merge − larger_batch", "Welch", "the comparison: controls/controls.md"):
+    for said in (
+        "loss on rows",
+        "held-out loss",
+        "PoC merge − larger_batch",
+        "Welch",
+        "the comparison: controls/controls.md",
+    ):
         assert said in after
     assert "next: poc-lora merge controls/pack-0 --out controls/pack-0/merged" in out
     assert sorted(path.name for path in Path("controls").iterdir()) == [
@@ -25,6 +32,7 @@ def test_controls_says_what_it_trains_and_ends_with_one_table(poc_lora, config):
     status, again, err = poc_lora(*arguments)
     assert status == 0, err
     assert shown in again
+    assert "pack-1: 2 adapters, merged (trained already)" in again
     assert "training" not in err
 
 
@@ -32,4 +40,5 @@ def test_rows_and_questions_are_not_mixed(refused, config):
     arguments = ("controls", config, "--out", "controls", "--rows", "train.json")
     assert "--data is for benchmarks" in refused(*arguments, "--data", ".")
     assert "--limit is for benchmarks" in refused(*arguments, "--limit", 3)
-    assert "no rival 'ema'" in refused("controls", config, "--out", "controls", "--only", "ema")
+    assert "no rival 'ema'" in refused(*arguments, "--only", "ema")
+    assert "nothing to compare on" in refused("controls", config, "--out", "controls")

@@ -43,7 +43,7 @@ def test_check_and_train_print_one_json_object_alone(poc_lora, config):
     assert status == 0, err
     done = json.loads(out)
     assert done["folder"] == "run"
-    assert done["progress"]["1"] == {"step": 2, "status": "finished", "validated": 2}
+    assert done["progress"]["1"].items() >= {"step": 2, "status": "finished", "validated": 2}.items()
     assert done["held_out"][0]["rows"] == 4
 
 

@@ -129,8 +129,12 @@ def test_questions_in_the_folder_itself_are_told_where_to_stand(tmp_path):
 
 
 def test_more_benchmarks_than_a_table_shows_are_refused(tmp_path):
+    folder = folder_of(tmp_path, **{f"quiz{i}": [QUIZ] for i in range(101)})
     with pytest.raises(DataError, match="at once"):
-        find_benchmarks(None, folder_of(tmp_path, **{f"quiz{i}": [QUIZ] for i in range(93)}))
+        find_benchmarks(None, folder)
+    assert len(find_benchmarks([f"quiz{i}" for i in range(100)], folder)) == 100
+    with pytest.raises(DataError, match="101 benchmarks were named; 100 are the most"):
+        find_benchmarks([f"quiz{i}" for i in range(101)], folder)
 
 
 def test_rows_with_choices_are_read(tmp_path):

@@ -71,6 +71,14 @@ def test_a_model_that_is_right_as_often_as_it_says_has_little_error():
     assert calibration_terms(confidence, torch.zeros(20_000)).mean() == pytest.approx(0.7, abs=0.01)
 
 
+def test_texts_whose_probabilities_underflow_have_a_log_loss():
+    """Long choices differ by thousands of nats, of which no double holds the probability."""
+    item = Item("quiz", "test", 1, Question("q", "", ("short", "long"), "long", "question"))
+    found = calibrate([item], {item: Answer("short", log_probs=(-10.0, -2010.0))})
+    assert found.nll.value == 2000
+    assert (found.brier.value, found.ece.value) == (2, 1)
+
+
 def test_questions_without_probabilities_are_left_out():
     answers = answered(10, "quiz", 5)
     long = Item("quiz", "test", 99, Question("q", "", LABELS, "a"))

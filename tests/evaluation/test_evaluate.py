@@ -23,6 +23,7 @@ from poc_lora.evaluation.evaluate import evaluate
 from poc_lora.evaluation.protocols import harness
 from poc_lora.evaluation.protocols.label import prepare, score_labels
 from poc_lora.evaluation.variants import adapter_digest
+from poc_lora.merging.folders import merge_folders
 from poc_lora.models.load import load_base
 from poc_lora.reporting.results_tables import notes
 from tests.launch import finish, processes
@@ -431,6 +432,31 @@ def test_the_best_adapter_is_chosen_on_validation_questions_where_there_are_some
     assert evaluate([run], data=data, benchmarks=["openbookqa"], subsets=True).best_chosen_on == "validation"
     assert len(set(best)) > 1
     assert "on validation questions" in " ".join(notes(results))
+
+
+def test_the_merge_is_scored_truncated_to_a_rank(run, data, tmp_path):
+    results = evaluate([run], data=data, benchmarks=["openbookqa"], rank=2)
+    assert results.truncated_rank == 2
+    merge_folders(run / "merged", tmp_path / "rank2", rank=2)
+    alone = evaluate(tmp_path / "rank2", data=data, benchmarks=["openbookqa"], prompt="bare", out=tmp_path / "alone")
+    assert results.truncated == alone.average
+    given, expected = lines(run / "eval/truncated.jsonl"), lines(tmp_path / "alone/adapter-rank2.jsonl")
+    for one, two in zip(given, expected, strict=True):
+        assert one["log_probs"] == pytest.approx(two["log_probs"], abs=1e-4)
+    shutil.rmtree(run / "merged")  # then of the exact average
+    assert evaluate([run], data=data, benchmarks=["openbookqa"], rank=2).truncated == results.truncated
+    with pytest.raises(RequestError, match="rank"):
+        evaluate([run], data=data, benchmarks=["openbookqa"], rank=0)
+    with pytest.raises(RequestError, match="no merge to truncate"):
+        evaluate(run / "adapters/00", data=data, benchmarks=["openbookqa"], rank=2, out=tmp_path / "one")
+
+
+def test_subsets_may_be_scored_on_the_first_questions(run, data):
+    few = evaluate([run], data=data, benchmarks=["openbookqa"], limit=4, subsets=True).subsets
+    found = evaluate([run], data=data, benchmarks=["openbookqa"], subsets=True, subset_limit=4)
+    assert found.subsets == few.model_copy(update={"limit": 4})
+    assert found.questions == {"openbookqa": 12}
+    assert any("on the first 4 questions of each benchmark" in note for note in notes(found))
 
 
 def test_subsets_are_the_merges_of_their_members(run, data, tmp_path, tiny_model_dir):

@@ -64,6 +64,12 @@ def test_what_cannot_be_sampled_is_refused(run, asked, said):
         sample_texts(run, "Where?", **asked)
 
 
+def test_bytes_that_are_no_text_are_refused(run):
+    """The terminal passes those that are not UTF-8 as halves of surrogate pairs."""
+    with pytest.raises(RequestError, match="surrogate"):
+        sample_texts(run, "a\ud800b")
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(RequestError, match="not a run"):
         sample_texts(tmp_path, "Where?")

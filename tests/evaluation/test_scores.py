@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from poc_lora.data.questions import Question
+from poc_lora.evaluation import scores
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.scores import (
     Estimate,
@@ -76,6 +77,28 @@ def test_the_paired_interval_is_that_of_the_normal_law_where_questions_are_many(
     assert difference.p == pytest.approx(2 / 10_001)
     assert paired_difference(ours, theirs, seed=0) == difference
     assert paired_difference(ours, theirs, seed=1) != difference
+
+
+@pytest.mark.parametrize(("differing", "p"), [(1, 1), (2, 0.5), (5, 0.0625), (6, 0.03125), (40, 2 / 10_001)])
+def test_p_is_never_below_that_of_a_sign_test(differing, p):
+    """One question of one, or five of five, that the merge alone answers: all resamples are above zero."""
+    found = paired_difference({"quiz": torch.ones(differing)}, {"quiz": torch.zeros(differing)}, seed=0)
+    assert (found.value, found.high, found.p) == (1, 1, pytest.approx(p))
+    assert found.low == (0 if p > 0.05 else 1)
+    halves = [torch.ones((differing + 1) // 2), torch.ones(differing // 2 or 1)]
+    found = paired_difference(
+        {"a": halves[0], "b": halves[1]}, {"a": halves[0] * 0, "b": halves[1] * (differing == 1)}, seed=0
+    )
+    assert found.p == pytest.approx(p)
+
+
+def test_many_differing_values_are_resampled_in_parts(monkeypatch):
+    draws = torch.Generator().manual_seed(0)
+    ours, theirs = ({"quiz": torch.rand(300, generator=draws)} for _ in range(2))
+    whole = paired_difference(ours, theirs, seed=0)
+    monkeypatch.setattr(scores, "MAX_DRAWN", 10_000)
+    parts = paired_difference(ours, theirs, seed=0)
+    assert parts.to_json() == pytest.approx(whole.to_json(), rel=1e-9)
 
 
 def test_no_difference_has_p_one():

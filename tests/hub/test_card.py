@@ -166,7 +166,7 @@ def test_training_without_noise_is_not_called_noisy(run):
 
 
 def test_the_table_and_its_row_are_those_of_the_adapter(run):
-    assert "| PoC merge | 81.17 ± 1.00 |" in card(run)
+    assert "| PoC merge | **81.17 ± 1.00** |" in card(run)
     assert "This adapter is the row `PoC merge`." in card(run)
     member = card(run / "adapters" / "00")
     assert "This adapter is the row `00`." in member

@@ -47,7 +47,10 @@ def test_its_report_lacks_only_what_the_demo_does_not_measure(demo):
     out, results, _ = demo
     text = (out / "report.html").read_text()
     assert f"{100 * results.merged.average.value:.2f}" in text
-    assert text.count("Left out:") == 2  # the validation loss and the subsets
+    assert text.count("Left out:") == 1  # the validation loss
+    assert [point.m for point in results.subsets.points] == [1, 2, 3]
+    assert "ensemble (3 models)" in text
+    assert "merge, rank 4" in text
     assert "cannot be compared with those of the real benchmarks" in text
 
 

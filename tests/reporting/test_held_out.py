@@ -65,6 +65,23 @@ def test_a_base_that_is_better_than_all_is_said(tmp_path):
     assert "the base is better than all" in verdict(found)
 
 
+def test_a_few_rows_tell_nothing():
+    """Of five rows that all have the same sign a sign test has p = 0.06."""
+    ones = np.ones(6)
+    assert paired_interval(-ones[:1], ones[:1]) == (-1, -1, 0)
+    assert paired_interval(-ones[:5], ones[:5]) == (-1, -1, 0)
+    assert paired_interval(ones[:5], ones[:5]) == (1, 0, 1)
+    assert paired_interval(-ones, ones) == (-1, -1, -1)
+    one = RowLosses(
+        **dict(base_model="org/base", prompt="clean", truncated=0, dropped=0, tokens=[3], base=[9.0], merged=[1.0]),
+        adapters={"00": [4.0], "01": [5.0]},
+        ensemble=None,
+    )
+    assert rows_notes(one)[0].startswith("On 1 held-out row the merge of 2 adapters cannot be told apart")
+    alone = one.model_copy(update={"adapters": {"00": [4.0]}, "merged": None})
+    assert rows_notes(alone)[0].startswith("On 1 held-out row the adapter cannot be told apart from the base: 1.333")
+
+
 def test_a_single_adapter_is_compared_with_the_base(tmp_path):
     (found,) = read_held_out(write(tmp_path, pack(members=(3,))))
     assert verdict(found).startswith(f"On {ROWS} held-out rows the adapter lowers the loss")

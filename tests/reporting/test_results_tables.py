@@ -160,6 +160,7 @@ def test_no_p_value_is_below_the_resolution_of_the_bootstrap(results, p, said):
 
 
 def test_before_scoring_it_is_said_what_the_questions_can_show():
+    assert power_note({"quiz": 1}) == "1 question: too few to show any difference."
     assert power_note({"quiz": 60}).startswith("60 questions: a difference of 16.2 points or more would show")
 
 

@@ -24,6 +24,11 @@ from tests.training.conftest import config
 CPU = torch.device("cpu")
 
 
+def warnings_of(run):
+    """But for that on repeated rows, of which the fixture's file has many."""
+    return [found for found in check(run, device=CPU)["warnings"] if "the same as training rows" not in found]
+
+
 @pytest.fixture
 def tokenizer(tiny_model_dir):
     return load_tokenizer(str(tiny_model_dir))
@@ -106,15 +111,22 @@ def test_the_learning_rate_is_told_in_words(settings, steps, words):
     ],
 )
 def test_what_wastes_a_run_is_warned_of(settings, train_file, changes, words):
-    found = check(config(settings, **changes), device=CPU)["warnings"]
+    found = warnings_of(config(settings, **changes))
     assert len(found) == (words is not None)
     assert words is None or found[0].startswith(words)
+
+
+def test_held_out_rows_that_are_trained_on_too_are_warned_of(settings, train_file):
+    (warning,) = check(config(settings), device=CPU)["warnings"]  # every row of the file stands there twice
+    assert warning.startswith("6 of 6 held-out rows are the same as training rows")
+    train_file.write_text(json.dumps([{"instruction": f"Where is {i}?", "output": "here"} for i in range(60)]))
+    assert not check(config(settings), device=CPU)["warnings"]
 
 
 def test_rows_that_lose_their_whole_answer_are_warned_of(settings, train_file):
     rows = [*instruction_rows(50), *({"instruction": "word " * 200, "output": "yes"} for _ in range(3))]
     train_file.write_text(json.dumps(rows))
-    (warning,) = check(config(settings), device=CPU)["warnings"]
+    (warning,) = warnings_of(config(settings))
     assert warning.startswith("3 of 53 rows are cut at 128 tokens, 3 of them without any answer and left out: ")
     assert "(the longest row has " in warning
 
