@@ -81,7 +81,7 @@ def merge(
         from poc_lora.reporting.summaries import merge_distance, merge_summary
 
         screening = screen(trained.path) if trained and chosen is None and not keep_all else None
-        left_out = screening.left_out if screening else {}
+        left_out = screening.left_out if screening else []
         report = merge_folders(
             sources,
             out,
