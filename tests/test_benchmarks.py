@@ -38,17 +38,18 @@ def test_the_demo_on_many_seeds(tmp_path):
 @pytest.mark.slow
 def test_students_and_screening_of_the_demo(tmp_path):
     packs, students, screening = tmp_path / "packs", tmp_path / "distil.json", tmp_path / "screening.json"
-    small = ["adapters.count=8", "train.max_steps=1", "lora.rank=1", "--packs", packs]
+    settings = ["adapters.count=8", "train.max_steps=1", "lora.rank=1", f"data.train={DATA_DIR / 'boolq'}"]
+    small = ["--packs", packs, "--limit", 10, *settings]
     run("distil.py", "--seeds", 0, 1, "--steps", 1, "--batch", 2, "--out", students, *small)
     (found,) = json.loads(students.read_text())["seeds"].values()
-    # After one step at the start of the warm-up all are about the base, which scores 80.4.
-    for scored in (found["merge"], found["ensemble"], *found["truncated"].values(), *found["students"]):
-        assert 70 < scored["accuracy"] < 90
+    # The first step's learning rate is 0, so all are the base.
+    scored = [found["merge"], found["ensemble"], *found["truncated"].values(), *found["students"]]
+    assert len({each["accuracy"] for each in scored}) == 1
     assert "| rank 16, distilled |" in run("distil.py", "--summary", students)
     run("screening.py", "--seeds", 0, 1, "--out", screening, *small)
     (found,) = json.loads(screening.read_text())["seeds"].values()
     assert found["1"]["left_out"] == []
-    assert found["1"]["all"] == found["without"]  # both are the base: the first step's learning rate is 0
+    assert found["1"]["all"] == found["without"]
     assert "| 4 |" in run("screening.py", "--summary", screening)
 
 

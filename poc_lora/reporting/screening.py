@@ -8,8 +8,8 @@ import numpy as np
 
 from poc_lora.reporting.held_out import paired_interval, read_last_validations
 
-# Of the median adapter's gain over the base. The average forgives much: on the demo two of eight adapters that kept 0.9
-# of the gain cost it nothing, two that kept 0.6 cost it 3 points of accuracy (scripts/benchmarks/screening.py).
+# Of the median adapter's gain over the base. The average forgives much: on the demo two of eight adapters that kept
+# 0.88 of the gain cost it 0.4 points of accuracy, two that kept 0.6 cost it 1.9 (scripts/benchmarks/screening.py).
 LEAST_GAIN = 0.75
 LEAST_ADAPTERS = 3  # of two that differ, none is the outlier
 MAX_LISTED = 8

@@ -52,10 +52,10 @@ EVERY_TOKEN = 10**9  # of a micro-batch
 class Scorer:
     """Scores what the model computes on all test questions."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None):
         self.model = model
         self.prepared: dict[str, PreparedQuestions] = {
-            b.folder: prepare(read_questions(DATA_DIR, b), tokenizer, prompt="bare") for b in BENCHMARKS
+            b.folder: prepare(read_questions(DATA_DIR, b, limit=limit), tokenizer, prompt="bare") for b in BENCHMARKS
         }
 
     def answers(self, copies: int) -> dict[str, Tensor]:
@@ -218,7 +218,7 @@ def summary(found: dict[str, Any]) -> str:
         cells = [
             f"{statistics.mean(x['accuracy'] for x in measured):.2f}",
             f"{statistics.mean(ahead):+.2f} ({min(ahead):+.2f} to {max(ahead):+.2f})",
-            f"{100 * sum(ahead) / gap:.0f} %",
+            f"{100 * sum(ahead) / gap:.0f} %" if gap else "",
             f"{statistics.mean(x['nll'] for x in measured):.3f}",
             f"{statistics.mean(x['ece'] for x in measured):.3f}",
         ]
@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="rows of a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="the students' peak learning rate")
     parser.add_argument("--packs", type=Path, help="a folder that keeps the trained adapters, to train none twice")
+    parser.add_argument("--limit", type=int, help="only the first test questions of each benchmark")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--summary", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the demo's configuration")
@@ -251,7 +252,7 @@ def main() -> None:
         found = json.loads(a.out.read_text())
         if found["settings"] != settings:
             parser.error(f"{a.out} was made with other settings")
-    scorer = Scorer(model, tokenizer)
+    scorer = Scorer(model, tokenizer, a.limit)
     for seed in range(*a.seeds):
         if str(seed) not in found["seeds"]:
             run = load_config(CONFIG, [*place, f"adapters.seed={seed}"])

@@ -116,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(100, 105))
     parser.add_argument("--packs", type=Path, help="a folder that keeps the trained adapters, to train none twice")
+    parser.add_argument("--limit", type=int, help="only the first test questions of each benchmark")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--summary", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the demo's configuration")
@@ -133,7 +134,7 @@ def main() -> None:
         found = json.loads(a.out.read_text())
         if found["settings"] != settings:
             parser.error(f"{a.out} was made with other settings")
-    scorer = Scorer(model, tokenizer)
+    scorer = Scorer(model, tokenizer, a.limit)
     for seed in range(*a.seeds):
         if str(seed) not in found["seeds"]:
             run = load_config(CONFIG, [*place, f"adapters.seed={seed}"])
