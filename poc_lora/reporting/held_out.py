@@ -235,7 +235,7 @@ def verdict(found: HeldOut) -> str:
         said, advice = "is better than every adapter", "Use the merge."
     elif low <= 0:
         said = "cannot be told apart from the best adapter"
-        advice = "Use the merge, which needs no choice; more held-out rows (data.validation) would tell more."
+        advice = "Either will do, and the merge needs no choice; more held-out rows (data.validation) would tell more."
     else:
         said = "is worse than every adapter" if found.merge > max(losses) else "is worse than the best adapter"
         advice = (
