@@ -236,6 +236,7 @@ def test_collapsed_adapters_are_named_and_left_out_of_the_merge(collapsed, confi
     assert "Adapters 2 (" in out
     assert "--keep-all" in out
     assert "6 adapters were merged" in out
+    assert "learnt far less than the others: run/adapters/02, run/adapters/05." in out
     folder = config.parent / "run"
     report = MergeReport.read(folder / "merged" / "merge.json")
     assert [source.name for source in report.left_out] == [f"run/adapters/{number:02d}" for number in COLLAPSED]

@@ -202,6 +202,16 @@ def test_a_merge_of_adapters_from_elsewhere_names_them(tmp_path):
     assert "λ" not in text
 
 
+def test_a_merge_that_left_adapters_out_is_still_the_run_s_and_says_so(run):
+    before = benchmark(card(run))
+    shutil.rmtree(run / "merged")
+    merge_folders([run], run / "merged", leave_out=[run / "adapters" / "00"])
+    made = benchmark(card(run))
+    assert (made["adapters merged (M)"], made["adapters left out"]) == ("1", "1")
+    assert "adapters left out" not in before
+    assert made["length"] == before["length"]
+
+
 def test_a_merge_of_other_adapters_than_the_run_s_does_not_take_its_story(run):
     write_adapter(small_adapter(7), run / "adapters" / "02")
     subject = collect(run)
