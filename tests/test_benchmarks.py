@@ -48,6 +48,23 @@ def test_the_weights_to_keep(tmp_path):
 
 
 @pytest.mark.slow
+def test_students_and_screening_of_the_demo(tmp_path):
+    packs, students, screening = tmp_path / "packs", tmp_path / "distil.json", tmp_path / "screening.json"
+    small = ["adapters.count=8", "train.max_steps=1", "lora.rank=1", "--packs", packs]
+    run("distil.py", "--seeds", 0, 1, "--steps", 1, "--batch", 2, "--out", students, *small)
+    (found,) = json.loads(students.read_text())["seeds"].values()
+    # After one step at the start of the warm-up all are about the base, which scores 80.4.
+    for scored in (found["merge"], found["ensemble"], *found["truncated"].values(), *found["students"]):
+        assert 70 < scored["accuracy"] < 90
+    assert "| rank 16, distilled |" in run("distil.py", "--summary", students)
+    run("screening.py", "--seeds", 0, 1, "--out", screening, *small)
+    (found,) = json.loads(screening.read_text())["seeds"].values()
+    assert found["1"]["left_out"] == []
+    assert found["1"]["all"] == found["without"]  # both are the base: the first step's learning rate is 0
+    assert "| 4 |" in run("screening.py", "--summary", screening)
+
+
+@pytest.mark.slow
 def test_merging_from_files_to_files(tmp_path):
     run("merge.py", "files", "--layers", 1, "--rounds", 1, "--folder", tmp_path, "--out", tmp_path / "merge.json")
     found = json.loads((tmp_path / "merge.json").read_text())

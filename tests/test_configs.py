@@ -7,6 +7,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from poc_lora.config import OptimSection, dump_yaml, load_config
+from poc_lora.config_files import read_config
 from poc_lora.mfnn.experiments import settings as mfnn
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -21,6 +22,13 @@ def test_shipped_configs_validate(path, tmp_path):
     again = tmp_path / "again.yaml"
     again.write_text(dump_yaml(config))
     assert load_config(again) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_depend_on_no_default_of_what_is_adapted_and_learnt(path):
+    raw = read_config(path)
+    assert raw["lora"]["targets"]
+    assert raw["data"]["learn"]
 
 
 def test_there_are_configs():

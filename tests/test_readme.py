@@ -14,9 +14,15 @@ from peft import LoraConfig, get_peft_model
 
 import poc_lora
 from poc_lora import NoisyAdamW
+from poc_lora.artifacts.study import Controls
 from poc_lora.cli import app as cli
 from poc_lora.config import RunConfig, validate
 from poc_lora.config_files import all_keys, parse_yaml
+from poc_lora.data.formats import parse_row
+from poc_lora.data.prompts import encode_rows
+from poc_lora.models.load import load_tokenizer
+from poc_lora.reporting.controls import controls_tables
+from poc_lora.reporting.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -134,7 +140,8 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
     paths = {"path/to/a": "runs/mine/adapters/00", "path/to/b": "runs/mine/adapters/01"}
     paths |= {"path/to/base": "poc_lora/microworld/model", "gsm8k,mmlu": "quiz_lm"}
     pages = ["README.md", *(f"docs/{name}.md" for name in ("scaling", "evaluation", "merging", "training", "own-task"))]
-    assert not any(line.startswith("poc-lora ") for page in PAGES.keys() - set(pages) for line in lines(page))
+    others = PAGES.keys() - {*pages, "docs/evidence.md"}  # whose command takes half an hour
+    assert not any(line.startswith("poc-lora ") for page in others for line in lines(page))
     for line in dict.fromkeys(line for page in pages for line in lines(page) if line.startswith("poc-lora ")):
         words = [paths.get(word, word) for word in shlex.split(line) if word != "path/to/c"]
         if words[1] == "merge" and "merged" in words:  # each its own
@@ -254,6 +261,14 @@ def test_the_accuracies_of_the_demo_are_those_of_the_json_file():
     assert row in PAGES["README.md"].replace("**", "")
 
 
+def test_the_tables_of_controls_are_those_of_the_json_file():
+    found = Controls.read(RESULTS[0].parent / "controls_demo" / "controls.json")
+    figures, differences = map(markdown_table, controls_tables(found))
+    shown = PAGES["docs/evidence.md"].splitlines()
+    assert all(row.removesuffix(" |").rpartition(" | ")[0] + " |" in shown for row in figures)  # but for the seconds
+    assert set(differences) <= set(shown)
+
+
 def test_the_house_names_every_room():
     (house,) = [text for text in blocks("CONTRIBUTING.md", "") if "training/" in text]
     for path in Path(poc_lora.__file__).parent.iterdir():
@@ -313,6 +328,16 @@ def test_the_loop_in_training_md_runs_as_pasted_to_the_merge(checkout, capsys):
     for label, row in zip(scope["labels"], scope["drawn"], strict=True):
         learnt = scope["tokenizer"].decode(label[label != -100])
         assert learnt == f"{row['output']} {scope['tokenizer'].eos_token}"
+
+
+def test_the_chat_template_in_own_task_md_has_a_place_for_every_answer(tiny_model_dir):
+    (template,) = blocks("docs/own-task.md", "jinja")
+    tokenizer = load_tokenizer(str(tiny_model_dir), chat_template=template)
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("abcd")]
+    row = parse_row({"messages": turns, "system": "Be brief."}, "here")
+    (example,) = encode_rows([row], tokenizer, template="clean", max_length=400, learn="assistant").examples
+    learnt = [tokenizer.decode(list(example.ids[start:end])) for start, end in example.supervised]
+    assert learnt == ["b<|im_end|>", "d<|im_end|></s>"]
 
 
 def test_the_merged_adapter_in_merging_md_loads(tiny_llama, tmp_path, monkeypatch):

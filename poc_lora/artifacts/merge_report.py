@@ -55,6 +55,7 @@ class MergeOrigin(Schema):
     dtype: Public[str]
     base_mismatch_allowed: Public[bool] = False
     sources: Public[Annotated[list[MergeSource], Field(min_length=1)]]
+    left_out: Public[list[MergeSource]] = Field(default_factory=list)  # of the run, because they learnt too little
     versions: Public[Versions] = Versions()
     modules_to_save: Public[list[str]] = Field(default_factory=list)  # parameters that replace the base's
     # Those of modules_to_save that differed between the adapters and were averaged.

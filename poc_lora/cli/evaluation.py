@@ -82,6 +82,7 @@ def evaluate(
     Example: poc-lora eval runs/mine --rows held-out.jsonl
 
     Example: poc-lora eval runs/mine --harness-tasks gsm8k,mmlu --limit 100
+
     Example: poc-lora eval --study runs/seed0 runs/seed1 runs/seed2 --data mytasks
     """
     if show_list:
@@ -93,7 +94,7 @@ def evaluate(
     options: dict[str, Any]
     if rows:
         given = dict(data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None, rank=rank)
-        given |= {"harness-tasks": harness_tasks}
+        given |= {"harness-tasks": harness_tasks, "num-fewshot": num_fewshot, "include-path": include_path}
         for name, value in given.items():
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--rows", fix="leave one of them out")
@@ -107,9 +108,9 @@ def evaluate(
         if protocol == "generate" or beams != 1 or prompt is not None:
             what = "lm-eval's tasks have their own protocols and prompts"
             raise RequestError(what, where="--harness-tasks", fix="leave out --protocol, --beams and --prompt")
-        for name, value in dict(
-            data=data, benchmarks=benchmarks, control=control, subsets=subsets or None, rank=rank
-        ).items():
+        given = dict(data=data, benchmarks=benchmarks, control=control, subsets=subsets or None, study=study or None)
+        given |= {"rank": rank}
+        for name, value in given.items():
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--harness-tasks", fix="leave one of them out")
         options = dict(base=base, dtype=dtype, quantization=quantization, out=out, limit=limit, as_json=as_json)
@@ -185,7 +186,7 @@ def _evaluate_rows(
 ) -> None:
     from poc_lora.artifacts.run_folder import ROW_LOSSES, RunFolder
     from poc_lora.evaluation.rows import evaluate_rows
-    from poc_lora.reporting.held_out import rows_held_out, rows_notes, rows_table
+    from poc_lora.reporting.held_out import instead_of_merge, rows_held_out, rows_notes, rows_table
     from poc_lora.reporting.tables import terminal_table
 
     if not targets:
@@ -198,7 +199,7 @@ def _evaluate_rows(
     show(terminal_table(rows_table(found)), *rows_notes(found))
     place, target = out or RunFolder(targets[0]).evaluation("rows"), shlex.quote(str(targets[0]))
     compared = rows_held_out(found)
-    pays = compared is None or compared.over_best[1] <= 0
+    pays = compared is None or instead_of_merge(compared) is None
     if found.exact_average and pays and RunFolder(targets[0]).is_run:
         command = f"poc-lora merge {target} --out {shlex.quote(str(RunFolder(targets[0]).merged))}"
     else:

@@ -50,6 +50,9 @@ def merge(
         Literal["same", "mean"],
         typer.Option(help="Modules trained whole: refuse different ones, or average them (labels in the same order!)."),
     ] = "same",
+    keep_all: Annotated[
+        bool, typer.Option("--keep-all", help="A run: merge also adapters that learnt far less than the others.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Average the B·A products of adapters into one adapter, without a base model or a GPU.
@@ -61,6 +64,10 @@ def merge(
     chosen = None if weights is None else numbers(weights, float, "--weights", "0.5,0.25,0.25")
     ranks = [] if rank_sweep is None else numbers(rank_sweep, int, "--rank-sweep", "8,16,32,64")
 
+    trained = RunFolder(Path(sources[0])) if len(sources) == 1 else None
+    if trained and not trained.is_run:
+        trained = None
+
     if out is None and not ranks:
         raise RequestError(
             "--out is missing", fix="add --out DIR, or --rank-sweep 16,32,64 to see what ranks would cost"
@@ -70,11 +77,15 @@ def merge(
         import torch
 
         from poc_lora.merging.folders import merge_folders
+        from poc_lora.reporting.screening import screen
         from poc_lora.reporting.summaries import merge_distance, merge_summary
 
+        screening = screen(trained.path) if trained and chosen is None and not keep_all else None
+        left_out = screening.left_out if screening else []
         report = merge_folders(
             sources,
             out,
+            leave_out=[trained.adapter(number) for number in left_out] if trained else (),
             method=method,
             rank=rank,
             rank_sweep=ranks,
@@ -89,8 +100,9 @@ def merge(
         show_json(report)
     else:
         show(*(merge_summary(report) if out is not None else filter(None, [merge_distance(report)])))
-    trained = RunFolder(Path(sources[0])) if len(sources) == 1 else None
-    if trained and trained.is_run and method == AVERAGE and chosen is None and not as_json:
+    if left_out and not as_json:
+        show(str(screening))
+    elif trained and method == AVERAGE and chosen is None and not as_json:
         from poc_lora.reporting.held_out import verdicts
 
         show(*verdicts(trained.path))

@@ -107,7 +107,8 @@ def train(
 
     loaded = load_config(config, overrides or [])
 
-    from poc_lora.reporting.held_out import better_alone
+    from poc_lora.reporting.held_out import better_than_merge
+    from poc_lora.reporting.screening import screen
     from poc_lora.reporting.summaries import training_summary
     from poc_lora.training.train import train
 
@@ -126,7 +127,11 @@ def train(
     command = "poc-lora merge " + shlex.join([str(run.path), "--out", str(run.merged)])
     if run.merged.exists():  # of the adapters before the run was extended
         command = f"rm -r {shlex.quote(str(run.merged))} && {command}"
-    best = better_alone(run.path)
-    if best is not None:
+    screening, result = screen(run.path), f"adapters: {run.adapters}"
+    better = None if screening and screening.left_out else better_than_merge(run.path)
+    if better == "base":
+        command = f"poc-lora report {shlex.quote(str(run.path))}"
+    elif better is not None:
+        result = f"the adapter to use: {run.adapter(better)}"
         command = f'poc-lora sample {shlex.quote(str(run.path))} "A PROMPT OF YOURS"'
-    print_next(f"adapters: {run.adapters}" if best is None else f"the adapter to use: {run.adapter(best)}", command)
+    print_next(result, command)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from poc_lora.config import Learn
@@ -42,7 +43,7 @@ class ChatTemplate:
             learn: Which turns are answers: the last, or each of the assistant's; with `all`, the last.
 
         Raises:
-            ModelError: The tokenizer has no chat template.
+            ModelError: The tokenizer has no chat template, or one that is not valid Jinja.
             DataError: The template refuses the chat, leaves out something that carries content, or writes a turn
                 otherwise once others follow, so that its place cannot be told.
         """
@@ -55,6 +56,12 @@ class ChatTemplate:
         learned = _learned_turns(row, learn)
         try:
             whole = self._text(row, row.messages)
+        except TemplateSyntaxError as problem:
+            raise ModelError(
+                f"the chat template is not valid Jinja: line {problem.lineno}: {problem.message}",
+                where="data.chat_template",
+                fix="correct the file, or if it is not set, the template of the base's tokenizer",
+            ) from problem
         except Exception as problem:  # a template runs on the row, and can fail in any way
             raise DataError(f"the tokenizer's chat template refuses the row: {problem}", where=row.where) from problem
         self._require_used(row)

@@ -29,7 +29,8 @@ def calibrate(items: Sequence[Item], answers: Mapping[Item, Answer]) -> Calibrat
     for own in benchmarks.values():
         k = max(len(found) for found, _ in own)
         padded = [(*found, *(k - len(found)) * [-math.inf]) for found, _ in own]  # absent labels have probability 0
-        log_p = torch.tensor(padded, dtype=torch.float64).log_softmax(-1)  # [n, k]; those of long texts lie far apart
+        # [n, k]; texts may lie thousands of nats apart, so that their probabilities are zero in float64
+        log_p = torch.tensor(padded, dtype=torch.float64).log_softmax(-1)
         right = torch.tensor([right for _, right in own])
         confidence, chosen = log_p.exp().max(-1)
         losses = -log_p.gather(-1, right[:, None])[:, 0]

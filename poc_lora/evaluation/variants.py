@@ -301,8 +301,9 @@ def is_model(folder: Path) -> bool:
 
 
 def is_merge_of(report: MergeReport, adapters: Sequence[Path]) -> bool:
-    """Whether a merge is up to date: of these adapters, with their present weights."""
-    return {source.sha256 for source in report.sources} == {sha256_file(path / WEIGHTS_NAME) for path in adapters}
+    """Whether a merge is up to date: of these adapters but for those left out, with their present weights."""
+    known = {source.sha256 for source in (*report.sources, *report.left_out)}
+    return known == {sha256_file(path / WEIGHTS_NAME) for path in adapters}
 
 
 def _name_sources(sources: Sequence[Source]) -> dict[str, Source]:

@@ -166,6 +166,7 @@ def _making(subject: Subject) -> str:
     merge, config = subject.merge, subject.config
     if merge:
         rows |= {"adapters merged (M)": str(len(merge.sources)), "method": code(merge.method)}
+        rows |= {"adapters left out": str(len(merge.left_out))} if merge.left_out else {}
         rows |= {"weights": weights} if (weights := _weights(merge)) else {}
         rows |= {"rank asked for": str(merge.requested_rank)} if merge.requested_rank is not None else {}
         rows["relative error of the merge"] = f"{merge.error:.1e}"

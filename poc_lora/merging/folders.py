@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 import poc_lora
-from poc_lora.adapters.adapter import WEIGHTS_NAME, open_adapter, shared_tokenizer, write_adapter
-from poc_lora.adapters.sources import find_sources, refuse_duplicates, tell_apart
+from poc_lora.adapters.adapter import WEIGHTS_NAME, Adapter, open_adapter, shared_tokenizer, write_adapter
+from poc_lora.adapters.sources import Source, find_sources, refuse_duplicates, tell_apart
 from poc_lora.artifacts.merge_report import MergeReport, MergeSource, Versions
 from poc_lora.artifacts.run_folder import MERGE_REPORT
 from poc_lora.files import require_new, sha256_file
@@ -30,6 +30,7 @@ def merge_folders(
     sources: str | Path | Sequence[str | Path],
     out: str | Path | None,
     *,
+    leave_out: Collection[Path] = (),
     method: str = "average",
     rank: int | None = None,
     rank_sweep: Sequence[int] = (),
@@ -48,6 +49,7 @@ def merge_folders(
         sources: Adapter folders, run folders (for their finished adapters in order), folders of adapter folders, and
             Hub ids.
         out: The folder to create; it may exist if it is empty. None writes nothing.
+        leave_out: Adapter folders among the sources that are not merged; merge.json names them.
         method, rank, rank_sweep, weights, canonical, seed, dtype, allow_base_mismatch, modules_to_save: As
             in `poc_lora.merging.merge.merge`.
 
@@ -63,11 +65,17 @@ def merge_folders(
         require_new(Path(out))
     given_sources = [sources] if isinstance(sources, str | Path) else sources
     found = tell_apart([source for given in given_sources for source in find_sources(given)])
+    unwanted = {folder.resolve() for folder in leave_out}
+    left_out = [source for source in found if source.folder.resolve() in unwanted]
+    found = [source for source in found if source not in left_out]
     # Opened before hashing: a damaged file is reported as such, and only regular files are hashed.
     adapters = [open_adapter(source.folder, root=source.root) for source in found]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256_file, [source.folder / WEIGHTS_NAME for source in found]))
     refuse_duplicates(found, digests)
+    merged_sources = [
+        _described(source, adapter, digest) for source, adapter, digest in zip(found, adapters, digests, strict=True)
+    ]
     adapters = drop_unchanged_tables(adapters)
     modules = {name for adapter in adapters for name in adapter.modules}
     done = itertools.count(1)
@@ -101,15 +109,10 @@ def merge_folders(
         seed=seed if METHODS[method].random else None,
         dtype=str(dtype).removeprefix("torch."),
         base_mismatch_allowed=allow_base_mismatch,
-        sources=[
-            MergeSource(
-                name=source.name,
-                hub_commit=source.revision,
-                sha256=digest,
-                base_model=opened.base_model,
-                base_revision=opened.revision,
-            )
-            for source, digest, opened in zip(found, digests, adapters, strict=True)
+        sources=merged_sources,
+        left_out=[
+            _described(source, open_adapter(source.folder, root=source.root), sha256_file(source.folder / WEIGHTS_NAME))
+            for source in left_out
         ],
         versions=Versions(poc_lora=poc_lora.__version__, torch=version("torch"), safetensors=version("safetensors")),
         modules_to_save=sorted(merged.adapter.modules_to_save),
@@ -124,6 +127,16 @@ def merge_folders(
         }
         write_adapter(attachable(merged.adapter), Path(out), dtype=dtype, extra_files=files)
     return report
+
+
+def _described(source: Source, opened: Adapter, digest: str) -> MergeSource:
+    return MergeSource(
+        name=source.name,
+        hub_commit=source.revision,
+        sha256=digest,
+        base_model=opened.base_model,
+        base_revision=opened.revision,
+    )
 
 
 def _trim_heap() -> None:

@@ -1,8 +1,10 @@
 """Does the merge pay? Base, adapters and merge by their losses on rows that were held out, of a run or from a file."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,16 @@ MAX_RESAMPLED = 1000  # rows: their draws are held at once
 MAX_LISTED = 32  # adapters in the table of losses
 MAX_SHOWN = 100  # nats per token, of which the perplexity is shown
 MAX_METRICS_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class PackLosses:
+    """Losses on n rows that were held out, each summed over the row's answer [n]: a pack's last validation."""
+
+    base: np.ndarray
+    adapters: dict[int, np.ndarray]  # by number
+    merge: np.ndarray
+    tokens: np.ndarray  # of each row's answer
 
 
 @dataclass(frozen=True)
@@ -49,10 +61,15 @@ class HeldOut:
 
 
 def read_held_out(folder: Path) -> list[HeldOut]:
-    """Read the last validation of each pack of a run, from metrics.jsonl; none where no rows were held out.
+    """Compare the models in the last validation of each pack of a run; none where no rows were held out.
 
     Adapters trained in several packs have a merge per pack: that of all of them was in no device's memory.
     """
+    return [_held_out(pack.base, pack.adapters, pack.merge, pack.tokens) for pack in read_last_validations(folder)]
+
+
+def read_last_validations(folder: Path) -> list[PackLosses]:
+    """Read the last validation of each pack of a run, from metrics.jsonl, in the order of the adapters."""
     path = RunFolder(folder).metrics
     packs: dict[tuple[int, ...], dict[int | str, MetricsLine]] = {}
     for _, line in read_metrics(path, max_bytes=MAX_METRICS_BYTES) if path.is_file() else ():
@@ -63,11 +80,11 @@ def read_held_out(folder: Path) -> list[HeldOut]:
     for members, lines in packs.items():
         for member in members:
             latest[member] = max(latest.get(member, 0), *(line.step for line in lines.values()))
-    found = (_compare(members, lines, {latest[member] for member in members}) for members, lines in packs.items())
+    found = (_losses(members, lines, {latest[member] for member in members}) for members, lines in packs.items())
     return sorted(filter(None, found), key=lambda pack: list(pack.adapters))
 
 
-def _compare(members: tuple[int, ...], lines: dict[int | str, MetricsLine], latest: set[int]) -> HeldOut | None:
+def _losses(members: tuple[int, ...], lines: dict[int | str, MetricsLine], latest: set[int]) -> PackLosses | None:
     """None where an adapter has diverged since, and where lines are missing or do not fit together, as after a kill."""
     if not {"base", "merge", *members} <= lines.keys() or {line.step for line in lines.values()} != latest:
         return None
@@ -82,8 +99,8 @@ def _compare(members: tuple[int, ...], lines: dict[int | str, MetricsLine], late
         or any(len(found) != len(tokens) or np.isnan(found).any() for found in losses.values())
     ):
         return None
-    adapters: dict[int | str, np.ndarray] = {adapter: losses[adapter] for adapter in members}
-    return _held_out(losses["base"], adapters, losses["merge"], np.array(tokens, dtype=float))
+    adapters = {adapter: losses[adapter] for adapter in members}
+    return PackLosses(losses["base"], adapters, losses["merge"], np.array(tokens, dtype=float))
 
 
 def rows_held_out(found: RowLosses) -> HeldOut | None:
@@ -95,9 +112,7 @@ def rows_held_out(found: RowLosses) -> HeldOut | None:
     return _held_out(np.array(found.base), adapters, merged, np.array(found.tokens, dtype=float))
 
 
-def _held_out(
-    base: np.ndarray, adapters: dict[int | str, np.ndarray], merge: np.ndarray, tokens: np.ndarray
-) -> HeldOut:
+def _held_out(base: np.ndarray, adapters: Mapping[Any, np.ndarray], merge: np.ndarray, tokens: np.ndarray) -> HeldOut:
     """Compare losses of each row, summed over its tokens, all [n]."""
     means = {adapter: _mean(losses, tokens) for adapter, losses in adapters.items()}
     best = min(means, key=lambda adapter: means[adapter])
@@ -164,8 +179,8 @@ def paired_interval(differences: np.ndarray, tokens: np.ndarray) -> tuple[float,
 
     What is resampled is a ratio of two sums, since rows have different numbers of tokens; `scores.paired_difference`
     resamples means of a few distinct values, which is done by their counts. Of more than `MAX_RESAMPLED` rows the
-    interval is the normal one of a ratio, which the bootstrap's tends to. Of so few that no test of their signs could
-    reach 5 % (`smallest_p`) it holds zero.
+    interval is the normal one of a ratio, which the bootstrap's tends to. Of so few rows that no test of their signs
+    could reach 5 % (`smallest_p`) it holds zero.
 
     Args:
         differences: Of the losses of each row, summed over its tokens [n].
@@ -187,10 +202,17 @@ def verdicts(run: Path) -> list[str]:
     return [verdict(found) for found in read_held_out(run)]
 
 
-def better_alone(run: Path) -> int | str | None:
-    """Returns the adapter that is better than the merge on the held-out rows beyond chance, if that is known."""
+def better_than_merge(run: Path) -> int | str | None:
+    """As `instead_of_merge`, by the last validation of a run; None also where that cannot tell."""
     packs = read_held_out(run)
-    return packs[0].best if len(packs) == 1 and packs[0].over_best[1] > 0 else None
+    return instead_of_merge(packs[0]) if len(packs) == 1 and len(packs[0].adapters) > 1 else None
+
+
+def instead_of_merge(found: HeldOut) -> int | str | None:
+    """Returns what `verdict` says to use in place of the merge: an adapter, or `base`; None is the merge."""
+    if found.base <= min(found.merge, *found.adapters.values()):
+        return "base"
+    return found.best if found.over_best[1] > 0 else None
 
 
 def verdict(found: HeldOut) -> str:
@@ -221,6 +243,6 @@ def verdict(found: HeldOut) -> str:
             "keeps adapters closer together."
         )
     if found.base <= min(found.merge, *losses):
-        said += ", and the base is better than all"
+        said += ", and the base has a lower loss than all"
         advice = "Training did not help: lower optim.lr, and look at the curves."
     return f"{on} the merge of {M} adapters {said} ({figures}). {advice}"

@@ -83,7 +83,8 @@ def render_page(run: RunFiles, compared: Section | None = None) -> str:
         loader=PackageLoader("poc_lora", "reporting"),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
+        # The number and its percent sign stay on one line.
+        finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)).replace(" %", "\u00a0%"),
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -110,7 +111,10 @@ def _front(run: RunFiles) -> tuple[str, list[tuple[str, tuple[str, str]]], str]:
         return verdict(found), tiles, "Loss per token of the answers held out; lower is better."
     sentence, accuracies = headline(run.results)
     tiles = [(name, (f"{text} %", error)) for name, (text, error) in ((n, shown(value)) for n, value in accuracies)]
-    return sentence, tiles, "Average accuracy over the benchmarks, with its standard error."
+    note = "Average accuracy over the benchmarks, with its standard error."
+    if run.results is not None and run.results.ensemble is not None:
+        note += f" The ensemble runs all {len(run.results.adapters)} adapters for each answer, the merge is one."
+    return sentence, tiles, note
 
 
 def write_rank_sweep(report: MergeReport, folder: Path) -> None:

@@ -235,6 +235,8 @@ def settings_of(run: RunFiles) -> dict[str, object]:
 def differing(settings: Sequence[Mapping[str, object]], but: Sequence[str] = NOT_THE_LAW) -> list[str]:
     """Returns the settings in which runs differ, leaving out keys that begin with one of `but`."""
     first, *others = settings
+    if any(one.get("train.keep") == "best" for one in settings):  # kept weights depend on when they are tried
+        but = [key for key in but if key != "train.validate_every"]
     keys = dict.fromkeys(key for one in settings for key in one if not key.startswith(tuple(but)))
     return [key for key in keys if any(one.get(key) != first.get(key) for one in others)]
 

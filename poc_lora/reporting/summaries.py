@@ -10,6 +10,7 @@ from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.files import size
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.held_out import verdicts
+from poc_lora.reporting.screening import screen
 from poc_lora.reporting.tables import Table, percent, terminal_table
 from poc_lora.training.loop import TrainingResult
 
@@ -43,7 +44,8 @@ def training_summary(done: TrainingResult) -> list[str]:
             lines.append(f"adapter {adapter} diverged after step {state.step} and is left out of the merge")
     best_steps = {a: state.best_step for a, state in done.progress.items() if state.best_step and a in finished}
     lines += [best_weights(best_steps, done.steps)] if best_steps else []
-    return [*lines, *verdicts(done.folder)]
+    screening = screen(done.folder)
+    return [*lines, *([str(screening)] if screening and screening.left_out else verdicts(done.folder))]
 
 
 def best_weights(best_steps: Mapping[int, int], steps: int) -> str:
@@ -59,10 +61,14 @@ def merge_outcome(report: MergeReport) -> str:
     errors = [
         f"a relative error of {error:.1e}" if error else "no error" for error in (report.error, report.cast_error)
     ]
-    return (
+    outcome = (
         f"{len(report.sources)} adapters were merged by the method “{short(report.method)}” into one of rank "
         f"{report.rank:,}, with {errors[0]} from its rank and {errors[1]} from rounding to {short(report.dtype)}."
     )
+    if report.left_out:
+        names = _listed([short(source.name) for source in report.left_out])
+        outcome += f" Left out, because they learnt far less than the others: {names}."
+    return outcome
 
 
 def merge_distance(report: MergeReport) -> str | None:

@@ -99,6 +99,7 @@ def test_rows_and_benchmarks_are_scored_apart(refused, words, said):
         ("eval --harness-tasks gsm8k", "TARGETS is missing"),
         ("eval run --harness-tasks gsm8k --data .", "--data is for benchmarks"),
         ("eval run --harness-tasks gsm8k --subsets", "--subsets is for benchmarks"),
+        ("eval run run --harness-tasks gsm8k --study", "--study is for benchmarks"),
         ("eval run --harness-tasks gsm8k --rows x.jsonl", "--harness-tasks is for benchmarks"),
         ("eval run --harness-tasks gsm8k --protocol generate", "their own protocols"),
         ("eval run --harness-tasks gsm8k --prompt bare", "their own protocols"),

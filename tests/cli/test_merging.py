@@ -10,10 +10,15 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.cli.merging import Method
+from poc_lora.evaluation.rows import evaluate_rows
+from poc_lora.merging.folders import merge_folders
 from poc_lora.merging.methods import METHODS
 from poc_lora.reporting import page
+from poc_lora.training.step import Pack
 
 
 def test_merging_nothing_is_refused(refused, poc_lora, config):
@@ -200,3 +205,49 @@ def test_two_merges_into_one_folder_leave_one_whole(poc_lora, trained, monkeypat
         trained.parent / "other" / "merge.json"
     ).read_bytes()
     assert not list(trained.parent.glob(".out*"))
+
+
+COLLAPSED = (2, 5)
+
+
+@pytest.fixture
+def collapsed(config, poc_lora, monkeypatch):
+    """A run of eight adapters of which two collapse at their last step. Returns what training printed."""
+    step = Pack.step
+
+    def collapse(pack, number, *rest):
+        done = step(pack, number, *rest)
+        if number == 19:
+            with torch.no_grad():
+                pack.bank.weights[list(COLLAPSED)] *= 30
+        return done
+
+    monkeypatch.setattr(Pack, "step", collapse)
+    changes = ["adapters.count=8", "train.max_steps=20", "optim.lr=1e-2", "data.validation=8", "data.learn=last"]
+    status, out, err = poc_lora("train", config, *changes)
+    assert status == 0, err
+    return out
+
+
+def test_collapsed_adapters_are_named_and_left_out_of_the_merge(collapsed, config, poc_lora):
+    assert "Adapters 2 (" in collapsed
+    status, out, err = poc_lora("merge", "run", "--out", "run/merged")
+    assert status == 0, err
+    assert "Adapters 2 (" in out
+    assert "--keep-all" in out
+    assert "6 adapters were merged" in out
+    folder = config.parent / "run"
+    report = MergeReport.read(folder / "merged" / "merge.json")
+    assert [source.name for source in report.left_out] == [f"run/adapters/{number:02d}" for number in COLLAPSED]
+    kept = [folder / "adapters" / f"{number:02d}" for number in range(8) if number not in COLLAPSED]
+    merge_folders(kept, config.parent / "by_hand")
+    weights = [load_file(path / "adapter_model.safetensors") for path in (folder / "merged", config.parent / "by_hand")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    # The merge of these is the run's current one, and better than that of all.
+    screened = evaluate_rows([folder], ["train.json"])
+    assert poc_lora("merge", "run", "--out", "all", "--keep-all")[0] == 0
+    everyone = MergeReport.read(config.parent / "all" / "merge.json")
+    assert (len(everyone.sources), everyone.left_out) == (8, [])
+    shutil.rmtree(folder / "merged")
+    (config.parent / "all").rename(folder / "merged")
+    assert sum(screened.merged) < sum(evaluate_rows([folder], ["train.json"]).merged)

@@ -172,3 +172,18 @@ def test_resuming_with_a_changed_key_names_it(refused, trained):
     assert "optim.lr was 0.0001, is 0.001" in message
     assert "train.max_steps was 2, is 9" in message
     assert "checkpoint" not in message
+
+
+def test_what_to_run_next_follows_from_what_the_merge_is_worth(poc_lora, trained, monkeypatch):
+    status, out, err = poc_lora("merge", "run", "--out", "run/merged")
+    assert status == 0, err
+    assert out.endswith("next: poc-lora eval run --rows run/held_out.jsonl\n")
+    for better, words in [
+        (1, 'the adapter to use: run/adapters/01\nnext: poc-lora sample run "A PROMPT OF YOURS"\n'),
+        ("base", "adapters: run/adapters\nnext: poc-lora report run\n"),
+        (None, "next: rm -r run/merged && poc-lora merge run --out run/merged\n"),
+    ]:
+        monkeypatch.setattr("poc_lora.reporting.held_out.better_than_merge", lambda run, better=better: better)
+        status, out, err = poc_lora("train", trained, "--resume")
+        assert status == 0, err
+        assert out.endswith(words)

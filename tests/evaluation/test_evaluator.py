@@ -13,7 +13,7 @@ def test_few_questions_keep_many_ranks_busy():
     labels = ("a", "b")
     items = [Item("piqa", "test", row, Question(f"{row}?", "", labels, "a")) for row in range(100)]
     protocol = SimpleNamespace(
-        answers=lambda model, tokenizer, part, copies: [[Answer("a", log_probs=(0.0, -1.0))] * len(part)]
+        answers=lambda model, tokenizer, part, copies, ranks: [[Answer("a", log_probs=(0.0, -1.0))] * len(part)]
     )
     given = []
     for rank in range(8):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tokenizers import processors
 
 from poc_lora.adapters.adapter import write_adapter
 from poc_lora.artifacts.task_scores import TaskResults
@@ -17,6 +18,7 @@ from poc_lora.errors import AdapterError, DataError, Interrupted, RequestError
 from poc_lora.evaluation import tasks as module
 from poc_lora.evaluation.scores import paired_difference
 from poc_lora.evaluation.tasks import evaluate_tasks
+from tests.conftest import build_llama, build_tokenizer, instruction_rows
 from tests.evaluation import test_evaluate
 from tests.evaluation.test_evaluate import adapter
 
@@ -356,3 +358,19 @@ def test_prompts_are_cut_as_lm_eval_cuts_them_and_counted(run, folder):
 def test_a_pad_token_without_an_embedding_is_not_used(folder, padded_model_dir, tmp_path):
     found = evaluate_tasks([padded_model_dir], ["written"], include_path=folder, out=tmp_path / "out")
     assert found.tasks["written"].documents == DOCUMENTS
+
+
+def test_a_tokenizer_that_ends_texts_with_eos_does_not_end_prompts():
+    """What follows such an end is another text."""
+    from poc_lora.evaluation.protocols.harness_model import LoadedModel
+
+    tokenizer = build_tokenizer([row["instruction"] for row in instruction_rows(30)])
+    special = [("<s>", 0), ("</s>", 1)]
+    plain = tokenizer(["Where is it?", "Where is the old hat?"])["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=special
+    )
+    model = LoadedModel(build_llama(len(tokenizer)), tokenizer, lambda _: None)
+    ids, mask = model.tok_batch_encode(["Where is it?", "Where is the old hat?"])
+    assert [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)] == plain
+    assert mask[0, 0] == 0  # padded on the left

@@ -49,7 +49,7 @@ def test_its_report_lacks_only_what_the_demo_does_not_measure(demo):
     assert f"{100 * results.merged.average.value:.2f}" in text
     assert text.count("Left out:") == 1  # the validation loss
     assert [point.m for point in results.subsets.points] == [1, 2, 3]
-    assert "ensemble (3 models)" in text
+    assert "ensemble of 3" in text
     assert "merge, rank 4" in text
     assert "cannot be compared with those of the real benchmarks" in text
 

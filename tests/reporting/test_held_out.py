@@ -8,7 +8,14 @@ import pytest
 
 from poc_lora.artifacts.row_losses import RowLosses
 from poc_lora.reporting import held_out
-from poc_lora.reporting.held_out import paired_interval, read_held_out, rows_notes, rows_table, verdict
+from poc_lora.reporting.held_out import (
+    better_than_merge,
+    paired_interval,
+    read_held_out,
+    rows_notes,
+    rows_table,
+    verdict,
+)
 from poc_lora.reporting.run_files import best_adapter, read_run
 from tests.reporting.run_folder import make_run, results
 
@@ -39,15 +46,15 @@ def pack(seed=0, merge=0.0, base=9.0, members=(0, 1, 2)):
 
 
 @pytest.mark.parametrize(
-    ("merge", "said"),
+    ("merge", "said", "better"),
     [
-        (-0.3, "is better than every adapter"),
-        (0.0, "cannot be told apart from the best adapter"),
-        (0.3, "is worse than the best adapter"),
-        (0.9, "is worse than every adapter"),
+        (-0.3, "is better than every adapter", None),
+        (0.0, "cannot be told apart from the best adapter", None),
+        (0.3, "is worse than the best adapter", 0),
+        (0.9, "is worse than every adapter", 0),
     ],
 )
-def test_the_merge_is_compared_with_the_best_adapter(tmp_path, merge, said):
+def test_the_merge_is_compared_with_the_best_adapter(tmp_path, merge, said, better):
     losses = pack(merge=merge)
     (found,) = read_held_out(write(tmp_path, losses))
     tokens = np.array([2, 3] * (ROWS // 2))
@@ -58,11 +65,13 @@ def test_the_merge_is_compared_with_the_best_adapter(tmp_path, merge, said):
     assert value == pytest.approx(found.merge - found.adapters[found.best])
     assert said in verdict(found)
     assert f"{found.merge:.3f}" in verdict(found)
+    assert better_than_merge(tmp_path) == better
 
 
 def test_a_base_that_is_better_than_all_is_said(tmp_path):
     (found,) = read_held_out(write(tmp_path, pack(base=-2)))
-    assert "the base is better than all" in verdict(found)
+    assert "the base has a lower loss than all" in verdict(found)
+    assert better_than_merge(tmp_path) == "base"
 
 
 def test_a_few_rows_tell_nothing():
@@ -85,6 +94,7 @@ def test_a_few_rows_tell_nothing():
 def test_a_single_adapter_is_compared_with_the_base(tmp_path):
     (found,) = read_held_out(write(tmp_path, pack(members=(3,))))
     assert verdict(found).startswith(f"On {ROWS} held-out rows the adapter lowers the loss")
+    assert better_than_merge(tmp_path) is None
 
 
 def test_the_interval_is_that_of_resampling_rows_one_by_one():

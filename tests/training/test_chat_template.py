@@ -81,7 +81,11 @@ def test_without_it_no_tokenizer_is_written(settings):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "the chat template is empty"), ("{% for m in %}", "chat template"), ("{{ 'x' * 2**40 }}", "chat template")],
+    [
+        ("", "the chat template is empty"),
+        ("a\n{% for m in %}", "not valid Jinja: line 2: Expected"),
+        ("{{ 'x' * 2**40 }}", "chat template"),
+    ],
 )
 def test_a_template_that_cannot_be_used_is_refused(chats, tmp_path, text, said):
     (tmp_path / "mine.jinja").write_text(text)

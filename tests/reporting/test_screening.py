@@ -1,0 +1,74 @@
+"""Which adapters are left out of a merge, by the lines of their last validation."""
+
+import json
+
+import numpy as np
+import pytest
+
+from poc_lora.reporting.screening import screen
+
+ROWS, TOKENS = 40, 2
+BASE, LEARNT = 10.0, 4.0  # the losses of a row under the base and under a typical adapter
+
+
+def write(folder, *packs, base=BASE, rows=ROWS, noise=0.3):
+    """metrics.jsonl with the last validation of packs of adapters, given by their mean losses of a row."""
+    draw = np.random.default_rng(0)
+    hard = draw.normal(0, 1, rows)  # rows are hard for all alike
+    lines = []
+    for pack in packs:
+        means = {"base": base, **pack, "merge": LEARNT}
+        for name, mean in means.items():
+            losses = mean + hard + draw.normal(0, noise, rows)
+            line = {"step": 6, "adapter": name, "members": list(pack), "row_losses": losses.tolist()}
+            lines.append(json.dumps(line | ({"row_tokens": [TOKENS] * rows} if name == "base" else {})))
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def alike(*numbers, **others):
+    return {number: LEARNT + 0.05 * number for number in numbers} | {int(n[1:]): loss for n, loss in others.items()}
+
+
+def test_two_of_eight_that_collapsed_are_left_out(tmp_path):
+    found = screen(write(tmp_path, alike(0, 1, 3, 4, 6, 7, _2=7.5, _5=12.0)))
+    assert found.left_out == [2, 5]
+    assert [found.losses[number] for number in (2, 5)] == pytest.approx([7.5 / TOKENS, 12.0 / TOKENS], abs=0.2)
+    said = str(found)
+    assert said.startswith(
+        f"Adapters 2 ({found.losses[2]:.3f}), 5 ({found.losses[5]:.3f}) learnt less than three quarters"
+    )
+    assert f"on {ROWS} held-out rows is {found.median:.3f}, the base's {found.base:.3f}" in said
+    assert f"of the merge of all adapters {found.merge:.3f}" in said
+
+
+def test_adapters_that_learnt_about_the_same_are_kept(tmp_path):
+    assert screen(write(tmp_path, alike(0, 1, 2, 3, 4, 5, 6, _7=5.0))).left_out == []
+
+
+def test_the_limit_is_three_quarters_of_the_median_adapters_gain(tmp_path):
+    for loss, left_out in ((5.3, []), (5.7, [2])):
+        found = screen(write(tmp_path, {0: LEARNT, 1: LEARNT, 2: loss}, noise=0))
+        assert found.left_out == left_out
+
+
+def test_where_training_did_not_help_none_is_left_out(tmp_path):
+    assert screen(write(tmp_path, alike(0, 1, 2, _3=15.0), base=3.0)).left_out == []
+
+
+def test_a_difference_that_few_rows_cannot_show_leaves_none_out(tmp_path):
+    pack = {0: LEARNT, 1: LEARNT, 2: np.array([LEARNT] * 7 + [50.0])}  # one row of eight is to blame
+    assert screen(write(tmp_path, pack, rows=8, noise=0)).left_out == []
+    assert screen(write(tmp_path, pack | {2: 10.5}, rows=8, noise=0)).left_out == [2]
+
+
+def test_adapters_of_several_packs_are_compared_together(tmp_path):
+    found = screen(write(tmp_path, {0: LEARNT, 1: 12.0}, {2: LEARNT, 3: LEARNT}))
+    assert found.left_out == [1]
+    assert found.merge is None
+    assert "merge of all" not in str(found)
+
+
+def test_two_adapters_or_no_rows_held_out_are_not_screened(tmp_path):
+    assert screen(tmp_path) is None
+    assert screen(write(tmp_path, {0: LEARNT, 1: 12.0})) is None
