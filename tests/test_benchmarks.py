@@ -36,6 +36,18 @@ def test_the_demo_on_many_seeds(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_weights_to_keep(tmp_path):
+    out = tmp_path / "keep.json"
+    small = ["adapters.count=2", "train.max_steps=2", "train.validate_every=1", "lora.rank=1"]
+    run("keep.py", "--seeds", 0, 1, "--out", out, *small)
+    for seeds in json.loads(out.read_text())["settings"].values():
+        (found,) = seeds.values()
+        assert found["best"]["adapter"][0] <= found["last"]["adapter"][0]  # the loss that chose
+        assert set(found["best_steps"]) <= {1, 2}
+    assert "few rows: best at step" in run("keep.py", "--summary", out)
+
+
+@pytest.mark.slow
 def test_students_and_screening_of_the_demo(tmp_path):
     packs, students, screening = tmp_path / "packs", tmp_path / "distil.json", tmp_path / "screening.json"
     settings = ["adapters.count=8", "train.max_steps=1", "lora.rank=1", f"data.train={DATA_DIR / 'boolq'}"]
