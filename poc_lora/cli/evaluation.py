@@ -36,6 +36,14 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(help="--harness-tasks: a folder of further tasks, as for lm-eval.")
     ] = None,
+    texts: Annotated[
+        int | None,
+        typer.Option(help="--rows: also generate answers to the first N rows, by base, best adapter and merge."),
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(help="--texts: a regular expression; its last match in text and answer is compared, not all."),
+    ] = None,
     study: Annotated[
         bool,
         typer.Option("--study", help="Evaluate several runs that differ in the seed: means and intervals over runs."),
@@ -101,9 +109,13 @@ def evaluate(
         if protocol != "label" or beams != 1:
             raise RequestError("rows have one protocol", where="--rows", fix="leave out --protocol and --beams")
         options = dict(base=base, dtype=dtype, quantization=quantization, prompt=prompt, out=out)
+        options |= {"texts": texts, "match": match}
         score = _evaluate_study if study else _evaluate_rows
         score(targets, rows=rows, as_json=as_json, **options)
         return
+    for option, of_rows in {"--texts": texts, "--match": match}.items():
+        if of_rows is not None:
+            raise RequestError(f"{option} is for rows", fix="add --rows FILE")
     if harness_tasks is not None:
         if protocol == "generate" or beams != 1 or prompt is not None:
             what = "lm-eval's tasks have their own protocols and prompts"
@@ -187,6 +199,7 @@ def _evaluate_rows(
     from poc_lora.artifacts.run_folder import ROW_LOSSES, RunFolder
     from poc_lora.evaluation.rows import evaluate_rows
     from poc_lora.reporting.held_out import instead_of_merge, rows_held_out, rows_notes, rows_table
+    from poc_lora.reporting.row_texts import match_notes, match_table
     from poc_lora.reporting.tables import terminal_table
 
     if not targets:
@@ -197,6 +210,8 @@ def _evaluate_rows(
         show_json(found)
         return
     show(terminal_table(rows_table(found)), *rows_notes(found))
+    if found.texts:
+        show(terminal_table(match_table(found.texts)), *match_notes(found.texts))
     place, target = out or RunFolder(targets[0]).evaluation("rows"), shlex.quote(str(targets[0]))
     compared = rows_held_out(found)
     pays = compared is None or instead_of_merge(compared) is None

@@ -3,16 +3,18 @@
 import contextlib
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from poc_lora.artifacts.row_losses import RowLosses
+from poc_lora.artifacts.row_losses import MAX_TEXTS, RowLosses, RowTexts, Variant
 from poc_lora.artifacts.run_folder import ROW_LOSSES, RunFolder
 from poc_lora.artifacts.run_info import RunInfo
 from poc_lora.config import DataSection, load_config
@@ -21,8 +23,9 @@ from poc_lora.data.prompts import Encoded, Example, encode_rows, row_limit
 from poc_lora.data.rows import BadRows, is_dataset_id, read_sources
 from poc_lora.distributed import open_ranks
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError, RunError
+from poc_lora.evaluation.protocols.generate import generate_texts
 from poc_lora.evaluation.protocols.label import batch_ranges, head_in_float32
-from poc_lora.evaluation.variants import Variants, activate_variants, base_digest, find_variants
+from poc_lora.evaluation.variants import Variants, activate_variants, adapter_key, base_digest, find_variants
 from poc_lora.files import require_place, sha256_file
 from poc_lora.models.forward import logits_at, without_cudnn_attention
 from poc_lora.models.load import context_length, default_device, load_base, resolve_dtype
@@ -30,6 +33,9 @@ from poc_lora.models.vocabulary import require_embeddings
 from poc_lora.progress import progress_bar
 
 TOKENS_PER_BATCH = 2048  # padded; each may have the logits of the whole vocabulary, in float32
+NEW_TOKENS = 256  # of a generated answer
+TEXTS_PER_BATCH = 64
+SHOWN_PROMPT = 400  # characters of a prompt that are kept
 
 
 def evaluate_rows(
@@ -42,6 +48,8 @@ def evaluate_rows(
     quantization: str | None = None,
     prompt: str | None = None,
     out: Path | None = None,
+    texts: int | None = None,
+    match: str | None = None,
     device: torch.device | None = None,
 ) -> RowLosses:
     """Measure losses on the answers of rows in any format that training reads; writes rows.json.
@@ -53,6 +61,9 @@ def evaluate_rows(
         rows: Files, and data sets of the Hub. For a run they are read like its training rows, with the same columns,
             prompt template, max_length and turns to learn.
         base, revision, dtype, quantization, prompt, out: As for `evaluate`; `out` is RUN/eval-rows by default.
+        texts: Generate, greedily, what base, best adapter and merge write in place of the last answer of so many rows,
+            the first ones, and compare it with the answer.
+        match: A regular expression: only its last match in text and answer is compared, or the match's first group.
         device: Default: the GPU, or the CPU.
 
     Raises:
@@ -60,6 +71,7 @@ def evaluate_rows(
         Interrupted: Ctrl-C or SIGTERM.
     """
     device = device or default_device()
+    pattern = _pattern(texts, match)
     for source in rows:
         if not Path(source).expanduser().is_file() and not is_dataset_id(source):
             raise RequestError(
@@ -84,7 +96,7 @@ def evaluate_rows(
         info = RunInfo.read_if_there(run.info) if run.is_run else None
         trained_on = info is not None and _trained_on(info, rows)
         place = variants.out / ROW_LOSSES
-        measured = _digest(variants, settings, info, rows, device, trained_on=trained_on)
+        measured = _digest(variants, settings, info, rows, device, trained_on=trained_on, texts=texts, match=match)
         if measured is not None and (known := _read(place)) and known.measured == measured:
             return known
         model, tokenizer = load_base(
@@ -100,6 +112,10 @@ def evaluate_rows(
         )
         require_embeddings(model, tokenizer, (example.ids for example in encoded.answers), where="--rows")
         found = _score(model, variants, encoded.answers, ranks.stop)
+        written = None
+        if texts is not None:
+            best = min(variants.keys, key=lambda key: sum(found[key]), default="")
+            written = _write_texts(model, tokenizer, variants, encoded.answers[:texts], best, pattern, ranks.stop)
     result = RowLosses(
         base_model=variants.base,
         prompt=variants.prompt,
@@ -112,6 +128,7 @@ def evaluate_rows(
         ensemble=found.get("ensemble"),
         exact_average=variants.exact_average,
         trained_on=trained_on,
+        texts=written,
         measured=measured,
     )
     result.write(place)
@@ -124,7 +141,7 @@ def _digest(
     info: RunInfo | None,
     rows: Sequence[str],
     device: torch.device,
-    **others: bool,
+    **others: Any,
 ) -> str | None:
     """A hash of what rows.json depends on; None if it cannot be known without reading rows from the Hub."""
     if not all(Path(source).expanduser().is_file() for source in rows):
@@ -214,6 +231,78 @@ def _score(
         members = torch.tensor(float(len(variants.adapters))).log()
         found["ensemble"] = _row_sums(together - members, sizes)
     return found
+
+
+def _pattern(texts: int | None, match: str | None) -> re.Pattern[str] | None:
+    if texts is not None and not 1 <= texts <= MAX_TEXTS:
+        raise RequestError(f"texts for {texts} rows", where="--texts", fix=f"give 1 to {MAX_TEXTS:,}")
+    if match is None:
+        return None
+    if texts is None:
+        raise RequestError("there are no texts to match", where="--match", fix="add --texts N, such as --texts 50")
+    try:
+        return re.compile(match)
+    except re.error as problem:
+        raise RequestError(f"not a regular expression: {problem}", where="--match") from problem
+
+
+def _write_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    variants: Variants,
+    examples: Sequence[Example],
+    best: str,
+    pattern: re.Pattern[str] | None,
+    stop: threading.Event,
+) -> RowTexts:
+    """What base, adapter `best` and merge write in place of the examples' last answers."""
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    places = [example.supervised[-1] for example in examples]
+    prompts = [example.ids[:start] for example, (start, _) in zip(examples, places, strict=True)]
+    answers = [text(example.ids[start:end]) for example, (start, end) in zip(examples, places, strict=True)]
+    names: dict[str, Variant] = {"base": "base", best: "best", "merged": "merged"}
+    written: dict[Variant, list[str | None]] = {}
+    with (
+        progress_bar(len(names) * len(examples), "writing") as progress,
+        contextlib.closing(activate_variants(model, variants, packed=False)) as steps,
+    ):
+        for (name,) in steps:
+            if name not in names:
+                continue
+            own = written.setdefault(names[name], [])
+            for first in range(0, len(prompts), TEXTS_PER_BATCH):
+                if stop.is_set():
+                    raise Interrupted(f"stopped while {name} was writing", fix="the same command starts again")
+                batch = prompts[first : first + TEXTS_PER_BATCH]
+                own += generate_texts(model, tokenizer, batch, new_tokens=NEW_TOKENS)[0]
+                progress.advance(len(batch), name)
+
+    def right(texts: Sequence[str | None]) -> list[bool]:
+        pairs = zip(texts, answers, strict=True)
+        return [text is not None and matches(text, answer, pattern) for text, answer in pairs]
+
+    return RowTexts(
+        match=pattern and pattern.pattern,
+        prompts=[text(ids)[-SHOWN_PROMPT:] for ids in prompts],
+        answers=answers,
+        best=next((name for name in variants.adapters if adapter_key(name) == best), ""),
+        variants=written,
+        right={name: right(texts) for name, texts in written.items()},
+    )
+
+
+def matches(text: str, answer: str, pattern: re.Pattern[str] | None = None) -> bool:
+    """Whether a text is the answer, but for white space around it; with a pattern, whether its last matches are."""
+    if pattern is None:
+        return text.strip() == answer.strip()
+    found = [list(pattern.finditer(one)) for one in (text, answer)]
+    if not all(found):
+        return False
+    ours, theirs = (m[-1][1 if pattern.groups else 0] for m in found)
+    return ours is not None and ours == theirs
 
 
 @torch.inference_mode()

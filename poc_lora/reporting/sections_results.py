@@ -19,6 +19,7 @@ from poc_lora.reporting.results_tables import (
     paired_table,
     table_rows,
 )
+from poc_lora.reporting.row_texts import match_notes, match_table, texts_table
 from poc_lora.reporting.run_files import RunFiles
 from poc_lora.reporting.tables import Table
 from poc_lora.reporting.task_tables import task_notes, task_tables
@@ -69,6 +70,9 @@ def benchmarks(files: RunFiles) -> Section:
     if files.rows is not None:
         section.tables.append(rows_table(files.rows))
         section.paragraphs += rows_notes(files.rows)
+        if texts := files.rows.texts:
+            section.tables += [match_table(texts), texts_table(texts)]
+            section.paragraphs += match_notes(texts)
     if files.tasks is not None:
         section.tables += task_tables(files.tasks)
         section.paragraphs += task_notes(files.tasks)

@@ -1,6 +1,7 @@
 """Losses on rows from a file: against PEFT, one row at a time."""
 
 import json
+import re
 import shutil
 import signal
 
@@ -93,6 +94,71 @@ def test_losses_that_were_measured_already_are_read_and_changed_ones_measured_ag
     assert len(loads) == 3
 
 
+def written_by_peft(run, rows, folder=None):
+    """What follows each row's prompt, greedily, by PEFT and transformers' own `generate`, one row at a time."""
+    config = load_config(run / "config.yaml")
+    model, tokenizer = load_base(config.model.name, dtype="float32", device=torch.device("cpu"))
+    if folder is not None:
+        model = peft.PeftModel.from_pretrained(model, folder).eval()
+    encoded = encode_rows(
+        read_sources([str(rows)]), tokenizer, template=config.data.prompt, max_length=256, learn="last"
+    )
+    texts = []
+    for example in encoded.answers:
+        ((start, _),) = example.supervised
+        ids = torch.tensor([example.ids[:start]])
+        new = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=module.NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        texts.append(tokenizer.decode(new[0, start:], skip_special_tokens=True))
+    return texts
+
+
+def test_the_texts_in_place_of_answers_are_those_of_peft_row_by_row(run, rows, monkeypatch):
+    monkeypatch.setattr(module, "NEW_TOKENS", 12)
+    monkeypatch.setattr(module, "TEXTS_PER_BATCH", 3)
+    found = evaluate_rows([run], [str(rows)], texts=100)
+    losses = {name: sum(values) for name, values in found.adapters.items()}
+    assert found.texts.best == min(losses, key=losses.get)
+    assert found.texts.variants["base"] == written_by_peft(run, rows)
+    assert found.texts.variants["best"] == written_by_peft(run, rows, run / "adapters" / found.texts.best)
+    assert found.texts.variants["merged"] == written_by_peft(run, rows, run / "merged")
+    assert [answer.strip() for answer in found.texts.answers[1:2]] == ["in the hall in the hall"]
+    assert found.texts.prompts[-1].endswith("The hat is made of")
+    assert RowLosses.read(run / "eval-rows" / "rows.json") == found
+    assert not any(found.texts.right["merged"])
+    again = evaluate_rows([run], [str(rows)], texts=2, match="$").texts  # the empty text at the end of both
+    assert again.right == {"base": [True] * 2, "best": [True] * 2, "merged": [True] * 2}
+
+
+def test_texts_are_not_read_for_others(run, rows, monkeypatch):
+    monkeypatch.setattr(module, "NEW_TOKENS", 2)
+    assert evaluate_rows([run], [str(rows)]).texts is None
+    assert len(evaluate_rows([run], [str(rows)], texts=2).texts.answers) == 2
+    assert evaluate_rows([run], [str(rows)], texts=2, match="hall").texts.match == "hall"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "pattern", "same"),
+    [
+        (" in the hall\n", "in the hall", None, True),
+        ("in the hall.", "in the hall", None, False),
+        ("So 3 + 4 = 7. #### 7", "3 and 4 make 7\n#### 7", r"#### (-?\d+)", True),
+        ("#### 7 or #### 8", "#### 7", r"#### (-?\d+)", False),  # the last one counts
+        ("seven", "#### 7", r"#### (-?\d+)", False),
+        ("7", "seven", r"\d", False),
+        ("a", "b", r"(x)?[ab]", False),  # the group is not in the match
+    ],
+)
+def test_a_text_matches_an_answer(text, answer, pattern, same):
+    assert module.matches(text, answer, pattern and re.compile(pattern)) is same
+
+
 def test_the_exact_average_stands_for_a_merge_that_is_not_there(run, rows, tmp_path):
     merged = evaluate_rows([run], [str(rows)])
     shutil.move(run / "merged", tmp_path / "merged")
@@ -161,3 +227,17 @@ def test_a_request_to_stop_is_heeded(run, rows, monkeypatch):
     with pytest.raises(Interrupted):
         evaluate_rows([run], [str(rows)])
     assert not (run / "eval-rows" / "rows.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"texts": 0}, "give 1 to 1,000"),
+        ({"texts": 1001}, "give 1 to 1,000"),
+        ({"match": "x"}, "add --texts N"),
+        ({"texts": 1, "match": "("}, "not a regular expression"),
+    ],
+)
+def test_texts_that_cannot_be_written_are_refused(run, rows, options, said):
+    with pytest.raises(RequestError, match=re.escape(said)):
+        evaluate_rows([run], [str(rows)], **options)

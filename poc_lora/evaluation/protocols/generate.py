@@ -23,7 +23,6 @@ NEW_TOKENS = 32
 TOKENS_PER_BATCH = 16_384  # padded, with the new ones, over all copies and beams
 
 
-@torch.inference_mode()
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -44,13 +43,43 @@ def generate_answers(
     Returns:
         The answers of each copy to every question, [copies][n].
     """
-    answers: list[list[Answer]] = [[Answer(None, too_long=True)] * len(questions) for _ in range(copies)]
     prompts = encode(tokenizer, [render_prompt(q.instruction, q.input, prompt) for q in questions])
+    written = generate_texts(model, tokenizer, prompts, beams=beams, copies=copies)
+
+    def answer(question: Question, text: str | None) -> Answer:
+        return Answer(None, too_long=True) if text is None else Answer(first_label(text, question.labels), text=text)
+
+    return [[answer(*pair) for pair in zip(questions, texts, strict=True)] for texts in written]
+
+
+@torch.inference_mode()
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int = NEW_TOKENS,
+    beams: int = 1,
+    copies: int = 1,
+) -> list[list[str | None]]:
+    """Generate what follows each prompt.
+
+    Args:
+        model: In eval mode.
+        prompts: Their tokens.
+        new_tokens: The most tokens to generate.
+        beams: 1 is greedy.
+        copies: As for `score_labels`.
+
+    Returns:
+        The new texts [copies][n]; None for prompts that leave no room for so many tokens in the context.
+    """
+    found: list[list[str | None]] = [[None] * len(prompts) for _ in range(copies)]
     room = context_length(model)
-    fitting = [i for i, ids in enumerate(prompts) if room is None or len(ids) + NEW_TOKENS <= room]
+    fitting = [i for i, ids in enumerate(prompts) if room is None or len(ids) + new_tokens <= room]
     fitting.sort(key=lambda i: -len(prompts[i]))
-    settings = generation_config(model, tokenizer, beams=beams)
-    lengths = [len(prompts[i]) + NEW_TOKENS for i in fitting]
+    settings = generation_config(model, tokenizer, beams=beams, new_tokens=new_tokens)
+    lengths = [len(prompts[i]) + new_tokens for i in fitting]
     for first, last in batch_ranges(lengths, TOKENS_PER_BATCH // copies // beams):
         batch = fitting[first:last]
         width = len(prompts[batch[0]])
@@ -63,9 +92,8 @@ def generate_answers(
         written = generate(model, settings, ids, mask)
         texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
         for at, text in enumerate(texts):
-            i = batch[at % len(batch)]
-            answers[at // len(batch)][i] = Answer(first_label(text, questions[i].labels), text=text)
-    return answers
+            found[at // len(batch)][batch[at % len(batch)]] = text
+    return found
 
 
 def first_label(text: str, labels: Sequence[str]) -> str | None:
