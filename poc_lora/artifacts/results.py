@@ -105,6 +105,7 @@ class Results(Artifact):
         questions: The number of questions by benchmark.
         too_long: Questions that do not fit the context. They count as wrong; the protocol `harness` scores them with
             their prompts cut.
+        groups: The number of groups by benchmark, where questions name groups: those of one are taken as one sample.
         chance: The accuracy of guessing.
         best: The adapter of the largest average, chosen on `best_chosen_on`: a validation split, or, as in the paper,
             the test questions themselves, which flatters it. Empty for a model without adapters.
@@ -130,6 +131,7 @@ class Results(Artifact):
     limit: Public[Count | None]
     questions: Public[dict[str, Count]]
     too_long: Public[dict[str, Count]]
+    groups: Public[dict[str, Count]] = Field(default_factory=dict)
     chance: Public[dict[str, Share]]
     base: Public[Scored]
     adapters: Public[Annotated[dict[str, Scored], Field(max_length=MAX_ADAPTERS)]]

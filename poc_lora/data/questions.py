@@ -1,7 +1,7 @@
 """Test questions from local JSON files: rows in the LLM-Adapters format, and rows with choices."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from poc_lora.errors import DataError
 from poc_lora.files import read_json
 
 ANSWER_FORMAT = "Answer format:"
+MAX_GROUP = 1000  # characters of the name of a group
 CHOICES_FIX = "a row has `question` or `prompt`, `choices` (texts), and `answer`: a number from 0, or the choice's text"
 
 
@@ -24,6 +25,8 @@ class Question:
         labels: Of a row with choices their texts.
         form: `labels`, a row whose instruction names its labels; `question`, a row with choices, whose instruction is
             put into the prompt template; `prompt`, one whose instruction is the prompt as it stands.
+        group: Names what the question shares with others, such as a passage, so that they are no independent samples;
+            empty for a question on its own.
     """
 
     instruction: str
@@ -31,6 +34,7 @@ class Question:
     labels: tuple[str, ...]
     answer: str
     form: Literal["labels", "question", "prompt"] = "labels"
+    group: str = ""
 
     @property
     def answer_index(self) -> int:
@@ -43,7 +47,7 @@ def read_questions(
     """Read the questions of `<data>/<benchmark>/<split>.json` or `.jsonl`, or the first `limit` of them.
 
     A row has `instruction`, which ends with its labels, and `answer`; or `question` (or `prompt`, the whole text before
-    the answer), `choices` and `answer`, the number of the right choice, from 0, or its text.
+    the answer), `choices` and `answer`, the number of the right choice, from 0, or its text. Either may have `group`.
 
     Raises:
         DataError: The file is missing, or one of its rows, also those beyond `limit`, is not a question.
@@ -80,7 +84,14 @@ def _question(row: Any, where: str) -> Question:
         raise row
     if not isinstance(row, dict):
         raise DataError("the row is not a mapping of columns", where=where)
-    return _with_choices(row, where) if "choices" in row else _with_labels(row, where)
+    question = _with_choices(row, where) if "choices" in row else _with_labels(row, where)
+    group = row.get("group")
+    if group is None:
+        return question
+    if isinstance(group, bool) or not isinstance(group, str | int) or len(str(group)) > MAX_GROUP:
+        what = f"column 'group' is not a number, nor a text of at most {MAX_GROUP} characters"
+        raise DataError(what, where=where, fix="name what the question shares with others, such as its passage's title")
+    return replace(question, group=str(group))
 
 
 def _with_choices(row: dict[str, Any], where: str) -> Question:

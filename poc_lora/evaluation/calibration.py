@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from poc_lora.artifacts.results import Calibration, Measure
+from poc_lora.data.questions import Question
 from poc_lora.evaluation.answers import Answer, Item
+from poc_lora.evaluation.sampling import group_numbers, standard_error
 
 DIGITS = 4  # saved: batching changes log-probabilities in the sixth
 BINS = 15  # of equal width, as Guo et al. (ICML 2017) take
@@ -19,10 +21,10 @@ def calibrate(items: Sequence[Item], answers: Mapping[Item, Answer]) -> Calibrat
     The probabilities are those of the question's labels, normalised to sum to one. Questions without them, such as
     those that are too long, are left out. Returns None if a benchmark has no others.
     """
-    benchmarks: dict[str, list[tuple[tuple[float, ...], int]]] = {item.benchmark: [] for item in items}
+    benchmarks: dict[str, list[tuple[tuple[float, ...], Question]]] = {item.benchmark: [] for item in items}
     for item in items:
         if found := answers[item].log_probs:
-            benchmarks[item.benchmark].append((found, item.question.answer_index))
+            benchmarks[item.benchmark].append((found, item.question))
     if not benchmarks or not all(benchmarks.values()):
         return None
     parts = []
@@ -31,11 +33,12 @@ def calibrate(items: Sequence[Item], answers: Mapping[Item, Answer]) -> Calibrat
         padded = [(*found, *(k - len(found)) * [-math.inf]) for found, _ in own]  # absent labels have probability 0
         # [n, k]; texts may lie thousands of nats apart, so that their probabilities are zero in float64
         log_p = torch.tensor(padded, dtype=torch.float64).log_softmax(-1)
-        right = torch.tensor([right for _, right in own])
+        right = torch.tensor([question.answer_index for _, question in own])
         confidence, chosen = log_p.exp().max(-1)
         losses = -log_p.gather(-1, right[:, None])[:, 0]
         parts.append((losses, brier_score(log_p.exp(), right), calibration_terms(confidence, chosen == right)))
-    nll, brier, ece = (_mean_over_benchmarks(values) for values in zip(*parts, strict=True))
+    groups = [group_numbers([question for _, question in own]) for own in benchmarks.values()]
+    nll, brier, ece = (_mean_over_benchmarks(values, groups) for values in zip(*parts, strict=True))
     return Calibration(nll=nll, brier=brier, ece=ece)
 
 
@@ -65,8 +68,8 @@ def calibration_terms(confidence: Tensor, correct: Tensor) -> Tensor:
     return gap * sums.sign()[bins]
 
 
-def _mean_over_benchmarks(parts: Sequence[Tensor]) -> Measure:
-    errors = [part.std().item() / math.sqrt(len(part)) if len(part) > 1 else math.nan for part in parts]
+def _mean_over_benchmarks(parts: Sequence[Tensor], groups: Sequence[Tensor | None]) -> Measure:
+    errors = [standard_error(part, own) for part, own in zip(parts, groups, strict=True)]
     value = max(0.0, sum(part.mean().item() for part in parts) / len(parts))
     error = math.sqrt(math.fsum(error**2 for error in errors)) / len(parts)
     return Measure(round(value, DIGITS), round(error, DIGITS))

@@ -16,8 +16,10 @@ from poc_lora import rng
 from poc_lora.artifacts.results import Calibration, Difference, Estimate, Results, Scored
 from poc_lora.artifacts.run_folder import RESULTS, variant_file
 from poc_lora.artifacts.variant_scores import BenchmarkAccuracy, VariantAccuracy, VariantScores
+from poc_lora.data.questions import Question
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.calibration import calibrate
+from poc_lora.evaluation.sampling import group_numbers, standard_error
 from poc_lora.evaluation.variants import Variants, adapter_key
 
 RESAMPLES = 10_000
@@ -44,6 +46,7 @@ def summarise(
     """
     test = [item for item in items if item.split == "test"]
     validation = [item for item in items if item.split == "validation"]
+    groups = groups_by_benchmark(test)
     correct = {variant: correct_by_benchmark(test, given) for variant, given in answers.items()}
     benchmarks = list(correct["base"])
     members = [correct[adapter_key(a)] for a in adapters] or [correct["base"]]  # a model alone is its own average
@@ -51,8 +54,8 @@ def summarise(
     per_byte = {variant: correct_per_byte(test, given) for variant, given in answers.items() if variant != "ensemble"}
     own = [per_byte[adapter_key(a)] for a in adapters] or [per_byte["base"]]
     per_byte["average"] = {b: torch.stack([member[b] for member in own]).mean(0) for b in per_byte["base"]}
-    scored = {variant: _scored(parts, per_byte.get(variant)) for variant, parts in (correct | rivals).items()}
-    chosen_on = {a: _scored(correct_by_benchmark(validation or test, answers[adapter_key(a)])) for a in adapters}
+    scored = {variant: _scored(parts, groups, per_byte.get(variant)) for variant, parts in (correct | rivals).items()}
+    chosen_on = {a: _scored(correct_by_benchmark(validation or test, answers[adapter_key(a)]), {}) for a in adapters}
     best = max(adapters, key=lambda a: chosen_on[a].average.value, default="")
     if best:
         rivals = {"best": correct[adapter_key(best)]} | rivals
@@ -74,7 +77,11 @@ def summarise(
         truncated=scored.get("truncated"),
         ensemble=scored.get("ensemble"),
         control=scored.get("control"),
-        comparisons={name: paired_difference(correct["merged"], rival, seed=seed) for name, rival in rivals.items()}
+        groups={benchmark: int(own.max()) + 1 for benchmark, own in groups.items()},
+        comparisons={
+            name: paired_difference(correct["merged"], rival, seed=seed, groups=groups)
+            for name, rival in rivals.items()
+        }
         if merged
         else {},
         calibration={name: calibrated[key] for name, key in shown.items() if key in calibrated},
@@ -141,10 +148,18 @@ def correct_per_byte(items: Sequence[Item], answers: Mapping[Item, Answer]) -> d
     return {benchmark: torch.tensor(values, dtype=torch.float64) for benchmark, values in found.items()}
 
 
-def mean(values: Tensor) -> Estimate:
-    """The mean of `values` [n] and its standard error, sqrt(sample variance / n)."""
-    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Estimate(values.mean().item(), error)
+def groups_by_benchmark(items: Sequence[Item]) -> dict[str, Tensor]:
+    """For each benchmark whose questions name groups, each question's number of its group [n], as `items` has them."""
+    questions: dict[str, list[Question]] = {}
+    for item in items:
+        questions.setdefault(item.benchmark, []).append(item.question)
+    found = {benchmark: group_numbers(own) for benchmark, own in questions.items()}
+    return {benchmark: numbers for benchmark, numbers in found.items() if numbers is not None}
+
+
+def mean(values: Tensor, groups: Tensor | None = None) -> Estimate:
+    """The mean of `values` [n] and its `standard_error`."""
+    return Estimate(values.mean().item(), standard_error(values, groups))
 
 
 def macro_average(parts: Mapping[str, Estimate]) -> Estimate:
@@ -171,31 +186,40 @@ def ensemble(item: Item, members: Sequence[Answer]) -> Answer:
     return Answer(item.question.labels[int(mean.argmax())], log_probs=log_probs)
 
 
-def paired_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], *, seed: int) -> Difference:
+def paired_difference(
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    *,
+    seed: int,
+    groups: Mapping[str, Tensor] | None = None,
+) -> Difference:
     """The macro average of `ours` minus that of `theirs`, with a percentile bootstrap (Efron 1979).
 
-    Questions are resampled within each benchmark. p is twice the smaller share of resamples on one side of zero, with
-    one resample added to each side so that it is never zero. It is at least `smallest_p` of the questions that differ,
-    and where that is above 5 % the interval holds zero: resamples of a few equal values are all equal.
+    Questions are resampled within each benchmark, or whole groups of them where they have groups. p is twice the
+    smaller share of resamples on one side of zero, with one resample added to each side so that it is never zero. It is
+    at least `smallest_p` of the questions or groups that differ, and where that is above 5 % the interval holds zero:
+    resamples of a few equal values are all equal.
 
     Args:
         ours, theirs: For each benchmark a value per question [n], in the same order.
         seed: Of the bootstrap.
+        groups: For each benchmark that has some, each question's number of its group [n].
     """
     resampled = np.zeros(RESAMPLES)
     observed, differing = 0.0, 0
     for benchmark in ours:
         difference = (ours[benchmark] - theirs[benchmark]).double().numpy()
-        values, counts = np.unique(difference, return_counts=True)
+        sums, sizes = _sums_of_groups(difference, (groups or {}).get(benchmark))
+        values, counts = np.unique(np.stack([sums, sizes], 1), axis=0, return_counts=True)
         # n draws with replacement take few distinct values, so their counts are drawn: the same law, much less work.
         stream = np.random.default_rng(rng.key(seed, 0, "bootstrap", name=benchmark))
         rows = max(1, MAX_DRAWN // len(values))
         for first in range(0, RESAMPLES, rows):
             size = min(rows, RESAMPLES - first)
-            drawn = stream.multinomial(len(difference), counts / len(difference), size=size)
-            resampled[first : first + size] += drawn @ values / len(difference)
+            drawn = stream.multinomial(len(sums), counts / len(sums), size=size)
+            resampled[first : first + size] += (drawn @ values[:, 0]) / (drawn @ values[:, 1])
         observed += difference.mean()
-        differing += int(np.count_nonzero(difference))
+        differing += int(np.count_nonzero(sums))
     resampled /= len(ours)
     low, high = np.quantile(resampled, (0.025, 0.975))
     tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
@@ -206,6 +230,14 @@ def paired_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], 
     return Difference(
         value=float(observed / len(ours)), low=float(low), high=float(high), p=p, detectable=detectable or None
     )
+
+
+def _sums_of_groups(values: np.ndarray, groups: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of the values [n] of each group, and how many they are; without groups each value is one."""
+    if groups is None:
+        return values, np.ones(len(values))
+    numbers = groups.numpy()
+    return np.bincount(numbers, weights=values), np.bincount(numbers).astype(float)
 
 
 def smallest_p(differing: int) -> float:
@@ -247,7 +279,9 @@ def _unread(answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item])
     return shares
 
 
-def _scored(correct: Mapping[str, Tensor], per_byte: Mapping[str, Tensor] | None = None) -> Scored:
-    parts = {b: mean(values) for b, values in correct.items()}
-    by_bytes = {b: mean(values) for b, values in (per_byte or {}).items()}
+def _scored(
+    correct: Mapping[str, Tensor], groups: Mapping[str, Tensor], per_byte: Mapping[str, Tensor] | None = None
+) -> Scored:
+    parts = {b: mean(values, groups.get(b)) for b, values in correct.items()}
+    by_bytes = {b: mean(values, groups.get(b)) for b, values in (per_byte or {}).items()}
     return Scored(benchmarks=parts, average=macro_average(parts), per_byte=by_bytes)

@@ -193,6 +193,11 @@ def notes(results: Results, *, paired: bool = True) -> list[str]:
                 f"{name}: {results.too_long[folder]} of {results.questions[folder]} questions do not fit the model's "
                 f"context and {then}."
             )
+    for folder, number in results.groups.items():
+        lines.append(
+            f"{columns(results)[folder]}: errors and intervals take the {number:,} groups of its "
+            f"{results.questions[folder]:,} questions as the samples."
+        )
     if results.base.per_byte:
         lines.append(
             "“per byte” takes the choice of the largest log-probability per byte of its text; it is not averaged."

@@ -67,6 +67,9 @@ def test_a_missing_file_is_named(tmp_path):
         ([GOOD, GOOD | {"instruction": "Answer format: " + "/".join(map(str, range(100_000)))}], "more than 1000"),
         ([GOOD, GOOD | {"instruction": "Answer format: a/" + "b" * 2**17}], "longer than 65,536"),
         ([GOOD, GOOD | {"input": "x" * 5_000_000}], "a text of 5,000,0"),
+        ([GOOD, GOOD | {"group": ["a"]}], "column 'group' is not a number"),
+        ([GOOD, GOOD | {"group": True}], "column 'group' is not a number"),
+        ([GOOD, GOOD | {"group": "x" * 1001}], "at most 1000 characters"),
     ],
 )
 def test_bad_input_is_a_data_error_naming_file_and_row(tmp_path, content, said):
@@ -101,6 +104,11 @@ def folder_of(tmp_path, **benchmarks):
         (tmp_path / name).mkdir()
         (tmp_path / name / "test.json").write_text(json.dumps(rows))
     return tmp_path
+
+
+def test_a_question_may_name_its_group(tmp_path):
+    rows = [GOOD | {"group": 7}, GOOD | {"group": "7"}, GOOD | {"group": None}, GOOD]
+    assert [q.group for q in read_questions(folder_of(tmp_path, piqa=rows), PIQA)] == ["7", "7", "", ""]
 
 
 def test_a_folder_beside_the_eight_is_a_benchmark(tmp_path):

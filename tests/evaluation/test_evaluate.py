@@ -575,6 +575,24 @@ def test_two_ranks_share_the_questions(run, data, tmp_path):
     assert together.ensemble == alone.ensemble
 
 
+def test_questions_that_name_a_group_are_sampled_by_groups(run, data):
+    alone = evaluate([run], data=data, benchmarks=["piqa", "openbookqa"])
+    assert alone.groups == {}
+    rows = json.loads((data / "piqa" / "test.json").read_text())
+    for i, row in enumerate(rows):
+        row["group"] = i // 4
+    (data / "piqa" / "test.json").write_text(json.dumps(rows))
+    grouped = evaluate([run], data=data, benchmarks=["piqa", "openbookqa"])
+    assert grouped.groups == {"piqa": 3}
+    for one, other in ((grouped.base, alone.base), (grouped.merged, alone.merged)):
+        assert one.average.value == other.average.value
+        assert one.benchmarks["openbookqa"] == other.benchmarks["openbookqa"]
+    assert grouped.base.benchmarks["piqa"].error != alone.base.benchmarks["piqa"].error
+    assert grouped.calibration["base"].nll.value == alone.calibration["base"].nll.value
+    assert grouped.calibration["base"].nll.error != alone.calibration["base"].nll.error
+    assert "PIQA: errors and intervals take the 3 groups of its 12 questions as the samples." in notes(grouped)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_base_that_was_sharded_for_training_is_sharded_for_its_questions(run, data, tmp_path, size):
     alone = evaluate([run], data=data, out=tmp_path / "alone", benchmarks=["piqa", "openbookqa"])

@@ -124,3 +124,37 @@ def test_a_comparison_says_what_would_show():
     found = paired_difference({"quiz": ours}, {"quiz": theirs}, seed=0)
     assert found.detectable == pytest.approx(2.802 * (ours - theirs).std().item() / 20, rel=0.03)  # of 10,000 resamples
     assert paired_difference({"quiz": ours}, {"quiz": ours}, seed=0).detectable is None
+
+
+def test_questions_asked_twice_tell_no_more_if_they_are_a_group():
+    draws = torch.Generator().manual_seed(0)
+    ours, theirs = ((torch.rand(40, generator=draws) < 0.6).double() for _ in range(2))
+    twice = torch.arange(40).repeat_interleave(2)
+    for values in (ours, theirs):
+        once, again = mean(values), mean(values.repeat_interleave(2), twice)
+        assert again.value == once.value
+        assert again.error == pytest.approx(once.error, rel=1e-12)
+        assert mean(values, torch.arange(40)).error == pytest.approx(once.error, rel=1e-12)
+    plain = paired_difference({"quiz": ours}, {"quiz": theirs}, seed=3)
+    pairs = ({"quiz": x.repeat_interleave(2)} for x in (ours, theirs))
+    grouped = paired_difference(*pairs, seed=3, groups={"quiz": twice})
+    for one, other in zip(vars(grouped).values(), vars(plain).values(), strict=True):
+        assert one == pytest.approx(other, rel=1e-12)
+
+
+def test_the_error_over_groups_is_the_sum_over_pairs_that_share_one():
+    draws = torch.Generator().manual_seed(1)
+    values = torch.rand(30, generator=draws, dtype=torch.float64)
+    groups = torch.randint(0, 9, (30,), generator=draws)
+    groups = groups.unique(return_inverse=True)[1]
+    G, centred = int(groups.max()) + 1, (values - values.mean()).tolist()
+    pairs = sum(centred[i] * centred[j] for i in range(30) for j in range(30) if groups[i] == groups[j])
+    assert mean(values, groups).error == pytest.approx((G / (G - 1) * pairs) ** 0.5 / 30, rel=1e-12)
+    assert math.isnan(mean(values, torch.zeros(30, dtype=torch.int64)).error)
+
+
+def test_a_few_groups_that_differ_tell_no_difference():
+    groups = torch.arange(5).repeat_interleave(20)
+    found = paired_difference({"quiz": torch.ones(100)}, {"quiz": torch.zeros(100)}, seed=0, groups={"quiz": groups})
+    assert found.p == 0.0625
+    assert found.low <= 0 <= found.high
