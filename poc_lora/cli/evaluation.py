@@ -14,70 +14,116 @@ Protocol = Literal["label", "generate", "harness"]
 Prompt = Literal["clean", "llm-adapters", "bare"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+# The panels of the help.
+ASK, ROWS, TASKS = "Questions", "Rows with answers, in place of questions", "Tasks of lm-eval, in place of questions"
+COMPARE, MODEL = "What else to compare", "Base model and prompt"
+
 
 def evaluate(
     targets: Annotated[
         list[Path] | None, typer.Argument(help="One run folder, one model's folder, or adapters of one base.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of NAME/test.json (or .jsonl) files; any NAME is a benchmark.")
+        Path | None,
+        typer.Option(help="Folder of NAME/test.json (or .jsonl) files; any NAME is a benchmark.", rich_help_panel=ASK),
     ] = None,
-    rows: Annotated[
-        list[str] | None,
-        typer.Option(help="A file of rows as for training: losses on its answers instead of accuracies. Repeatable."),
-    ] = None,
-    harness_tasks: Annotated[
-        str | None,
-        typer.Option(help="Comma-separated tasks, groups and tags of lm-eval, such as gsm8k,mmlu, with its metrics."),
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(help="--harness-tasks: examples before each question; default: each task's own.")
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="--harness-tasks: a folder of further tasks, as for lm-eval.")
-    ] = None,
-    texts: Annotated[
-        int | None,
-        typer.Option(help="--rows: also generate answers to the first N rows, by base, best adapter and merge."),
-    ] = None,
-    match: Annotated[
-        str | None,
-        typer.Option(help="--texts: a regular expression; its last match in text and answer is compared, not all."),
-    ] = None,
-    study: Annotated[
-        bool,
-        typer.Option("--study", help="Evaluate several runs that differ in the seed: means and intervals over runs."),
-    ] = False,
-    show_list: Annotated[bool, typer.Option("--list", help="List the benchmarks and exit.")] = False,
-    base: Annotated[str | None, typer.Option(help="Base model; default: the one the run or adapters name.")] = None,
     benchmarks: Annotated[
         str | None,
-        typer.Option(help="Comma-separated names; default: all eight, or all that --data has where some are yours."),
+        typer.Option(
+            help="Comma-separated names; default: all eight, or all that --data has where some are yours.",
+            rich_help_panel=ASK,
+        ),
     ] = None,
     protocol: Annotated[
         Protocol,
         typer.Option(
             help="label: the most likely label. generate: the first label in the generated text. "
-            "harness: lm-eval, on its own tasks without --data."
+            "harness: lm-eval, on its own tasks without --data.",
+            rich_help_panel=ASK,
         ),
     ] = "label",
-    beams: Annotated[int, typer.Option(help="generate: the number of beams; 1 is greedy, the paper's is 4.")] = 1,
-    prompt: Annotated[
-        Prompt | None, typer.Option(help="The prompt template; default: the run's own, clean outside a run.")
+    beams: Annotated[
+        int,
+        typer.Option(help="generate: the number of beams; 1 is greedy, the paper's is 4.", rich_help_panel=ASK),
+    ] = 1,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Only the first N questions of each benchmark or task.", rich_help_panel=ASK),
     ] = None,
-    subsets: Annotated[bool, typer.Option("--subsets", help="Also score merges of 2, 4, ... of the adapters.")] = False,
-    rank: Annotated[int | None, typer.Option(help="Also score the merge truncated to this rank.")] = None,
+    show_list: Annotated[
+        bool, typer.Option("--list", help="List the eight benchmarks and exit.", rich_help_panel=ASK)
+    ] = False,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A file of rows as for training: losses on its answers instead of accuracies. Repeatable.",
+            rich_help_panel=ROWS,
+        ),
+    ] = None,
+    texts: Annotated[
+        int | None,
+        typer.Option(
+            help="Also generate answers to the first N rows, by base, best adapter and merge.", rich_help_panel=ROWS
+        ),
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            help="A regular expression: only its last match in text and answer is compared.", rich_help_panel=ROWS
+        ),
+    ] = None,
+    harness_tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated tasks, groups and tags, such as gsm8k,mmlu, with their own metrics.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(help="Examples before each question; default: each task's own.", rich_help_panel=TASKS),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder of further tasks, as for lm-eval.", rich_help_panel=TASKS)
+    ] = None,
+    study: Annotated[
+        bool,
+        typer.Option(
+            "--study",
+            help="Evaluate several runs that differ in the seed: means and intervals over runs.",
+            rich_help_panel=COMPARE,
+        ),
+    ] = False,
+    subsets: Annotated[
+        bool,
+        typer.Option("--subsets", help="Also score merges of 2, 4, ... of the adapters.", rich_help_panel=COMPARE),
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option(help="Also score the merge truncated to this rank.", rich_help_panel=COMPARE)
+    ] = None,
     control: Annotated[
-        Path | None, typer.Option(help="Another run, evaluated with the same options, to compare the merge with.")
+        Path | None,
+        typer.Option(
+            help="Another run, evaluated with the same options, to compare the merge with.", rich_help_panel=COMPARE
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N questions of each benchmark.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model; default: the one the run or adapters name.", rich_help_panel=MODEL),
+    ] = None,
+    prompt: Annotated[
+        Prompt | None,
+        typer.Option(help="The prompt template; default: the run's own, clean outside a run.", rich_help_panel=MODEL),
+    ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="The base model's dtype; default: the run's own, auto outside a run.")
+        Dtype | None,
+        typer.Option(help="The base model's dtype; default: the run's own, auto outside a run.", rich_help_panel=MODEL),
     ] = None,
     quantization: Annotated[
         Literal["nf4", "int8", "fp8"] | None,
         typer.Option(
-            help="Quantise the base model's linear layers; default: as the run did. Not for a base stored quantised."
+            help="Quantise the base model's linear layers; default: as the run did. Not for a base stored quantised.",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: RUN/eval.")] = None,
