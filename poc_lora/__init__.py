@@ -17,6 +17,9 @@ _HOME = {
     "check": "poc_lora.training.check",
     "demo": "poc_lora.microworld.demo",
     "evaluate": "poc_lora.evaluation.evaluate",
+    "evaluate_rows": "poc_lora.evaluation.rows",
+    "evaluate_study": "poc_lora.reporting.study",
+    "evaluate_tasks": "poc_lora.evaluation.tasks",
     "fold": "poc_lora.merging.fold",
     "load_config": "poc_lora.config",
     "merge": "poc_lora.merging.merge",
@@ -24,6 +27,7 @@ _HOME = {
     "push": "poc_lora.hub.push",
     "read_adapter": "poc_lora.adapters.adapter",
     "report": "poc_lora.reporting.page",
+    "sample_texts": "poc_lora.evaluation.sample",
     "sweep_by_type": "poc_lora.merging.merge",
     "train": "poc_lora.training.train",
     "write_adapter": "poc_lora.adapters.adapter",
@@ -39,6 +43,9 @@ __all__ = [
     "check",
     "demo",
     "evaluate",
+    "evaluate_rows",
+    "evaluate_study",
+    "evaluate_tasks",
     "fold",
     "load_config",
     "merge",
@@ -46,6 +53,7 @@ __all__ = [
     "push",
     "read_adapter",
     "report",
+    "sample_texts",
     "sweep_by_type",
     "train",
     "write_adapter",
@@ -56,6 +64,9 @@ if TYPE_CHECKING:
     from poc_lora.config import RunConfig, load_config
     from poc_lora.errors import PocLoraError, RequestError
     from poc_lora.evaluation.evaluate import evaluate
+    from poc_lora.evaluation.rows import evaluate_rows
+    from poc_lora.evaluation.sample import sample_texts
+    from poc_lora.evaluation.tasks import evaluate_tasks
     from poc_lora.hub.push import push
     from poc_lora.lora.bank import AdapterBank
     from poc_lora.merging.fold import fold
@@ -64,6 +75,7 @@ if TYPE_CHECKING:
     from poc_lora.microworld.demo import demo
     from poc_lora.optim.noisy_adamw import NoisyAdamW
     from poc_lora.reporting.page import report
+    from poc_lora.reporting.study import evaluate_study
     from poc_lora.training.check import check
     from poc_lora.training.train import train
 

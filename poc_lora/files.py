@@ -11,7 +11,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,11 @@ def require_place(path: Path) -> None:
             raise OSError(errno.ENOTDIR, "")
         if not os.access(there, os.W_OK | os.X_OK):
             raise OSError(errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES, "")
+
+
+def as_paths(given: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Returns one path, or several, as a list of paths."""
+    return [Path(one) for one in ([given] if isinstance(given, str | Path) else given)]
 
 
 @contextlib.contextmanager

@@ -37,6 +37,15 @@ def test_paths_may_be_strings(tmp_path):
     assert (run / "eval/results.md").is_file()
     with pytest.raises(poc_lora.RequestError, match="neither a run nor an adapter"):
         poc_lora.evaluate(str(tmp_path / "adapters"), data=str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(poc_lora.RequestError, match="neither a run nor an adapter"):
+        poc_lora.evaluate_rows(str(tmp_path / "adapters"), str(tmp_path / "rows.jsonl"))
+    with pytest.raises(poc_lora.RequestError, match="neither a run nor an adapter"):
+        poc_lora.evaluate_tasks(str(tmp_path / "adapters"), ["gsm8k"], include_path=str(tmp_path))
+    with pytest.raises(poc_lora.RequestError, match="one run is no study"):
+        poc_lora.evaluate_study([str(run)], data=str(tmp_path))
+    with pytest.raises(poc_lora.RequestError, match="not a run"):
+        poc_lora.sample_texts(str(tmp_path), "Where?")
 
 
 def test_reprs_fit_a_screen():

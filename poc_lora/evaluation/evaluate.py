@@ -21,7 +21,7 @@ from poc_lora.evaluation.protocols.harness_tasks import load_tasks
 from poc_lora.evaluation.scores import ensemble, summarise, write_results
 from poc_lora.evaluation.subsets import name_subsets, subset_points, variance_law
 from poc_lora.evaluation.variants import UNSHARDED, base_digest, find_variants, require_packed
-from poc_lora.files import require_place
+from poc_lora.files import as_paths, require_place
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_base, resolve_dtype
 from poc_lora.models.sharding import load_to_shard, shard_base
@@ -84,7 +84,7 @@ def evaluate(
             weights are loaded if possible.
         Interrupted: Ctrl-C or SIGTERM; the answers so far are saved.
     """
-    folders = list(map(Path, [targets] if isinstance(targets, str | Path) else targets))
+    folders = as_paths(targets)
     data = None if data is None else Path(data)
     control = None if control is None else Path(control)
     out = None if out is None else Path(out)

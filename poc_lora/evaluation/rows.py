@@ -26,7 +26,7 @@ from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, Re
 from poc_lora.evaluation.protocols.generate import generate_texts
 from poc_lora.evaluation.protocols.label import batch_ranges, head_in_float32
 from poc_lora.evaluation.variants import Variants, activate_variants, adapter_key, base_digest, find_variants
-from poc_lora.files import require_place, sha256_file
+from poc_lora.files import as_paths, require_place, sha256_file
 from poc_lora.models.forward import logits_at, without_cudnn_attention
 from poc_lora.models.load import context_length, default_device, load_base, resolve_dtype
 from poc_lora.models.vocabulary import require_embeddings
@@ -39,15 +39,15 @@ SHOWN_PROMPT = 400  # characters of a prompt that are kept
 
 
 def evaluate_rows(
-    targets: Sequence[Path],
-    rows: Sequence[str],
+    targets: str | Path | Sequence[str | Path],
+    rows: str | Path | Sequence[str | Path],
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     revision: str | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
     prompt: str | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     texts: int | None = None,
     match: str | None = None,
     device: torch.device | None = None,
@@ -72,7 +72,9 @@ def evaluate_rows(
     """
     device = device or default_device()
     pattern = _pattern(texts, match)
-    for source in rows:
+    folders = as_paths(targets)
+    sources = [str(source) for source in ([rows] if isinstance(rows, str | Path) else rows)]
+    for source in sources:
         if not Path(source).expanduser().is_file() and not is_dataset_id(source):
             raise RequestError(
                 "no such file", where=f"--rows {source}", fix="give files of rows as training reads them"
@@ -81,22 +83,22 @@ def evaluate_rows(
         if ranks.size > 1:
             raise RequestError("rows are scored in one process", where="--rows")
         variants = find_variants(
-            targets,
-            base=base,
+            folders,
+            base=None if base is None else str(base),
             revision=revision,
             dtype=dtype,
             quantization=quantization,
             prompt=prompt,
-            out=out,
+            out=None if out is None else Path(out),
             protocol="rows",
         )
         require_place(variants.out)
-        run = RunFolder(targets[0])
+        run = RunFolder(folders[0])
         settings = load_config(run.config).data if run.is_run else None
         info = RunInfo.read_if_there(run.info) if run.is_run else None
-        trained_on = info is not None and _trained_on(info, rows)
+        trained_on = info is not None and _trained_on(info, sources)
         place = variants.out / ROW_LOSSES
-        measured = _digest(variants, settings, info, rows, device, trained_on=trained_on, texts=texts, match=match)
+        measured = _digest(variants, settings, info, sources, device, trained_on=trained_on, texts=texts, match=match)
         if measured is not None and (known := _read(place)) and known.measured == measured:
             return known
         model, tokenizer = load_base(
@@ -108,7 +110,7 @@ def evaluate_rows(
             chat_template=variants.chat_template,
         )
         encoded = _encode(
-            rows, settings, variants.prompt, tokenizer, context_length(model), now=info.start if info else None
+            sources, settings, variants.prompt, tokenizer, context_length(model), now=info.start if info else None
         )
         require_embeddings(model, tokenizer, (example.ids for example in encoded.answers), where="--rows")
         found = _score(model, variants, encoded.answers, ranks.stop)

@@ -21,7 +21,7 @@ from poc_lora.models.vocabulary import require_embeddings
 
 
 def sample_texts(
-    run: Path,
+    run: str | Path,
     text: str,
     *,
     adapter: str | None = None,
@@ -45,6 +45,7 @@ def sample_texts(
     Raises:
         RequestError, RunError, AdapterError, DataError, ModelError: The run or the prompt cannot be used.
     """
+    run = Path(run)
     if not RunFolder(run).is_run:
         raise RequestError("not a run", where=run, fix="give a run folder, with config.yaml")
     if new_tokens < 1:

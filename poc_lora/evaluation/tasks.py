@@ -24,24 +24,24 @@ from poc_lora.evaluation.protocols.task_scoring import (
 )
 from poc_lora.evaluation.task_summary import summarise_tasks
 from poc_lora.evaluation.variants import Variants, activate_variants, base_digest, find_variants
-from poc_lora.files import require_place
+from poc_lora.files import as_paths, require_place
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_base, resolve_dtype
 from poc_lora.progress import progress_bar
 
 
 def evaluate_tasks(
-    targets: Sequence[Path],
+    targets: str | Path | Sequence[str | Path],
     tasks: Sequence[str],
     *,
     num_fewshot: int | None = None,
-    include_path: Path | None = None,
+    include_path: str | Path | None = None,
     limit: int | None = None,
-    base: str | None = None,
+    base: str | Path | None = None,
     revision: str | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     seed: int = 0,
     device: torch.device | None = None,
 ) -> TaskResults:
@@ -73,16 +73,18 @@ def evaluate_tasks(
         if ranks.size > 1:
             raise RequestError("lm-eval runs in one process", where=WHERE)
         variants = find_variants(
-            targets,
-            base=base,
+            as_paths(targets),
+            base=None if base is None else str(base),
             revision=revision,
             dtype=dtype,
             quantization=quantization,
-            out=out,
+            out=None if out is None else Path(out),
             protocol="tasks",
         )
         require_place(variants.out)
-        named = load_named_tasks(tasks, num_fewshot=num_fewshot, include_path=include_path)
+        named = load_named_tasks(
+            tasks, num_fewshot=num_fewshot, include_path=None if include_path is None else Path(include_path)
+        )
         prepared = [prepare_task(name, task, limit) for name, task in named.tasks.items()]
         version = importlib.metadata.version("lm_eval")
         settings = {

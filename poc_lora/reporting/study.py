@@ -17,7 +17,7 @@ from poc_lora.errors import RequestError, RunError
 from poc_lora.evaluation.evaluate import evaluate
 from poc_lora.evaluation.intervals import mean_interval, student_quantile
 from poc_lora.evaluation.rows import evaluate_rows
-from poc_lora.files import write_atomic
+from poc_lora.files import as_paths, write_atomic
 from poc_lora.reporting.escape import code, markdown
 from poc_lora.reporting.held_out import rows_held_out
 from poc_lora.reporting.results_tables import write_report
@@ -53,11 +53,11 @@ NOT_THE_LAW = (
 
 
 def evaluate_study(
-    runs: Sequence[Path],
+    runs: Sequence[str | Path],
     *,
-    data: Path | None = None,
-    rows: Sequence[str] = (),
-    out: Path | None = None,
+    data: str | Path | None = None,
+    rows: str | Path | Sequence[str | Path] = (),
+    out: str | Path | None = None,
     **options: Any,
 ) -> Study:
     """Evaluate runs one after another, each as `evaluate` or `evaluate_rows` would, and compare them as one study.
@@ -73,9 +73,10 @@ def evaluate_study(
         RequestError: For fewer than two runs, or the same run twice.
         PocLoraError: As the evaluation of one run does.
     """
-    require_runs(runs)
+    folders = as_paths(runs)
+    require_runs(folders)
     found = []
-    for run in runs:
+    for run in folders:
         if rows:
             losses = evaluate_rows([run], rows, **options)
             found.append(replace(read_run(run), evaluations=(), rows=losses))
@@ -86,7 +87,7 @@ def evaluate_study(
             found.append(replace(read_run(run), evaluations=(results,), rows=None))
     study = make_study(found)
     if is_rank_0():
-        write_study(study, out or runs[0])
+        write_study(study, folders[0] if out is None else Path(out))
     return study
 
 
