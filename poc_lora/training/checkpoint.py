@@ -109,9 +109,9 @@ class Commits:
     def start(self, progress: Mapping[int, Progress], bank: AdapterBank | None, optimizer: NoisyAdamW | None) -> None:
         """Start the next commit when the previous one is written. All ranks must call it.
 
-        The state of the adapters in the bank is copied before the call returns, so training may continue. Adapters
-        that have begun and wait for their turn are linked from the previous commit, and so are best states: a
-        validation follows the commit of the step that it validates.
+        The state of the adapters in the bank is copied before the call returns, so training may continue. Those of
+        adapters that have begun and wait for their turn are hard links to the previous commit. So are best states: a
+        step is committed before it is validated, so its file is there.
 
         Args:
             progress: Of all adapters, the same on every rank.

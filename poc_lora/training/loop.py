@@ -226,7 +226,7 @@ class TrainingLoop:
     def _keep_best(self, pack: Pack, own_pack: Pack | None, bar: ProgressBar) -> None:
         """Give each adapter its weights of lowest validation loss; validate and write these.
 
-        Until the pack is finished, commits link the state of its last step: an interruption leads back to there.
+        Until the pack is finished, commits keep its last step's state: an interrupted run resumes from there.
         """
         total, progress = self.result.steps, self.result.progress
         changes = own_pack is not None and any(0 < progress[a].best_step < total for a in _live(pack))

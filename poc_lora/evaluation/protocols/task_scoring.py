@@ -26,7 +26,7 @@ class PreparedTask:
     """A task of lm-eval and what it asks.
 
     Attributes:
-        name: lm-eval's, without its draw of a random one in case there is none.
+        name: As in lm-eval's results.
         task: lm-eval's object.
         limit: Only the first documents; None for all.
         requests: How many answers the model gives.
