@@ -1,4 +1,4 @@
-"""Train several LoRA adapters of one base model, merge them into one: more accurate, and as cheap once folded."""
+"""Train several LoRA adapters of one base model and merge them: often more accurate, and as cheap once folded."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

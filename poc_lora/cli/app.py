@@ -15,7 +15,7 @@ from poc_lora.envvars import flag
 
 app = typer.Typer(
     name="poc-lora",
-    help="Train several LoRA adapters of one base model, merge them into one: more accurate, and as cheap once folded.",
+    help="Train several LoRA adapters of one base model and merge them: often more accurate, and as cheap once folded.",
     epilog="Set `POC_LORA_TRACEBACK=1` in the environment to see the traceback of an error.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -20,10 +20,10 @@ from poc_lora.evaluation.protocols.harness import harness_answers
 from poc_lora.evaluation.protocols.harness_tasks import load_tasks
 from poc_lora.evaluation.scores import ensemble, summarise, write_results
 from poc_lora.evaluation.subsets import name_subsets, subset_points, variance_law
-from poc_lora.evaluation.variants import UNSHARDED, base_digest, find_variants, require_packed
+from poc_lora.evaluation.variants import UNSHARDED, base_digest, find_variants, load_base_of, require_packed
 from poc_lora.files import as_paths, require_place
 from poc_lora.models.forward import without_cudnn_attention
-from poc_lora.models.load import default_device, load_base, resolve_dtype
+from poc_lora.models.load import default_device, resolve_dtype
 from poc_lora.models.sharding import load_to_shard, shard_base
 
 
@@ -131,15 +131,17 @@ def evaluate(
             compared = None if control is None else read_control(control, protocol, settings, _test(items))
 
         def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-            how_loaded: dict[str, Any] = {
-                "revision": variants.revision,
-                "quantization": variants.quantization,
-                "chat_template": variants.chat_template,
-            }
             with ranks.raise_on_all():
                 if not sharded:
-                    return load_base(variants.base, **how_loaded, dtype=variants.dtype, device=device)
-                model, tokenizer = load_to_shard(variants.base, **how_loaded, dtype=settings["dtype"], rank=ranks.rank)
+                    return load_base_of(variants, device)
+                model, tokenizer = load_to_shard(
+                    variants.base,
+                    revision=variants.revision,
+                    dtype=settings["dtype"],
+                    quantization=variants.quantization,
+                    rank=ranks.rank,
+                    chat_template=variants.chat_template,
+                )
                 require_packed(model, variants)
             ranks.heartbeat("sharding the base model")
             return shard_base(model, device), tokenizer

@@ -25,10 +25,17 @@ from poc_lora.distributed import open_ranks
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError, RunError
 from poc_lora.evaluation.protocols.generate import generate_texts
 from poc_lora.evaluation.protocols.label import batch_ranges, head_in_float32
-from poc_lora.evaluation.variants import Variants, activate_variants, adapter_key, base_digest, find_variants
+from poc_lora.evaluation.variants import (
+    Variants,
+    activate_variants,
+    adapter_key,
+    base_digest,
+    find_variants,
+    load_base_of,
+)
 from poc_lora.files import as_paths, require_place, sha256_file
 from poc_lora.models.forward import logits_at, without_cudnn_attention
-from poc_lora.models.load import context_length, default_device, load_base, resolve_dtype
+from poc_lora.models.load import context_length, default_device, resolve_dtype
 from poc_lora.models.vocabulary import require_embeddings
 from poc_lora.progress import progress_bar
 
@@ -101,14 +108,7 @@ def evaluate_rows(
         measured = _digest(variants, settings, info, sources, device, trained_on=trained_on, texts=texts, match=match)
         if measured is not None and (known := _read(place)) and known.measured == measured:
             return known
-        model, tokenizer = load_base(
-            variants.base,
-            revision=variants.revision,
-            dtype=variants.dtype,
-            quantization=variants.quantization,
-            device=device,
-            chat_template=variants.chat_template,
-        )
+        model, tokenizer = load_base_of(variants, device)
         encoded = _encode(
             sources, settings, variants.prompt, tokenizer, context_length(model), now=info.start if info else None
         )

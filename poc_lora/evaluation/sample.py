@@ -14,9 +14,9 @@ from poc_lora.data.prompts import render_prompt
 from poc_lora.errors import DataError, RequestError
 from poc_lora.evaluation.protocols.generate import generate, generation_config
 from poc_lora.evaluation.protocols.label import encode
-from poc_lora.evaluation.variants import activate_variants, adapter_key, find_variants
+from poc_lora.evaluation.variants import activate_variants, adapter_key, find_variants, load_base_of
 from poc_lora.models.forward import without_cudnn_attention
-from poc_lora.models.load import context_length, default_device, load_base
+from poc_lora.models.load import context_length, default_device
 from poc_lora.models.vocabulary import require_embeddings
 
 
@@ -58,14 +58,7 @@ def sample_texts(
         known = ", ".join(list(variants.adapters)[:10])
         raise RequestError(f"the run has no adapter {adapter!r}", where="--adapter", fix=f"for example: {known}")
     with without_cudnn_attention():
-        model, tokenizer = load_base(
-            variants.base,
-            revision=variants.revision,
-            dtype=variants.dtype,
-            quantization=variants.quantization,
-            device=device,
-            chat_template=variants.chat_template,
-        )
+        model, tokenizer = load_base_of(variants, device)
         if chat is None:
             info = RunInfo.read_if_there(RunFolder(run).info)
             chat = bool(info and info.chats)

@@ -23,10 +23,10 @@ from poc_lora.evaluation.protocols.task_scoring import (
     write_score,
 )
 from poc_lora.evaluation.task_summary import summarise_tasks
-from poc_lora.evaluation.variants import Variants, activate_variants, base_digest, find_variants
+from poc_lora.evaluation.variants import Variants, activate_variants, base_digest, find_variants, load_base_of
 from poc_lora.files import as_paths, require_place
 from poc_lora.models.forward import without_cudnn_attention
-from poc_lora.models.load import default_device, load_base, resolve_dtype
+from poc_lora.models.load import default_device, resolve_dtype
 from poc_lora.progress import progress_bar
 
 
@@ -103,13 +103,7 @@ def evaluate_tasks(
             for name, own in keys.items()
         }
         if any(found[name].keys() != own.keys() for name, own in keys.items()):
-            model, tokenizer = load_base(
-                variants.base,
-                revision=variants.revision,
-                dtype=variants.dtype,
-                quantization=variants.quantization,
-                device=device,
-            )
+            model, tokenizer = load_base_of(variants, device)
             check_room(model, tokenizer, prepared)
             found = _score_missing(model, tokenizer, variants, prepared, keys, found, ranks.stop)
     results = TaskResults(

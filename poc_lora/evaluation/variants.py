@@ -6,8 +6,9 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch.nn import Embedding
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -32,7 +33,7 @@ from poc_lora.hub_ids import is_adapter_id
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.merging.compatible import check_compatible
 from poc_lora.merging.merge import merge
-from poc_lora.models.load import resolve_base
+from poc_lora.models.load import load_base, resolve_base
 
 UNSHARDED = "evaluate it in one process, on a device that holds the base"
 
@@ -103,6 +104,18 @@ class Variants:
         if len(every) > 1:
             found["ensemble"] = ["ensemble", *every]
         return found | alone | {k: ["mean", *(every[slot] for slot in slots)] for k, slots in (subsets or {}).items()}
+
+
+def load_base_of(variants: Variants, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the base model of variants, and its tokenizer with their chat template. Raises as `load_base` does."""
+    return load_base(
+        variants.base,
+        revision=variants.revision,
+        dtype=variants.dtype,
+        quantization=variants.quantization,
+        device=device,
+        chat_template=variants.chat_template,
+    )
 
 
 def activate_variants(

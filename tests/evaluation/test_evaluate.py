@@ -26,7 +26,6 @@ from poc_lora.evaluation.variants import adapter_digest
 from poc_lora.merging.folders import merge_folders
 from poc_lora.models.load import load_base
 from poc_lora.reporting.results_tables import notes
-from tests.launch import finish, processes
 
 TARGETS = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.up_proj": (32, 48)}
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "commonsense"
@@ -367,7 +366,7 @@ def test_a_finished_evaluation_is_read_without_its_base(run, data, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr(module, "load_base", refuse)
+    monkeypatch.setattr(module, "load_base_of", refuse)
     assert evaluate([run], data=data, benchmarks=["openbookqa", "piqa"], subsets=True) == first
     assert evaluate([run], data=data, benchmarks=["piqa"]).questions == {"piqa": 12}
     with pytest.raises(AssertionError, match="was loaded"):
@@ -557,24 +556,6 @@ def test_an_unknown_protocol_is_refused(run, data, change, said):
         evaluate([run], data=data, benchmarks=["piqa"], **change)
 
 
-def test_two_ranks_share_the_questions(run, data, tmp_path):
-    alone = evaluate([run], data=data, out=tmp_path / "alone", benchmarks=["piqa", "openbookqa"])
-    code = (
-        "import sys; from poc_lora.evaluation import evaluator; evaluator.QUESTIONS_PER_BATCH = 4;"
-        " from poc_lora.__main__ import main; main()"
-    )
-    arguments = ["eval", str(run), "--data", str(data), "--benchmarks", "piqa,openbookqa"]
-    with processes(2, "-c", code, *arguments) as ranks:
-        (first, shown, errors), (second, silent, _) = finish(ranks)
-    assert (first, second) == (0, 0), errors
-    assert "PoC merge" in shown
-    assert silent == ""
-    together = Results.read(run / "eval" / "results.json")
-    assert together.adapters == alone.adapters
-    assert together.merged == alone.merged
-    assert together.ensemble == alone.ensemble
-
-
 def test_questions_that_name_a_group_are_sampled_by_groups(run, data):
     alone = evaluate([run], data=data, benchmarks=["piqa", "openbookqa"])
     assert alone.groups == {}
@@ -591,66 +572,6 @@ def test_questions_that_name_a_group_are_sampled_by_groups(run, data):
     assert grouped.calibration["base"].nll.value == alone.calibration["base"].nll.value
     assert grouped.calibration["base"].nll.error != alone.calibration["base"].nll.error
     assert "PIQA: errors and intervals take the 3 groups of its 12 questions as the samples." in notes(grouped)
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_base_that_was_sharded_for_training_is_sharded_for_its_questions(run, data, tmp_path, size):
-    alone = evaluate([run], data=data, out=tmp_path / "alone", benchmarks=["piqa", "openbookqa"])
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["model"]["shard"] = True
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    code = (
-        "from poc_lora.evaluation import evaluate as e; shard = e.shard_base;"
-        " e.shard_base = lambda *a: print('shards') or shard(*a);"
-        " from poc_lora.evaluation.protocols import label; label.TOKENS_PER_BATCH['cpu'] = 300;"
-        " from poc_lora.__main__ import main; main()"
-    )
-    arguments = ["eval", str(run), "--data", str(data), "--benchmarks", "piqa,openbookqa"]
-    with processes(size, "-c", code, *arguments) as ranks:
-        (first, shown, errors), *others = finish(ranks)
-    assert [first, *(status for status, _, _ in others)] == [0] * size, errors
-    assert "PoC merge" in shown
-    assert [out for _, out, _ in others] == ["shards\n"] * (size - 1)
-    together = Results.read(run / "eval" / "results.json")
-    assert together.adapters == alone.adapters
-    assert (together.base, together.merged, together.ensemble) == (alone.base, alone.merged, alone.ensemble)
-    for variant in ("base", "adapter-02", "merged"):
-        ours, theirs = (lines(place / f"{variant}.jsonl") for place in (run / "eval", tmp_path / "alone"))
-        for one, other in zip(ours, theirs, strict=True):
-            assert one["log_probs"] == pytest.approx(other["log_probs"], abs=2e-5)
-
-
-@pytest.mark.parametrize("protocol", ["generate", "label"])
-def test_what_cannot_be_evaluated_on_a_sharded_base_is_refused(run, data, protocol):
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["model"]["shard"] = True
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    if protocol == "label":
-        whole = adapter(0, config["model"]["name"])
-        head = {"lm_head.weight": torch.zeros(1)}
-        write_adapter(dataclasses.replace(whole, modules_to_save=head), run / "adapters" / "03")
-        shutil.rmtree(run / "merged")
-    arguments = ["eval", str(run), "--data", str(data), "--benchmarks", "piqa", "--protocol", protocol]
-    with processes(2, "-m", "poc_lora", *arguments) as ranks:
-        (first, _, errors), (second, _, silent) = finish(ranks)
-    assert (first, second) == (2, 2), errors
-    assert "in one process" in errors
-    assert "poc-lora:" not in silent
-
-
-def test_a_rank_without_questions_ends_with_those_that_are_stopped(run, data):
-    code = (
-        "import signal; from poc_lora.evaluation import evaluator; asked = evaluator.Protocol.answers\n"
-        "def stopped(*args, **kwargs): signal.raise_signal(signal.SIGTERM); return asked(*args, **kwargs)\n"
-        "evaluator.Protocol.answers = stopped; from poc_lora.__main__ import main; main()"
-    )
-    arguments = ["eval", str(run), "--data", str(data), "--benchmarks", "piqa", "--limit", "1"]
-    with processes(2, "-c", code, *arguments) as ranks:
-        (first, _, errors), (second, _, silent) = finish(ranks)
-    assert (first, second) == (130, 130), errors
-    assert "the answers so far are kept" in errors
-    assert "rank" not in errors
-    assert "poc-lora:" not in silent
 
 
 def test_answers_that_cannot_be_read_back_are_an_error(run, data, monkeypatch):

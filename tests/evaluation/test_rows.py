@@ -17,6 +17,7 @@ from poc_lora.data.rows import read_sources
 from poc_lora.errors import AdapterError, DataError, Interrupted, RequestError
 from poc_lora.evaluation import rows as module
 from poc_lora.evaluation.rows import evaluate_rows
+from poc_lora.evaluation.variants import load_base_of
 from poc_lora.models.load import context_length, load_base
 from tests.evaluation import test_evaluate
 from tests.evaluation.test_evaluate import adapter
@@ -81,7 +82,7 @@ def test_each_variants_losses_are_those_of_peft_row_by_row(run, rows, monkeypatc
 def test_losses_that_were_measured_already_are_read_and_changed_ones_measured_again(run, rows, monkeypatch):
     first = evaluate_rows([run], [str(rows)])
     loads = []
-    monkeypatch.setattr(module, "load_base", lambda *a, **o: loads.append(1) or load_base(*a, **o))
+    monkeypatch.setattr(module, "load_base_of", lambda *a: loads.append(1) or load_base_of(*a))
     assert evaluate_rows([run], [str(rows)]) == first
     assert not loads
     rows.write_text(rows.read_text().replace("wool", "glass"))

@@ -237,7 +237,7 @@ def test_an_interrupted_evaluation_resumes_at_its_task(run, folder, monkeypatch,
     assert len(asked) == 5 + 3 * 5 - 4 + 1
     assert files(out) == files(tmp_path / "whole")
 
-    monkeypatch.setattr(module, "load_base", None)  # all is known: no model is loaded
+    monkeypatch.setattr(module, "load_base_of", None)  # all is known: no model is loaded
     assert evaluate_tasks([run], ["both", "written"], include_path=folder, out=out) == whole
     assert len(asked) == 5 + 3 * 5 - 4 + 1
 
@@ -280,7 +280,7 @@ def refusal(*given, error=RequestError, **named):
 
 
 def test_unknown_tasks_are_refused_with_the_nearest(run, folder, monkeypatch):
-    monkeypatch.setattr(module, "load_base", None)
+    monkeypatch.setattr(module, "load_base_of", None)
     assert "did you mean quiz_" in refusal([run], ["quiz_c"], include_path=folder)
     assert "no task, group or tag 'x_*'" in refusal([run], ["x_*"], include_path=folder)
     assert "no task was named" in refusal([run], [], include_path=folder)
