@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from poc_lora.config import validate
 from poc_lora.errors import ConfigError
 from poc_lora.evaluation import evaluate as evaluate_module
+from poc_lora.evaluation.variants import load_base_of
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.models import float8
 from poc_lora.models.float8 import E4M3, Float8Linear, float8_layers, quantize_float8, quantize_rows
@@ -299,7 +300,7 @@ def test_a_whole_run_on_a_float8_base(tiny_model_dir, train_file, tmp_path, monk
     (tmp_path / "data" / "openbookqa").mkdir(parents=True)
     (tmp_path / "data" / "openbookqa" / "test.json").write_text(json.dumps(questions))
     loaded = []
-    monkeypatch.setattr(evaluate_module, "load_base", lambda *a, **b: loaded.append(load_base(*a, **b)) or loaded[-1])
+    monkeypatch.setattr(evaluate_module, "load_base_of", lambda *a: loaded.append(load_base_of(*a)) or loaded[-1])
     results = evaluate_module.evaluate([done.folder], data=tmp_path / "data", benchmarks=["openbookqa"])
     assert len(results.adapters) == 3
     assert any(isinstance(module, Float8Linear) for module in loaded[0][0].modules())
