@@ -1,9 +1,10 @@
 """Does the merge pay? Base, adapters and merge by their losses on rows that were held out, of a run or from a file."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, variance
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from poc_lora import rng
 from poc_lora.artifacts.metrics_line import MetricsLine, read_metrics
 from poc_lora.artifacts.row_losses import RowLosses
 from poc_lora.artifacts.run_folder import RunFolder
+from poc_lora.evaluation.intervals import Interval, student_quantile
 from poc_lora.evaluation.scores import RESAMPLES, smallest_p
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.tables import Table, Value
@@ -195,6 +197,28 @@ def paired_interval(differences: np.ndarray, tokens: np.ndarray) -> tuple[float,
     if smallest_p(int(np.count_nonzero(differences))) > 0.05:
         low, high = min(low, 0.0), max(high, 0.0)
     return value, float(low), float(high)
+
+
+def more_adapters(losses: Sequence[float], merge: float, more: int) -> Interval:
+    """How much `more` adapters would lower the loss of the merge of M, by the losses on the same rows.
+
+    By propagation of chaos the expected loss of a merge of m is L + c/m. The adapters, at m = 1, and the merge, at
+    m = M, give c = (mean − merge) M/(M − 1), and with k more the loss falls by (mean − merge) k / ((M − 1)(M + k)).
+    Which adapters come is chance: the merge moves by k/(M + k) times the difference of two means, of k and of M
+    adapters. The variance S² of the adapters' losses, M − 1 degrees of freedom, makes that S² k / (M (M + k)).
+
+    Args:
+        losses: Of each adapter [M], two or more.
+        merge: The loss of their merge.
+        more: k, the number of adapters to add.
+
+    Returns:
+        The expected gain, and the half-width of the 95 % interval of what may come.
+    """
+    M = len(losses)
+    share = more / (M + more)
+    chance = student_quantile(M - 1) * math.sqrt(variance(losses) * share / M)
+    return Interval((fmean(losses) - merge) / (M - 1) * share, chance)
 
 
 def verdicts(run: Path) -> list[str]:
