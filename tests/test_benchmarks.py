@@ -77,10 +77,10 @@ def test_forecasts_of_what_more_adapters_bring(tmp_path):
     assert [len(found[f"{quarter}/4"]["losses"]) for quarter in (1, 2, 3, 4)] == [4 + 2 + 1] * 3 + [4 + 2 + 1 + 4]
     study = FOLDER / "results" / "real_model_h200" / "docstrings.json"
     shown = run("forecast.py", "--summary", out, "--studies", study)
-    assert [line.split(" | ")[:3] for line in shown.splitlines() if "→" in line] == [
-        ["| demo, lr 8e-3, 1 seeds", "2 → 4", "2"],
-        ["| demo, lr 8e-3, 1 seeds", "2 → 3", "4"],
-        ["| docstrings", "4 → 8", "6"],
+    assert [line.split(" | ")[:2] for line in shown.splitlines() if "→" in line] == [
+        ["| demo, lr 8e-3 (1)", "2 → 4"],
+        ["| demo, lr 8e-3 (1)", "2 → 3"],
+        ["| docstrings (3)", "4 → 8"],
     ]
 
 

@@ -22,6 +22,7 @@ MAX_RESAMPLED = 1000  # rows: their draws are held at once
 MAX_LISTED = 32  # adapters in the table of losses
 MAX_SHOWN = 100  # nats per token, of which the perplexity is shown
 MAX_METRICS_BYTES = 2**28
+LEAST_ADAPTERS = 3  # the spread of two says next to nothing on others
 
 
 @dataclass(frozen=True)
@@ -221,9 +222,27 @@ def more_adapters(losses: Sequence[float], merge: float, more: int) -> Interval:
     return Interval((fmean(losses) - merge) / (M - 1) * share, chance)
 
 
+def outlook(found: HeldOut) -> str | None:
+    """Says what more adapters would bring to the merge; None where `verdict` advises against it, or two are too few."""
+    M, losses = len(found.adapters), list(found.adapters.values())
+    if M < LEAST_ADAPTERS or found.average <= found.merge or instead_of_merge(found) is not None:
+        return None
+    one, twice = (more_adapters(losses, found.merge, more) for more in (1, M))
+    return (
+        f"One more adapter is expected to lower the merge's loss by {one.mean:.4f} ± {one.half_width:.4f}, and {M} more"
+        f" by {twice.mean:.4f} ± {twice.half_width:.4f} (95 % intervals, since it is chance which adapters come)."
+    )
+
+
 def verdicts(run: Path) -> list[str]:
-    """Says for each pack of a run what its merge is worth on the held-out rows."""
-    return [verdict(found) for found in read_held_out(run)]
+    """Says for each pack of a run what its merge is worth on the held-out rows, and of one pack what more would be."""
+    return sentences(read_held_out(run))
+
+
+def sentences(packs: Sequence[HeldOut]) -> list[str]:
+    """The verdict on each pack of a run; if it is all of them, also what more adapters would bring."""
+    more = outlook(packs[0]) if len(packs) == 1 else None
+    return [*map(verdict, packs), *([more] if more else [])]
 
 
 def better_than_merge(run: Path) -> int | str | None:

@@ -13,10 +13,10 @@ training that is in the file already is not run again.
 import argparse
 import json
 import math
-import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from poc_lora.data.prompts import encode_rows
 from poc_lora.data.rows import read_sources
 from poc_lora.devices import by_device
 from poc_lora.environment import environment
-from poc_lora.evaluation.intervals import Interval
+from poc_lora.evaluation.intervals import Interval, mean_interval
 from poc_lora.files import write_json
 from poc_lora.merging.gram import gram
 from poc_lora.merging.gram import summary as similarity
@@ -96,26 +96,26 @@ def similarities(pack: Pack) -> dict[str, float | None]:
 
 
 def one_training(
-    config: RunConfig, model: PreTrainedModel, data: TrainingData, folder: Path | None
+    config: RunConfig, model: PreTrainedModel, data: TrainingData, quarters: Sequence[int], folder: Path | None
 ) -> dict[str, dict[str, Any]]:
-    """Train a pack, and measure at every quarter of the steps; what `folder` has of an earlier call is not trained."""
+    """Train a pack, and measure it at quarters of the steps; what `folder` has of an earlier call is not trained."""
     M, steps = config.adapters.count, data.total_steps
     sizes = Sizes(by_device(FAST_TOKENS, model.device.type), M, gradient_checkpointing=False)
     pack = Pack(config, model, data, range(M), sizes=sizes)
     known, fresh = slice(0, None, 2), slice(1, None, 2)
-    kept = [folder / f"{quarter}.pt" for quarter in range(1, QUARTERS + 1)] if folder else []
-    trained = bool(kept) and all(file.exists() for file in kept)
+    kept = {quarter: folder / f"{quarter}.pt" for quarter in quarters} if folder else {}
+    trained = bool(kept) and all(file.exists() for file in kept.values())
     found, step = {}, 0
-    for quarter in range(1, QUARTERS + 1):
+    for quarter in quarters:
         while step < steps * quarter // QUARTERS and not trained:
             pack.step(step)
             step += 1
         if trained:
             with torch.no_grad():
-                pack.bank.weights.copy_(torch.load(kept[quarter - 1]))
+                pack.bank.weights.copy_(torch.load(kept[quarter]))
         elif kept:
-            kept[0].parent.mkdir(parents=True, exist_ok=True)
-            torch.save(pack.bank.weights.clone(), kept[quarter - 1])
+            kept[quarter].parent.mkdir(parents=True, exist_ok=True)
+            torch.save(pack.bank.weights.clone(), kept[quarter])
         final = quarter == QUARTERS
         merges = [*subsets(M), *((after for _, after in one_more(M)) if final else ())]
         losses = losses_of(pack, merges, [known, fresh] if final else [known])
@@ -163,88 +163,94 @@ def of_training(run: dict[str, Any], M: int) -> dict[str, list[Forecast]]:
     return found
 
 
-def of_study(path: Path) -> dict[str, list[Forecast]]:
-    """Forecasts for the packs of a result of real_model.py; none if they have one adapter each."""
+def of_study(path: Path) -> Iterator[dict[str, list[Forecast]]]:
+    """Forecasts for each pack of a result of real_model.py; none if they have one adapter each."""
     study = json.loads(path.read_text())
     losses, M = study["heldout"], study["job"]["members"]
-    found: dict[str, list[Forecast]] = {}
     for first in range(0, study["job"]["packs"] * M, M) if M > 2 else ():
+        forecasts = []
         for half in range(first, first + M, M // 2):
-            singles, before = ([losses[f"adapter_{half + i}"] for i in range(M // 2)], losses[f"merge_{M // 2}_{half}"])
+            singles, before = [losses[f"adapter_{half + i}"] for i in range(M // 2)], losses[f"merge_{M // 2}_{half}"]
             gain = before - losses[f"merge_{M}_{first}"]
-            found.setdefault(f"{M // 2} → {M}", []).append(Forecast(more_adapters(singles, before, M // 2), gain))
-    return found
+            forecasts.append(Forecast(more_adapters(singles, before, M // 2), gain))
+        yield {f"{M // 2} → {M}": forecasts}
 
 
-def summary(found: dict[str, Any], studies: Sequence[Path]) -> str:
-    """Two Markdown tables: forecasts at the end with what came, and what each quarter of the steps showed."""
+def forecasts_table(packs: dict[str, list[dict[str, list[Forecast]]]]) -> list[str]:
+    """Forecasts at the end of training and what came: means over packs, by the packs' name."""
     lines = [
-        "| packs | adapters | forecasts | expected gain | came | on fresh rows | error | of expecting none | within"
-        " 95 % |",
+        "| packs | adapters | expected gain | came | on fresh rows | came − expected (95 % over packs) | error |"
+        " of expecting none | within 95 % |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    M: int = found["adapters"]
-    groups: dict[tuple[str, str], list[Forecast]] = {}
-    for rate, runs in sorted(found["rates"].items(), key=lambda item: float(item[0])):
-        for run in runs.values():
-            for sizes, forecasts in of_training(run, M).items():
-                groups.setdefault((f"demo, lr {rate}, {len(runs)} seeds", sizes), []).extend(forecasts)
-    for path in studies:
-        for sizes, forecasts in of_study(path).items():
-            groups.setdefault((path.stem, sizes), []).extend(forecasts)
-    for (packs, sizes), forecasts in groups.items():
-        fresh = [f.fresh for f in forecasts if f.fresh is not None]
-        cells = [
-            f"{statistics.mean(f.expected.mean for f in forecasts):.4f}",
-            f"{statistics.mean(f.came for f in forecasts):.4f}",
-            f"{statistics.mean(fresh):.4f}" if fresh else "",
-            f"{rms([f.came - f.expected.mean for f in forecasts]):.4f}",
-            f"{rms([f.came for f in forecasts]):.4f}",
-            f"{sum(f.inside for f in forecasts)} of {len(forecasts)}",
-        ]
-        lines.append(f"| {packs} | {sizes} | {len(forecasts)} | " + " | ".join(cells) + " |")
+    for title, by_pack in packs.items():
+        for sizes in by_pack[0]:
+            each = [f for found in by_pack for f in found[sizes]]
+            fresh = [f.fresh for f in each if f.fresh is not None]
+            gap = mean_interval([mean(f.came - f.expected.mean for f in found[sizes]) for found in by_pack])
+            cells = [
+                f"{mean(f.expected.mean for f in each):.4f}",
+                f"{mean(f.came for f in each):.4f}",
+                f"{mean(fresh):.4f}" if fresh else "",
+                f"{gap.mean:+.4f} ± {gap.half_width:.4f}",
+                f"{rms([f.came - f.expected.mean for f in each]):.4f}",
+                f"{rms([f.came for f in each]):.4f}",
+                f"{sum(f.inside for f in each)} of {len(each)}",
+            ]
+            lines.append(f"| {title} ({len(by_pack)}) | {sizes} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def quarters_table(rates: dict[str, list[dict[str, Any]]], M: int) -> list[str]:
+    """What every quarter of the steps showed, by learning rate: means over packs."""
     titles = [f"{quarter}/{QUARTERS}" for quarter in range(1, QUARTERS + 1)]
-    lines += ["", "| lr | adapters: loss at the end | merge | on fresh rows | mean cosine: " + ", ".join(titles)]
-    lines[-1] += " | adapters' mean loss − merge's: " + ", ".join(titles) + " | merges of two − their adapters: "
-    lines[-1] += ", ".join(titles) + " |"
-    lines.append("|---:|" + "---:|" * 6)
-    everyone = tuple(range(M))
-    for rate, runs in sorted(found["rates"].items(), key=lambda item: float(item[0])):
+    at = ", ".join(titles)
+    lines = [
+        f"| lr (packs) | mean cosine at {at} | adapters − merge | merges of two − adapters | loss of the merge |"
+        " at the end on fresh rows |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for rate, trained in rates.items():
+        runs = [run for run in trained if run.keys() >= set(titles)]
+        if not runs:
+            continue
         columns: dict[str, list[float]] = {}
         for title in titles:
-            each = [run[title] for run in runs.values()]
-            singles, pairs = (
-                [statistics.mean(x["losses"][name(s)][0] for s in blocks(M, size)) for x in each] for size in (1, 2)
-            )
-            merges = [x["losses"][name(everyone)][0] for x in each]
+            losses = [run[title]["losses"] for run in runs]
+            of = {size: mean(x[name(s)][0] for x in losses for s in blocks(M, size)) for size in (1, 2, M)}
             values = {
-                "adapters": statistics.mean(singles),
-                "merge": statistics.mean(merges),
-                "cosine": statistics.mean(x["similarity"]["mean_cosine"] for x in each),
-                "gain": statistics.mean(singles) - statistics.mean(merges),
-                "barrier": statistics.mean(pairs) - statistics.mean(singles),
+                "cosine": mean(run[title]["similarity"]["mean_cosine"] for run in runs),
+                "gain": of[1] - of[M],
+                "barrier": of[2] - of[1],
+                "merge": of[M],
             }
             for key, value in values.items():
                 columns.setdefault(key, []).append(value)
-        fresh = statistics.mean(run[titles[-1]]["losses"][name(everyone)][1] for run in runs.values())
-        lines.append(
-            f"| {rate} | {columns['adapters'][-1]:.3f} | {columns['merge'][-1]:.3f} | {fresh:.3f} | "
-            + ", ".join(f"{x:.2f}" for x in columns["cosine"])
-            + "".join(" | " + ", ".join(f"{x:.3f}" for x in columns[key]) for key in ("gain", "barrier"))
-            + " |"
-        )
-    return "\n".join(lines)
+        fresh = mean(run[titles[-1]]["losses"][name(tuple(range(M)))][1] for run in runs)
+        cells = [", ".join(f"{x:.3f}" for x in column) for column in columns.values()]
+        lines.append(f"| {rate} ({len(runs)}) | " + " | ".join(cells) + f" | {fresh:.3f} |")
+    return lines
+
+
+def summary(found: dict[str, Any], studies: Sequence[Path]) -> str:
+    """Both tables, in Markdown."""
+    M: int = found["adapters"]
+    rates = {rate: list(runs.values()) for rate, runs in sorted(found["rates"].items(), key=lambda x: float(x[0]))}
+    packs = {f"demo, lr {rate}": [of_training(run, M) for run in runs] for rate, runs in rates.items()}
+    packs |= {path.stem: forecasts for path in studies if (forecasts := list(of_study(path)))}
+    return "\n".join([*forecasts_table(packs), "", *quarters_table(rates, M)])
 
 
 def rms(values: Sequence[float]) -> float:
     """The root of the mean square."""
-    return math.sqrt(statistics.fmean(value**2 for value in values))
+    return math.sqrt(mean(value**2 for value in values))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(100, 105))
     parser.add_argument("--rates", nargs="+", default=RATES, help="peak learning rates")
+    parser.add_argument("--quarters", type=int, nargs="+", default=range(1, QUARTERS + 1), help="when to measure")
     parser.add_argument(
         "--packs", type=Path, help="a folder that keeps the adapters of every quarter, to train none twice"
     )
@@ -272,7 +278,9 @@ def main() -> None:
             if str(seed) not in done:
                 run = load_config(CONFIG, [*place, f"adapters.seed={seed}", f"optim.lr={rate}"])
                 data = with_validation_questions(prepare_data(run, tokenizer), tokenizer)
-                done[str(seed)] = one_training(run, model, data, a.packs and a.packs / f"lr{rate}_seed{seed}")
+                done[str(seed)] = one_training(
+                    run, model, data, a.quarters, a.packs and a.packs / f"lr{rate}_seed{seed}"
+                )
                 if a.out:
                     write_json(a.out, found)
     print(summary(found, a.studies))
