@@ -3,16 +3,14 @@
 import contextlib
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from poc_lora.artifacts.run_folder import ProtocolName
 from poc_lora.cli.terminal import AsJson, print_next, show, show_json, stdout_kept_for_json
+from poc_lora.config import Dtype, PromptTemplate, Quantization
 from poc_lora.errors import DataError, RequestError
-
-Protocol = Literal["label", "generate", "harness"]
-Prompt = Literal["clean", "llm-adapters", "bare"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # The panels of the help.
 ASK, ROWS, TASKS = "Questions", "Rows with answers, in place of questions", "Tasks of lm-eval, in place of questions"
@@ -35,7 +33,7 @@ def evaluate(
         ),
     ] = None,
     protocol: Annotated[
-        Protocol,
+        ProtocolName,
         typer.Option(
             help="label: the most likely label. generate: the first label in the generated text. "
             "harness: lm-eval, on its own tasks without --data.",
@@ -112,7 +110,7 @@ def evaluate(
         typer.Option(help="Base model; default: the one the run or adapters name.", rich_help_panel=MODEL),
     ] = None,
     prompt: Annotated[
-        Prompt | None,
+        PromptTemplate | None,
         typer.Option(help="The prompt template; default: the run's own, clean outside a run.", rich_help_panel=MODEL),
     ] = None,
     dtype: Annotated[
@@ -120,7 +118,7 @@ def evaluate(
         typer.Option(help="The base model's dtype; default: the run's own, auto outside a run.", rich_help_panel=MODEL),
     ] = None,
     quantization: Annotated[
-        Literal["nf4", "int8", "fp8"] | None,
+        Quantization | None,
         typer.Option(
             help="Quantise the base model's linear layers; default: as the run did. Not for a base stored quantised.",
             rich_help_panel=MODEL,
