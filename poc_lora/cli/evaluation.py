@@ -84,6 +84,14 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(help="A folder of further tasks, as for lm-eval.", rich_help_panel=TASKS)
     ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--apply-chat-template",
+            help="Ask in the chat template, with each example as two turns.",
+            rich_help_panel=TASKS,
+        ),
+    ] = False,
     study: Annotated[
         bool,
         typer.Option(
@@ -147,6 +155,7 @@ def evaluate(
     if rows:
         given = dict(data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None, rank=rank)
         given |= {"harness-tasks": harness_tasks, "num-fewshot": num_fewshot, "include-path": include_path}
+        given |= {"apply-chat-template": apply_chat_template or None}
         for name, value in given.items():
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--rows", fix="leave one of them out")
@@ -170,9 +179,14 @@ def evaluate(
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--harness-tasks", fix="leave one of them out")
         options = dict(base=base, dtype=dtype, quantization=quantization, out=out, limit=limit, as_json=as_json)
-        _evaluate_tasks(targets, harness_tasks, num_fewshot=num_fewshot, include_path=include_path, **options)
+        options |= dict(num_fewshot=num_fewshot, include_path=include_path, apply_chat_template=apply_chat_template)
+        _evaluate_tasks(targets, harness_tasks, **options)
         return
-    for option, given_value in {"--num-fewshot": num_fewshot, "--include-path": include_path}.items():
+    for option, given_value in {
+        "--num-fewshot": num_fewshot,
+        "--include-path": include_path,
+        "--apply-chat-template": apply_chat_template or None,
+    }.items():
         if given_value is not None:
             raise RequestError(f"{option} is for tasks of lm-eval", fix="add --harness-tasks NAMES")
     if not targets or (data is None and protocol != "harness"):
