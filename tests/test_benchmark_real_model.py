@@ -13,7 +13,7 @@ from poc_lora.data.commonsense import BENCHMARKS
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "benchmarks"
-EVIDENCE = FOLDER.parents[1] / "docs" / "evidence.md"
+README, EVIDENCE = FOLDER.parents[1] / "README.md", FOLDER.parents[1] / "docs" / "evidence.md"
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def test_a_study_keeps_every_score_and_is_not_run_twice(monkeypatch, tmp_path, c
         assert name in shown
 
 
-def test_the_figure_has_the_losses_of_the_tables_in_evidence_md(monkeypatch):
+def test_the_figure_and_the_readme_have_the_losses_of_evidence_md(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     script = importlib.import_module("real_model_figure")
     sections = EVIDENCE.read_text().split("\n## ")[1:3]
@@ -56,6 +56,7 @@ def test_the_figure_has_the_losses_of_the_tables_in_evidence_md(monkeypatch):
         drawn = [text.get_text() for text in axes.texts]
         assert sorted(drawn) == sorted([average, *merges, best])
         assert drawn[:4] == [average, *merges[:3]]
+        assert f"| {average} | {best} | {' | '.join(merges[:3])} | |" in README.read_text().replace("**", "")
 
 
 def test_the_packs_of_a_job_are_told_apart(monkeypatch):
