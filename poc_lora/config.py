@@ -28,6 +28,10 @@ from poc_lora.files import write_atomic
 MAX_ADAPTERS = 4096
 MAX_RANK = 4096  # of any adapter, trained, merged or read
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["nf4", "int8", "fp8"]
+PromptTemplate = Literal["clean", "llm-adapters", "bare"]
+
 
 class ModelSection(Section):
     """The frozen base model: a local folder or a Hub id."""
@@ -36,9 +40,9 @@ class ModelSection(Section):
     """The base model: a folder, or a Hub id such as `org/name`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id; `null`: its default branch."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Data type of the base's weights. `auto`: bfloat16 on a GPU, float32 on a CPU."""
-    quantization: Literal["nf4", "int8", "fp8"] | None = None
+    quantization: Quantization | None = None
     """`nf4`, `int8`: the base in 4 or 8 bits by bitsandbytes. `fp8`: its matmuls in float8. `dtype` is for all else."""
     shard: Flag = False
     """Shard the base over the processes, which gather it layer by layer (FSDP2)."""
@@ -100,7 +104,7 @@ class DataSection(Section):
     """Columns of the rows, renamed to the format's, or left out by `null`. `messages.KEY`: a key of a chat's turns."""
     skip_bad_rows: Flag = False
     """Leave out rows that cannot be used, and count them, instead of refusing them."""
-    prompt: Literal["clean", "llm-adapters", "bare"] = "clean"
+    prompt: PromptTemplate = "clean"
     """The prompt template of instruction rows. `bare`: the instruction alone."""
     max_length: Literal["auto"] | Positive = "auto"
     """Longest row in tokens; longer rows are truncated. `auto`: 2048, or the base's context if that is shorter."""

@@ -3,16 +3,14 @@
 import contextlib
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from poc_lora.artifacts.run_folder import ProtocolName
 from poc_lora.cli.terminal import AsJson, print_next, show, show_json, stdout_kept_for_json
+from poc_lora.config import Dtype, PromptTemplate, Quantization
 from poc_lora.errors import DataError, RequestError
-
-Protocol = Literal["label", "generate", "harness"]
-Prompt = Literal["clean", "llm-adapters", "bare"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # The panels of the help.
 ASK, ROWS, TASKS = "Questions", "Rows with answers, in place of questions", "Tasks of lm-eval, in place of questions"
@@ -35,7 +33,7 @@ def evaluate(
         ),
     ] = None,
     protocol: Annotated[
-        Protocol,
+        ProtocolName,
         typer.Option(
             help="label: the most likely label. generate: the first label in the generated text. "
             "harness: lm-eval, on its own tasks without --data.",
@@ -86,6 +84,14 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(help="A folder of further tasks, as for lm-eval.", rich_help_panel=TASKS)
     ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--apply-chat-template",
+            help="Ask in the chat template, with each example as two turns.",
+            rich_help_panel=TASKS,
+        ),
+    ] = False,
     study: Annotated[
         bool,
         typer.Option(
@@ -112,7 +118,7 @@ def evaluate(
         typer.Option(help="Base model; default: the one the run or adapters name.", rich_help_panel=MODEL),
     ] = None,
     prompt: Annotated[
-        Prompt | None,
+        PromptTemplate | None,
         typer.Option(help="The prompt template; default: the run's own, clean outside a run.", rich_help_panel=MODEL),
     ] = None,
     dtype: Annotated[
@@ -120,7 +126,7 @@ def evaluate(
         typer.Option(help="The base model's dtype; default: the run's own, auto outside a run.", rich_help_panel=MODEL),
     ] = None,
     quantization: Annotated[
-        Literal["nf4", "int8", "fp8"] | None,
+        Quantization | None,
         typer.Option(
             help="Quantise the base model's linear layers; default: as the run did. Not for a base stored quantised.",
             rich_help_panel=MODEL,
@@ -149,6 +155,7 @@ def evaluate(
     if rows:
         given = dict(data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None, rank=rank)
         given |= {"harness-tasks": harness_tasks, "num-fewshot": num_fewshot, "include-path": include_path}
+        given |= {"apply-chat-template": apply_chat_template or None}
         for name, value in given.items():
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--rows", fix="leave one of them out")
@@ -172,9 +179,14 @@ def evaluate(
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--harness-tasks", fix="leave one of them out")
         options = dict(base=base, dtype=dtype, quantization=quantization, out=out, limit=limit, as_json=as_json)
-        _evaluate_tasks(targets, harness_tasks, num_fewshot=num_fewshot, include_path=include_path, **options)
+        options |= dict(num_fewshot=num_fewshot, include_path=include_path, apply_chat_template=apply_chat_template)
+        _evaluate_tasks(targets, harness_tasks, **options)
         return
-    for option, given_value in {"--num-fewshot": num_fewshot, "--include-path": include_path}.items():
+    for option, given_value in {
+        "--num-fewshot": num_fewshot,
+        "--include-path": include_path,
+        "--apply-chat-template": apply_chat_template or None,
+    }.items():
         if given_value is not None:
             raise RequestError(f"{option} is for tasks of lm-eval", fix="add --harness-tasks NAMES")
     if not targets or (data is None and protocol != "harness"):

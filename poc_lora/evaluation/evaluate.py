@@ -14,8 +14,8 @@ from poc_lora.data.questions import chance_level, read_questions
 from poc_lora.distributed import open_ranks
 from poc_lora.errors import RequestError
 from poc_lora.evaluation.answers import AnswerFile, Item
-from poc_lora.evaluation.control import read_control
 from poc_lora.evaluation.evaluator import Evaluator, Protocol
+from poc_lora.evaluation.other_run import read_control
 from poc_lora.evaluation.protocols.harness import harness_answers
 from poc_lora.evaluation.protocols.harness_tasks import load_tasks
 from poc_lora.evaluation.scores import ensemble, summarise, write_results
