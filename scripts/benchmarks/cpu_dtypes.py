@@ -4,7 +4,7 @@
 
 A random Llama of each width has eight adapters of rank 16 on all linear layers. The product is the one by which `check`
 advises (models/bfloat16.py), the step a forward and backward pass over 16 rows of 100 tokens. Both dtypes take turns;
-medians, without the first turn.
+of the step medians, without the first turn.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from poc_lora.data.batches import MicroBatch
 from poc_lora.environment import environment
 from poc_lora.files import write_json
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.models.bfloat16 import WIDEST, commonest_shape, product_seconds
+from poc_lora.models.bfloat16 import WIDEST, commonest_shape, product_speedup
 from poc_lora.training.loss import packed_loss
 
 # hidden, layers, intermediate, vocabulary
@@ -68,16 +68,17 @@ def step_seconds(shape: tuple[int, int, int, int], turns: int) -> dict[torch.dty
 def measured(shape: tuple[int, int, int, int], turns: int) -> dict[str, Any]:
     model, _ = packed_model(shape, torch.float32)
     d_out, d_in = (min(width, WIDEST) for width in commonest_shape(model))
-    product = {dtype: product_seconds(d_in, d_out, dtype) for dtype in DTYPES}
     step = step_seconds(shape, turns)
-    kinds = {"product": product, "step": step}
     return {
         "hidden": shape[0],
         "layers": shape[1],
         "intermediate": shape[2],
         "vocabulary": shape[3],
-        "seconds": {kind: {str(d)[6:]: t for d, t in found.items()} for kind, found in kinds.items()},
-        "faster_by": {k: round(found[torch.float32] / found[torch.bfloat16], 2) for k, found in kinds.items()},
+        "step_s": {str(dtype).removeprefix("torch."): round(seconds, 4) for dtype, seconds in step.items()},
+        "faster_by": {
+            "product": round(product_speedup(d_in, d_out), 2),
+            "step": round(step[torch.float32] / step[torch.bfloat16], 2),
+        },
     }
 
 

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from poc_lora.config import ModelSection
 from poc_lora.models import bfloat16
-from poc_lora.models.bfloat16 import bfloat16_advice, commonest_shape, product_seconds
+from poc_lora.models.bfloat16 import bfloat16_advice, commonest_shape, product_speedup
 
 CPU = torch.device("cpu")
 AUTO = ModelSection(name="base")
@@ -23,15 +23,15 @@ def llama(width=512):
 
 @pytest.fixture
 def products(monkeypatch):
-    """Bfloat16 is `times` as fast as float32; returns the products that were measured."""
+    """Makes bfloat16 so many times as fast as float32, and returns the widths of the products that were measured."""
     measured = []
 
     def by(times):
-        def seconds(d_in, d_out, dtype):
-            measured.append((d_in, d_out, dtype))
-            return 1.0 if dtype == torch.float32 else 1 / times
+        def speedup(*widths):
+            measured.append(widths)
+            return times
 
-        monkeypatch.setattr(bfloat16, "product_seconds", seconds)
+        monkeypatch.setattr(bfloat16, "product_speedup", speedup)
         return measured
 
     return by
@@ -43,7 +43,7 @@ def test_the_product_that_is_measured_has_the_shape_with_most_weights(products):
     advice = bfloat16_advice(llama(), AUTO, "float32", CPU)
     assert "[256, 512] by [512, 1024] 2.7 times as fast" in advice
     assert "set model.dtype=bfloat16" in advice
-    assert measured == [(512, 1024, torch.float32), (512, 1024, torch.bfloat16)]  # wide layers are measured in part
+    assert measured == [(512, 1024)]  # of wide layers a part
 
 
 def test_no_advice_where_the_processor_gains_little_or_the_base_is_narrow(products):
@@ -70,6 +70,18 @@ def test_only_a_base_in_float32_that_nobody_asked_for_is_measured(products, chan
     assert bfloat16_advice(llama(), section, dtype, torch.device(device)) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_take_time(dtype):
-    assert 0 < product_seconds(64, 32, dtype) < 1
+def test_what_other_work_adds_to_a_product_does_not_count(monkeypatch):
+    """Each product takes its own time, and some turns much longer."""
+    clock, turns = [0.0], []
+
+    def linear(x, weight):
+        turns.append(x.dtype)
+        clock[0] += (8.0 if x.dtype == torch.float32 else 2.0) + (50.0 if len(turns) % 5 == 1 else 0.0)
+
+    monkeypatch.setattr(bfloat16.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(bfloat16.nn.functional, "linear", linear)
+    assert product_speedup(64, 32) == 4.0
+
+
+def test_a_product_is_computed():
+    assert product_speedup(64, 32) > 0

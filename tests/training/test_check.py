@@ -245,7 +245,7 @@ def test_a_resumed_run_is_checked_in_the_dtype_it_began_with(settings):
 
 def test_a_new_run_hears_how_much_faster_bfloat16_is_here(settings, monkeypatch, capsys):
     monkeypatch.setattr(bfloat16, "NARROWEST", 1)
-    monkeypatch.setattr(bfloat16, "product_seconds", lambda *size: 3.0 if torch.float32 in size else 1.0)
+    monkeypatch.setattr(bfloat16, "product_speedup", lambda *widths: 3.0)
     run, words = config(settings), "3.0 times as fast in bfloat16"
     assert [text for text in check(run, device=CPU)["warnings"] if words in text]
     assert check(run, device=CPU)["base weights"] == "float32"
