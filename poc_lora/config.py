@@ -41,7 +41,8 @@ class ModelSection(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub id; `null`: its default branch."""
     dtype: Dtype = "auto"
-    """Data type of the base's weights. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    """Data type of the base's weights. `auto`: bfloat16 on a GPU, float32 on a CPU, where bfloat16 may be far faster:
+    `check` measures that."""
     quantization: Quantization | None = None
     """`nf4`, `int8`: the base in 4 or 8 bits by bitsandbytes. `fp8`: its matmuls in float8. `dtype` is for all else."""
     shard: Flag = False
