@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from poc_lora.data.commonsense import BENCHMARKS
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "benchmarks"
+README, EVIDENCE = FOLDER.parents[1] / "README.md", FOLDER.parents[1] / "docs" / "evidence.md"
 
 
 @pytest.mark.slow
@@ -60,3 +63,28 @@ def test_packs_that_differ_by_the_seed_are_one_row_of_the_summary_and_are_kept(m
     (merge,) = (line for line in shown if "small" in line and "merge of 2 " in line)
     means = [run["heldout"]["merge_2_0"] for run in found["first"]]
     assert f"{np.mean(means):.3f} ±" in merge
+
+
+def test_the_figure_and_the_readme_have_the_losses_of_evidence_md(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = importlib.import_module("real_model_figure")
+    sections = EVIDENCE.read_text().split("\n## ")[1:3]
+    for axes, section in zip(script.figure(FOLDER / "results" / "real_model_h200").axes, sections, strict=True):
+        rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ") and " M " in line]
+        losses = [re.findall(r"\d\.\d{3}", row[2])[0] for row in rows if "averaged" not in row[0]]
+        average, best, *merges = losses
+        drawn = [text.get_text() for text in axes.texts]
+        assert sorted(drawn) == sorted([average, *merges, best])
+        assert drawn[:4] == [average, *merges[:3]]
+        assert f"| {average} | {best} | {' | '.join(merges[:3])} | |" in README.read_text().replace("**", "")
+
+
+def test_the_packs_of_a_job_are_told_apart(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script, real_model = importlib.import_module("real_model_figure"), importlib.import_module("real_model")
+    job = real_model.Job("choices", "choices", members=4, packs=2)
+    heldout = {f"adapter_{slot}": float(slot) for slot in range(8)}
+    heldout |= {name: statistics.mean(members) for name, members in job.merges()}
+    first, second = script.losses_by_size(heldout, job)
+    assert first == {1: [0, 1, 2, 3], 2: [0.5, 2.5], 4: [1.5]}
+    assert second == {1: [4, 5, 6, 7], 2: [4.5, 6.5], 4: [5.5]}

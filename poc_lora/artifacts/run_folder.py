@@ -1,6 +1,7 @@
 """The names of a run's files."""
 
 from pathlib import Path
+from typing import Literal, get_args
 
 MERGE_REPORT = "merge.json"  # in the folder of any merged adapter
 RESULTS = "results.json"  # in the folder of any evaluation
@@ -11,7 +12,8 @@ STUDY = "study.json"  # of several runs, in the first of them
 STUDY_TABLE = "study.md"
 CONTROLS = "controls.json"  # in the folder of `poc-lora controls`
 CONTROLS_TABLE = "controls.md"
-PROTOCOLS = ("label", "generate", "harness")
+ProtocolName = Literal["label", "generate", "harness"]
+PROTOCOLS: tuple[str, ...] = get_args(ProtocolName)
 
 
 def variant_file(variant: str) -> str:

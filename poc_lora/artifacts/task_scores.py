@@ -82,6 +82,7 @@ class TaskResults(Artifact):
 
     Attributes:
         base_model, limit, exact_average: As in Results.
+        apply_chat_template: Whether prompts were in the chat template.
         lm_eval: Its version.
     """
 
@@ -92,6 +93,7 @@ class TaskResults(Artifact):
     lm_eval: Public[str]
     limit: Public[Count | None]
     exact_average: Public[bool]
+    apply_chat_template: Public[bool] = False
     tasks: Public[Annotated[dict[str, Task], Field(min_length=1, max_length=MAX_TASKS)]]
 
     @model_validator(mode="after")

@@ -3,16 +3,14 @@
 import contextlib
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from poc_lora.cli.terminal import AsJson, print_next, show, show_json, stdout_kept_for_json
+from poc_lora.artifacts.run_folder import ProtocolName
+from poc_lora.cli.terminal import AsJson, numbers, print_next, show, show_json, stdout_kept_for_json
+from poc_lora.config import Dtype, PromptTemplate, Quantization
 from poc_lora.errors import DataError, RequestError
-
-Protocol = Literal["label", "generate", "harness"]
-Prompt = Literal["clean", "llm-adapters", "bare"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # The panels of the help.
 ASK, ROWS, TASKS = "Questions", "Rows with answers, in place of questions", "Tasks of lm-eval, in place of questions"
@@ -35,7 +33,7 @@ def evaluate(
         ),
     ] = None,
     protocol: Annotated[
-        Protocol,
+        ProtocolName,
         typer.Option(
             help="label: the most likely label. generate: the first label in the generated text. "
             "harness: lm-eval, on its own tasks without --data.",
@@ -86,6 +84,14 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(help="A folder of further tasks, as for lm-eval.", rich_help_panel=TASKS)
     ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--apply-chat-template",
+            help="Ask in the chat template, with each example as two turns.",
+            rich_help_panel=TASKS,
+        ),
+    ] = False,
     study: Annotated[
         bool,
         typer.Option(
@@ -98,8 +104,12 @@ def evaluate(
         bool,
         typer.Option("--subsets", help="Also score merges of 2, 4, ... of the adapters.", rich_help_panel=COMPARE),
     ] = False,
-    rank: Annotated[
-        int | None, typer.Option(help="Also score the merge truncated to this rank.", rich_help_panel=COMPARE)
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated, such as 8,16,32: also score the merge truncated to each; says which to serve.",
+            rich_help_panel=COMPARE,
+        ),
     ] = None,
     control: Annotated[
         Path | None,
@@ -112,7 +122,7 @@ def evaluate(
         typer.Option(help="Base model; default: the one the run or adapters name.", rich_help_panel=MODEL),
     ] = None,
     prompt: Annotated[
-        Prompt | None,
+        PromptTemplate | None,
         typer.Option(help="The prompt template; default: the run's own, clean outside a run.", rich_help_panel=MODEL),
     ] = None,
     dtype: Annotated[
@@ -120,7 +130,7 @@ def evaluate(
         typer.Option(help="The base model's dtype; default: the run's own, auto outside a run.", rich_help_panel=MODEL),
     ] = None,
     quantization: Annotated[
-        Literal["nf4", "int8", "fp8"] | None,
+        Quantization | None,
         typer.Option(
             help="Quantise the base model's linear layers; default: as the run did. Not for a base stored quantised.",
             rich_help_panel=MODEL,
@@ -147,8 +157,11 @@ def evaluate(
         return
     options: dict[str, Any]
     if rows:
-        given = dict(data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None, rank=rank)
+        given = dict(
+            data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None, ranks=ranks
+        )
         given |= {"harness-tasks": harness_tasks, "num-fewshot": num_fewshot, "include-path": include_path}
+        given |= {"apply-chat-template": apply_chat_template or None}
         for name, value in given.items():
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--rows", fix="leave one of them out")
@@ -167,14 +180,19 @@ def evaluate(
             what = "lm-eval's tasks have their own protocols and prompts"
             raise RequestError(what, where="--harness-tasks", fix="leave out --protocol, --beams and --prompt")
         given = dict(data=data, benchmarks=benchmarks, control=control, subsets=subsets or None, study=study or None)
-        given |= {"rank": rank}
+        given |= {"ranks": ranks}
         for name, value in given.items():
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--harness-tasks", fix="leave one of them out")
         options = dict(base=base, dtype=dtype, quantization=quantization, out=out, limit=limit, as_json=as_json)
-        _evaluate_tasks(targets, harness_tasks, num_fewshot=num_fewshot, include_path=include_path, **options)
+        options |= dict(num_fewshot=num_fewshot, include_path=include_path, apply_chat_template=apply_chat_template)
+        _evaluate_tasks(targets, harness_tasks, **options)
         return
-    for option, given_value in {"--num-fewshot": num_fewshot, "--include-path": include_path}.items():
+    for option, given_value in {
+        "--num-fewshot": num_fewshot,
+        "--include-path": include_path,
+        "--apply-chat-template": apply_chat_template or None,
+    }.items():
         if given_value is not None:
             raise RequestError(f"{option} is for tasks of lm-eval", fix="add --harness-tasks NAMES")
     if not targets or (data is None and protocol != "harness"):
@@ -197,7 +215,7 @@ def evaluate(
         prompt=prompt,
         limit=limit,
         subsets=subsets,
-        rank=rank,
+        merge_ranks=[] if ranks is None else numbers(ranks, int, "--ranks", "8,16,32,64"),
         control=control,
         out=out,
     )

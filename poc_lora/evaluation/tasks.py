@@ -3,11 +3,13 @@
 import contextlib
 import importlib.metadata
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from poc_lora.artifacts.run_folder import TASK_RESULTS
 from poc_lora.artifacts.task_scores import TaskResults, TaskScore
@@ -26,7 +28,7 @@ from poc_lora.evaluation.task_summary import summarise_tasks
 from poc_lora.evaluation.variants import Variants, activate_variants, base_digest, find_variants, load_base_of
 from poc_lora.files import as_paths, require_place
 from poc_lora.models.forward import without_cudnn_attention
-from poc_lora.models.load import default_device, resolve_dtype
+from poc_lora.models.load import default_device, load_tokenizer, resolve_dtype
 from poc_lora.progress import progress_bar
 
 
@@ -36,6 +38,7 @@ def evaluate_tasks(
     *,
     num_fewshot: int | None = None,
     include_path: str | Path | None = None,
+    apply_chat_template: bool = False,
     limit: int | None = None,
     base: str | Path | None = None,
     revision: str | None = None,
@@ -53,6 +56,8 @@ def evaluate_tasks(
     Args:
         targets, base, revision, dtype, quantization: As for `evaluate`.
         tasks, num_fewshot, include_path: As for `load_named_tasks`.
+        apply_chat_template: Ask in the chat template, a task's description as the system's turn and each example as two
+            turns, as lm-eval does. The run's template takes the place of the base's.
         limit: Only the first documents of each task.
         out: The folder for results; default: RUN/eval-tasks. Required for adapters outside a run.
         seed: Of the bootstrap of differences.
@@ -86,6 +91,7 @@ def evaluate_tasks(
             tasks, num_fewshot=num_fewshot, include_path=None if include_path is None else Path(include_path)
         )
         prepared = [prepare_task(name, task, limit) for name, task in named.tasks.items()]
+        template = _chat_template(variants) if apply_chat_template else None
         version = importlib.metadata.version("lm_eval")
         settings = {
             "lm_eval": version,
@@ -93,6 +99,8 @@ def evaluate_tasks(
             "dtype": resolve_dtype(variants.dtype, device),
             "quantization": variants.quantization,
         }
+        if template is not None:
+            settings["chat_template"] = template
         keys = {
             name: {task.name: task.key(settings | {"adapters": digests}) for task in prepared}
             for name, digests in variants.digests().items()
@@ -105,11 +113,13 @@ def evaluate_tasks(
         if any(found[name].keys() != own.keys() for name, own in keys.items()):
             model, tokenizer = load_base_of(variants, device)
             check_room(model, tokenizer, prepared)
-            found = _score_missing(model, tokenizer, variants, prepared, keys, found, ranks.stop)
+            score = partial(score_task, model, tokenizer, apply_chat_template=apply_chat_template)
+            found = _score_missing(model, score, variants, prepared, keys, found, ranks.stop)
     results = TaskResults(
         base_model=variants.base,
         lm_eval=version,
         limit=limit,
+        apply_chat_template=apply_chat_template,
         exact_average=variants.exact_average,
         tasks=summarise_tasks(named, found, adapters=list(variants.adapters), seed=seed),
     )
@@ -117,9 +127,18 @@ def evaluate_tasks(
     return results
 
 
+def _chat_template(variants: Variants) -> str:
+    """The text of the template that lm-eval applies. Raises RequestError if there is none."""
+    tokenizer = load_tokenizer(variants.base, revision=variants.revision, chat_template=variants.chat_template)
+    if not tokenizer.chat_template:
+        fix = "leave it out; or take the base's instruct model, or train with data.chat_template"
+        raise RequestError(f"{variants.base} has no chat template", where="--apply-chat-template", fix=fix)
+    return str(tokenizer.chat_template)
+
+
 def _score_missing(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    score_one: Callable[..., tuple[TaskScore, list[dict[str, Any]]]],
     variants: Variants,
     prepared: Sequence[PreparedTask],
     keys: Mapping[str, Mapping[str, str]],
@@ -148,7 +167,7 @@ def _score_missing(
                     progress.advance(answers, note)
 
                 key = keys[name][task.name]
-                score, samples = score_task(model, tokenizer, task, variant=name, key=key, on_progress=on_progress)
+                score, samples = score_one(task, variant=name, key=key, on_progress=on_progress)
                 (variants.out / TASK_RESULTS).unlink(missing_ok=True)  # where it is present, all is of one evaluation
                 write_score(variants.out / name, task.name, score, samples)
                 found[name][task.name] = score

@@ -66,6 +66,8 @@ def task_notes(results: TaskResults) -> list[str]:
             notes.append(
                 f"{short(name, 60)}: {count} prompts were cut at their start to fit the context, as lm-eval does."
             )
+    if results.apply_chat_template:
+        notes.append("Prompts were in the chat template, with each example as two turns.")
     if results.limit is not None:
         notes.append(f"Only the first {results.limit} documents of each task were asked.")
     notes.append(f"Metrics and standard errors are those of lm-eval {short(results.lm_eval, 20)}.")

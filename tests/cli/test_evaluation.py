@@ -9,10 +9,8 @@ import pytest
 from poc_lora.artifacts.results import Results
 from poc_lora.artifacts.row_losses import RowLosses
 from poc_lora.artifacts.study import Study
-from poc_lora.cli.evaluation import Dtype, Prompt, Protocol
-from poc_lora.config import DataSection, ModelSection
+from poc_lora.config import PromptTemplate
 from poc_lora.data.prompts import TEMPLATES
-from poc_lora.evaluation.evaluate import PROTOCOLS
 from poc_lora.microworld import DATA_DIR
 
 
@@ -72,10 +70,8 @@ def test_a_word_that_is_no_choice_is_refused(poc_lora, options):
     assert f"Invalid value for '{options[0]}'" in err
 
 
-def test_the_choices_are_the_library_s():
-    assert get_args(Protocol) == tuple(PROTOCOLS)
-    assert set(get_args(Prompt)) == set(TEMPLATES) == set(get_args(DataSection.model_fields["prompt"].annotation))
-    assert set(get_args(Dtype)) == set(get_args(ModelSection.model_fields["dtype"].annotation))
+def test_every_prompt_template_can_be_chosen():
+    assert set(get_args(PromptTemplate)) == set(TEMPLATES)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +100,8 @@ def test_rows_and_benchmarks_are_scored_apart(refused, words, said):
         ("eval run --harness-tasks gsm8k --protocol generate", "their own protocols"),
         ("eval run --harness-tasks gsm8k --prompt bare", "their own protocols"),
         ("eval run --data . --num-fewshot 3", "--num-fewshot is for tasks of lm-eval"),
+        ("eval run --data . --apply-chat-template", "--apply-chat-template is for tasks of lm-eval"),
+        ("eval run --rows x.jsonl --apply-chat-template", "--apply-chat-template is for benchmarks"),
         ("eval run --data . --include-path .", "--include-path is for tasks of lm-eval"),
     ],
 )

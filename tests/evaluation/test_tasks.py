@@ -18,6 +18,7 @@ from poc_lora.errors import AdapterError, DataError, Interrupted, RequestError
 from poc_lora.evaluation import tasks as module
 from poc_lora.evaluation.scores import paired_difference
 from poc_lora.evaluation.tasks import evaluate_tasks
+from poc_lora.models.load import load_tokenizer
 from tests.conftest import build_llama, build_tokenizer, instruction_rows
 from tests.evaluation import test_evaluate
 from tests.evaluation.test_evaluate import adapter
@@ -114,14 +115,15 @@ def few_resamples(monkeypatch):
     monkeypatch.setattr(metrics, "bootstrap_stderr", lambda f, values, iters: whole(f, values, 2000))
 
 
-def by_lm_eval(run, folder, peft=None, names=NAMES, **options):
+def by_lm_eval(run, folder, peft=None, names=NAMES, *, tokenizer=None, **options):
     """lm-eval's own evaluation with its own model, and PEFT for the adapter."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     base = yaml.safe_load((run / "config.yaml").read_text())["model"]["name"]
-    model = HFLM(base, dtype="float32", device="cpu", batch_size=4, peft=None if peft is None else str(peft))
+    peft = None if peft is None else str(peft)
+    model = HFLM(base, dtype="float32", device="cpu", batch_size=4, peft=peft, tokenizer=tokenizer)
     return simple_evaluate(model, tasks=list(names), task_manager=TaskManager(include_path=str(folder)), **options)
 
 
@@ -173,6 +175,52 @@ def test_examples_and_limits_are_those_of_lm_eval(run, folder):
     prompts = [sample["arguments"][0][0] for sample in theirs["samples"]["quiz_a"]]
     assert [json.loads(line)["arguments"]["gen_args_0"]["arg_0"] for line in lines] == prompts
     assert prompts[0].count("Where is") == 4
+
+
+TURNS = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}</s>{% endfor %}"
+PROMPTED = TURNS + "{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", [PROMPTED, TURNS], ids=["prompted", "ends with EOS"])
+def test_prompts_in_the_chat_template_are_those_of_lm_eval(run, folder, tiny_model_dir, template):
+    change(folder, "quiz_b", description="Answer in a word.")
+    (run / "chat_template.jinja").write_text(template)
+    names = ["quiz_b", "written", "last"]
+    found = evaluate_tasks([run], names, include_path=folder, apply_chat_template=True)
+    assert found.apply_chat_template
+    tokenizer = load_tokenizer(str(tiny_model_dir), chat_template=template)
+    how = {"names": names, "tokenizer": tokenizer, "apply_chat_template": True}
+    check_equal(found, lambda metric: metric.base, by_lm_eval(run, folder, **how))
+    theirs = by_lm_eval(run, folder, run / "merged", **how)
+    check_equal(found, lambda metric: metric.merged, theirs)
+    for name in names:
+        lines = (run / "eval-tasks" / "merged" / f"samples_{name}.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in lines]
+        prompts = [sample["arguments"][0][0] for sample in theirs["samples"][name]]
+        assert [sample["arguments"]["gen_args_0"]["arg_0"] for sample in samples] == prompts
+    first = json.loads((run / "eval-tasks" / "merged" / "samples_quiz_b.jsonl").read_text().splitlines()[0])
+    prompt = first["arguments"]["gen_args_0"]["arg_0"]
+    assert prompt.startswith("system: Answer in a word.</s>user: Where")
+    assert prompt.count("</s>assistant: ") == (3 if template == PROMPTED else 2)
+
+
+@pytest.mark.slow
+def test_scores_with_and_without_the_chat_template_are_not_mixed(run, folder, monkeypatch):
+    asked, score_task = [], module.score_task
+    monkeypatch.setattr(
+        module, "score_task", lambda *given, **named: asked.append(given[2].name) or score_task(*given, **named)
+    )
+    (run / "chat_template.jinja").write_text(PROMPTED)
+    plain = evaluate_tasks([run], ["last"], include_path=folder)
+    for _ in range(2):
+        found = evaluate_tasks([run], ["last"], include_path=folder, apply_chat_template=True)
+    assert len(asked) == 2 * 5
+    assert (plain.apply_chat_template, found.apply_chat_template) == (False, True)
+    assert found.tasks["last"].metrics != plain.tasks["last"].metrics
+    (run / "chat_template.jinja").write_text(TURNS)
+    evaluate_tasks([run], ["last"], include_path=folder, apply_chat_template=True)
+    assert len(asked) == 3 * 5
 
 
 def test_differences_are_those_of_the_documents(run, folder):
@@ -287,6 +335,7 @@ def test_unknown_tasks_are_refused_with_the_nearest(run, folder, monkeypatch):
     assert "no such folder" in refusal([run], ["quiz_a"], include_path=folder / "none")
     assert "--num-fewshot" in refusal([run], ["quiz_a"], include_path=folder, num_fewshot=-1)
     assert "--limit" in refusal([run], ["quiz_a"], include_path=folder, limit=0)
+    assert "has no chat template" in refusal([run], ["quiz_a"], include_path=folder, apply_chat_template=True)
     assert "Duplicate task 'quiz_a'" in refusal([run], ["both", "quiz_a"], include_path=folder, error=DataError)
 
 
@@ -360,17 +409,22 @@ def test_a_pad_token_without_an_embedding_is_not_used(folder, padded_model_dir, 
     assert found.tasks["written"].documents == DOCUMENTS
 
 
-def test_a_tokenizer_that_ends_texts_with_eos_does_not_end_prompts():
-    """What follows such an end is another text."""
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_an_eos_that_the_tokenizer_adds_does_not_end_prompts(adds_eos):
+    """What follows such an end is another text. One that is written, as by a chat template, stays."""
     from poc_lora.evaluation.protocols.harness_model import LoadedModel
 
     tokenizer = build_tokenizer([row["instruction"] for row in instruction_rows(30)])
-    special = [("<s>", 0), ("</s>", 1)]
-    plain = tokenizer(["Where is it?", "Where is the old hat?"])["input_ids"]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=special
-    )
+    texts = ["Where is it?", "Where is the old hat?"]
+    plain = tokenizer(texts)["input_ids"]
+    if adds_eos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
     model = LoadedModel(build_llama(len(tokenizer)), tokenizer, lambda _: None)
-    ids, mask = model.tok_batch_encode(["Where is it?", "Where is the old hat?"])
-    assert [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)] == plain
-    assert mask[0, 0] == 0  # padded on the left
+    for end, expected in {"": plain, "</s>": [[*ids, 1] for ids in plain]}.items():
+        ended = [text + end for text in texts]
+        ids, mask = model.tok_batch_encode(ended)
+        assert [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)] == expected
+        assert mask[0, 0] == 0  # padded on the left
+        assert [model.tok_encode(text) for text in ended] == expected

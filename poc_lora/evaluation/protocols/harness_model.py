@@ -98,12 +98,20 @@ class LoadedModel(HFLM):  # type: ignore[misc, unused-ignore]
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         """Encode without the EOS that some tokenizers add: it would stand between context and label."""
         ids: list[int] = super().tok_encode(string, *args, **kwargs)
-        return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
+        return ids[:-1] if self._has_added_eos(ids, string) else ids
 
     def tok_batch_encode(self, strings: list[str], **options: Any) -> tuple[Tensor, Tensor]:
         ids, mask = super().tok_batch_encode(strings, **options)  # padded on the left
-        ends = bool((ids[:, -1] == self.tokenizer.eos_token_id).all())
+        ends = self._has_added_eos(ids[0].tolist(), strings[0])
         return (ids[:, :-1], mask[:, :-1]) if ends else (ids, mask)
+
+    def _has_added_eos(self, ids: list[int], string: str) -> bool:
+        """Whether the tokenizer added the EOS at the end: a text may end with one too, as chat templates write it."""
+        before = ids[:-1]  # which a truncation on the left may have cut
+        if ids[-1:] != [self.tokenizer.eos_token_id]:
+            return False
+        own = self.tokenizer.encode(string, add_special_tokens=False)[-len(before) :] if before else []
+        return before[len(before) - len(own) :] == own
 
     def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Any:
         self._on_progress(0)

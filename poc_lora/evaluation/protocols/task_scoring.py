@@ -30,7 +30,8 @@ class PreparedTask:
         task: lm-eval's object.
         limit: Only the first documents; None for all.
         requests: How many answers the model gives.
-        asked: A hash of the task's configuration and of all requests: prompts, documents and settings.
+        asked: A hash of the task's configuration and of all requests: prompts (without a chat template), documents and
+            settings.
     """
 
     name: str
@@ -62,6 +63,7 @@ def score_task(
     *,
     variant: str,
     key: str,
+    apply_chat_template: bool = False,
     on_progress: Callable[[int], object],
 ) -> tuple[TaskScore, list[dict[str, Any]]]:
     """Score the variant that `model` computes now on one task.
@@ -69,6 +71,7 @@ def score_task(
     Args:
         variant: Its name, for errors.
         key: Of the scores.
+        apply_chat_template: Ask in the tokenizer's chat template.
         on_progress: As for `LoadedModel`.
 
     Returns:
@@ -86,7 +89,14 @@ def score_task(
     with _lm_eval_on(name, f"{variant} on {name}"):
         wrapped = LoadedModel(model, tokenizer, on_progress)
         task.set_fewshot_seed(SEED)
-        found = evaluate(lm=wrapped, task_dict={"tasks": {name: task}}, limit=prepared.limit, log_samples=True)
+        found = evaluate(
+            lm=wrapped,
+            task_dict={"tasks": {name: task}},
+            limit=prepared.limit,
+            log_samples=True,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template,
+        )
     samples: list[dict[str, Any]] = found["samples"][name]
     _check_numbers(variant, name, samples)
     results = found["results"][name]
