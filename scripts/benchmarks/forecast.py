@@ -215,7 +215,7 @@ def forecasts_table(packs: dict[str, list[dict[str, list[Forecast]]]]) -> list[s
                 f"{mean(f.expected.mean for f in each):.4f}",
                 f"{mean(f.came for f in each):.4f}",
                 f"{mean(fresh):.4f}" if fresh else "",
-                f"{gap.mean:+.4f} ± {gap.half_width:.4f}",
+                f"{gap.mean:+.4f} ± {gap.half_width:.4f}" if len(by_pack) > 1 else f"{gap.mean:+.4f}",
                 f"{rms([f.came - f.expected.mean for f in each]):.4f}",
                 f"{rms([f.came for f in each]):.4f}",
                 f"{sum(f.within(f.came) for f in each)} of {len(each)}",
