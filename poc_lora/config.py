@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from poc_lora import config_files
 from poc_lora.config_files import (
@@ -41,7 +41,8 @@ class ModelSection(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub id; `null`: its default branch."""
     dtype: Dtype = "auto"
-    """Data type of the base's weights. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    """Data type of the base's weights. `auto`: bfloat16 on a GPU, float32 on a CPU, where bfloat16 may be far faster:
+    `check` measures that."""
     quantization: Quantization | None = None
     """`nf4`, `int8`: the base in 4 or 8 bits by bitsandbytes. `fp8`: its matmuls in float8. `dtype` is for all else."""
     shard: Flag = False
@@ -76,8 +77,11 @@ class LoraSection(Section):
     The default: it fits any base, and LoRA on all of them is what matched full fine-tuning in QLoRA (section 4)."""
 
 
+Varied = Literal["optim.lr", "optim.temperature", "lora.alpha"]
+
+
 class AdaptersSection(Section):
-    """How many adapters, and the seed that all their draws descend from."""
+    """How many adapters, the seed that all their draws descend from, and settings in which they differ."""
 
     count: Annotated[Positive, Field(le=MAX_ADAPTERS)] = 8
     """M, the number of adapters. It may grow when a run is resumed."""
@@ -85,6 +89,29 @@ class AdaptersSection(Section):
     """Adapters trained at once on a device. `auto`: as many as fit in its memory."""
     seed: Seed = 0
     """The seed of all random draws of the run."""
+    vary: dict[Varied, Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)]] = Field(default={})
+    """A value of a key for each adapter, in place of that key's own: a sweep in one pack. The keys are `optim.lr`,
+    `optim.temperature` and `lora.alpha`. A shorter list is repeated, so its length must divide `count`: with values a
+    and b, adapters 0, 2, 4 have a, and 1, 3, 5 b."""
+
+    @field_validator("vary", mode="before")
+    @classmethod
+    def _join_dotted_keys(cls, raw: Any) -> Any:
+        """As an override, `adapters.vary.optim.lr=[...]`, makes sections of the key's parts."""
+        return config_files.flatten(raw) if isinstance(raw, dict) else raw
+
+    @model_validator(mode="after")
+    def _each_adapter_has_a_value(self) -> "AdaptersSection":
+        for key, values in self.vary.items():
+            if self.count % len(values):
+                fits = [str(n) for n in range(1, self.count + 1) if self.count % n == 0]
+                raise ValueError(
+                    f"vary.{key} has {len(values)} values for {self.count} adapters: give {' or '.join(fits)}, so that"
+                    " each value has as many adapters"
+                )
+            if key != "optim.temperature" and not min(values) > 0:
+                raise ValueError(f"vary.{key} has the value {min(values):g}, which must be above 0")
+        return self
 
 
 Learn = Literal["last", "assistant", "all"]
@@ -220,6 +247,20 @@ class RunConfig(Section):
     """Experiment trackers, by accelerate's names; metrics.jsonl is always written."""
     output: Name
     """The run folder. It must be new or empty unless the run is resumed."""
+
+    def of_adapter(self, adapter: int) -> "RunConfig":
+        """Returns the configuration of one adapter: its values of `adapters.vary` are in place of the keys' own."""
+        changes: dict[str, Any] = {"adapters": self.adapters.model_copy(update={"vary": {}})}
+        for key, values in self.adapters.vary.items():
+            section, _, name = key.partition(".")
+            before = changes.get(section, getattr(self, section))
+            changes[section] = before.model_copy(update={name: values[adapter % len(values)]})
+        return self.model_copy(update=changes)
+
+    def values(self, key: Varied) -> list[float]:
+        """Returns the values of a key over the adapters, each once: one, unless the key is varied."""
+        section, _, name = key.partition(".")
+        return list(dict.fromkeys(self.adapters.vary.get(key, (getattr(getattr(self, section), name),))))
 
     @model_validator(mode="after")
     def _has_losses_to_choose_by(self) -> "RunConfig":

@@ -43,6 +43,7 @@ lora.targets=[q_proj,v_proj]
 adapters.count=12
 adapters.per_device=4
 adapters.seed=1
+adapters.vary={optim.lr: [1e-4, 2e-4]}
 data.train=[my/train.jsonl]
 data.columns={question: instruction, hints: null}
 data.skip_bad_rows=true

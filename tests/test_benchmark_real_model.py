@@ -45,6 +45,26 @@ def test_a_study_keeps_every_score_and_is_not_run_twice(monkeypatch, tmp_path, c
         assert name in shown
 
 
+@pytest.mark.slow
+def test_packs_that_differ_by_the_seed_are_one_row_of_the_summary_and_are_kept(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = importlib.import_module("real_model")
+    jobs = [script.Job(f"small_{s}", "docstrings", members=2, packs=1, steps=2, batch=2, seed=s) for s in (1, 2)]
+    monkeypatch.setattr(script, "JOBS", {job.name: job for job in jobs})
+    script.write_rows(DATA_DIR, tmp_path / "rows")
+    found = {}
+    for out in ("first", "again"):
+        script.study(str(MODEL_DIR), tmp_path / "rows", tmp_path / out, list(script.JOBS), 600, tmp_path / "packs")
+        found[out] = [json.loads((tmp_path / out / f"{job.name}.json").read_text()) for job in jobs]
+        monkeypatch.setattr(script.Pack, "step", None)  # the second time nothing is trained
+    assert [run["heldout"] for run in found["first"]] == [run["heldout"] for run in found["again"]]
+    shown = script.summary(tmp_path / "first").splitlines()
+    assert [line.split()[:2] for line in shown if " adapter " in line] == [["small", "adapter"]]
+    (merge,) = (line for line in shown if "small" in line and "merge of 2 " in line)
+    means = [run["heldout"]["merge_2_0"] for run in found["first"]]
+    assert f"{np.mean(means):.3f} ±" in merge
+
+
 def test_the_figure_and_the_readme_have_the_losses_of_evidence_md(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     script = importlib.import_module("real_model_figure")

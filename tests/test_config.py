@@ -344,6 +344,62 @@ def test_changed_keys_names_each_difference(load):
     }
 
 
+VARY = {"optim.lr": (1e-4, 3e-4), "lora.alpha": (8.0, 8.0, 16.0, 16.0)}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ("adapters: {vary: {optim.lr: [1e-4, 3e-4], lora.alpha: [8, 8, 16, 16]}}", []),
+        ("adapters: {vary: {optim: {lr: [1e-4, 3e-4]}, lora: {alpha: [8, 8, 16, 16]}}}", []),
+        ("", ["adapters.vary.optim.lr=[1e-4, 3e-4]", "adapters.vary.lora.alpha=[8, 8, 16, 16]"]),
+        ("adapters: {vary: {optim.lr: [1.0]}}", ["adapters.vary={optim.lr: [1e-4, 3e-4], lora.alpha: [8, 8, 16, 16]}"]),
+    ],
+)
+def test_a_value_per_adapter_is_given_in_the_file_or_as_an_override(load, tmp_path, text, overrides):
+    config = load(text, *overrides)
+    assert config.adapters.vary == VARY
+    path = tmp_path / "again.yaml"
+    path.write_text(dump_yaml(config))
+    assert load_config(path) == config
+
+
+def test_a_shorter_list_of_values_is_repeated_in_turn(load):
+    config = load("adapters: {vary: {optim.lr: [1e-4, 3e-4], lora.alpha: [8, 8, 16, 16]}}")
+    found = [config.of_adapter(adapter) for adapter in range(8)]
+    assert [one.optim.lr for one in found] == [1e-4, 3e-4] * 4
+    assert [one.lora.alpha for one in found] == [8, 8, 16, 16] * 2
+    assert {one.optim.temperature for one in found} == {config.optim.temperature}
+    assert found[3] == load("", "optim.lr=3e-4", "lora.alpha=16.0")
+    assert config.values("optim.lr") == [1e-4, 3e-4]
+    assert config.values("lora.alpha") == [8, 16]
+    assert config.values("optim.temperature") == [config.optim.temperature]
+
+
+@pytest.mark.parametrize(
+    ("vary", "said"),
+    [
+        ({"optim.lr": [1e-4] * 3}, "vary.optim.lr has 3 values for 8 adapters: give 1 or 2 or 4 or 8"),
+        ({"optim.lr": [1e-4] * 16}, "16 values for 8"),
+        ({"optim.lr": []}, "at least 1 item"),
+        ({"optim.lr": 1e-4}, "must be a list, such as"),
+        ({"optim.lr": [1e-4, 0.0]}, "vary.optim.lr has the value 0, which must be above 0"),
+        ({"lora.alpha": [0, 8]}, "vary.lora.alpha has the value 0"),
+        ({"optim.temperature": [0, -1]}, "greater than or equal to 0"),
+        ({"optim.temperature": [0, float("nan")]}, "finite"),
+        ({"lora.rank": [8, 16]}, "'optim.lr', 'optim.temperature' or 'lora.alpha'"),
+        ({"optim": {"eps": [1e-8, 1e-6]}}, "'optim.lr', 'optim.temperature' or 'lora.alpha'"),
+        (["optim.lr"], "adapters.vary"),
+    ],
+)
+def test_values_that_do_not_fit_the_adapters_are_refused(vary, said):
+    assert said in refusal(adapters__vary=vary)
+
+
+def test_zero_is_a_temperature_to_vary(load):
+    assert load("adapters: {vary: {optim.temperature: [0, 1e-5]}}").values("optim.temperature") == [0, 1e-5]
+
+
 def test_the_schema_has_no_place_for_a_secret():
     assert len(all_keys(RunConfig)) > 30
     for key in all_keys(RunConfig):

@@ -213,6 +213,12 @@ def write_adapter(
             on_disk.result()
 
 
+def written_bytes(adapter: Adapter, rank: int) -> int:
+    """Returns the bytes of the tensors that `write_adapter` writes in float32, of an adapter's modules at one rank."""
+    widths = sum(sum(adapter.shape(name)) for name in adapter.modules)
+    return 4 * rank * widths + sum(saved.nbytes for saved in adapter.modules_to_save.values())
+
+
 def shared_tokenizer(folders: Sequence[tuple[Path, Path]]) -> dict[str, bytes]:
     """The files of the tokenizer that lies beside adapters, by name, where it is the same beside all.
 

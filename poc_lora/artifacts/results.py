@@ -1,13 +1,15 @@
 """results.json: the accuracies that an evaluation measured."""
 
 import math
-from typing import Annotated, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from poc_lora.artifacts.schema import Artifact, Count, Finite, Number, OrNan, Public, Schema, Share
-from poc_lora.config import MAX_ADAPTERS
+from poc_lora.config import MAX_ADAPTERS, MAX_RANK
 from poc_lora.data.commonsense import MAX_BENCHMARKS, OWN_NAME
+
+MAX_TRUNCATED = 64  # ranks that a merge is scored at
 
 
 def _is_error(value: float) -> float:
@@ -68,6 +70,28 @@ class Scored(Schema):
     per_byte: Public[dict[str, Estimate]] = Field(default_factory=dict)
 
 
+class TruncatedMerge(Scored):
+    """The best approximation of the merge of rank `rank`, and what it loses.
+
+    Attributes:
+        bytes: Of its factors as an adapter in float32.
+        error: The largest relative error of a module, ‖ΔW − ΔW_r‖ / ‖ΔW‖.
+        difference: Its accuracy minus that of the merge.
+    """
+
+    rank: Public[Annotated[int, Field(gt=0, le=MAX_RANK)]]
+    bytes: Public[Count]
+    error: Public[Share]
+    difference: Public[Difference]
+
+
+def _not_of_one_rank(value: Any) -> Any:
+    """Refuse the field of versions that scored one rank at most; without a rank it was null."""
+    if isinstance(value, dict):
+        raise ValueError("the merge at one rank, as an earlier version wrote it")
+    return [] if value is None else value
+
+
 class SubsetPoint(Schema):
     """All merges of m of the adapters: see `poc_lora.evaluation.subsets`."""
 
@@ -118,7 +142,8 @@ class Results(Artifact):
         unread: By variant, the share of generated answers without a label; NaN where no question fits.
         control: The merge of another run.
         subsets: See `poc_lora.evaluation.subsets`.
-        truncated: The best approximation of the merge of rank `truncated_rank`.
+        truncated: The best approximations of the merge of smaller ranks, in increasing order.
+        merged_rank, merged_bytes: Where there are such: the merge's own rank, the largest of a module, and its size.
         calibration: Of `base`, `best`, `merged` and `ensemble`, where every label has a probability.
         calibration_of_adapters: The same of every adapter, by its name.
     """
@@ -148,8 +173,11 @@ class Results(Artifact):
     control_name: Public[str | None] = None
     subsets: Public[Subsets | None] = None
     exact_average: Public[bool] = False
-    truncated: Public[Scored | None] = None
-    truncated_rank: Public[Count | None] = None
+    truncated: Public[
+        Annotated[list[TruncatedMerge], Field(max_length=MAX_TRUNCATED), BeforeValidator(_not_of_one_rank)]
+    ] = Field(default_factory=list)
+    merged_rank: Public[Count | None] = None
+    merged_bytes: Public[Count | None] = None
     calibration: Public[dict[str, Calibration]] = Field(default_factory=dict)
     calibration_of_adapters: Public[dict[str, Calibration]] = Field(default_factory=dict)
 
@@ -168,7 +196,7 @@ class Results(Artifact):
             self.merged,
             self.ensemble,
             self.control,
-            self.truncated,
+            *self.truncated,
             *self.adapters.values(),
         ]
         known = [self.too_long.keys(), self.chance.keys(), *(row.benchmarks.keys() for row in rows if row)]
@@ -177,4 +205,9 @@ class Results(Artifact):
         per_byte = [row.per_byte.keys() for row in (self.base, self.average, *self.adapters.values())]
         if not all(names == self.base.per_byte.keys() for names in per_byte) or not self.base.per_byte.keys() <= asked:
             raise ValueError("accuracies per byte of some variants alone")
+        ranks = [one.rank for one in self.truncated]
+        if ranks and (self.merged is None or self.merged_rank is None or self.merged_bytes is None):
+            raise ValueError("a truncated merge without the merge, its rank and its size")
+        if ranks != sorted({*ranks}) or (self.merged_rank is not None and max(ranks, default=0) > self.merged_rank):
+            raise ValueError("ranks that do not increase, or above the merge's own")
         return self

@@ -25,8 +25,8 @@ class VariantScores(Artifact):
     """What is written beside results.json for each variant. It is not uploaded.
 
     Attributes:
-        variant: `base`, `merged`, `ensemble` or `adapter-NAME`; the file is named after it.
-        source: The folder of the adapter; None for the base, the ensemble and the exact average.
+        variant: `base`, `merged`, `rank-R`, `ensemble` or `adapter-NAME`; the file is named after it.
+        source: The folder of the adapter; None for the base, the ensemble, the exact average and a truncated merge.
         adapter_digest: A hash of the adapter's weights and configuration; None where `source` is.
         base_model, prompt, protocol: As in Results.
         benchmarks: By benchmark folder.

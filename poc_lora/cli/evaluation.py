@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from poc_lora.artifacts.run_folder import ProtocolName
-from poc_lora.cli.terminal import AsJson, print_next, show, show_json, stdout_kept_for_json
+from poc_lora.cli.terminal import AsJson, numbers, print_next, show, show_json, stdout_kept_for_json
 from poc_lora.config import Dtype, PromptTemplate, Quantization
 from poc_lora.errors import DataError, RequestError
 
@@ -104,8 +104,12 @@ def evaluate(
         bool,
         typer.Option("--subsets", help="Also score merges of 2, 4, ... of the adapters.", rich_help_panel=COMPARE),
     ] = False,
-    rank: Annotated[
-        int | None, typer.Option(help="Also score the merge truncated to this rank.", rich_help_panel=COMPARE)
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated, such as 8,16,32: also score the merge truncated to each; says which to serve.",
+            rich_help_panel=COMPARE,
+        ),
     ] = None,
     control: Annotated[
         Path | None,
@@ -153,7 +157,9 @@ def evaluate(
         return
     options: dict[str, Any]
     if rows:
-        given = dict(data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None, rank=rank)
+        given = dict(
+            data=data, benchmarks=benchmarks, control=control, limit=limit, subsets=subsets or None, ranks=ranks
+        )
         given |= {"harness-tasks": harness_tasks, "num-fewshot": num_fewshot, "include-path": include_path}
         given |= {"apply-chat-template": apply_chat_template or None}
         for name, value in given.items():
@@ -174,7 +180,7 @@ def evaluate(
             what = "lm-eval's tasks have their own protocols and prompts"
             raise RequestError(what, where="--harness-tasks", fix="leave out --protocol, --beams and --prompt")
         given = dict(data=data, benchmarks=benchmarks, control=control, subsets=subsets or None, study=study or None)
-        given |= {"rank": rank}
+        given |= {"ranks": ranks}
         for name, value in given.items():
             if value is not None:
                 raise RequestError(f"--{name} is for benchmarks", where="--harness-tasks", fix="leave one of them out")
@@ -209,7 +215,7 @@ def evaluate(
         prompt=prompt,
         limit=limit,
         subsets=subsets,
-        rank=rank,
+        merge_ranks=[] if ranks is None else numbers(ranks, int, "--ranks", "8,16,32,64"),
         control=control,
         out=out,
     )

@@ -2,6 +2,7 @@
 
 instruction / input / output     the LLM-Adapters and Alpaca format, for a prompt template
 prompt / completion              text that is used as it is
+text                             the same without a prompt: all of it is the answer
 question / choices / answer      as `eval` scores it (data/questions.py): the right choice is the answer
 messages, or conversations       a chat for the tokenizer's chat template, with `tools` and `system` beside it;
                                  turns are role/content or ShareGPT's from/value
@@ -26,6 +27,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "chat": (("messages", "tools", "system"), ()),
     "question/choices/answer": (("question", "prompt", "choices", "answer"), ()),
     "prompt/completion": (("prompt", "completion"), ()),
+    "text": (("text",), ()),
     "instruction/input/output": (("instruction", "input", "output"), ("answer", "text")),
 }
 SHAREGPT_ROLES = {
@@ -44,6 +46,8 @@ class InstructionRow:
 
 @dataclass(frozen=True)
 class CompletionRow:
+    """Text as it is. A text that is learnt whole has an empty prompt."""
+
     prompt: str
     completion: str
     where: str = field(default="", compare=False, repr=False)
@@ -94,6 +98,8 @@ def _parse(row: dict[str, Any], kind: str, where: str) -> Row:
         return _parse_chat(row, where)
     if kind == "prompt/completion":
         return CompletionRow(_text(row, "prompt", kind, where), _text(row, "completion", kind, where), where)
+    if kind == "text":
+        return CompletionRow("", _text(row, "text", kind, where), where)
     if kind == "question/choices/answer":
         return _parse_choices(row, kind, where)
     extra = "" if row.get("input") is None else row["input"]
@@ -107,7 +113,7 @@ def as_columns(row: Row) -> dict[str, Any]:
     if isinstance(row, InstructionRow):
         return {"instruction": row.instruction, "input": row.input, "output": row.output}
     if isinstance(row, CompletionRow):
-        return {"prompt": row.prompt, "completion": row.completion}
+        return {"prompt": row.prompt, "completion": row.completion} if row.prompt else {"text": row.completion}
     turns = [{**turn, "weight": 0} if i in row.unlearned else turn for i, turn in enumerate(row.messages)]
     return {"messages": turns} | ({"tools": list(row.tools)} if row.tools else {})
 
@@ -152,11 +158,13 @@ def _format(row: dict[str, Any], where: str) -> str:
                 return kind
         if names & {"instruction", "output"}:
             return "instruction/input/output"
+        if "text" in names:  # of other rows it is metadata, or refused
+            return "text"
     raise DataError(
         f"columns {', '.join(map(repr, row)) or 'none'} fit none of the formats",
         where=where,
-        fix="rows have instruction/input/output, prompt/completion, question/choices/answer, or messages (ShareGPT: "
-        "conversations); data.columns: {THEIR_COLUMN: OUR_COLUMN} renames theirs",
+        fix="rows have instruction/input/output, prompt/completion, question/choices/answer, messages (ShareGPT: "
+        "conversations) or text; data.columns: {THEIR_COLUMN: OUR_COLUMN} renames theirs",
     )
 
 

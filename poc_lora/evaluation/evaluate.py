@@ -1,5 +1,6 @@
 """`evaluate`: score the base, every adapter, the merge and the prediction ensemble over one loaded base model."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from poc_lora.artifacts.results import Results, Subsets
+from poc_lora.artifacts.results import MAX_TRUNCATED, Results, Subsets
 from poc_lora.artifacts.run_folder import PROTOCOLS, RESULTS
 from poc_lora.data.commonsense import Benchmark, find_benchmarks, questions_file
 from poc_lora.data.questions import chance_level, read_questions
@@ -18,7 +19,7 @@ from poc_lora.evaluation.evaluator import Evaluator, Protocol
 from poc_lora.evaluation.other_run import read_control
 from poc_lora.evaluation.protocols.harness import harness_answers
 from poc_lora.evaluation.protocols.harness_tasks import load_tasks
-from poc_lora.evaluation.scores import ensemble, summarise, write_results
+from poc_lora.evaluation.scores import ensemble, score_truncated, summarise, write_results
 from poc_lora.evaluation.subsets import name_subsets, subset_points, variance_law
 from poc_lora.evaluation.variants import UNSHARDED, base_digest, find_variants, load_base_of, require_packed
 from poc_lora.files import as_paths, require_place
@@ -42,7 +43,7 @@ def evaluate(
     limit: int | None = None,
     subsets: bool = False,
     subset_limit: int | None = None,
-    rank: int | None = None,
+    merge_ranks: Sequence[int] = (),
     control: str | Path | None = None,
     out: str | Path | None = None,
     seed: int = 0,
@@ -70,7 +71,7 @@ def evaluate(
         limit: Only the first questions of each benchmark.
         subsets: Score merges of 2, 4, ... adapters too.
         subset_limit: With `subsets`, only on the first questions of each benchmark.
-        rank: Score the merge truncated to this rank too.
+        merge_ranks: Score the merge truncated to each of these ranks too; they increase.
         control: A run that was evaluated with the same settings; its merge is compared with this one's.
         out: The folder for results; default: RUN/eval, or RUN/eval-PROTOCOL. Required for adapters outside a run.
         seed: Keys the bootstrap and the draw of the subsets.
@@ -88,7 +89,7 @@ def evaluate(
     data = None if data is None else Path(data)
     control = None if control is None else Path(control)
     out = None if out is None else Path(out)
-    _check_request(protocol, limit=limit, beams=beams, subsets=subsets, rank=rank, control=control)
+    _check_request(protocol, limit=limit, beams=beams, subsets=subsets, merge_ranks=merge_ranks, control=control)
     device = device or default_device()
     with open_ranks(device) as ranks, without_cudnn_attention():
         with ranks.raise_on_all():
@@ -106,8 +107,8 @@ def evaluate(
             _check_out(variants.out)
             if subsets and len(variants.adapters) < 2:
                 raise RequestError("subsets need several adapters", where="--subsets")
-            if rank is not None:
-                variants = variants.truncate(rank)
+            if merge_ranks:
+                variants = variants.truncate(merge_ranks)
             settings: dict[str, Any]
             items: list[Item] = []  # lm-eval's are known when it has asked them
             if protocol == "harness":
@@ -192,7 +193,9 @@ def evaluate(
             limit=limit,
             chance={b.folder: chance_level([i.question for i in test if i.benchmark == b.folder]) for b in chosen},
             subsets=points and Subsets(points=points, variance_law=variance_law(points), limit=subset_limit),
-            truncated_rank=rank,
+            truncated=score_truncated(variants, answers, test, seed=seed),
+            merged_rank=variants.merged_rank if merge_ranks else None,
+            merged_bytes=variants.merged_bytes if merge_ranks else None,
             exact_average=variants.exact_average,
         )
         if ranks.rank == 0:
@@ -210,7 +213,7 @@ def count_questions(data: Path, benchmarks: Sequence[str] | None = None, limit: 
 
 
 def _check_request(
-    protocol: str, *, limit: int | None, beams: int, subsets: bool, rank: int | None, control: Path | None
+    protocol: str, *, limit: int | None, beams: int, subsets: bool, merge_ranks: Sequence[int], control: Path | None
 ) -> None:
     """Raises RequestError for arguments that do not fit together."""
     if protocol not in PROTOCOLS:
@@ -223,10 +226,23 @@ def _check_request(
         raise RequestError(f"the protocol {protocol} has no beams", where="--beams", fix="add --protocol generate")
     if subsets and protocol != "label":
         raise RequestError("subsets need the protocol label", where="--subsets")
-    if rank is not None and protocol == "harness":
-        raise RequestError("a truncated merge needs the protocol label or generate", where="--rank")
+    if merge_ranks and protocol == "harness":
+        raise RequestError("a truncated merge needs the protocol label or generate", where="--ranks")
+    _check_ranks(merge_ranks)
     if control is not None and protocol == "harness":
         raise RequestError("a control needs the protocol label or generate", where="--control")
+
+
+def _check_ranks(ranks: Sequence[int]) -> None:
+    """Raises RequestError unless the ranks increase from 1 or more, and are few."""
+    example = "for example --ranks 8,16,32,64"
+    if len(ranks) > MAX_TRUNCATED:
+        raise RequestError(f"{len(ranks)} ranks are more than {MAX_TRUNCATED}", where="--ranks", fix=example)
+    listed = ", ".join(map(str, ranks))
+    if any(rank < 1 for rank in ranks):
+        raise RequestError(f"no adapter has one of the ranks {listed}", where="--ranks", fix="give ranks of 1 or more")
+    if any(after <= before for before, after in itertools.pairwise(ranks)):
+        raise RequestError(f"the ranks {listed} do not increase", where="--ranks", fix=example)
 
 
 def _check_out(out: Path) -> None:

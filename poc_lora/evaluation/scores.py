@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from poc_lora import rng
-from poc_lora.artifacts.results import Calibration, Difference, Estimate, Results, Scored
+from poc_lora.adapters.adapter import written_bytes
+from poc_lora.artifacts.results import Calibration, Difference, Estimate, Results, Scored, TruncatedMerge
 from poc_lora.artifacts.run_folder import RESULTS, variant_file
 from poc_lora.artifacts.variant_scores import BenchmarkAccuracy, VariantAccuracy, VariantScores
 from poc_lora.data.questions import Question
 from poc_lora.evaluation.answers import Answer, Item
 from poc_lora.evaluation.calibration import calibrate
 from poc_lora.evaluation.sampling import group_numbers, standard_error
-from poc_lora.evaluation.variants import Variants, adapter_key
+from poc_lora.evaluation.variants import Variants, adapter_key, rank_key
 
 RESAMPLES = 10_000
 MAX_DRAWN = 10_000_000  # counts at once
@@ -74,7 +75,6 @@ def summarise(
         best_chosen_on="validation" if validation else "test",
         average=scored["average"],
         merged=scored.get("merged"),
-        truncated=scored.get("truncated"),
         ensemble=scored.get("ensemble"),
         control=scored.get("control"),
         groups={benchmark: int(own.max()) + 1 for benchmark, own in groups.items()},
@@ -91,6 +91,38 @@ def summarise(
     )
 
 
+def score_truncated(
+    variants: Variants, answers: Mapping[str, Mapping[Item, Answer]], items: Sequence[Item], *, seed: int
+) -> list[TruncatedMerge]:
+    """Score the merge truncated to smaller ranks against the merge itself.
+
+    Args:
+        variants: With the truncated merges.
+        answers: By variant, as for `summarise`.
+        items: The test questions.
+        seed: The seed of the bootstrap.
+    """
+    groups = groups_by_benchmark(items)
+    found = []
+    for rank, merged in variants.truncated.items():
+        given = answers[rank_key(rank)]
+        correct = correct_by_benchmark(items, given)
+        whole = correct_by_benchmark(items, answers["merged"])
+        scored = _scored(correct, groups, correct_per_byte(items, given))
+        found.append(
+            TruncatedMerge(
+                benchmarks=scored.benchmarks,
+                average=scored.average,
+                per_byte=scored.per_byte,
+                rank=rank,
+                bytes=written_bytes(merged.adapter, merged.report.rank),
+                error=max(module.error for module in merged.report.modules.values()),
+                difference=paired_difference(correct, whole, seed=seed, groups=groups),
+            )
+        )
+    return found
+
+
 def write_results(variants: Variants, results: Results, settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Write `VariantScores` for each variant, then results.json: if it is there, the others are complete.
 
@@ -100,7 +132,8 @@ def write_results(variants: Variants, results: Results, settings: Mapping[str, M
     read = {adapter_key(name): adapter for name, adapter in variants.adapters.items()}
     read |= {"merged": variants.merged} if variants.merged else {}
     found: dict[str, Scored | None] = {adapter_key(name): scored for name, scored in results.adapters.items()}
-    found |= {name: getattr(results, name) for name in ("base", "merged", "truncated", "ensemble")}
+    found |= {name: getattr(results, name) for name in ("base", "merged", "ensemble")}
+    found |= {rank_key(one.rank): one for one in results.truncated}
     for variant, scored in found.items():
         if scored is None:
             continue

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from poc_lora.adapters.adapter import (
     Adapter,
     read_adapter,
     shared_tokenizer,
+    written_bytes,
 )
 from poc_lora.adapters.sources import Source, find_adapters, find_sources
 from poc_lora.artifacts.merge_report import MergeReport
@@ -32,7 +33,7 @@ from poc_lora.files import sha256_file
 from poc_lora.hub_ids import is_adapter_id
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.merging.compatible import check_compatible
-from poc_lora.merging.merge import merge
+from poc_lora.merging.merge import Merged, merge
 from poc_lora.models.load import load_base, resolve_base
 
 UNSHARDED = "evaluate it in one process, on a device that holds the base"
@@ -41,6 +42,11 @@ UNSHARDED = "evaluate it in one process, on a device that holds the base"
 def adapter_key(name: str) -> str:
     """The name of an adapter among the variants, and of its files: never `base`, `merged` or `ensemble`."""
     return f"adapter-{name}"
+
+
+def rank_key(rank: int) -> str:
+    """The name of the merge truncated to a rank among the variants, and of its files."""
+    return f"rank-{rank}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Variants:
         adapters: By name, in order.
         chat_template: The text of the chat template that takes the place of the base's, if any.
         merged: The run's merge; None evaluates the exact average of several adapters in its place.
-        truncated: The best approximation of the merge of a smaller rank.
+        truncated: The best approximations of the merge of smaller ranks, by their rank in increasing order.
         out: The folder for results.
         shard: Whether several ranks share the base, as the run trained on it.
     """
@@ -68,14 +74,33 @@ class Variants:
     out: Path
     shard: bool = False
     chat_template: str | None = None
-    truncated: Adapter | None = None
+    truncated: Mapping[int, Merged] = field(default_factory=dict)
 
-    def truncate(self, rank: int) -> "Variants":
-        """Adds the merge truncated to a rank. Raises RequestError where there is no merge, and for a rank below 1."""
+    def truncate(self, ranks: Sequence[int]) -> "Variants":
+        """Adds the merge truncated to each rank. Raises RequestError where there is no merge, or none of such a rank.
+
+        Args:
+            ranks: In increasing order.
+        """
         if self.merged is None and not self.exact_average:
-            raise RequestError("there is no merge to truncate", where="--rank", fix="give a run, or several adapters")
+            raise RequestError("there is no merge to truncate", where="--ranks", fix="give a run, or several adapters")
+        if ranks[-1] > self.merged_rank:
+            what = f"the merge has rank {self.merged_rank}, so there is nothing to truncate to rank {ranks[-1]}"
+            raise RequestError(what, where="--ranks", fix=f"give ranks up to {self.merged_rank}")
         sources = [self.merged] if self.merged is not None else list(self.adapters.values())
-        return replace(self, truncated=merge(sources, rank=rank, allow_base_mismatch=True).adapter)
+        return replace(self, truncated={r: merge(sources, rank=r, allow_base_mismatch=True) for r in ranks})
+
+    @property
+    def merged_rank(self) -> int:
+        """The largest rank of a module of the merge that is evaluated."""
+        parts = [self.merged] if self.merged is not None else list(self.adapters.values())
+        modules = {module for part in parts for module in part.modules}
+        return max(sum(part.rank(module) for part in parts if module in part.modules) for module in modules)
+
+    @property
+    def merged_bytes(self) -> int:
+        """The bytes of that merge as an adapter in float32; it must have been truncated too, which has its modules."""
+        return written_bytes(next(iter(self.truncated.values())).adapter, self.merged_rank)
 
     @property
     def keys(self) -> list[str]:
@@ -99,8 +124,7 @@ class Variants:
             found["merged"] = [adapter_digest(Path(self.merged.source))]
         elif self.exact_average:
             found["merged"] = ["mean", *every]
-        if self.truncated is not None:
-            found["truncated"] = [f"rank {max(map(self.truncated.rank, self.truncated.modules))}", *found["merged"]]
+        found |= {rank_key(rank): [f"rank {rank}", *found["merged"]] for rank in self.truncated}
         if len(every) > 1:
             found["ensemble"] = ["ensemble", *every]
         return found | alone | {k: ["mean", *(every[slot] for slot in slots)] for k, slots in (subsets or {}).items()}
@@ -166,9 +190,8 @@ def activate_variants(
         for name, members in {**{k: [a] for k, a in zip(variants.keys, adapters, strict=True)}, **averages}.items():
             with in_weights(model, members):
                 yield [name]
-    for name, one in (("merged", variants.merged), ("truncated", variants.truncated)):
-        if one is None:
-            continue
+    merges = {"merged": variants.merged} if variants.merged is not None else {}
+    for name, one in {**merges, **{rank_key(rank): made.adapter for rank, made in variants.truncated.items()}}.items():
         merged = named_as_in(model, one)
         if _packs(model, merged):
             # A bank of its own: in the adapters' bank its rank, the sum of theirs, would pad every one of them.

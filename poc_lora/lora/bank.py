@@ -15,6 +15,7 @@ from poc_lora.adapters.factors import Factors
 from poc_lora.config import ALL_LINEAR, Targets
 from poc_lora.errors import AdapterError, ModelError
 from poc_lora.lora.layer import BankLinear, FactorBuffers, ForwardState
+from poc_lora.lora.shared_input import Scales
 from poc_lora.models.load import keep_differentiable, linear_names
 
 
@@ -37,7 +38,7 @@ class AdapterBank:
             8-bit ones.
         targets: Module names, matched by the last parts of paths as in PEFT, or `all-linear`; see `resolve_targets`.
         rank: The rank r of every module.
-        alpha: LoRA's alpha: ΔW = (alpha / rank) B A.
+        alpha: LoRA's alpha, or one for each adapter: ΔW = (alpha / rank) B A.
         adapters: The adapters' ids. An id, not the slot, keys an adapter's initialisation.
         seed: The run's seed, the other part of that key.
         dropout: Probability of dropping an input of A in training mode.
@@ -53,13 +54,15 @@ class AdapterBank:
         *,
         targets: Targets,
         rank: int,
-        alpha: float,
+        alpha: float | Sequence[float],
         adapters: Sequence[int],
         seed: int = 0,
         dropout: float = 0.0,
     ):
         names = resolve_targets(model, targets)
-        self._build(model, matching_linears(model, names), rank, alpha / rank, list(adapters), dropout, names)
+        alphas = [alpha] * len(adapters) if isinstance(alpha, int | float) else alpha
+        scales = [alpha / rank for alpha in alphas]
+        self._build(model, matching_linears(model, names), rank, scales, list(adapters), dropout, names)
         with torch.no_grad():
             for path, module in self.modules.items():
                 bound = 1 / math.sqrt(module.base.in_features)
@@ -73,7 +76,8 @@ class AdapterBank:
     ) -> "AdapterBank":
         """Returns a trainable bank with weights of zero and scale 1, for its shapes or to load a checkpoint into."""
         bank, names = cls.__new__(cls), resolve_targets(model, targets)
-        bank._build(model, matching_linears(model, names), rank, 1.0, list(adapters), dropout, names)
+        ones = [1.0] * len(adapters)
+        bank._build(model, matching_linears(model, names), rank, ones, list(adapters), dropout, names)
         return bank
 
     @classmethod
@@ -107,7 +111,8 @@ class AdapterBank:
         _refuse_regrouped(model, {path: linears[path] for path in paths})
         rank = max(f.A.shape[0] for a in adapters for f in a.modules.values())
         bank = cls.__new__(cls)
-        bank._build(model, {path: linears[path] for path in paths}, rank, 1.0, list(range(len(adapters))), 0.0, None)
+        M, ones = len(adapters), [1.0] * len(adapters)
+        bank._build(model, {path: linears[path] for path in paths}, rank, ones, list(range(M)), 0.0, None)
         with torch.no_grad():
             for slot, adapter in enumerate(adapters):
                 for path, factors in adapter.modules.items():
@@ -121,7 +126,7 @@ class AdapterBank:
         model: nn.Module,
         linears: dict[str, nn.Linear],
         rank: int,
-        scale: float,
+        scales: list[float],
         adapters: list[int],
         dropout: float,
         targets: Sequence[str] | None,
@@ -131,7 +136,7 @@ class AdapterBank:
         M = len(adapters)
         if M > 1:
             _refuse_outlier_columns(model)
-        self.model, self.adapters, self.rank, self.scale = model, adapters, rank, scale
+        self.model, self.adapters, self.rank, self.scales = model, adapters, rank, Scales(scales)
         self.targets = frozenset(targets or ())
         self.dropped: set[int] = set()
         self.state = ForwardState(members=list(range(M)))
@@ -150,7 +155,9 @@ class AdapterBank:
                 offset += rank * width
                 views += [buffer[:, part].unflatten(1, (rank, width)) for buffer in (self.weights, self.gradients)]
             A, grad_A, B, grad_B = views
-            factors = FactorBuffers(A.requires_grad_(trainable), B.requires_grad_(trainable), grad_A, grad_B, scale)
+            factors = FactorBuffers(
+                A.requires_grad_(trainable), B.requires_grad_(trainable), grad_A, grad_B, self.scales
+            )
             module = BankLinear(linear, factors, self.state, dropout, rng.key(0, 0, "dropout-site", 0, path))
             module.train(linear.training)
             _replace(model, path, module)
@@ -276,7 +283,7 @@ class AdapterBank:
             path: Factors(
                 module.factors.A[slot].detach().clone().cpu(),
                 module.factors.B[slot].detach().T.clone(memory_format=torch.contiguous_format).cpu(),
-                self.scale,
+                self.scales.values[slot],
             )
             for path, module in self.modules.items()
         }

@@ -10,7 +10,14 @@ from torch.autograd.function import once_differentiable
 from poc_lora import rng
 from poc_lora.errors import ModelError
 from poc_lora.lora.dropout import dropout
-from poc_lora.lora.shared_input import PackedLinear, SharedInput, add_product, autocast_enabled, without_autocast
+from poc_lora.lora.shared_input import (
+    PackedLinear,
+    Scales,
+    SharedInput,
+    add_product,
+    autocast_enabled,
+    without_autocast,
+)
 
 
 @dataclass
@@ -40,7 +47,7 @@ class FactorBuffers:
     B: Tensor  # [M, r, d_out]
     grad_A: Tensor
     grad_B: Tensor
-    scale: float
+    scales: Scales
 
 
 class _PackedUpdate(torch.autograd.Function):
@@ -54,15 +61,15 @@ class _PackedUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scale: float
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scales: Scales
     ) -> Tensor:
         M = len(A)
         A, B = A.to(x.dtype), B.to(x.dtype)
         u = torch.bmm(x.view(M, -1, x.shape[-1]), A.transpose(1, 2))
         ctx.save_for_backward(x, u, A, B)
-        ctx.grads, ctx.scale = (grad_A, grad_B), scale
+        ctx.grads, ctx.scales = (grad_A, grad_B), scales
         ctx.mark_dirty(y)
-        y.view(M, -1, y.shape[-1]).baddbmm_(u, B, alpha=scale)
+        scales.baddbmm_(y.view(M, -1, y.shape[-1]), u, B)
         return y
 
     @staticmethod
@@ -72,9 +79,9 @@ class _PackedUpdate(torch.autograd.Function):
         grad_A, grad_B = ctx.grads
         packed, dy = x.view(len(A), -1, x.shape[-1]), upstream.reshape(len(A), -1, upstream.shape[-1])
         with without_autocast(x.device):  # backward() may be called within it
-            du = torch.bmm(dy, B.transpose(1, 2)).mul_(ctx.scale)
+            du = ctx.scales.mul_(torch.bmm(dy, B.transpose(1, 2)))
             add_product(grad_A, du.transpose(1, 2), packed, 1.0)
-            add_product(grad_B, u.transpose(1, 2), dy, ctx.scale)
+            ctx.scales.add_product(grad_B, u.transpose(1, 2), dy)
             dx = torch.bmm(du, A).view(x.shape) if ctx.needs_input_grad[1] else None
         return upstream if ctx.needs_input_grad[0] else None, dx, None, None, None, None, None
 
@@ -132,14 +139,14 @@ class BankLinear(nn.Module):
                 self._check_rows(x, len(factors.A))
                 dropped = self._drop(x).to(y.dtype).contiguous()
                 y = _PackedUpdate.apply(  # type: ignore[no-untyped-call]
-                    y, dropped, factors.A, factors.B, factors.grad_A, factors.grad_B, factors.scale
+                    y, dropped, factors.A, factors.B, factors.grad_A, factors.grad_B, factors.scales
                 )
             else:
                 slots = [self.state.slot] if mode == "single" else self.state.members
                 A = factors.A.detach()[slots].flatten(0, 1).to(y.dtype)  # [m·r, d_in]
-                B = factors.B.detach()[slots].flatten(0, 1).to(y.dtype)
+                B, scale = factors.scales.shared(factors.B.detach()[slots], slots)
                 hidden_Nr = x.reshape(-1, x.shape[-1]).to(y.dtype) @ A.T
-                y.addmm_(hidden_Nr, B, alpha=factors.scale / max(1, len(slots)))
+                y.addmm_(hidden_Nr, B.flatten(0, 1).to(y.dtype), alpha=scale / max(1, len(slots)))
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _is_plain(self, x: Tensor) -> bool:
@@ -166,7 +173,7 @@ class BankLinear(nn.Module):
             factors.B,
             factors.grad_A,
             factors.grad_B,
-            factors.scale,
+            factors.scales,
         )
         shared.keep(x, link)
         return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]

@@ -7,6 +7,8 @@ the gradient from layer to layer, and each adds its part within its own matmuls.
 """
 
 import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,15 +60,15 @@ class PackedLinear(torch.autograd.Function):
         B: Tensor,
         grad_A: Tensor,
         grad_B: Tensor,
-        scale: float,
+        scales: "Scales",
     ) -> tuple[Tensor, Tensor]:
         M, d_in = len(A), x.shape[-1]
         A, B = A.to(x.dtype), B.to(x.dtype)
         y = F.linear(x.reshape(-1, d_in), weight, bias)
         u = torch.bmm(x.reshape(M, -1, d_in), A.transpose(1, 2))
-        y.view(M, -1, y.shape[-1]).baddbmm_(u, B, alpha=scale)
+        scales.baddbmm_(y.view(M, -1, y.shape[-1]), u, B)
         ctx.save_for_backward(x, u, A, B, weight)
-        ctx.grads, ctx.scale = (grad_A, grad_B), scale
+        ctx.grads, ctx.scales = (grad_A, grad_B), scales
         ctx.set_materialize_grads(False)  # the last link of a chain has no gradient
         return y, x.detach()
 
@@ -84,10 +86,57 @@ class PackedLinear(torch.autograd.Function):
             # In place, as the link and so its gradient are known to the next layer of the chain alone.
             dx = dy @ weight if dlink is None else dlink.view(-1, d_in).addmm_(dy, weight)
             du = torch.bmm(dy_packed, B.transpose(1, 2))
-            dx.view(M, -1, d_in).baddbmm_(du, A, alpha=ctx.scale)
-            add_product(grad_A, du.transpose(1, 2), x.reshape(M, -1, d_in), ctx.scale)
-            add_product(grad_B, u.transpose(1, 2), dy_packed, ctx.scale)
+            ctx.scales.baddbmm_(dx.view(M, -1, d_in), du, A)
+            ctx.scales.add_product(grad_A, du.transpose(1, 2), x.reshape(M, -1, d_in))
+            ctx.scales.add_product(grad_B, u.transpose(1, 2), dy_packed)
         return dx.view(x.shape), *[None] * 7
+
+
+class Scales:
+    """The scale of each adapter's update, and products scaled by them.
+
+    Adapters of equal scale that follow one another share a matmul: usually all do, and then there is one. Each matmul
+    multiplies by its scale as one of a whole pack with that scale would, so that an adapter gets the same bits.
+
+    Args:
+        values: The scales of the M adapters.
+    """
+
+    def __init__(self, values: Sequence[float]):
+        self.values = tuple(values)
+        ends = [*itertools.accumulate(len(list(same)) for _, same in itertools.groupby(self.values))]
+        self._parts = [(slice(start, end), self.values[start]) for start, end in itertools.pairwise([0, *ends])]
+
+    def baddbmm_(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add scale · left right to `total`, of the same dtype, adapter by adapter."""
+        for alpha, (to, a, b) in self._each(total, left, right):
+            to.baddbmm_(a, b, alpha=alpha)
+
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add scale · left right to `total`, float32, adapter by adapter; see the function `add_product`."""
+        for alpha, (to, a, b) in self._each(total, left, right):
+            add_product(to, a, b, alpha)
+
+    def mul_(self, x: Tensor) -> Tensor:
+        """Multiply each adapter's part of x by its scale, in place."""
+        for alpha, (part,) in self._each(x):
+            part.mul_(alpha)
+        return x
+
+    def shared(self, B: Tensor, slots: Sequence[int]) -> tuple[Tensor, float]:
+        """Returns the B [m, r, d_out] of some adapters, and a scale for all: 1, with their own in B, if they differ."""
+        own = [self.values[slot] for slot in slots]
+        if len(set(own)) == 1:
+            return B, own[0]
+        return B * torch.tensor(own, device=B.device).view(-1, 1, 1), 1.0
+
+    def _each(self, *tensors: Tensor) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
+        """Scales with the parts of the tensors that they belong to."""
+        if len(self._parts) == 1:
+            yield self.values[0], tensors
+            return
+        for part, alpha in self._parts:
+            yield alpha, tuple(tensor[part] for tensor in tensors)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:

@@ -60,15 +60,15 @@ def demo(
         limit=limit,
         subsets=config.adapters.count > 1,
         subset_limit=SUBSET_QUESTIONS,
-        rank=config.lora.rank,
+        merge_ranks=[config.lora.rank],
     )
     write_report(out, results)
-    truncated = f" ({percent(results.truncated.average.value)} % here)" if results.truncated else ""
+    (truncated,) = results.truncated
     show(*results_summary(results), headline(results)[0])
     show(
         f"The merge is one adapter of rank {merged.rank}: folded into the base it costs nothing, and truncated to rank "
-        f"{config.lora.rank} what one adapter costs{truncated}. The prediction ensemble runs all "
-        f"{config.adapters.count}."
+        f"{config.lora.rank} what one adapter costs ({percent(truncated.average.value)} % here). The prediction "
+        f"ensemble runs all {config.adapters.count}."
     )
     write_page(out)
     return results

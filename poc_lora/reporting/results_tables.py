@@ -32,7 +32,7 @@ def table_rows(results: Results) -> list[tuple[str, str, Scored]]:
         ("base", "base", results.base),
         *adapters,
         ("PoC merge", "merge", results.merged),
-        (f"PoC merge, rank {results.truncated_rank}", "merge", results.truncated),
+        *((f"PoC merge, rank {one.rank}", "merge", one) for one in results.truncated),
         (f"PoC merge, {results.control_name}", "violet", results.control),
         ("prediction ensemble", "ensemble", results.ensemble),
     ]

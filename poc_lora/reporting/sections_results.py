@@ -36,7 +36,7 @@ def headline(results: Results | None) -> tuple[str, list[tuple[str, Estimate]]]:
     tiles += [("average adapter", results.average.average)] if M > 1 else []
     tiles += [("best adapter" if M > 1 else "the adapter", best)]
     tiles += [("merge", merged.average)] if merged else []
-    tiles += [(f"merge, rank {results.truncated_rank}", results.truncated.average)] if results.truncated else []
+    tiles += [(f"merge, rank {one.rank}", one.average) for one in results.truncated]
     tiles += [(f"ensemble of {M}", results.ensemble.average)] if results.ensemble else []
     if merged is None:
         return f"{M} adapters were evaluated, and no merge of them.", tiles

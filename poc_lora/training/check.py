@@ -13,6 +13,7 @@ from poc_lora.data.batches import supervised_tokens
 from poc_lora.errors import RequestError
 from poc_lora.files import free_bytes_at, require_place, size
 from poc_lora.lora.bank import resolve_targets
+from poc_lora.models.bfloat16 import bfloat16_advice
 from poc_lora.models.compilation import compiles, why_not_compiled
 from poc_lora.models.load import (
     context_length,
@@ -63,6 +64,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     if in_use:
         with run_lock(folder):  # refuse if another process trains there
             pass
+    asked = config.model
     run, config = preflight(config, device, resume=in_use)
     compiled = compiles(config.train.compile, device)
     model = empty_base(config.model.name, revision=config.model.revision)
@@ -84,6 +86,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
     everything = [*data.train, *data.validation]
     unknown = unknown_tokens(everything, tokenizer)
     quantized = footprint.quantization
+    faster = None if in_use else bfloat16_advice(model, asked, footprint.dtype, device)
     return {
         "base parameters": sum(p.numel() for p in model.parameters()),
         "base weights": footprint.dtype if quantized is None else f"{quantized}, computing in {footprint.dtype}",
@@ -129,7 +132,7 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "disk": f"{size(on_disk)} of {size(room)} free",
         "run folder": f"{folder} ({'existing run; --resume continues it' if in_use else 'new'})",
         "a row": row_preview(data.train, tokenizer),
-        "warnings": warnings(config, data, unknown),
+        "warnings": [*warnings(config, data, unknown), *filter(None, [faster])],
         "bytes": {"peak": memory.total, "free": free, "disk": on_disk, "disk free": room},
     }
 

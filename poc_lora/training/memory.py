@@ -109,7 +109,7 @@ class Footprint:
         return Memory(
             weights=self.weights,
             bank=2 * 4 * M * P,
-            optimizer=2 * 4 * M * P + (4 * P if self.config.optim.temperature else 0),
+            optimizer=2 * 4 * M * P + (4 * P if any(self.config.values("optim.temperature")) else 0),
             activations=max(head, max(body, backward) - logits),
             logits=logits,
             commit=snapshot_bytes(M, P) if self.device.type == "cpu" else 0,

@@ -43,7 +43,7 @@ class MetricsLogger:
                     "loss": result.losses[slot],
                     "grad_norm": result.grad_norms[slot],
                     "noise_norm": result.noise_norms[slot],
-                    "lr": result.lr,
+                    "lr": result.lrs[slot],
                 }
                 for slot in pack.live
             ]

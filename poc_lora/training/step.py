@@ -32,7 +32,7 @@ class StepResult:
     losses: list[float]
     grad_norms: list[float]  # before clipping
     noise_norms: list[float]
-    lr: float
+    lrs: list[float]
     diverged: list[int]  # slots dropped at this step
     tokens: int
     padded_tokens: int  # the same with padding
@@ -70,22 +70,24 @@ class Pack:
         if sizes.gradient_checkpointing:
             self._undo.enter_context(gradient_checkpointing(model))
         lora, optim, seed = config.lora, config.optim, config.adapters.seed
+        self._own = [config.of_adapter(adapter) for adapter in adapters]
         self.bank = AdapterBank(
             model,
             targets=lora.targets,
             rank=lora.rank,
-            alpha=lora.alpha,
+            alpha=[own.lora.alpha for own in self._own],
             adapters=adapters,
             seed=seed,
             dropout=lora.dropout,
         )
         self.optimizer = NoisyAdamW(
-            [{"params": [row], "adapter": adapter} for row, adapter in zip(self.bank.rows, adapters, strict=True)],
-            lr=optim.lr,
+            [
+                {"params": [row], "adapter": adapter, "temperature": own.optim.temperature}
+                for row, adapter, own in zip(self.bank.rows, adapters, self._own, strict=True)
+            ],
             betas=optim.betas,
             eps=optim.eps,
             weight_decay=optim.weight_decay,
-            temperature=optim.temperature,
             seed=seed,
             fused=True,
         )
@@ -106,14 +108,17 @@ class Pack:
             What the step did; None, with nothing changed, if `stop` returned True before all rows had been processed.
         """
         optim, bank = self.config.optim, self.bank
-        lr = learning_rate(
-            optim.schedule,
-            step,
-            peak=optim.lr,
-            warmup_steps=optim.warmup_steps,
-            total_steps=self.data.total_steps,
-        )
-        for group in self.optimizer.param_groups:
+        lrs = [
+            learning_rate(
+                optim.schedule,
+                step,
+                peak=own.optim.lr,
+                warmup_steps=optim.warmup_steps,
+                total_steps=self.data.total_steps,
+            )
+            for own in self._own
+        ]
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
         bank.zero_grad()
         accumulated = self._accumulate(step, stop)
@@ -129,7 +134,7 @@ class Pack:
         diverged = [slot for slot in self.live if not healthy[slot]]
         for slot in diverged:
             bank.drop(slot)
-        return StepResult(loss, norm, noise_norm, lr, diverged, tokens, padded_tokens)
+        return StepResult(loss, norm, noise_norm, lrs, diverged, tokens, padded_tokens)
 
     def _accumulate(self, step: int, stop: Callable[[], bool]) -> tuple[Tensor, int, int] | None:
         """Add up the gradients of one step's rows, micro-batch by micro-batch; None if `stop` returned True."""

@@ -18,6 +18,7 @@ from poc_lora.environment import changed_devices, describe_device, environment
 from poc_lora.envvars import whole_number
 from poc_lora.errors import Interrupted, TrainingError, visible
 from poc_lora.lora.bank import count_parameters, matching_linears, resolve_targets
+from poc_lora.models.bfloat16 import bfloat16_advice
 from poc_lora.models.compilation import why_not_compiled
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_base, tokenizer_files
@@ -75,6 +76,8 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
             print(f"training goes without torch.compile: {problem}", file=sys.stderr)  # noqa: T201
         dtype = resolved.model.dtype
         model, tokenizer = _load_model(config, dtype, device, ranks)
+        if ranks.rank == 0 and not run.info and (advice := bfloat16_advice(model, config.model, dtype, device)):
+            print(advice, file=sys.stderr)  # noqa: T201
         started = (run.info and run.info.start) or datetime.fromisoformat(now)
         data = run_data(config, run, model, tokenizer, now=started)
         if config.data.chat_template:

@@ -63,6 +63,6 @@ def validate(
 def _similarity(pack: Pack) -> dict[str, Any]:
     inner = torch.zeros(len(pack.live), len(pack.live), dtype=torch.float64, device=exact_device(pack.device))
     for module in pack.bank.modules.values():
-        A, B, scale = module.factors.A, module.factors.B, pack.bank.scale
-        inner += gram(stack([Factors(A[slot], B[slot].T, scale) for slot in pack.live]))
+        A, B, scales = module.factors.A, module.factors.B, pack.bank.scales.values
+        inner += gram(stack([Factors(A[slot], B[slot].T, scales[slot]) for slot in pack.live]))
     return {**summary(inner), "cosines": cosine(inner).tolist()}

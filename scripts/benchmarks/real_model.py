@@ -3,6 +3,7 @@
     python scripts/benchmarks/real_model.py rows COMMONSENSE --out rows
     python scripts/benchmarks/real_model.py study MODEL --rows rows --out study
     python scripts/benchmarks/real_model.py study MODEL --rows rows --out study --only choices labels --seconds 280
+    python scripts/benchmarks/real_model.py study MODEL --rows rows --out study --only small_100 --packs packs
     python scripts/benchmarks/real_model.py summary study
 
 `rows` makes three tasks. Two are renderings of a folder such as scripts/download_commonsense.py writes. In `labels`,
@@ -17,8 +18,12 @@ pack of 8 adapters, or one rival each. It then measures the loss per token of th
 adapter, the merges, and on lines from adapters to the merge; and it asks all questions by the label protocol: the
 score of an option is its log-probability after "the correct answer is". It keeps every score in OUT/JOB.npz
 ([variants, questions, options]) and losses and settings in OUT/JOB.json. Finished jobs are skipped, so it can be
-started again; a job that is not expected to end within --seconds is not begun. `summary` prints a table of the JSON
-files: means over packs, and the half-widths of 95 % t-intervals over packs.
+started again; a job that is not expected to end within --seconds is not begun, and --packs keeps the trained adapters
+in PACKS/JOB.pt. `summary` prints a table of the JSON files: means over packs, and the half-widths of 95 % t-intervals
+over packs.
+
+The jobs `small...` suit a CPU: one pack each on docstrings, with the seed at the end of its name, rank 16, 100 steps of
+8 rows. The summary takes those that differ in nothing but the seed together.
 
 Every adapter: q, k, v, up, down; rank 32, alpha 64, batches of 16 rows, linear decay after a tenth of the steps, no
 dropout, the loss on prompt and answer (docstrings: on the answer). A job's name says what differs.
@@ -76,6 +81,11 @@ class Job:
     learn: str = "all"
 
     @property
+    def group(self) -> str:
+        """What the job's packs have in common: its name without the seed."""
+        return self.name.removesuffix(f"_{self.seed}")
+
+    @property
     def count(self) -> int:
         return self.packs * self.members
 
@@ -108,6 +118,15 @@ def _jobs() -> Iterator[Job]:
     yield Job("labels_longer", "labels", members=1, steps=2400)
     yield Job("labels_rank_256", "labels", members=1, rank=256)
     yield Job("labels_lr_3e-3", "labels", lr=3e-3)
+    small: dict[str, Any] = {"task": "docstrings", "packs": 1, "steps": 100, "batch": 8, "rank": 16, "learn": "last"}
+    for seed in range(100, 105):
+        yield Job(f"small_{seed}", seed=seed, **small)
+        yield Job(f"small_lambda_0_{seed}", seed=seed, **small | {"temperature": 0.0})
+        yield Job(f"small_lambda_1e-4_{seed}", seed=seed, **small | {"temperature": 1e-4})
+        yield Job(f"small_lr_3e-3_{seed}", seed=seed, **small | {"lr": 3e-3})
+        yield Job(f"small_lr_3e-4_{seed}", seed=seed, **small | {"lr": 3e-4})
+        yield Job(f"small_longer_{seed}", seed=seed, **small | {"members": 1, "steps": 800})
+        yield Job(f"small_larger_batch_{seed}", seed=seed, **small | {"members": 1, "batch": 64})
 
 
 JOBS = {job.name: job for job in _jobs()}
@@ -180,9 +199,9 @@ def render(question: Question, task: str) -> Question:
 class Study:
     """A loaded base model, on which jobs are run one after another."""
 
-    def __init__(self, model: str, rows: Path, out: Path):
-        self.folder, self.rows, self.out = model, rows, out
-        self.base, self.tokenizer = load_base(model, device=default_device())
+    def __init__(self, model: str, rows: Path, out: Path, packs: Path | None):
+        self.folder, self.rows, self.out, self.packs = model, rows, out, packs
+        self.base, self.tokenizer = load_base(model, dtype="bfloat16", device=default_device())
         self._prepared: dict[str, dict[str, label.PreparedQuestions]] = {}
 
     def run(self, job: Job) -> None:
@@ -194,20 +213,15 @@ class Study:
         with without_cudnn_attention(), ExitStack() as undo:
             pack = Pack(config, self.base, data, range(job.count), sizes=sizes)
             undo.callback(pack.close)
-            losses, tokens = [], 0
             average = torch.zeros_like(pack.bank.weights)
-            for step in range(job.steps):
-                if done := pack.step(step):
-                    losses.append([round(loss, 4) for loss in done.losses])
-                    tokens += done.tokens
-                average.lerp_(pack.bank.weights, 1 - EMA_DECAY)
+            losses, tokens = self._train(pack, job, average)
             trained = time.monotonic()
-            average /= 1 - EMA_DECAY**job.steps
             heldout = self._heldout(pack, job)
             compared = time.monotonic()
             asked = self._ask(pack, job) if job.task != "docstrings" else {}
-            pack.bank.weights.copy_(average)
-            heldout |= {f"ema_{name}": loss for name, loss in self._heldout(pack, job, lines=False).items()}
+            if self.packs is None:
+                pack.bank.weights.copy_(average)
+                heldout |= {f"ema_{name}": loss for name, loss in self._heldout(pack, job, lines=False).items()}
         found = {
             "job": asdict(job),
             "base_model": Path(self.folder).name,
@@ -224,9 +238,29 @@ class Study:
         }
         write_atomic(self.out / f"{job.name}.json", json.dumps(found) + "\n")
 
+    def _train(self, pack: Pack, job: Job, average: torch.Tensor) -> tuple[list[list[float]], int]:
+        """Train, or read what was trained. Returns each step's losses and the tokens; fills the running average."""
+        kept = self.packs and self.packs / f"{job.name}.pt"
+        if kept and kept.exists():
+            found = torch.load(kept, weights_only=True)
+            with torch.no_grad():
+                pack.bank.weights.copy_(found["weights"])
+            return found["losses"], found["tokens"]
+        losses, tokens = [], 0
+        for step in range(job.steps):
+            if done := pack.step(step):
+                losses.append([round(loss, 4) for loss in done.losses])
+                tokens += done.tokens
+            average.lerp_(pack.bank.weights, 1 - EMA_DECAY)
+        average /= 1 - EMA_DECAY**job.steps
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"weights": pack.bank.weights.clone(), "losses": losses, "tokens": tokens}, kept)
+        return losses, tokens
+
     def _config(self, job: Job, rows: str = "train") -> Any:
         raw = {
-            "model": {"name": self.folder},
+            "model": {"name": self.folder, "dtype": "bfloat16"},
             "lora": {"rank": job.rank, "alpha": 2 * job.rank, "targets": TARGETS},
             "adapters": {"count": job.count, "seed": job.seed},
             "data": {
@@ -332,12 +366,12 @@ class Study:
         return self._prepared[task]
 
 
-def study(model: str, rows: Path, out: Path, names: list[str], seconds: float) -> None:
+def study(model: str, rows: Path, out: Path, names: list[str], seconds: float, packs: Path | None = None) -> None:
     """Run the jobs that have no results yet; one that is not expected to end in time is left out."""
     end, per_step = time.monotonic() + seconds, 0.0  # as the slowest job so far took
     out.mkdir(parents=True, exist_ok=True)
     label.TOKENS_PER_BATCH["cuda"] = 131_072  # a small model: larger batches keep the GPU busy
-    loaded = Study(model, rows, out)
+    loaded = Study(model, rows, out, packs)
     for name in names:
         job, began = JOBS[name], time.monotonic()
         if (out / f"{name}.json").exists() or began + per_step * job.steps > end:
@@ -351,15 +385,20 @@ def study(model: str, rows: Path, out: Path, names: list[str], seconds: float) -
 def summary(out: Path) -> str:
     """The loss held out of every job, and accuracy and NLL over the benchmarks trained on and the others."""
     lines = [f"{'':26}{'':13}{'held-out loss':>16}{'accuracy, all':>16}{'trained':>16}{'others':>16}{'NLL':>16}"]
+    groups: dict[str, dict[str, list[dict[str, float]]]] = {}
     for path in sorted(out.glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         job = Job(**found["job"])
         values = {name: {"loss": loss} for name, loss in found["heldout"].items()}
         for name, row in found["asked"].items():
             values.setdefault(name, {}).update(row)
+        group = groups.setdefault(job.group, {})
         for name, packs in _by_pack(values, job).items():
+            group.setdefault(name, []).extend(packs)
+    for group_name, kinds in groups.items():
+        for name, packs in kinds.items():
             cells = "".join(f"{_interval([pack.get(key) for pack in packs]):>16}" for key in COLUMNS)
-            lines.append(f"{path.stem:26}{name:13}{cells}")
+            lines.append(f"{group_name:26}{name:13}{cells}")
     return "\n".join(lines)
 
 
@@ -454,13 +493,14 @@ def main() -> None:
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--only", nargs="*", choices=JOBS, default=list(JOBS), metavar="JOB")
     run.add_argument("--seconds", type=float, default=1e9, help="for everything together")
+    run.add_argument("--packs", type=Path, help="a folder that keeps the trained adapters, to train none twice")
     show = verbs.add_parser("summary")
     show.add_argument("out", type=Path)
     a = parser.parse_args()
     if a.verb == "rows":
         write_rows(a.commonsense, a.out)
     elif a.verb == "study":
-        study(a.model, a.rows, a.out, a.only, a.seconds)
+        study(a.model, a.rows, a.out, a.only, a.seconds, a.packs)
     else:
         print(summary(a.out))
 

@@ -1,12 +1,14 @@
 """results.json: what cannot be told is null, and what does not agree is refused."""
 
+import json
 import math
 
 import pytest
 from pydantic import ValidationError
 
 from poc_lora.artifacts.results import Estimate, Results
-from tests.reporting.run_folder import results, scored
+from poc_lora.errors import RunError
+from tests.reporting.run_folder import results, scored, truncated
 
 
 def test_what_cannot_be_told_is_null_in_the_file_and_nan_in_memory(tmp_path):
@@ -49,3 +51,32 @@ def test_an_accuracy_is_a_share_with_an_error(pair):
     raw["base"]["average"] = pair
     with pytest.raises(ValidationError):
         Results.model_validate(raw)
+
+
+def test_the_merge_at_one_rank_of_earlier_versions_is_refused_by_name(tmp_path):
+    raw = results().to_json()
+    assert Results.model_validate(raw | {"truncated": None, "truncated_rank": None}).truncated == []
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(raw | {"truncated": raw["merged"], "truncated_rank": 16}))
+    with pytest.raises(RunError, match=r"truncated: .*an earlier version") as problem:
+        Results.read(path)
+    assert problem.value.fix == "evaluate again"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"merged": None}, {"merged_rank": None}, {"truncated": [8, 4]}, {"truncated": [4, 4]}, {"merged_rank": 2}],
+)
+def test_ranks_that_do_not_agree_are_refused(changes):
+    def made(ranks):
+        return {
+            "truncated": [truncated(rank).to_json() for rank in ranks],
+            "merged_rank": 12,
+            "merged_bytes": 1200,
+        }
+
+    raw = results().to_json()
+    assert [one.rank for one in Results.model_validate(raw | made([4, 8])).truncated] == [4, 8]
+    changes = {name: made(value)[name] if name == "truncated" else value for name, value in changes.items()}
+    with pytest.raises(ValidationError):
+        Results.model_validate(raw | made([4, 8]) | changes)

@@ -55,6 +55,15 @@ def test_a_column_that_carries_content_and_is_not_used_is_refused_by_name(row, c
     assert parse_row(row, "", {column: None}) == parse_row({k: v for k, v in row.items() if k != column}, "")
 
 
+def test_a_text_alone_is_learnt_whole():
+    row = parse_row({"text": "Once upon a time.", "id": 3, "prompt": None}, "")
+    assert row == CompletionRow("", "Once upon a time.")
+    assert parse_row(as_columns(row), "") == row
+    problem = refusal({"text": "A film to see.", "label": 1})
+    assert problem.what == "the column 'label' carries content that the row's format, text, does not use"
+    assert "'text' is empty or not text" in refusal({"text": ["a"]}).what
+
+
 def test_all_unused_columns_are_named_at_once():
     problem = refusal({**CHAT, "score": 1, "model": "x", "id": 3})
     assert "the columns 'score', 'model' carry content" in problem.what

@@ -217,6 +217,13 @@ def test_a_row_rendered_beforehand_is_the_chat_that_the_template_renders(fresh_t
     assert [e.ids.count(1) for e in mixed] == [1, 2]  # the template ends the question with one too
 
 
+@pytest.mark.parametrize("learn", ["last", "assistant", "all"])
+def test_a_text_alone_has_a_loss_on_all_its_tokens(tokenizer, learn):
+    (example,) = encode(tokenizer, CompletionRow("", "one two"), learn=learn).examples
+    assert example.ids == (0, *tokenizer("one two", add_special_tokens=False)["input_ids"], 1)
+    assert example.supervised == ((1, len(example.ids)),)
+
+
 def test_a_tokenizer_may_add_several_tokens_in_front(fresh_tokenizer):
     fresh_tokenizer.add_special_tokens({"additional_special_tokens": ["[gMASK]"]})
     mask = fresh_tokenizer.convert_tokens_to_ids("[gMASK]")

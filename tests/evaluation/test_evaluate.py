@@ -14,6 +14,7 @@ import yaml
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.adapters.factors import Factors
 from poc_lora.artifacts.results import Results
+from poc_lora.artifacts.variant_scores import VariantScores
 from poc_lora.data.commonsense import find_benchmarks
 from poc_lora.data.questions import read_questions
 from poc_lora.errors import AdapterError, DataError, Interrupted, ModelError, RequestError, RunError
@@ -433,21 +434,79 @@ def test_the_best_adapter_is_chosen_on_validation_questions_where_there_are_some
     assert "on validation questions" in " ".join(notes(results))
 
 
-def test_the_merge_is_scored_truncated_to_a_rank(run, data, tmp_path):
-    results = evaluate([run], data=data, benchmarks=["openbookqa"], rank=2)
-    assert results.truncated_rank == 2
-    merge_folders(run / "merged", tmp_path / "rank2", rank=2)
-    alone = evaluate(tmp_path / "rank2", data=data, benchmarks=["openbookqa"], prompt="bare", out=tmp_path / "alone")
-    assert results.truncated == alone.average
-    given, expected = lines(run / "eval/truncated.jsonl"), lines(tmp_path / "alone/adapter-rank2.jsonl")
-    for one, two in zip(given, expected, strict=True):
-        assert one["log_probs"] == pytest.approx(two["log_probs"], abs=1e-4)
+def test_the_merge_is_scored_truncated_to_ranks(run, data, tmp_path):
+    results = evaluate([run], data=data, benchmarks=["openbookqa"], merge_ranks=[2, 4])
+    assert [one.rank for one in results.truncated] == [2, 4]
+    assert results.merged_rank == 6
+    for one in results.truncated:
+        folder = tmp_path / f"rank{one.rank}"
+        report = merge_folders(run / "merged", folder, rank=one.rank)
+        alone = evaluate(folder, data=data, benchmarks=["openbookqa"], prompt="bare", out=tmp_path / "alone")
+        assert (one.benchmarks, one.average) == (alone.average.benchmarks, alone.average.average)
+        given, expected = (
+            lines(run / f"eval/rank-{one.rank}.jsonl"),
+            lines(tmp_path / f"alone/adapter-{folder.name}.jsonl"),
+        )
+        for ours, theirs in zip(given, expected, strict=True):
+            assert ours["log_probs"] == pytest.approx(theirs["log_probs"], abs=1e-4)
+        assert one.error == pytest.approx(max(module.error for module in report.modules.values()), abs=1e-6)
+        assert one.bytes == tensor_bytes(folder)
+        gap = one.average.value - results.merged.average.value
+        assert one.difference.value == pytest.approx(gap)
+        assert one.difference.low <= gap <= one.difference.high
+        assert VariantScores.read(run / f"eval/rank-{one.rank}.json").average.accuracy == one.average.value
+    assert results.merged_bytes == tensor_bytes(run / "merged")
     shutil.rmtree(run / "merged")  # then of the exact average
-    assert evaluate([run], data=data, benchmarks=["openbookqa"], rank=2).truncated == results.truncated
-    with pytest.raises(RequestError, match="rank"):
-        evaluate([run], data=data, benchmarks=["openbookqa"], rank=0)
+    again = evaluate([run], data=data, benchmarks=["openbookqa"], merge_ranks=[2, 4])
+    assert (again.merged_rank, again.merged_bytes) == (results.merged_rank, results.merged_bytes)
+    for one, two in zip(again.truncated, results.truncated, strict=True):
+        assert one.error == pytest.approx(two.error)
+        assert one.model_copy(update={"error": two.error}) == two
+
+
+def tensor_bytes(folder):
+    """The bytes of an adapter's file without its header."""
+    raw = (folder / "adapter_model.safetensors").read_bytes()
+    return len(raw) - 8 - int.from_bytes(raw[:8], "little")
+
+
+def test_ranks_added_later_are_all_that_is_asked(run, data, monkeypatch):
+    first = evaluate([run], data=data, benchmarks=["openbookqa"], merge_ranks=[2])
+    asked = []
+    answers = evaluator.Evaluator.answer_batches
+
+    def counted(self, names, items):
+        asked.extend(names if items else [])
+        return answers(self, names, items)
+
+    monkeypatch.setattr(evaluator.Evaluator, "answer_batches", counted)
+    results = evaluate([run], data=data, benchmarks=["openbookqa"], merge_ranks=[1, 2, 4])
+    assert asked == ["rank-1", "rank-4"]
+    assert results.truncated[1] == first.truncated[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([0], "0"),
+        ([4, 2], "increas"),
+        ([2, 2], "increas"),
+        ([2, 7], "the merge has rank 6"),
+        (range(1, 66), "65 ranks"),
+    ],
+)
+def test_ranks_that_the_merge_cannot_have_are_refused(run, data, ranks, expected):
+    with pytest.raises(RequestError, match=expected) as problem:
+        evaluate([run], data=data, benchmarks=["openbookqa"], merge_ranks=ranks)
+    assert problem.value.where == "--ranks"
+    assert problem.value.fix
+
+
+def test_ranks_need_a_merge_and_a_protocol_that_scores_it(run, data, tmp_path):
     with pytest.raises(RequestError, match="no merge to truncate"):
-        evaluate(run / "adapters/00", data=data, benchmarks=["openbookqa"], rank=2, out=tmp_path / "one")
+        evaluate(run / "adapters/00", data=data, benchmarks=["openbookqa"], merge_ranks=[2], out=tmp_path / "one")
+    with pytest.raises(RequestError, match="label or generate"):
+        evaluate([run], data=data, benchmarks=["openbookqa"], merge_ranks=[2], protocol="harness")
 
 
 def test_subsets_may_be_scored_on_the_first_questions(run, data):

@@ -29,9 +29,9 @@ def make_bank(model, adapters=range(M), **settings):
     )
 
 
-def make_peft(adapter, base=None, targets=TARGETS):
+def make_peft(adapter, base=None, targets=TARGETS, alpha=ALPHA):
     """PEFT's own model holding the weights that the bank starts `adapter` from."""
-    model = get_peft_model(base or build_llama(VOCAB), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+    model = get_peft_model(base or build_llama(VOCAB), LoraConfig(r=RANK, lora_alpha=alpha, target_modules=targets))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_A" in name:
@@ -113,20 +113,29 @@ def add_noise(model, bank, slot, step, lr):
             parameter.add_(part.view(parameter.shape))
 
 
-@pytest.mark.parametrize("micro_rows", [3, 1, 2])
-def test_ten_steps_of_a_pack_equal_ten_steps_of_separate_peft_models(micro_rows):
+@pytest.mark.parametrize(
+    ("micro_rows", "alphas", "lrs"),
+    [
+        (3, [ALPHA] * M, [5e-3] * M),
+        (1, [ALPHA] * M, [5e-3] * M),
+        (2, [ALPHA] * M, [5e-3] * M),
+        (3, [8.0, 3.0, 3.0, 40.0], [5e-3, 1e-3, 8e-3, 2e-3]),
+        (1, [8.0, 3.0, 3.0, 40.0], [5e-3, 1e-3, 8e-3, 2e-3]),
+    ],
+)
+def test_ten_steps_of_a_pack_equal_ten_steps_of_separate_peft_models(micro_rows, alphas, lrs):
     model = build_llama(VOCAB).requires_grad_(False)
-    bank = make_bank(model)
-    settings = {"lr": 5e-3, "betas": (0.5, 0.9), "weight_decay": 0.01, "eps": 1e-3}
+    bank = make_bank(model, alpha=alphas)
+    settings = {"betas": (0.5, 0.9), "weight_decay": 0.01, "eps": 1e-3}
     optimizer = NoisyAdamW(
-        [{"params": [row], "adapter": a} for row, a in zip(bank.rows, bank.adapters, strict=True)],
+        [{"params": [row], "adapter": a, "lr": lr} for row, a, lr in zip(bank.rows, bank.adapters, lrs, strict=True)],
         **settings,
         temperature=TEMPERATURE,
         seed=7,
     )
-    alone = [make_peft(a) for a in bank.adapters]
+    alone = [make_peft(a, alpha=alpha) for a, alpha in zip(bank.adapters, alphas, strict=True)]
     trainable = [[p for p in m.parameters() if p.requires_grad] for m in alone]
-    theirs = [torch.optim.AdamW(ps, **settings) for ps in trainable]
+    theirs = [torch.optim.AdamW(ps, lr=lr, **settings) for ps, lr in zip(trainable, lrs, strict=True)]
     for step in range(10):
         lengths = [(5 + step, 17, 9), (24, 6, 11), (8, 8, 8), (3, 20, 13 - step)]
         rows = [rows_of(step, a, lengths[a]) for a in bank.adapters]
@@ -144,7 +153,7 @@ def test_ten_steps_of_a_pack_equal_ten_steps_of_separate_peft_models(micro_rows)
                     torch.testing.assert_close(stack.grad_B[slot], B.grad.T, **CLOSE)
             torch.nn.utils.clip_grad_norm_(trainable[slot], 0.5)
             theirs[slot].step()
-            add_noise(reference, bank, slot, step, settings["lr"])
+            add_noise(reference, bank, slot, step, lrs[slot])
         bank.clip_grad_norm(0.5)
         optimizer.step()
     for slot, reference in enumerate(alone):
@@ -194,10 +203,11 @@ def test_initialisation_depends_on_the_id_not_on_the_slot_or_the_pack(tiny_llama
     assert torch.equal(alone.weights[0], expected)
 
 
-def test_views_are_one_adapter_the_merge_and_the_base(tiny_llama):
+@pytest.mark.parametrize("alphas", [[ALPHA] * M, [8.0, 3.0, 3.0, 40.0]])
+def test_views_are_one_adapter_the_merge_and_the_base(tiny_llama, alphas):
     ids = torch.randint(0, VOCAB, (2, 9))
     plain = tiny_llama(input_ids=ids).logits
-    bank = make_bank(tiny_llama)
+    bank = make_bank(tiny_llama, alpha=alphas)
     give_random_B(bank)
     packed = tiny_llama(input_ids=ids.repeat(M, 1)).logits.detach().view(M, 2, 9, VOCAB)
     with bank.disabled():
@@ -208,10 +218,10 @@ def test_views_are_one_adapter_the_merge_and_the_base(tiny_llama):
     with bank.merged():
         merged = tiny_llama(input_ids=ids).logits
     updates = {
-        path: sum(m.factors.B[s].detach().double().T @ m.factors.A[s].detach().double() for s in range(M))
-        * ALPHA
-        / RANK
-        / M
+        path: sum(
+            alphas[s] / RANK / M * m.factors.B[s].detach().double().T @ m.factors.A[s].detach().double()
+            for s in range(M)
+        )
         for path, m in bank.modules.items()
     }
     bank.remove()

@@ -8,7 +8,7 @@ from torch import nn
 
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.lora.layer import BankLinear
-from poc_lora.lora.shared_input import PackedLinear, SharedInput
+from poc_lora.lora.shared_input import PackedLinear, Scales, SharedInput
 from poc_lora.models.recomputation import gradient_checkpointing
 from tests.conftest import build_llama
 from tests.lora.test_bank import VOCAB, give_random_B, make_bank
@@ -159,8 +159,8 @@ def test_an_output_that_no_one_uses_hands_the_gradient_on():
     for factor in factors[:2]:
         factor.requires_grad_()
     weight = torch.randn(4, 3)
-    _, link = PackedLinear.apply(x, weight, None, *factors, 1.0)
-    y, _ = PackedLinear.apply(link, weight, None, *factors, 1.0)
+    _, link = PackedLinear.apply(x, weight, None, *factors, Scales([1.0]))
+    y, _ = PackedLinear.apply(link, weight, None, *factors, Scales([1.0]))
     y.sum().backward()
     expected = weight.sum(0) + torch.einsum("mro,mri->mi", factors[1], factors[0]).detach()
     torch.testing.assert_close(x.grad, expected)

@@ -3,7 +3,7 @@
 import json
 import math
 
-from poc_lora.artifacts.results import Difference, Estimate, Results, Scored
+from poc_lora.artifacts.results import Difference, Estimate, Results, Scored, TruncatedMerge
 from poc_lora.artifacts.task_scores import Metric, Score, Task, TaskResults
 from poc_lora.artifacts.variant_scores import VariantAccuracy, VariantScores
 from poc_lora.config import dump_yaml, validate
@@ -35,6 +35,19 @@ def write_scores(place, variant, adapter):
 
 def difference(value, low, high, p):
     return Difference(value=value, low=low, high=high, p=p)
+
+
+def truncated(rank, value=0.0, low=0.0, high=0.0):
+    """The merge of `results` truncated to a rank, with what it gains over the exact one."""
+    made = scored(0.7517 + value)
+    return TruncatedMerge(
+        benchmarks=made.benchmarks,
+        average=made.average,
+        rank=rank,
+        bytes=100_000 * rank,
+        error=1 / rank,
+        difference=difference(value, low, high, 1.0),
+    )
 
 
 def results(adapters=("00", "01", "02"), base_model="org/base", **changes):

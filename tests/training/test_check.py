@@ -14,7 +14,7 @@ from filelock import FileLock
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.errors import ConfigError, DataError, ModelError, RequestError, RunError
 from poc_lora.files import size
-from poc_lora.models import compilation
+from poc_lora.models import bfloat16, compilation
 from poc_lora.models.load import load_tokenizer
 from poc_lora.training import check as plan
 from poc_lora.training.check import check
@@ -241,6 +241,19 @@ def test_a_resumed_run_is_checked_in_the_dtype_it_began_with(settings):
         Path(settings["output"], "config.yaml").read_text().replace("dtype: bfloat16", "dtype: auto")
     )
     assert check(config(settings), device=CPU)["base weights"] == "bfloat16"
+
+
+def test_a_new_run_hears_how_much_faster_bfloat16_is_here(settings, monkeypatch, capsys):
+    monkeypatch.setattr(bfloat16, "NARROWEST", 1)
+    monkeypatch.setattr(bfloat16, "product_speedup", lambda *widths: 3.0)
+    run, words = config(settings), "3.0 times as fast in bfloat16"
+    assert [text for text in check(run, device=CPU)["warnings"] if words in text]
+    assert check(run, device=CPU)["base weights"] == "float32"
+    train(run)
+    assert capsys.readouterr().err.count(words) == 1
+    assert not [text for text in check(run, device=CPU)["warnings"] if words in text]
+    train(run, resume=True)
+    assert words not in capsys.readouterr().err
 
 
 def test_padding_needs_no_token_of_the_vocabulary(padded_model_dir, settings, tmp_path):
