@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from poc_lora.adapters.peft_config import TASKS
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.run_info import NO_FILES
+from poc_lora.artifacts.task_scores import TaskResults
 from poc_lora.data.commonsense import BY_FOLDER, Benchmark, own_benchmark
 from poc_lora.data.rows import is_dataset_id
 from poc_lora.errors import RequestError
@@ -26,6 +27,7 @@ from poc_lora.optim.schedules import MAX_WARMUP_STEPS
 from poc_lora.reporting.escape import code, markdown
 from poc_lora.reporting.results_tables import columns, results_markdown
 from poc_lora.reporting.tables import Table, markdown_table
+from poc_lora.reporting.task_tables import differences_table, scores_table, task_notes
 
 EVAL_RESULTS = ".eval_results/poc-lora-{}.yaml"
 MAX_LISTED = 32
@@ -66,6 +68,7 @@ def model_card(subject: Subject, repo_id: str, *, revision: str | None = None, l
         _opening(subject, licence),
         _making(subject),
         *([_measured(subject.evaluation)] if subject.evaluation else []),
+        *([_tasks(subject.tasks)] if subject.tasks else []),
         usage(subject, repo_id, revision),
         "## Citation\n\nThe method is that of Nitanda, Lee, Tan, Sakaguchi and Suzuki (ICML 2025); the software is "
         f"`poc_lora`, which is not theirs.\n\n```bibtex\n{CITATION}\n```",
@@ -268,3 +271,19 @@ def _measured(evaluation: Evaluation) -> str:
             "compare these figures only with each other."
         )
     return "\n".join(lines)
+
+
+def _tasks(results: TaskResults) -> str:
+    """The tables of the tasks and groups that were asked for; this adapter is the last column."""
+    lines = ["## Tasks of lm-eval"]
+    for table in filter(lambda table: table.rows, (scores_table(results), differences_table(results))):
+        lines += ["", f"{table.caption}:", "", *markdown_table(table)]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "This adapter is the last column of the first table.",
+            "",
+            *(f"- {markdown(note)}" for note in task_notes(results)),
+        ]
+    )

@@ -22,6 +22,7 @@ from poc_lora.hub.collect import collect
 from poc_lora.hub.usage import usage
 from poc_lora.merging.folders import merge_folders
 from tests.hub.conftest import change, make_run, small_adapter, some_results, write_results
+from tests.reporting.run_folder import task_results
 
 
 def card(source, **options):
@@ -79,6 +80,19 @@ def test_questions_of_ones_own_are_not_given_out_as_a_benchmark_s(tmp_path):
     ]
     assert "Not the benchmark's own test questions" in text
     assert "Not the benchmark's own test questions" not in card(make_run(tmp_path / "real"))
+
+
+def test_tasks_of_lm_eval_have_a_table(run):
+    found = task_results().model_copy(update={"apply_chat_template": True})
+    subject = dataclasses.replace(collect(run), tasks=found)
+    text = model_card(subject, "me/demo")
+    section = text.partition("## Tasks of lm-eval\n")[2].partition("\n## ")[0]
+    lines = section.splitlines()
+    assert "|  | documents | base | LoRA (best) | LoRA (average) | PoC merge |" in lines
+    assert any(line.startswith("| quiz, 5-shot: acc (strict) ↑ | 40 |") for line in lines)
+    assert "- Prompts were in the chat template, with each example as two turns." in lines
+    assert "| member" not in section  # of a group
+    assert "## Tasks of lm-eval" not in card(run)
 
 
 def test_a_benchmark_beside_the_eight_is_called_by_its_name(run, tmp_path):
