@@ -482,6 +482,9 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         write_page(first, compare=[second])
     with pytest.raises(RunError, match="compared with itself"):
         write_page(first, compare=[tmp_path / "b" / ".." / "a"])
+    swept = make_run(tmp_path / "c", adapters={"count": 3, "vary": {"optim.temperature": [0.0, 1e-4, 1e-3]}})
+    with pytest.raises(RunError, match="have different λ"):
+        write_page(first, compare=[swept])
     (second / "config.yaml").unlink()
     with pytest.raises(RunError, match="has no λ"):
         write_page(first, compare=[second])
