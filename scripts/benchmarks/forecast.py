@@ -91,7 +91,7 @@ def similarities(pack: Pack) -> dict[str, float | None]:
     inner = torch.zeros(M, M, dtype=torch.float64, device=exact_device(pack.device))
     for module in pack.bank.modules.values():
         A, B = module.factors.A, module.factors.B
-        inner += gram(stack([Factors(A[slot], B[slot].T, pack.bank.scale) for slot in range(M)]))
+        inner += gram(stack([Factors(A[slot], B[slot].T, pack.bank.scales.values[slot]) for slot in range(M)]))
     return dict(similarity(inner))
 
 
