@@ -163,6 +163,23 @@ def rank_sweep_figure(sweep: Mapping[str, Mapping[int, float]]) -> Figure:
 
 
 @style()
+def ranks_figure(points: Sequence[tuple[int, float, float, float]], merge: float) -> Figure:
+    """Draws (rank, accuracy of the merge truncated to it, bounds of an interval) and the merge's accuracy, in percent.
+
+    The intervals are those of the difference from the merge, put at its accuracy.
+    """
+    figure, axes = _figure(2.7)
+    ranks, values, low, high = zip(*points, strict=True)
+    axes.vlines(ranks, low, high, color=COLOURS["merge"], linewidth=1.2)
+    axes.plot(ranks, values, marker="o", color=COLOURS["merge"], label="merge, truncated")
+    axes.axhline(merge, color=COLOURS["ink"], label="merge", **DASHED)
+    _doubling_axis(axes, ranks[:: max(1, math.ceil(len(ranks) / 8))], "rank")
+    axes.set_ylabel("average accuracy (%)")
+    _legend(figure, axes)
+    return figure
+
+
+@style()
 def subsets_figure(points: Sequence[tuple[int, float, float]], best: float | None) -> Figure:
     """Draws (m, mean accuracy of the merges of m adapters, its standard error) and the best adapter, in percent."""
     figure, axes = _figure(2.7)

@@ -277,7 +277,7 @@ def test_an_evaluation_beside_a_loose_adapter_is_taken(tmp_path):
 
 @pytest.mark.parametrize(
     ("rank", "expected"),
-    [(2, "--max-lora-rank 16 "), (64, "--max-lora-rank 64 "), (300, "--max-lora-rank 320 "), (513, "ranks up to 512")],
+    [(2, "--max-lora-rank 8 "), (64, "--max-lora-rank 64 "), (300, "--max-lora-rank 320 "), (513, "ranks up to 512")],
 )
 def test_vllm_is_given_a_rank_that_it_takes(tmp_path, rank, expected):
     write_adapter(small_adapter(0, rank=rank), tmp_path / "a")
