@@ -161,7 +161,7 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
     own = ["init", "check", "train", "merge", "eval", "sample", "report", "train", "merge", "eval"]
     readme = ["check", "train", "merge", "eval", "report", "check", "merge", "merge", "fold"]
     evaluation = [*["eval"] * 7, "sample", "train", "eval", "controls"]
-    assert ran == [*readme, *evaluation, "merge", "push", "check", "train", *own]
+    assert ran == [*readme, *evaluation, "merge", "eval", "push", "check", "train", *own]
     assert "PoC merge" in capsys.readouterr().out
 
 

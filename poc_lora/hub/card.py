@@ -147,7 +147,7 @@ def _opening(subject: Subject, licence: str | None) -> str:
     if subject.config:
         paper = "[propagation of chaos](https://arxiv.org/abs/2502.05784)"
         many = "They were trained independently" if subject.merge else "It was trained"
-        how = "a noisy AdamW" if subject.config.optim.temperature else "AdamW, without noise"
+        how = "a noisy AdamW" if any(subject.config.values("optim.temperature")) else "AdamW, without noise"
         lines.append(f"{many} with {how}, after the idea of {paper}.")
     if subject.members:
         lines.append(f"The {len(subject.members)} single adapters are in `adapters/`.")
@@ -184,10 +184,11 @@ def _making(subject: Subject) -> str:
         if optim.warmup_steps == "auto":
             warmup = f"warm-up over a tenth of the steps, at most {MAX_WARMUP_STEPS}"
         rows |= {
-            "λ (temperature of the noise)": f"{optim.temperature:g}",
-            "rank and alpha in training": f"{config.lora.rank} and {config.lora.alpha:g}",
+            "λ (temperature of the noise)": config.in_words("optim.temperature"),
+            "rank and alpha in training": f"{config.lora.rank} and {config.in_words('lora.alpha')}",
             "modules": ", ".join(map(code, subject.run.target_modules or targets)),
-            "optimizer": f"{'noisy ' if optim.temperature else ''}AdamW, lr {optim.lr:g}, "
+            "optimizer": f"{'noisy ' if any(config.values('optim.temperature')) else ''}AdamW, "
+            f"lr {config.in_words('optim.lr')}, "
             f"weight decay {optim.weight_decay:g}, {optim.schedule} schedule, {warmup}",
             "length": f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs",
             **({"weights": kept} if (kept := _kept(subject)) else {}),

@@ -152,12 +152,18 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
         modules_to_save={name: tuple(tensor.shape) for name, tensor in adapter.modules_to_save.items()},
         members=tuple(member.name for member in siblings) if members else (),
         merge=merge,
-        config=load_config(origin.config) if origin else None,
+        config=_training(origin, folder) if origin else None,
         run=(origin and not tree.link(origin.info) and RunInfo.read_if_there(origin.info)) or RunInfo(),
         evaluation=evaluation,
         tasks=tasks,
         left_out=tree.left_out,
     )
+
+
+def _training(run: RunFolder, folder: Path) -> RunConfig:
+    """The configuration that the adapter in `folder` was trained with, or the adapters of the merge there."""
+    config = load_config(run.config)
+    return config if folder == run.merged else config.of_adapter(int(folder.name))
 
 
 def _adapter_and_run(source: Path, members: bool) -> tuple[Path, RunFolder | None]:

@@ -179,6 +179,20 @@ def test_training_without_noise_is_not_called_noisy(run):
     assert benchmark(text)["λ (temperature of the noise)"] == "0"
 
 
+def test_varied_values_are_all_said_of_the_merge_and_its_own_of_an_adapter(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["adapters"]["vary"] = {"optim.lr": [1e-4, 3e-4], "optim.temperature": [0.0, 1e-5], "lora.alpha": [4.0, 8.0]}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    made = benchmark(card(run))
+    assert made["optimizer"].startswith("noisy AdamW, lr 0.0001, 0.0003 by adapter, ")
+    assert made["λ (temperature of the noise)"] == "0, 1e-05 by adapter"
+    assert made["rank and alpha in training"] == "2 and 4, 8 by adapter"
+    quiet, noisy = (benchmark(card(run / "adapters" / name)) for name in ("00", "01"))
+    assert quiet["optimizer"].startswith("AdamW, lr 0.0001, ")
+    assert noisy["optimizer"].startswith("noisy AdamW, lr 0.0003, ")
+    assert (noisy["λ (temperature of the noise)"], noisy["rank and alpha in training"]) == ("1e-05", "2 and 8")
+
+
 def test_the_table_and_its_row_are_those_of_the_adapter(run):
     assert "| PoC merge | **81.17 ± 1.00** |" in card(run)
     assert "This adapter is the row `PoC merge`." in card(run)
@@ -263,7 +277,7 @@ def test_an_evaluation_beside_a_loose_adapter_is_taken(tmp_path):
 
 @pytest.mark.parametrize(
     ("rank", "expected"),
-    [(2, "--max-lora-rank 16 "), (64, "--max-lora-rank 64 "), (300, "--max-lora-rank 320 "), (513, "ranks up to 512")],
+    [(2, "--max-lora-rank 8 "), (64, "--max-lora-rank 64 "), (300, "--max-lora-rank 320 "), (513, "ranks up to 512")],
 )
 def test_vllm_is_given_a_rank_that_it_takes(tmp_path, rank, expected):
     write_adapter(small_adapter(0, rank=rank), tmp_path / "a")

@@ -1,0 +1,290 @@
+"""Can a validation tell what one more adapter would bring, or that the learning rate is wrong for averaging?
+
+    python scripts/benchmarks/forecast.py --seeds 100 105 --out scripts/benchmarks/results/forecast.json
+    python scripts/benchmarks/forecast.py --summary scripts/benchmarks/results/forecast.json
+
+For every seed and learning rate it trains the adapters of configs/demo.yaml. At every quarter of the steps it measures
+losses per token of answers, on half of the validation questions: of single adapters, of merges of 2, 4 and 8, and how
+similar the adapters are; at the end on the other half too, with merges of one half of the adapters and one more. The
+second form prints a finished file as Markdown, with the same forecasts for packs of real_model.py (--studies). A
+training that is in the file already is not run again.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean as mean
+from typing import Any
+
+import torch
+from demo_seeds import CONFIG
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from poc_lora.adapters.factors import Factors
+from poc_lora.config import RunConfig, load_config
+from poc_lora.data.batches import supervised_tokens
+from poc_lora.data.prompts import encode_rows
+from poc_lora.data.rows import read_sources
+from poc_lora.devices import by_device
+from poc_lora.environment import environment
+from poc_lora.evaluation.intervals import Interval, mean_interval
+from poc_lora.files import write_json
+from poc_lora.merging.gram import gram
+from poc_lora.merging.gram import summary as similarity
+from poc_lora.merging.stacked import exact_device, stack
+from poc_lora.microworld import DATA_DIR, MODEL_DIR
+from poc_lora.models.load import load_base
+from poc_lora.reporting.held_out import more_adapters
+from poc_lora.training.data import TrainingData, prepare_data
+from poc_lora.training.memory import FAST_TOKENS, Sizes
+from poc_lora.training.step import Pack
+
+RATES = ("8e-3", "1e-3", "2e-2", "3e-3")
+QUARTERS = 4
+Subset = tuple[int, ...]
+
+
+def blocks(count: int, size: int) -> list[Subset]:
+    """Disjoint subsets of consecutive adapters."""
+    return [tuple(range(first, first + size)) for first in range(0, count, size)]
+
+
+def subsets(M: int) -> Iterator[Subset]:
+    """The adapters of each merge to measure, by size."""
+    size = 1
+    while size <= M:
+        yield from blocks(M, size)
+        size *= 2
+
+
+def one_more(M: int) -> Iterator[tuple[Subset, Subset]]:
+    """Each half of M adapters, and it with each adapter of the other half."""
+    halves = blocks(M, M // 2)
+    for half, others in zip(halves, reversed(halves), strict=True):
+        yield from ((half, (*half, j)) for j in others)
+
+
+def name(subset: Subset) -> str:
+    return ",".join(map(str, subset))
+
+
+def losses_of(pack: Pack, chosen: Iterable[Subset], parts: Sequence[slice]) -> dict[str, list[float]]:
+    """The loss per token of the merge of each subset on each part of the validation rows."""
+    rows = [row for part in parts for row in pack.data.validation[part]]
+    counts = [len(pack.data.validation[part]) for part in parts]
+    found = {}
+    for subset in chosen:
+        with pack.bank.merged(subset):
+            each = iter(zip(pack.row_losses(rows) or [], map(supervised_tokens, rows), strict=True))
+        sums = [[sum(values) for values in zip(*(next(each) for _ in range(count)), strict=True)] for count in counts]
+        found[name(subset)] = [round(loss / tokens, 5) for loss, tokens in sums]
+    return found
+
+
+@torch.no_grad()
+def similarities(pack: Pack) -> dict[str, float | None]:
+    """`merging.gram.summary` of the adapters."""
+    M = pack.bank.size
+    inner = torch.zeros(M, M, dtype=torch.float64, device=exact_device(pack.device))
+    for module in pack.bank.modules.values():
+        A, B = module.factors.A, module.factors.B
+        inner += gram(stack([Factors(A[slot], B[slot].T, pack.bank.scales.values[slot]) for slot in range(M)]))
+    return dict(similarity(inner))
+
+
+def one_training(
+    config: RunConfig, model: PreTrainedModel, data: TrainingData, quarters: Sequence[int], folder: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Train a pack, and measure it at quarters of the steps; what `folder` has of an earlier call is not trained."""
+    M, steps = config.adapters.count, data.total_steps
+    sizes = Sizes(by_device(FAST_TOKENS, model.device.type), M, gradient_checkpointing=False)
+    pack = Pack(config, model, data, range(M), sizes=sizes)
+    known, fresh = slice(0, None, 2), slice(1, None, 2)
+    kept = {quarter: folder / f"{quarter}.pt" for quarter in quarters} if folder else {}
+    trained = bool(kept) and all(file.exists() for file in kept.values())
+    found, step = {}, 0
+    for quarter in quarters:
+        while step < steps * quarter // QUARTERS and not trained:
+            pack.step(step)
+            step += 1
+        if trained:
+            with torch.no_grad():
+                pack.bank.weights.copy_(torch.load(kept[quarter]))
+        elif kept:
+            kept[quarter].parent.mkdir(parents=True, exist_ok=True)
+            torch.save(pack.bank.weights.clone(), kept[quarter])
+        final = quarter == QUARTERS
+        merges = [*subsets(M), *((after for _, after in one_more(M)) if final else ())]
+        losses = losses_of(pack, merges, [known, fresh] if final else [known])
+        found[f"{quarter}/{QUARTERS}"] = {"losses": losses, "similarity": similarities(pack)}
+    pack.close()
+    return found
+
+
+def with_validation_questions(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+    """The rows of a run, with all validation questions in place of rows held out."""
+    sources = sorted(str(path) for path in DATA_DIR.glob("*/validation.json"))
+    encoded = encode_rows(read_sources(sources), tokenizer, template="bare", max_length=data.max_length, learn="last")
+    return replace(data, validation=encoded.answers)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What more adapters were expected to bring, and brought: on the rows that forecast, and on fresh ones."""
+
+    expected: Interval
+    came: float
+    fresh: float | None = None
+
+    @property
+    def inside(self) -> bool:
+        return abs(self.came - self.expected.mean) <= self.expected.half_width
+
+
+def of_training(run: dict[str, Any], M: int) -> dict[str, list[Forecast]]:
+    """Forecasts at the end of a training, by the numbers of adapters before and after."""
+    losses = run[f"{QUARTERS}/{QUARTERS}"]["losses"]
+    found: dict[str, list[Forecast]] = {}
+
+    def add(before: Subset, after: Subset) -> None:
+        gains = [a - b for a, b in zip(losses[name(before)], losses[name(after)], strict=True)]
+        singles = [losses[str(j)][0] for j in before]
+        expected = more_adapters(singles, losses[name(before)][0], len(after) - len(before))
+        found.setdefault(f"{len(before)} → {len(after)}", []).append(Forecast(expected, *gains))
+
+    everyone = tuple(range(M))
+    for half in blocks(M, M // 2):
+        add(half, everyone)
+    for half, after in one_more(M):
+        add(half, after)
+    return found
+
+
+def of_study(path: Path) -> Iterator[dict[str, list[Forecast]]]:
+    """Forecasts for each pack of a result of real_model.py; none if they have one adapter each."""
+    study = json.loads(path.read_text())
+    losses, M = study["heldout"], study["job"]["members"]
+    for first in range(0, study["job"]["packs"] * M, M) if M > 2 else ():
+        forecasts = []
+        for half in range(first, first + M, M // 2):
+            singles, before = [losses[f"adapter_{half + i}"] for i in range(M // 2)], losses[f"merge_{M // 2}_{half}"]
+            gain = before - losses[f"merge_{M}_{first}"]
+            forecasts.append(Forecast(more_adapters(singles, before, M // 2), gain))
+        yield {f"{M // 2} → {M}": forecasts}
+
+
+def forecasts_table(packs: dict[str, list[dict[str, list[Forecast]]]]) -> list[str]:
+    """Forecasts at the end of training and what came: means over packs, by the packs' name."""
+    lines = [
+        "| packs | adapters | expected gain | came | on fresh rows | came − expected (95 % over packs) | error |"
+        " of expecting none | within 95 % |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for title, by_pack in packs.items():
+        for sizes in by_pack[0]:
+            each = [f for found in by_pack for f in found[sizes]]
+            fresh = [f.fresh for f in each if f.fresh is not None]
+            gap = mean_interval([mean(f.came - f.expected.mean for f in found[sizes]) for found in by_pack])
+            cells = [
+                f"{mean(f.expected.mean for f in each):.4f}",
+                f"{mean(f.came for f in each):.4f}",
+                f"{mean(fresh):.4f}" if fresh else "",
+                f"{gap.mean:+.4f} ± {gap.half_width:.4f}",
+                f"{rms([f.came - f.expected.mean for f in each]):.4f}",
+                f"{rms([f.came for f in each]):.4f}",
+                f"{sum(f.inside for f in each)} of {len(each)}",
+            ]
+            lines.append(f"| {title} ({len(by_pack)}) | {sizes} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def quarters_table(rates: dict[str, list[dict[str, Any]]], M: int) -> list[str]:
+    """What every quarter of the steps showed, by learning rate: means over packs."""
+    titles = [f"{quarter}/{QUARTERS}" for quarter in range(1, QUARTERS + 1)]
+    at = ", ".join(titles)
+    lines = [
+        f"| lr (packs) | mean cosine at {at} | adapters − merge | merges of two − adapters | loss of the merge |"
+        " at the end on fresh rows |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for rate, trained in rates.items():
+        runs = [run for run in trained if run.keys() >= set(titles)]
+        if not runs:
+            continue
+        columns: dict[str, list[float]] = {}
+        for title in titles:
+            losses = [run[title]["losses"] for run in runs]
+            of = {size: mean(x[name(s)][0] for x in losses for s in blocks(M, size)) for size in (1, 2, M)}
+            values = {
+                "cosine": mean(run[title]["similarity"]["mean_cosine"] for run in runs),
+                "gain": of[1] - of[M],
+                "barrier": of[2] - of[1],
+                "merge": of[M],
+            }
+            for key, value in values.items():
+                columns.setdefault(key, []).append(value)
+        fresh = mean(run[titles[-1]]["losses"][name(tuple(range(M)))][1] for run in runs)
+        cells = [", ".join(f"{x:.3f}" for x in column) for column in columns.values()]
+        lines.append(f"| {rate} ({len(runs)}) | " + " | ".join(cells) + f" | {fresh:.3f} |")
+    return lines
+
+
+def summary(found: dict[str, Any], studies: Sequence[Path]) -> str:
+    """Both tables, in Markdown."""
+    M: int = found["adapters"]
+    rates = {rate: list(runs.values()) for rate, runs in sorted(found["rates"].items(), key=lambda x: float(x[0]))}
+    packs = {f"demo, lr {rate}": [of_training(run, M) for run in runs] for rate, runs in rates.items()}
+    packs |= {path.stem: forecasts for path in studies if (forecasts := list(of_study(path)))}
+    return "\n".join([*forecasts_table(packs), "", *quarters_table(rates, M)])
+
+
+def rms(values: Sequence[float]) -> float:
+    """The root of the mean square."""
+    return math.sqrt(mean(value**2 for value in values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(100, 105))
+    parser.add_argument("--rates", nargs="+", default=RATES, help="peak learning rates")
+    parser.add_argument("--quarters", type=int, nargs="+", default=range(1, QUARTERS + 1), help="when to measure")
+    parser.add_argument(
+        "--packs", type=Path, help="a folder that keeps the adapters of every quarter, to train none twice"
+    )
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--summary", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the demo's configuration")
+    parser.add_argument("--studies", type=Path, nargs="*", default=[], help="with --summary: JSON of real_model.py")
+    a = parser.parse_args()
+    if a.summary:
+        print(summary(json.loads(a.summary.read_text()), a.studies))
+        return
+    model_name, train = json.dumps(str(MODEL_DIR)), json.dumps([str(DATA_DIR)])
+    place = [f"model.name={model_name}", f"data.train={train}", *a.overrides]
+    config = load_config(CONFIG, place)
+    model, tokenizer = load_base(str(MODEL_DIR))
+    settings = {key: config.model_dump(mode="json")[key] for key in ("lora", "optim", "train")}
+    found = {"rates": {}, "settings": settings, "adapters": config.adapters.count, **environment()}
+    if a.out and a.out.exists():
+        found = json.loads(a.out.read_text())
+        if found["settings"] != settings:
+            parser.error(f"{a.out} was made with other settings")
+    for seed in range(*a.seeds):
+        for rate in a.rates:
+            done = found["rates"].setdefault(rate, {})
+            if str(seed) not in done:
+                run = load_config(CONFIG, [*place, f"adapters.seed={seed}", f"optim.lr={rate}"])
+                data = with_validation_questions(prepare_data(run, tokenizer), tokenizer)
+                done[str(seed)] = one_training(
+                    run, model, data, a.quarters, a.packs and a.packs / f"lr{rate}_seed{seed}"
+                )
+                if a.out:
+                    write_json(a.out, found)
+    print(summary(found, a.studies))
+
+
+if __name__ == "__main__":
+    main()
