@@ -133,3 +133,24 @@ def test_what_a_float8_base_changes(tmp_path):
     assert 0 < bfloat16["kl"] < fp8["kl"]
     assert fp8["gradient_cosine"] < bfloat16["gradient_cosine"] < 1
     assert [len(kind["training"]) for kind in (bfloat16, fp8)] == [2, 2]
+
+
+@pytest.mark.slow
+def test_bfloat16_on_a_cpu_by_width(tmp_path):
+    out = tmp_path / "dtypes.json"
+    run("cpu_dtypes.py", "--turns", 1, "--widths", 128, "--out", out)
+    (found,) = json.loads(out.read_text())["shapes"]
+    seconds = found["step_s"]
+    assert found["faster_by"]["step"] == pytest.approx(seconds["float32"] / seconds["bfloat16"], rel=0.01)
+    assert found["faster_by"]["product"] > 0
+
+
+@pytest.mark.slow
+def test_what_computing_activations_again_saves(tmp_path):
+    out = tmp_path / "recomputation.json"
+    run("recomputation.py", "--turns", 1, "--out", out)
+    found = json.loads(out.read_text())
+    for dtype in ("float32", "bfloat16"):
+        none, parts, layers = (found[dtype][kind] for kind in ("none", "norms and gates", "layers"))
+        assert none["peak_bytes"] > parts["peak_bytes"] > layers["peak_bytes"]
+        assert all(kind["same_bits"] for kind in (none, parts, layers))
