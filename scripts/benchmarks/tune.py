@@ -15,8 +15,8 @@ here half of the validation questions. Starting from the plain mean, it then cho
 
 Each is reported on other rows, all test questions: as it was chosen, and where the plain mean is kept unless the gain
 on the tuning rows is above one or two of its standard errors, paired over rows. With --model another base is trained on
-the `docstrings` of real_model.py; every fourth row held out tunes, the odd ones report. The last form prints a finished
-file as Markdown. A seed that is in the file already is not run again.
+the `docstrings` of real_model.py; even rows held out tune, odd ones report. The last form prints a finished file as
+Markdown. A seed that is in the file already is not run again.
 """
 
 import argparse
@@ -257,29 +257,27 @@ def summary(found: dict[str, Any]) -> str:
     seeds = list(found["seeds"].values())
     measures = [x for x in ("accuracy", "nll", "loss") if x in seeds[0]["mean"]]
     lines = [
-        f"| {len(seeds)} seeds | passes | gain on the tuning rows | "
-        + " | ".join(f"{x}: minus the mean's | if gain > 1 error | > 2 errors" for x in measures)
-        + " | kept by 1, by 2 |",
-        "|---|---:|---:|" + "---:|" * (3 * len(measures) + 1),
+        f"| {len(seeds)} seeds | passes | in use | gain on the tuning rows | "
+        + " | ".join(f"{x}: minus the mean's" for x in measures)
+        + " |",
+        "|---|---:|---:|---:|" + "---:|" * len(measures),
     ]
     for way in ("soup", "weights", "scale", "scales"):
         runs = [seed[way] for seed in seeds]
-        cells = [
-            f"{statistics.mean(run['passes'] for run in runs):.0f}",
-            f"{statistics.mean(run['tuning_gain'] for run in runs):+.4f}",
-        ]
-        kept = {n: [run["tuning_gain"] > n * run["tuning_error"] for run in runs] for n in (0, 1, 2)}
-        kept[0] = [True] * len(runs)
-        for x in measures:
-            for chosen in kept.values():
-                differences = [
-                    (run[x] - seed["mean"][x]) * used for run, seed, used in zip(runs, seeds, chosen, strict=True)
-                ]
-                interval = mean_interval(differences)
+        for errors, rule in enumerate(("", " if the gain is > 1 error", " > 2 errors")):
+            used = [not errors or run["tuning_gain"] > errors * run["tuning_error"] for run in runs]
+            gains = [run["tuning_gain"] * use for run, use in zip(runs, used, strict=True)]
+            cells = [
+                f"{statistics.mean(run['passes'] for run in runs):.0f}",
+                f"{sum(used)} of {len(used)}",
+                f"{statistics.mean(gains):+.4f}",
+            ]
+            for x in measures:
+                rows = zip(runs, seeds, used, strict=True)
+                interval = mean_interval([(run[x] - seed["mean"][x]) * use for run, seed, use in rows])
                 digits = 2 if x == "accuracy" else 4
                 cells.append(f"{interval.mean:+.{digits}f} ± {interval.half_width:.{digits}f}")
-        cells.append(f"{sum(kept[1])}, {sum(kept[2])}")
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+            lines.append(f"| {way}{rule} | " + " | ".join(cells) + " |")
     means = ", ".join(f"{x} {statistics.mean(seed['mean'][x] for seed in seeds):.4f}" for x in measures)
     scale = statistics.mean(seed["scale"]["factors"][0] for seed in seeds)
     kinds = zip(found["kinds"], zip(*(seed["scales"]["factors"] for seed in seeds), strict=True), strict=True)
@@ -297,7 +295,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(100, 105))
     parser.add_argument("--packs", type=Path, help="a folder that keeps the trained adapters, to train none twice")
-    parser.add_argument("--limit", type=int, help="only the first test questions of each benchmark, or rows")
+    parser.add_argument("--limit", type=int, help="only the first test questions of each benchmark")
+    parser.add_argument("--every", type=int, default=1, help="use one in so many of the rows of each half")
     parser.add_argument("--model", help="another base than the demo's")
     parser.add_argument("--rows", type=Path, help="with --model: a folder with train.json and heldout.json")
     parser.add_argument("--out", type=Path)
@@ -313,7 +312,14 @@ def main() -> None:
     config = load_config(CONFIG, place)
     model, tokenizer = load_base(name, dtype="bfloat16" if a.model else "auto")
     settings = {name: config.model_dump(mode="json")[name] for name in ("lora", "optim", "train")}
-    found: dict[str, Any] = {"model": Path(name).name, "kinds": [], "seeds": {}, "settings": settings, **environment()}
+    found: dict[str, Any] = {
+        "model": Path(name).name,
+        "every": a.every,
+        "kinds": [],
+        "seeds": {},
+        "settings": settings,
+        **environment(),
+    }
     if a.out and a.out.exists():
         found = json.loads(a.out.read_text())
         if found["settings"] != settings:
@@ -329,7 +335,7 @@ def main() -> None:
         else:
             sources = sorted(str(path) for path in DATA_DIR.glob("*/validation.json"))
         rows = answers(sources, tokenizer, data)
-        tuning, others = rows[: a.limit : 4] if a.model else rows[::2], rows[1 : a.limit : 2]
+        tuning, others = (rows[first :: 2 * a.every] for first in (0, 1))
         pack = train_pack(run, model, data, a.packs and a.packs / f"seed{seed}.pt")
         mixture = Mixture(model, pack, tuning)
 
