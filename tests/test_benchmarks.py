@@ -84,6 +84,17 @@ def test_forecasts_of_what_more_adapters_bring(tmp_path):
     ]
 
 
+def test_tuned_merges_of_the_demo(tmp_path):
+    out = tmp_path / "tune.json"
+    small = ["adapters.count=3", "train.max_steps=3", "lora.rank=1", f"data.train={DATA_DIR / 'boolq'}"]
+    run("tune.py", "--seeds", 0, 1, "--limit", 10, "--out", out, *small)
+    (found,) = json.loads(out.read_text())["seeds"].values()
+    assert all(found[way]["tuning_gain"] >= 0 for way in ("weights", "scale"))  # the loss that chose
+    assert found["scales"]["tuning_gain"] >= found["scale"]["tuning_gain"]
+    assert sum(found["weights"]["factors"]) == pytest.approx(3, abs=1e-3)
+    assert "| weights |" in run("tune.py", "--summary", out)
+
+
 @pytest.mark.slow
 def test_merging_from_files_to_files(tmp_path):
     run("merge.py", "files", "--layers", 1, "--rounds", 1, "--folder", tmp_path, "--out", tmp_path / "merge.json")
