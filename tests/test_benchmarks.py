@@ -66,24 +66,6 @@ def test_students_and_screening_of_the_demo(tmp_path):
 
 
 @pytest.mark.slow
-def test_forecasts_of_what_more_adapters_bring(tmp_path):
-    out, again, packs = tmp_path / "forecast.json", tmp_path / "again.json", tmp_path / "packs"
-    small = ["adapters.count=4", "train.max_steps=4", "lora.rank=1", f"data.train={DATA_DIR / 'boolq'}"]
-    words = ["--seeds", 0, 1, "--rates", "8e-3", "--packs", packs, *small]
-    run("forecast.py", "--out", out, *words)
-    run("forecast.py", "--out", again, *words)  # of the packs that were kept
-    found, same = (json.loads(file.read_text())["rates"]["8e-3"]["0"] for file in (out, again))
-    assert found == same
-    assert [len(found[f"{quarter}/4"]["losses"]) for quarter in (1, 2, 3, 4)] == [4 + 2 + 1] * 3 + [4 + 2 + 1 + 4]
-    study = FOLDER / "results" / "real_model_h200" / "docstrings.json"
-    shown = run("forecast.py", "--summary", out, "--studies", study)
-    assert [line.split(" | ")[:2] for line in shown.splitlines() if "→" in line] == [
-        ["| demo, lr 8e-3 (1)", "2 → 4"],
-        ["| demo, lr 8e-3 (1)", "2 → 3"],
-        ["| docstrings (3)", "4 → 8"],
-    ]
-
-
 def test_tuned_merges_of_the_demo(tmp_path):
     out = tmp_path / "tune.json"
     small = ["adapters.count=3", "train.max_steps=3", "lora.rank=1", f"data.train={DATA_DIR / 'boolq'}"]

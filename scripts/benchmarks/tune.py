@@ -67,7 +67,7 @@ class Mixture:
         self.model, self.rows, self.M, self.passes = model, rows, pack.bank.size, 0.0
         self.tokens = torch.tensor([supervised_tokens(row) for row in rows], dtype=torch.float64)
         factors = {path: (m.factors.A.detach(), m.factors.B.detach()) for path, m in pack.bank.modules.items()}
-        scale = pack.bank.scale / self.M
+        scale = pack.bank.scales.values[0] / self.M
         pack.close()
         rank = self.M * pack.bank.rank
         self.bank = AdapterBank.blank(model, targets=pack.config.lora.targets, rank=rank, adapters=[0])
