@@ -104,10 +104,10 @@ class AdaptersSection(Section):
     def _each_adapter_has_a_value(self) -> "AdaptersSection":
         for key, values in self.vary.items():
             if self.count % len(values):
-                fits = [str(n) for n in range(1, self.count + 1) if self.count % n == 0]
+                fits = ", ".join(str(n) for n in range(1, self.count) if self.count % n == 0)
                 raise ValueError(
-                    f"vary.{key} has {len(values)} values for {self.count} adapters: give {' or '.join(fits)}, so that"
-                    " each value has as many adapters"
+                    f"vary.{key} has {len(values)} values for {self.count} adapters: give {self.count}, or as many as"
+                    f" divide it ({fits}), which are repeated"
                 )
             if key != "optim.temperature" and not min(values) > 0:
                 raise ValueError(f"vary.{key} has the value {min(values):g}, which must be above 0")
@@ -261,6 +261,11 @@ class RunConfig(Section):
         """Returns the values of a key over the adapters, each once: one, unless the key is varied."""
         section, _, name = key.partition(".")
         return list(dict.fromkeys(self.adapters.vary.get(key, (getattr(getattr(self, section), name),))))
+
+    def in_words(self, key: Varied) -> str:
+        """Returns the value of a key as text; if it is varied, all of them."""
+        values = self.values(key)
+        return ", ".join(f"{value:g}" for value in values) + (" by adapter" if len(values) > 1 else "")
 
     @model_validator(mode="after")
     def _has_losses_to_choose_by(self) -> "RunConfig":

@@ -133,6 +133,9 @@ def make_plans(
     if config.adapters.count < 2:
         what = "a pack of one adapter has no merge to compare"
         raise RequestError(what, where="adapters.count", fix="set it to 2 or more, such as 8")
+    if config.adapters.vary:
+        what = "the rivals have one setting each, and the adapters of this pack have several"
+        raise RequestError(what, where="adapters.vary", fix="choose a value by the report of the sweep; add vary: {}")
     if whole_number("WORLD_SIZE", 1, least=1) > 1:
         raise RequestError("controls runs in one process", fix="start it without accelerate launch")
     tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)

@@ -38,13 +38,13 @@ class Ranks:
     """The ranks of a run as seen by one of them. With `size` 1 nothing is exchanged.
 
     Attributes:
-        rank: This process's rank.
+        process_index: This process's rank, by accelerate's name: a rank alone may be that of an adapter.
         size: The number of ranks.
         stop: Set when any rank was asked to stop, by Ctrl-C, SIGTERM or the death of its launcher.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, hang_seconds: float = HANG_SECONDS):
-        self.rank, self.size, self.hang_seconds = rank, size, hang_seconds
+    def __init__(self, process_index: int = 0, size: int = 1, hang_seconds: float = HANG_SECONDS):
+        self.process_index, self.size, self.hang_seconds = process_index, size, hang_seconds
         self.stop = threading.Event()
         self._store: dist.Store | None = None
         self._main = self.channel("main")
@@ -106,7 +106,7 @@ class Ranks:
     def mark_shared(self, problem: PocLoraError) -> PocLoraError:
         """Mark `problem`, which every rank is about to raise, to be printed by rank 0 only."""
         self._shared = True
-        problem.reported_elsewhere = self.rank != 0
+        problem.reported_elsewhere = self.process_index != 0
         return problem
 
     def require_equal(self, facts: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ class Ranks:
 
     def _connect(self, host: str) -> None:
         """Open the store on a port that rank 0 chooses, and start the watching thread."""
-        mine = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.rank == 0 else None
+        mine = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.process_index == 0 else None
         port = [mine.port if mine else 0]
         dist.broadcast_object_list(port, src=0)
         self._store = mine or dist.TCPStore(host, port[0], timeout=timedelta(minutes=1))
@@ -136,14 +136,16 @@ class Ranks:
 
     def _watch(self, store: dist.Store, homes: list[tuple[str, int]]) -> None:
         launcher, polls = os.getppid(), 0
-        others = {rank: _Heartbeats(*home, self.hang_seconds) for rank, home in enumerate(homes) if rank != self.rank}
+        others = {
+            rank: _Heartbeats(*home, self.hang_seconds) for rank, home in enumerate(homes) if rank != self.process_index
+        }
         while not self._closing.wait(POLL_SECONDS):
             polls += 1
             try:
                 if os.getppid() != launcher:
                     self.stop.set()  # nobody is left to stop this process
                 self._pass_on_stop(store)
-                store.set(f"sign/{self.rank}", json.dumps([polls, self._beats, self._doing]))
+                store.set(f"sign/{self.process_index}", json.dumps([polls, self._beats, self._doing]))
                 for rank, signs in others.items():
                     cause = signs.problem(store.get(f"sign/{rank}") if store.check([f"sign/{rank}"]) else None)
                     if cause and not self._problem:
@@ -171,7 +173,7 @@ class Ranks:
             f"process {problem['rank']} failed: {problem['cause']}",
             fix="what was saved stands: run the same command again, and train with --resume",
         )
-        error.reported_elsewhere = self.rank != (1 if problem["rank"] == 0 else 0)
+        error.reported_elsewhere = self.process_index != (1 if problem["rank"] == 0 else 0)
         return error
 
     def _give_up(self) -> None:
@@ -189,14 +191,14 @@ class Ranks:
             return
         with contextlib.suppress(RuntimeError):  # of a store whose process has gone
             if problem is not None and not self._shared and not isinstance(problem, PeerError):
-                self._publish(self._store, self.rank, str(problem) or type(problem).__name__)
+                self._publish(self._store, self.process_index, str(problem) or type(problem).__name__)
             self._stop_watching()
-            if self.rank:
-                self._store.set(f"left/{self.rank}", "")
+            if self.process_index:
+                self._store.set(f"left/{self.process_index}", "")
             failed = self._problem["rank"] if self._problem else 0
             left = [f"left/{rank}" for rank in range(1, self.size) if rank != failed]
             deadline = time.monotonic() + GRACE_SECONDS / 2
-            while self.rank == 0 and left and not self._store.check(left) and time.monotonic() < deadline:
+            while self.process_index == 0 and left and not self._store.check(left) and time.monotonic() < deadline:
                 time.sleep(0.05)
         if problem is None or self._shared:
             dist.destroy_process_group()
@@ -225,7 +227,7 @@ class Channel:
         keys = [f"{self._name}/{self._gathered}/{rank}" for rank in range(ranks.size)]
         pause = 0.001
         try:
-            ranks._store.set(keys[ranks.rank], text)
+            ranks._store.set(keys[ranks.process_index], text)
             while not ranks._store.check(keys):
                 if ranks._problem:
                     raise ranks._peer_error()
@@ -233,7 +235,7 @@ class Channel:
                 pause = min(2 * pause, 0.1)
             values = [json.loads(ranks._store.get(key)) for key in keys]
             # All ranks have read the previous values, so their keys can go.
-            ranks._store.delete_key(f"{self._name}/{self._gathered - 1}/{ranks.rank}")
+            ranks._store.delete_key(f"{self._name}/{self._gathered - 1}/{ranks.process_index}")
         except RuntimeError as problem:  # the store's
             ranks._problem = ranks._problem or RANK_0_GONE
             raise ranks._peer_error() from problem
@@ -308,9 +310,9 @@ def open_ranks(device: torch.device) -> Iterator[Ranks]:
             fix="start them all with accelerate launch",
         )
     ranks = Ranks(whole_number("RANK"), size, hang_seconds)
-    if ranks.rank >= size:
+    if ranks.process_index >= size:
         raise RequestError(
-            f"RANK is {ranks.rank}, but of {size} processes the last is number {size - 1}",
+            f"RANK is {ranks.process_index}, but of {size} processes the last is number {size - 1}",
             where="RANK",
             fix="start them all with accelerate launch",
         )

@@ -66,6 +66,18 @@ def test_students_and_screening_of_the_demo(tmp_path):
 
 
 @pytest.mark.slow
+def test_tuned_merges_of_the_demo(tmp_path):
+    out = tmp_path / "tune.json"
+    small = ["adapters.count=3", "train.max_steps=3", "lora.rank=1", f"data.train={DATA_DIR / 'boolq'}"]
+    run("tune.py", "--seeds", 0, 1, "--limit", 10, "--out", out, *small)
+    (found,) = json.loads(out.read_text())["seeds"].values()
+    assert all(found[way]["tuning_gain"] >= 0 for way in ("weights", "scale"))  # the loss that chose
+    assert found["scales"]["tuning_gain"] >= found["scale"]["tuning_gain"]
+    assert sum(found["weights"]["factors"]) == pytest.approx(3, abs=1e-3)
+    assert "| weights |" in run("tune.py", "--summary", out)
+
+
+@pytest.mark.slow
 def test_merging_from_files_to_files(tmp_path):
     run("merge.py", "files", "--layers", 1, "--rounds", 1, "--folder", tmp_path, "--out", tmp_path / "merge.json")
     found = json.loads((tmp_path / "merge.json").read_text())
@@ -114,3 +126,24 @@ def test_what_a_float8_base_changes(tmp_path):
     assert 0 < bfloat16["kl"] < fp8["kl"]
     assert fp8["gradient_cosine"] < bfloat16["gradient_cosine"] < 1
     assert [len(kind["training"]) for kind in (bfloat16, fp8)] == [2, 2]
+
+
+@pytest.mark.slow
+def test_bfloat16_on_a_cpu_by_width(tmp_path):
+    out = tmp_path / "dtypes.json"
+    run("cpu_dtypes.py", "--turns", 1, "--widths", 128, "--out", out)
+    (found,) = json.loads(out.read_text())["shapes"]
+    seconds = found["step_s"]
+    assert found["faster_by"]["step"] == pytest.approx(seconds["float32"] / seconds["bfloat16"], rel=0.01)
+    assert found["faster_by"]["product"] > 0
+
+
+@pytest.mark.slow
+def test_what_computing_activations_again_saves(tmp_path):
+    out = tmp_path / "recomputation.json"
+    run("recomputation.py", "--turns", 1, "--out", out)
+    found = json.loads(out.read_text())
+    for dtype in ("float32", "bfloat16"):
+        none, parts, layers = (found[dtype][kind] for kind in ("none", "norms and gates", "layers"))
+        assert none["peak_bytes"] > parts["peak_bytes"] > layers["peak_bytes"]
+        assert all(kind["same_bits"] for kind in (none, parts, layers))

@@ -77,6 +77,12 @@ def test_what_the_configuration_has_already_is_left_out(config):
     assert make_plans(config, Path("out"), runs=2, only=["longer"])[1] == {}
 
 
+def test_a_sweep_has_no_rivals_of_one_setting(config):
+    config = load_config("run.yaml", ["adapters.vary.optim.lr=[1e-4, 2e-4]"])
+    with pytest.raises(RequestError, match="adapters of this pack have several"):
+        make_plans(config, Path("out"), runs=2)
+
+
 def test_the_merge_is_compared_seed_by_seed_or_with_independent_runs(config):
     found = compare(config, rows=["rows.jsonl"], only=["longer", "lambda_0"])
     assert Controls.read(Path("controls/controls.json")) == found

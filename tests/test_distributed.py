@@ -46,7 +46,7 @@ def test_alone_nothing_is_exchanged():
 def test_what_ranks_gather_comes_in_their_order_again_and_again():
     body = """
 for number in range(20):
-    values = group.gather([number, group.rank])
+    values = group.gather([number, group.process_index])
     assert values == [[number, rank] for rank in range(3)], values
 group.require_equal({"same": 1})
 print("fine")
@@ -58,7 +58,7 @@ print("fine")
 def test_a_request_that_one_rank_finds_wrong_ends_all_with_one_message():
     body = """
 with group.raise_on_all():
-    if group.rank == 1:
+    if group.process_index == 1:
         raise DataError("no rows", where="rows.json")
 """
     with run(3, body) as started:
@@ -82,7 +82,7 @@ with group.raise_on_all():
 
 
 def test_ranks_with_different_settings_are_named():
-    with run(2, 'group.require_equal({"optim.lr": 1e-4 * (1 + group.rank), "seed": 0})') as started:
+    with run(2, 'group.require_equal({"optim.lr": 1e-4 * (1 + group.process_index), "seed": 0})') as started:
         first, second = finish(started)
     assert (first[0], second[0]) == (2, 2)
     assert "optim.lr is 0.0001 in process 0, but 0.0002 in process 1" in first[2]
@@ -92,7 +92,7 @@ def test_ranks_with_different_settings_are_named():
 def test_an_error_in_one_rank_ends_the_others(failing):
     body = f"""
 group.gather("started")
-if group.rank == {failing}:
+if group.process_index == {failing}:
     raise RuntimeError("the disk caught fire")
 group.gather("never")
 """
@@ -111,7 +111,7 @@ def test_a_killed_rank_is_noticed_even_by_ranks_that_are_stuck(victim, stuck):
 group.gather("started")
 print("ready", flush=True)
 group.heartbeat("at step 7")
-if group.rank == {} or {}:
+if group.process_index == {} or {}:
     time.sleep(1000)
 group.gather("never")
 """
@@ -134,7 +134,7 @@ def test_a_rank_that_hangs_is_named_with_what_it_did(how):
 group.gather("started")
 print("ready", flush=True)
 group.heartbeat("at step 7")
-if group.rank == 1:
+if group.process_index == 1:
     time.sleep(1000)
 group.gather("never")
 """

@@ -1,6 +1,49 @@
-"""How to serve an adapter with vLLM or llama.cpp."""
+"""How to serve an adapter: the ranks that servers take, and commands for vLLM and llama.cpp."""
 
-VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank accepts
+from typing import NamedTuple
+
+from poc_lora.config import MAX_RANK
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank accepts; newer versions 1 too
+
+
+class Server(NamedTuple):
+    """The ranks that a server takes, as its source says that was read on the day `checked`."""
+
+    name: str
+    ranks: range
+    source: str
+    checked: str
+
+
+# Services that do not state their limit, such as Together AI and CoreWeave (W&B), are not listed.
+SERVERS = (
+    Server(
+        "vLLM",
+        range(1, VLLM_RANKS[-1] + 1),
+        "https://github.com/vllm-project/vllm/blob/main/vllm/config/lora.py",
+        "2026-11-27",
+    ),
+    Server("SGLang", range(1, MAX_RANK + 1), "https://docs.sglang.io/docs/advanced_features/lora", "2026-11-27"),
+    Server(
+        "llama.cpp",
+        range(1, MAX_RANK + 1),
+        "https://github.com/ggml-org/llama.cpp/blob/master/src/llama-adapter.cpp",
+        "2026-11-27",
+    ),
+    Server("Fireworks AI", range(4, 65), "https://fireworks.ai/docs/fine-tuning/fine-tuned-import", "2026-11-27"),
+    Server(
+        "Cloudflare Workers AI",
+        range(1, 33),
+        "https://developers.cloudflare.com/workers-ai/features/fine-tunes/loras",
+        "2026-11-27",
+    ),
+)
+
+
+def servers_of(rank: int) -> list[str]:
+    """Returns the names of the servers that take adapters of this rank."""
+    return [server.name for server in SERVERS if rank in server.ranks]
 
 
 def vllm_command(base: str, rank: int) -> str | None:
@@ -24,11 +67,5 @@ def serving_advice(rank: int, *, modules_to_save: bool = False, embeddings: bool
     command = vllm_command("BASE", rank)
     if command is None:
         return [f"vLLM serves ranks up to {VLLM_RANKS[-1]}: merge again with --rank {VLLM_RANKS[-1]} or less"]
-    return [
-        f"to serve it: {command};"
-        + (
-            " llama.cpp does not serve adapters of embeddings: poc-lora fold makes a plain model of it"
-            if embeddings
-            else f" llama.cpp's convert_lora_to_gguf.py takes it as it is (one alpha, {rank})"
-        )
-    ]
+    where = "; of embeddings only with bases whose class allows it" if embeddings else ""
+    return [f"to serve it: {command}{where}; llama.cpp's convert_lora_to_gguf.py takes it as it is (one alpha, {rank})"]

@@ -84,6 +84,7 @@ class TaskResults(Artifact):
         base_model, limit, exact_average: As in Results.
         apply_chat_template: Whether prompts were in the chat template.
         lm_eval: Its version.
+        adapter_digests: By variant a hash of the adapter's weights and configuration, of variants that have a folder.
     """
 
     content: ClassVar[str] = "the results of lm-eval's tasks"
@@ -94,7 +95,28 @@ class TaskResults(Artifact):
     limit: Public[Count | None]
     exact_average: Public[bool]
     apply_chat_template: Public[bool] = False
+    adapter_digests: Annotated[dict[str, str], Field(max_length=MAX_ADAPTERS + 1)] = Field(default={})
     tasks: Public[Annotated[dict[str, Task], Field(min_length=1, max_length=MAX_TASKS)]]
+
+    def of_adapter(self, name: str) -> Self:
+        """Returns the results of one of several adapters, as if it had been evaluated alone."""
+        tasks = {}
+        for task_name, task in self.tasks.items():
+            own = {
+                key: metric.model_copy(
+                    update={
+                        "adapters": {name: metric.adapters[name]},
+                        "average": metric.adapters[name],
+                        "best": name,
+                        "merged": None,
+                        "comparisons": {},
+                    }
+                )
+                for key, metric in task.metrics.items()
+                if name in metric.adapters
+            }
+            tasks[task_name] = task.model_copy(update={"metrics": own})
+        return self.model_copy(update={"tasks": tasks, "exact_average": False})
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -58,9 +58,9 @@ class AnswerFile:
         answers: The answers known so far, by question.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], items: Sequence[Item], *, rank: int = 0):
+    def __init__(self, path: Path, settings: Mapping[str, Any], items: Sequence[Item], *, process_index: int = 0):
         self.path, self.items = path, items
-        self._part = path.with_name(f"{path.name}.part-{rank}")
+        self._part = path.with_name(f"{path.name}.part-{process_index}")
         self._same_settings = _hash(json.dumps(settings, sort_keys=True))
         self._keys = {item: self._key(item) for item in items}
         self._others: dict[tuple[str, ...], dict[str, Any]] = {}  # benchmark, split and row -> a line to keep

@@ -91,8 +91,8 @@ def evaluate(
     out = None if out is None else Path(out)
     _check_request(protocol, limit=limit, beams=beams, subsets=subsets, merge_ranks=merge_ranks, control=control)
     device = device or default_device()
-    with open_ranks(device) as ranks, without_cudnn_attention():
-        with ranks.raise_on_all():
+    with open_ranks(device) as processes, without_cudnn_attention():
+        with processes.raise_on_all():
             chosen = find_benchmarks(benchmarks, data)
             variants = find_variants(
                 folders,
@@ -112,7 +112,7 @@ def evaluate(
             settings: dict[str, Any]
             items: list[Item] = []  # lm-eval's are known when it has asked them
             if protocol == "harness":
-                if ranks.size > 1:
+                if processes.size > 1:
                     raise RequestError("lm-eval runs in one process", where="--protocol harness")
                 tasks = load_tasks(chosen, data=data, prompt=variants.prompt)
                 settings = {"protocol": protocol, "prompt": variants.prompt if data else "lm-eval's own"}
@@ -126,13 +126,13 @@ def evaluate(
                 "dtype": resolve_dtype(variants.dtype, device),
                 "quantization": variants.quantization,
             }
-            sharded = variants.shard and ranks.size > 1
+            sharded = variants.shard and processes.size > 1
             if sharded and protocol != "label":
                 raise RequestError(f"a sharded base does not answer by {protocol}", where="model.shard", fix=UNSHARDED)
             compared = None if control is None else read_control(control, protocol, settings, _test(items))
 
         def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-            with ranks.raise_on_all():
+            with processes.raise_on_all():
                 if not sharded:
                     return load_base_of(variants, device)
                 model, tokenizer = load_to_shard(
@@ -140,11 +140,11 @@ def evaluate(
                     revision=variants.revision,
                     dtype=settings["dtype"],
                     quantization=variants.quantization,
-                    rank=ranks.rank,
+                    rank=processes.process_index,
                     chat_template=variants.chat_template,
                 )
                 require_packed(model, variants)
-            ranks.heartbeat("sharding the base model")
+            processes.heartbeat("sharding the base model")
             return shard_base(model, device), tokenizer
 
         subset_slots = name_subsets(len(variants.adapters), seed, whole=variants.merged is not None) if subsets else {}
@@ -154,21 +154,23 @@ def evaluate(
         settings_of = {name: settings | {"adapters": of} for name, of in digests.items()}
         files: dict[str, AnswerFile] = {}
         if protocol == "harness":
-            stop = ranks.stop
+            stop = processes.stop
             items, answers = harness_answers(*load(), tasks, variants, data=data, limit=limit, stop=stop)
         else:
             for name, its_settings in settings_of.items():
                 asked = items if name in variants.keys else _test(items)  # validation only chooses the best adapter
                 if name in subset_slots and subset_limit is not None:
                     asked = [item for item in asked if item.row <= subset_limit]
-                files[name] = AnswerFile(variants.out / f"{name}.jsonl", its_settings, asked, rank=ranks.rank)
-            ranks.barrier()  # no rank adds answers before all have read, so that all share the same questions
+                files[name] = AnswerFile(
+                    variants.out / f"{name}.jsonl", its_settings, asked, process_index=processes.process_index
+                )
+            processes.barrier()  # none adds answers before all have read, so that all share the same questions
             asked_of_models = [file for name, file in files.items() if name != "ensemble"]
             if not all(file.answers.keys() >= set(file.items) for file in asked_of_models):  # else nothing to load
                 model, tokenizer = load()
-                with ranks.raise_on_all():
+                with processes.raise_on_all():
                     how.require_embeddings(model, tokenizer, items)
-                Evaluator(model, tokenizer, how, ranks, sharded).answer(variants, files, subset_slots)
+                Evaluator(model, tokenizer, how, processes, sharded).answer(variants, files, subset_slots)
             answers = {name: file.answers for name, file in files.items()}
         test = _test(items)
         if "ensemble" in digests:  # `answers["ensemble"]` is the dictionary of its AnswerFile, so these are saved too
@@ -198,12 +200,12 @@ def evaluate(
             merged_bytes=variants.merged_bytes if merge_ranks else None,
             exact_average=variants.exact_average,
         )
-        if ranks.rank == 0:
+        if processes.process_index == 0:
             (variants.out / RESULTS).unlink(missing_ok=True)
             for file in files.values():
                 file.finish()
             write_results(variants, results, settings_of)
-        ranks.barrier()  # no process ends before the results are there
+        processes.barrier()  # no process ends before the results are there
     return results
 
 

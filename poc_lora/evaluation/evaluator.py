@@ -125,7 +125,7 @@ class Evaluator:
         """Answer this rank's share, variant by variant, and save every batch."""
         total = sum(len(file.items) for file in files.values())
         with (
-            progress_bar(total, "evaluating", hidden=self.ranks.rank > 0) as progress,
+            progress_bar(total, "evaluating", hidden=self.ranks.process_index > 0) as progress,
             contextlib.closing(activate_variants(self.model, variants, subsets=subset_slots)) as steps,
         ):
             for names in steps:
@@ -160,12 +160,12 @@ class Evaluator:
             for batch in _batches(items, QUESTIONS_PER_BATCH):
                 self._heartbeat(names)
                 answers = self._answers(names, batch, self.ranks)
-                yield batch, answers if self.ranks.rank == 0 else []
+                yield batch, answers if self.ranks.process_index == 0 else []
             return
         share = math.ceil(len(items) / (BATCHES_PER_RANK * self.ranks.size))
         size = QUESTIONS_PER_BATCH if self.ranks.size == 1 else max(1, min(QUESTIONS_PER_BATCH, share))
         for number, batch in enumerate(_batches(items, size)):
-            if number % self.ranks.size == self.ranks.rank:
+            if number % self.ranks.size == self.ranks.process_index:
                 self._heartbeat(names)
                 yield batch, self._answers(names, batch)
             else:

@@ -47,5 +47,4 @@ def read_control(run: Path, protocol: str, settings: Mapping[str, Any], items: S
         if item not in answers:
             what = f"its merge did not answer {item.benchmark}, row {item.row}, or that question has changed"
             raise RunError(what, where=folder, fix=fix)
-    temperature = load_config(RunFolder(run).config).optim.temperature
-    return Control(f"λ = {temperature:g}", answers)
+    return Control(f"λ = {load_config(RunFolder(run).config).in_words('optim.temperature')}", answers)

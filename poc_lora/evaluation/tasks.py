@@ -101,10 +101,10 @@ def evaluate_tasks(
         }
         if template is not None:
             settings["chat_template"] = template
+        weights = {name: digests for name, digests in variants.digests().items() if name != "ensemble"}
         keys = {
             name: {task.name: task.key(settings | {"adapters": digests}) for task in prepared}
-            for name, digests in variants.digests().items()
-            if name != "ensemble"
+            for name, digests in weights.items()
         }
         found = {
             name: {task: known for task, key in own.items() if (known := read_score(variants.out / name, task, key))}
@@ -121,6 +121,7 @@ def evaluate_tasks(
         limit=limit,
         apply_chat_template=apply_chat_template,
         exact_average=variants.exact_average,
+        adapter_digests={name: digests[0] for name, digests in weights.items() if len(digests) == 1},
         tasks=summarise_tasks(named, found, adapters=list(variants.adapters), seed=seed),
     )
     results.write(variants.out / TASK_RESULTS)

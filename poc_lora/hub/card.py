@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from poc_lora.adapters.peft_config import TASKS
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.run_info import NO_FILES
+from poc_lora.artifacts.task_scores import TaskResults
 from poc_lora.data.commonsense import BY_FOLDER, Benchmark, own_benchmark
 from poc_lora.data.rows import is_dataset_id
 from poc_lora.errors import RequestError
@@ -26,6 +27,7 @@ from poc_lora.optim.schedules import MAX_WARMUP_STEPS
 from poc_lora.reporting.escape import code, markdown
 from poc_lora.reporting.results_tables import columns, results_markdown
 from poc_lora.reporting.tables import Table, markdown_table
+from poc_lora.reporting.task_tables import differences_table, scores_table, task_notes
 
 EVAL_RESULTS = ".eval_results/poc-lora-{}.yaml"
 MAX_LISTED = 32
@@ -66,6 +68,7 @@ def model_card(subject: Subject, repo_id: str, *, revision: str | None = None, l
         _opening(subject, licence),
         _making(subject),
         *([_measured(subject.evaluation)] if subject.evaluation else []),
+        *([_tasks(subject.tasks)] if subject.tasks else []),
         usage(subject, repo_id, revision),
         "## Citation\n\nThe method is that of Nitanda, Lee, Tan, Sakaguchi and Suzuki (ICML 2025); the software is "
         f"`poc_lora`, which is not theirs.\n\n```bibtex\n{CITATION}\n```",
@@ -144,7 +147,7 @@ def _opening(subject: Subject, licence: str | None) -> str:
     if subject.config:
         paper = "[propagation of chaos](https://arxiv.org/abs/2502.05784)"
         many = "They were trained independently" if subject.merge else "It was trained"
-        how = "a noisy AdamW" if subject.config.optim.temperature else "AdamW, without noise"
+        how = "a noisy AdamW" if any(subject.config.values("optim.temperature")) else "AdamW, without noise"
         lines.append(f"{many} with {how}, after the idea of {paper}.")
     if subject.members:
         lines.append(f"The {len(subject.members)} single adapters are in `adapters/`.")
@@ -181,10 +184,11 @@ def _making(subject: Subject) -> str:
         if optim.warmup_steps == "auto":
             warmup = f"warm-up over a tenth of the steps, at most {MAX_WARMUP_STEPS}"
         rows |= {
-            "λ (temperature of the noise)": f"{optim.temperature:g}",
-            "rank and alpha in training": f"{config.lora.rank} and {config.lora.alpha:g}",
+            "λ (temperature of the noise)": config.in_words("optim.temperature"),
+            "rank and alpha in training": f"{config.lora.rank} and {config.in_words('lora.alpha')}",
             "modules": ", ".join(map(code, subject.run.target_modules or targets)),
-            "optimizer": f"{'noisy ' if optim.temperature else ''}AdamW, lr {optim.lr:g}, "
+            "optimizer": f"{'noisy ' if any(config.values('optim.temperature')) else ''}AdamW, "
+            f"lr {config.in_words('optim.lr')}, "
             f"weight decay {optim.weight_decay:g}, {optim.schedule} schedule, {warmup}",
             "length": f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs",
             **({"weights": kept} if (kept := _kept(subject)) else {}),
@@ -268,3 +272,19 @@ def _measured(evaluation: Evaluation) -> str:
             "compare these figures only with each other."
         )
     return "\n".join(lines)
+
+
+def _tasks(results: TaskResults) -> str:
+    """The tables of the tasks and groups that were asked for; this adapter is the last column."""
+    lines = ["## Tasks of lm-eval"]
+    for table in filter(lambda table: table.rows, (scores_table(results), differences_table(results))):
+        lines += ["", f"{table.caption}:", "", *markdown_table(table)]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "This adapter is the last column of the first table.",
+            "",
+            *(f"- {markdown(note)}" for note in task_notes(results)),
+        ]
+    )

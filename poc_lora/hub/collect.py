@@ -15,11 +15,12 @@ from poc_lora.adapters.adapter import CONFIG_NAME, TOKENIZER_FILES, WEIGHTS_NAME
 from poc_lora.adapters.sources import find_adapters
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.artifacts.results import Results, Scored
-from poc_lora.artifacts.run_folder import MERGE_REPORT, RESULTS, RESULTS_TABLE, RunFolder
+from poc_lora.artifacts.run_folder import MERGE_REPORT, RESULTS, RESULTS_TABLE, TASK_RESULTS, RunFolder
 from poc_lora.artifacts.run_info import RunInfo
+from poc_lora.artifacts.task_scores import TaskResults
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import AdapterError, RequestError, RunError
-from poc_lora.evaluation.variants import adapter_key, is_merge_of
+from poc_lora.evaluation.variants import adapter_digest, adapter_key, is_merge_of
 from poc_lora.files import links_root, read_json
 from poc_lora.hub.public import public_config, refuse_metadata
 from poc_lora.hub_ids import is_base_model_id, is_repo_id
@@ -66,6 +67,7 @@ class Subject:
     config: RunConfig | None = None  # that all its adapters were trained with
     run: RunInfo = field(default_factory=RunInfo)  # of that training
     evaluation: Evaluation | None = None
+    tasks: TaskResults | None = None  # of lm-eval, their public part
     left_out: dict[str, str] = field(default_factory=dict)  # files and fields that are not uploaded, with the reason
 
 
@@ -136,6 +138,9 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
     if evaluation:
         files.append(File(RESULTS, evaluation.results.dumps().encode()))
         files.append(File(RESULTS_TABLE, results_markdown(evaluation.results).encode()))
+    tasks = _tasks(folder, run, names, tree)
+    if tasks:
+        files.append(File(TASK_RESULTS, tasks.dumps().encode()))
     files += _figures(dict.fromkeys([source, RunFolder(source).evaluation(), folder]), tree)
     origin = run if trained_here else None
     return Subject(
@@ -147,11 +152,18 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
         modules_to_save={name: tuple(tensor.shape) for name, tensor in adapter.modules_to_save.items()},
         members=tuple(member.name for member in siblings) if members else (),
         merge=merge,
-        config=load_config(origin.config) if origin else None,
+        config=_training(origin, folder) if origin else None,
         run=(origin and not tree.link(origin.info) and RunInfo.read_if_there(origin.info)) or RunInfo(),
         evaluation=evaluation,
+        tasks=tasks,
         left_out=tree.left_out,
     )
+
+
+def _training(run: RunFolder, folder: Path) -> RunConfig:
+    """The configuration that the adapter in `folder` was trained with, or the adapters of the merge there."""
+    config = load_config(run.config)
+    return config if folder == run.merged else config.of_adapter(int(folder.name))
 
 
 def _adapter_and_run(source: Path, members: bool) -> tuple[Path, RunFolder | None]:
@@ -253,6 +265,22 @@ def _evaluation(
     rows = [row for row, _, one in table_rows(results) if one is scored]
     row = rows[0] if variant == "merged" or len(results.adapters) == 1 else name
     return Evaluation(results, scored, row)
+
+
+def _tasks(folder: Path, run: RunFolder | None, names: dict[str, str], tree: _Tree) -> TaskResults | None:
+    """The metrics of lm-eval's tasks in the run or in the adapter's folder, if they are of this adapter's weights."""
+    places = [(run or RunFolder(folder)).evaluation("tasks"), *([] if run else [folder])]
+    place = next((p for p in places if tree.has(p / TASK_RESULTS)), None)
+    if place is None:
+        return None
+    found = TaskResults.read(place / TASK_RESULTS)
+    variant = "merged" if run and folder == run.merged else adapter_key(folder.name)
+    if found.adapter_digests.get(variant) != adapter_digest(folder):
+        known = variant in found.adapter_digests
+        why = "the weights have changed since" if known else "not an evaluation of this adapter"
+        tree.left_out[f"{place.name}/{TASK_RESULTS}"] = f"{why}: evaluate again"
+        return None
+    return (found if variant == "merged" else found.of_adapter(folder.name)).public(names)
 
 
 def _figures(places: Iterable[Path], tree: _Tree) -> list[File]:

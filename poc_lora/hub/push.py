@@ -22,7 +22,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from poc_lora.artifacts.run_folder import RESULTS, RESULTS_TABLE
+from poc_lora.artifacts.run_folder import RESULTS, RESULTS_TABLE, TASK_RESULTS
 from poc_lora.errors import HubError, PocLoraError, RequestError
 from poc_lora.hub.card import EVAL_RESULTS, eval_results_files, model_card
 from poc_lora.hub.collect import File, collect
@@ -33,7 +33,7 @@ PATIENCE_SECONDS = 300.0  # no retry after that: the library retries requests it
 TIMEOUT_SECONDS = 60.0  # without an answer; the library's default is no timeout
 
 # Files with accuracies. Those that are not part of an upload are removed: they belong to other weights.
-CLAIMS = (RESULTS, RESULTS_TABLE, EVAL_RESULTS.format("*"))
+CLAIMS = (RESULTS, RESULTS_TABLE, TASK_RESULTS, EVAL_RESULTS.format("*"))
 
 LOG_IN = "log in with hf auth login, or set HF_TOKEN, to a token that may write there"
 

@@ -18,6 +18,7 @@ from poc_lora.lora.shared_input import (
     autocast_enabled,
     without_autocast,
 )
+from poc_lora.models.float8 import Float8Linear
 
 
 @dataclass
@@ -150,12 +151,11 @@ class BankLinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _is_plain(self, x: Tensor) -> bool:
-        """Whether `PackedLinear` computes what the steps below it would: not with quantized layers, hooks or casts."""
+        """Whether `PackedLinear` computes what the steps below it would: not with bitsandbytes, hooks or casts."""
         base = self.base
         return (
-            type(base) is nn.Linear
+            (type(base) is Float8Linear or (type(base) is nn.Linear and x.dtype == base.weight.dtype))
             and x.requires_grad
-            and x.dtype == base.weight.dtype
             and not any(parameter.requires_grad for parameter in base.parameters())
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
             and not (self.dropout and self.training)
@@ -167,8 +167,8 @@ class BankLinear(nn.Module):
         self._check_rows(x, len(factors.A))
         y, link = PackedLinear.apply(  # type: ignore[no-untyped-call]
             shared.link(x),
-            self.base.weight,
-            self.base.bias,
+            self.base,
+            shared.quantized(x) if isinstance(self.base, Float8Linear) else None,
             factors.A,
             factors.B,
             factors.grad_A,

@@ -57,9 +57,17 @@ class Float8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Float8Product.apply(x.reshape(-1, x.shape[-1]), self)  # type: ignore[no-untyped-call]
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def product(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns x W^T + b [n, d_out] of rows x [n, d_in] that `quantized` has quantised."""
+        y = matmul(values, scale, self.weight, self.weight_scale, dtype)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def gradient(self, upstream: Tensor) -> Tensor:
+        """Returns dX [n, d_in] of dY [n, d_out], in its dtype."""
+        weight, ones = self.for_backward()
+        return matmul(*quantized(upstream, self.weight_scale), weight, ones, upstream.dtype)
 
     def for_backward(self) -> tuple[Tensor, Tensor]:
         """W8^T [d_in, d_out] and its scales, which are ones."""
@@ -72,20 +80,17 @@ class Float8Linear(nn.Linear):
 
 
 class _Float8Product(torch.autograd.Function):
-    """y = x W^T and dX = dY W of a Float8Linear, for x [n, d_in] and y [n, d_out]."""
+    """y = x W^T + b and dX = dY W of a Float8Linear, for x [n, d_in] and y [n, d_out]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Float8Linear) -> Tensor:
         ctx.layer = layer
-        values, scale = quantized(x)
-        return matmul(values, scale, layer.weight, layer.weight_scale, x.dtype)
+        return layer.product(*quantized(x), x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
-        values, scale = quantized(upstream, ctx.layer.weight_scale)
-        weight, ones = ctx.layer.for_backward()
-        return matmul(values, scale, weight, ones, upstream.dtype), None
+        return ctx.layer.gradient(upstream), None
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -50,7 +50,7 @@ def comparison(runs: Sequence[RunFiles]) -> Section:
                 where=run.folder,
                 fix="evaluate all with the same --data, --benchmarks, --prompt and --limit",
             )
-    known.sort(key=lambda one: (one[1].optim.temperature, one[1].adapters.seed, str(one[0].folder)))
+    known.sort(key=lambda one: (_temperature(one[1]), one[1].adapters.seed, str(one[0].folder)))
     names = [run.folder.resolve().name for run, _, _ in known]
     if len(set(names)) < len(names):
         names = [str(run.folder) for run, _, _ in known]
@@ -66,7 +66,7 @@ def comparison(runs: Sequence[RunFiles]) -> Section:
     section.tables += _over_runs(known)
     rows = {name: (role, _points(scored, known)) for name, (role, scored) in ROLES.items()}
     rows = {name: (role, points) for name, (role, points) in rows.items() if points}
-    repeated = len({config.optim.temperature for _, config, _ in known}) < len(known)
+    repeated = len({_temperature(config) for _, config, _ in known}) < len(known)
     section.charts.append(
         chart(
             figures.temperature_figure(rows),
@@ -102,10 +102,18 @@ def write_comparison(folders: Sequence[Path]) -> list[rich.table.Table]:
 def _checked(run: RunFiles) -> Compared:
     if run.config is None:
         raise RunError("an evaluation without a run has no λ", where=run.folder, fix="compare run folders")
+    if len(run.config.values("optim.temperature")) > 1:
+        what = "the adapters of a run have different λ (adapters.vary), so it has no place among those of one"
+        raise RunError(what, where=run.folder, fix="see its own report, which shows the sweep")
     if run.results is None:
         fix = f"first: poc-lora eval {run.folder} --data DIR"
         raise RunError("a run that was not evaluated cannot be compared", where=run.folder, fix=fix)
     return run, run.config, run.results
+
+
+def _temperature(config: RunConfig) -> float:
+    """The λ of all adapters of a run that was checked."""
+    return config.values("optim.temperature")[0]
 
 
 def _differences(known: Sequence[Compared]) -> str:
@@ -120,7 +128,7 @@ def _row(name: str, config: RunConfig, results: Results) -> list[Value]:
     scored = [found(results) for _, found in ROLES.values()]
     d = results.comparisons.get("best")
     gain = "" if d is None else f"{100 * d.value:+.2f} ({100 * d.low:+.2f} to {100 * d.high:+.2f})"
-    settings: list[Value] = [f"{config.optim.temperature:g}", str(config.adapters.seed), len(results.adapters)]
+    settings: list[Value] = [f"{_temperature(config):g}", str(config.adapters.seed), len(results.adapters)]
     return [short(name), *settings, *(one.average if one else "" for one in scored), gain]
 
 
@@ -141,7 +149,7 @@ def _over_runs(known: Sequence[Compared]) -> list[Table]:
             cells = [figure("accuracy", scored.get(variant)) for variant in ("average", "best", "merged", "ensemble")]
             gain = figure("accuracy", gains.get("merged - best"), signed=True)
             (_, config, _), *_ = group.values()
-            rows.append([f"{config.optim.temperature:g}", len(group), *cells, gain])
+            rows.append([f"{_temperature(config):g}", len(group), *cells, gain])
     caption = "Mean accuracy (%) over runs ± half-width of its 95 % interval over runs (Student's t), questions fixed"
     return [Table(caption, ["λ", "runs", *ROLES, "merge − best"], rows)] if rows else []
 
@@ -151,7 +159,7 @@ def _points(scored: Callable[[Results], Scored | None], known: Sequence[Compared
     by_level: dict[float, list[Estimate]] = {}
     for _, config, results in known:
         if found := scored(results):
-            by_level.setdefault(config.optim.temperature, []).append(found.average)
+            by_level.setdefault(_temperature(config), []).append(found.average)
     points = []
     for level, estimates in sorted(by_level.items()):
         values = [100 * estimate.value for estimate in estimates]

@@ -163,6 +163,23 @@ def rank_sweep_figure(sweep: Mapping[str, Mapping[int, float]]) -> Figure:
 
 
 @style()
+def ranks_figure(points: Sequence[tuple[int, float, float, float]], merge: float) -> Figure:
+    """Draws (rank, accuracy of the merge truncated to it, bounds of an interval) and the merge's accuracy, in percent.
+
+    The intervals are those of the difference from the merge, put at its accuracy.
+    """
+    figure, axes = _figure(2.7)
+    ranks, values, low, high = zip(*points, strict=True)
+    axes.vlines(ranks, low, high, color=COLOURS["merge"], linewidth=1.2)
+    axes.plot(ranks, values, marker="o", color=COLOURS["merge"], label="merge, truncated")
+    axes.axhline(merge, color=COLOURS["ink"], label="merge", **DASHED)
+    _doubling_axis(axes, ranks[:: max(1, math.ceil(len(ranks) / 8))], "rank")
+    axes.set_ylabel("average accuracy (%)")
+    _legend(figure, axes)
+    return figure
+
+
+@style()
 def subsets_figure(points: Sequence[tuple[int, float, float]], best: float | None) -> Figure:
     """Draws (m, mean accuracy of the merges of m adapters, its standard error) and the best adapter, in percent."""
     figure, axes = _figure(2.7)
@@ -216,6 +233,31 @@ def temperature_figure(rows: Mapping[str, tuple[str, Sequence[tuple[float, float
     return figure
 
 
+@style()
+def sweep_figure(points: Mapping[float, Sequence[float]], merge: float | None, *, xlabel: str, ylabel: str) -> Figure:
+    """Draws a measure of adapters against a value in which they differ, in even steps, and that of their merge.
+
+    Args:
+        points: By value, in order, the measures of its adapters.
+        merge: The measure of the merge.
+        xlabel, ylabel: The names of the value and the measure.
+    """
+    figure, axes = _figure(2.9)
+    for place, found in enumerate(points.values()):
+        label = None if place else "each adapter"
+        axes.plot([place] * len(found), found, ".", color=COLOURS["adapter"], label=label, zorder=3)
+    means = [math.fsum(found) / len(found) for found in points.values()]
+    axes.plot(range(len(points)), means, color=COLOURS["best"], label="mean of a value")
+    if merge is not None:
+        axes.axhline(merge, color=COLOURS["merge"], label="merge of all", **DASHED)
+    _log_if_decades(axes, [value for found in points.values() for value in found])
+    axes.set_xticks(range(len(points)), [f"{value:g}" for value in points], rotation=30 if len(points) > 5 else 0)
+    axes.set_xlabel(f"{xlabel} (even steps, not to scale)")
+    axes.set_ylabel(ylabel)
+    _legend(figure, axes)
+    return figure
+
+
 def mean_curve(curves: Mapping[str, Curve]) -> list[tuple[float, float]]:
     """Returns the mean over the curves that have a value at a step, for every step."""
     by_step: dict[float, list[float]] = {}
@@ -253,15 +295,18 @@ def _each_adapter(axes: Axes, curves: Mapping[str, Curve], line: str) -> None:
 
 def _steps_and_values(axes: Axes, curves: Iterable[Curve], label: str) -> None:
     """Labels the axes; that of the values is logarithmic if they span decades."""
-    values = [value for curve in curves for _, value in curve]
-    if values and min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(lambda value, _: "")
+    _log_if_decades(axes, [value for curve in curves for _, value in curve])
     axes.set_ylabel(label)
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+
+
+def _log_if_decades(axes: Axes, values: Sequence[float]) -> None:
+    if values and min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
 
 
 def _doubling_axis(axes: Axes, ticks: Sequence[int], label: str) -> None:

@@ -261,7 +261,8 @@ def instead_of_merge(found: HeldOut) -> int | str | None:
 def verdict(found: HeldOut) -> str:
     """Says in plain words what the merge is worth on the held-out rows, and what to do."""
     M, interval = len(found.adapters), "difference {:+.3f}, 95 % interval {:+.3f} to {:+.3f}"
-    losses, best = list(found.adapters.values()), short(str(found.best), 60)
+    losses = list(found.adapters.values())
+    best = f"{found.best:02d}" if isinstance(found.best, int) else short(found.best, 60)  # its folder's name
     on = f"On {found.rows} held-out row{'' if found.rows == 1 else 's'}"
     if M == 1:
         _, low, high = found.over_base

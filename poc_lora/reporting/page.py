@@ -25,6 +25,7 @@ from poc_lora.reporting.run_files import RunFiles, read_run
 from poc_lora.reporting.sections_merge import ranks, similarity
 from poc_lora.reporting.sections_results import benchmarks, headline, subsets
 from poc_lora.reporting.sections_training import noise, provenance, training, what_was_run
+from poc_lora.reporting.sweep import sweep, varied_keys
 from poc_lora.reporting.tables import shown
 
 
@@ -70,6 +71,7 @@ def render_page(run: RunFiles, compared: Section | None = None) -> str:
         what_was_run(run),
         benchmarks(run),
         *([compared] if compared else []),
+        *([sweep(run)] if varied_keys(run.config) else []),
         subsets(run),
         training(run),
         noise(run),

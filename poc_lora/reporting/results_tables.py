@@ -14,10 +14,16 @@ from poc_lora.data.commonsense import BENCHMARKS
 from poc_lora.evaluation.scores import RESAMPLES, smallest_difference
 from poc_lora.files import write_atomic
 from poc_lora.reporting.escape import code, markdown, short
+from poc_lora.reporting.rank_tables import rank_advice, ranks_table
 from poc_lora.reporting.tables import Table, Value, markdown_table, percent, terminal_table
 
 SIGNIFICANT = 1.96  # standard errors, at the 5 % level
 PER_BYTE = " per byte"  # ends the title of a column
+RANKS_NARROW = {
+    "minus the merge (95 % interval)": "minus the merge\n(95 % interval)",
+    "MB in float32": "MB in\nfloat32",
+    "largest error of a module": "largest error\nof a module",
+}
 NARROW = {"WinoGrande": "Wino\nGrande", "HellaSwag": "Hella\nSwag", "average": "aver-\nage"}
 
 
@@ -133,7 +139,8 @@ def results_summary(results: Results) -> list[rich.table.Table | str]:
     table = accuracy_table(results)
     narrow = NARROW | {title: title.replace(PER_BYTE, "\nper byte") for title in table.columns if PER_BYTE in title}
     calibration = [terminal_table(calibration_table(results))] if results.calibration else []
-    return [terminal_table(replace(table, rows=table.rows[1:]), narrow), *calibration, *notes(results)]
+    ranks = [terminal_table(ranks_table(results), RANKS_NARROW)] if results.truncated else []
+    return [terminal_table(replace(table, rows=table.rows[1:]), narrow), *ranks, *calibration, *notes(results)]
 
 
 def results_markdown(results: Results) -> str:
@@ -148,6 +155,9 @@ def results_markdown(results: Results) -> str:
         "",
         *(f"- {markdown(note)}" for note in notes(results)),
     ]
+    if results.truncated:
+        table = ranks_table(results)
+        lines += ["", "## The merge at smaller ranks", "", *markdown_table(table), "", markdown(table.note)]
     if results.calibration:
         lines += ["", "## Calibration", "", *markdown_table(calibration_table(results))]
     if len(results.adapters) > 1:
@@ -177,6 +187,8 @@ def notes(results: Results, *, paired: bool = True) -> list[str]:
             f"PoC merge is the exact average of the {len(results.adapters)} adapters, which is not saved: "
             "`poc-lora merge` saves it."
         )
+    if advice := rank_advice(results):
+        lines.append(advice)
     if results.agreement is not None and not math.isnan(results.agreement):
         lines.append(
             f"Merge and prediction ensemble choose the same label on {percent(results.agreement)} % of questions."

@@ -10,6 +10,7 @@ from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Chart, Section, chart
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.held_out import rows_notes, rows_table
+from poc_lora.reporting.rank_tables import advised, ranks_table
 from poc_lora.reporting.results_tables import (
     accuracy_table,
     adapters_table,
@@ -36,7 +37,7 @@ def headline(results: Results | None) -> tuple[str, list[tuple[str, Estimate]]]:
     tiles += [("average adapter", results.average.average)] if M > 1 else []
     tiles += [("best adapter" if M > 1 else "the adapter", best)]
     tiles += [("merge", merged.average)] if merged else []
-    tiles += [(f"merge, rank {one.rank}", one.average) for one in results.truncated]
+    tiles += [(f"merge, rank {smaller.rank}", smaller.average)] if (smaller := advised(results)) else []
     tiles += [(f"ensemble of {M}", results.ensemble.average)] if results.ensemble else []
     if merged is None:
         return f"{M} adapters were evaluated, and no merge of them.", tiles
@@ -103,8 +104,11 @@ def _evaluation(section: Section, results: Results, protocol: str) -> None:
     section.tables.append(_average_first(accuracy_table(results, protocol)))
     if not section.charts:
         section.charts.append(_averages(results))
+        section.charts += [_ranks(results, results.merged)] if results.truncated and results.merged else []
     if results.merged is not None and results.comparisons:
         section.tables.append(paired_table(results, protocol))
+    if results.truncated:
+        section.tables.append(ranks_table(results, protocol))
     if results.calibration:
         section.tables.append(calibration_table(results, protocol))
     section.paragraphs += notes(results, paired=False)
@@ -157,6 +161,21 @@ def subsets(files: RunFiles) -> Section:
             )
         )
     return section
+
+
+def _ranks(results: Results, merged: Scored) -> Chart:
+    whole = 100 * merged.average.value
+    points = [
+        (one.rank, 100 * one.average.value, whole + 100 * one.difference.low, whole + 100 * one.difference.high)
+        for one in results.truncated
+    ]
+    return chart(
+        figures.ranks_figure(points, whole),
+        "Accuracy of the merge against its rank",
+        "; ".join(f"rank {rank}: {value:.2f} %" for rank, value, *_ in points) + f"; the merge: {whole:.2f} %.",
+        "Bars are 95 % intervals of the paired difference from the merge itself, the dashed line: where a bar contains "
+        "the line, the two cannot be told apart.",
+    )
 
 
 def _averages(results: Results) -> Chart:

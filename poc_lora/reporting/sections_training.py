@@ -80,7 +80,7 @@ def noise(files: RunFiles) -> Section:
     gradients, norms = metrics.curves["grad_norm"], metrics.curves["noise_norm"]
     section.charts.append(_curves(gradients, "Gradient norm", "gradient norm", caption, limit))
     if not any(value for curve in norms.values() for _, value in curve):
-        if config is not None and config.optim.temperature == 0:
+        if config is not None and not any(config.values("optim.temperature")):
             section.omitted.append("No noise was added: λ is 0.")
         else:
             section.omitted.append("The norms of the noise are not in metrics.jsonl.")
@@ -130,19 +130,21 @@ def provenance(files: RunFiles) -> Section:
 
 def _sentence(config: RunConfig, files: RunFiles) -> str:
     """Describes the run in a sentence."""
-    lora, optim, train, adapters = config.lora, config.optim, config.train, config.adapters
+    lora, train, adapters = config.lora, config.train, config.adapters
     resolved = files.info.target_modules if files.info else []
     targets = ", ".join(resolved or ([lora.targets] if isinstance(lora.targets, str) else lora.targets))
     steps = files.info.steps if files.info else None
     steps = steps or train.max_steps
     length = f"{steps:,} steps" if steps else f"{train.epochs:g} epochs"
-    noise = f"temperature λ = {optim.temperature:g}" if optim.temperature else "no noise (λ = 0)"
+    noise = "no noise (λ = 0)"
+    if any(config.values("optim.temperature")):
+        noise = f"temperature λ = {config.in_words('optim.temperature')}"
     model = config.model.name + (f" at {config.model.revision}" if config.model.revision else "")
     quantised = f", quantised to {config.model.quantization}" if config.model.quantization else ""
     return (
-        f"M = {adapters.count} LoRA adapters of rank {lora.rank} (alpha {lora.alpha:g}) on "
+        f"M = {adapters.count} LoRA adapters of rank {lora.rank} (alpha {config.in_words('lora.alpha')}) on "
         f"{short(targets)} of {short(model, 300)}{quantised}, each trained independently for "
-        f"{length} of {train.batch_size} rows with NoisyAdamW: learning rate {optim.lr:g}, {noise}, "
+        f"{length} of {train.batch_size} rows with NoisyAdamW: learning rate {config.in_words('optim.lr')}, {noise}, "
         f"run seed {adapters.seed}. Trained on {short(', '.join(config.data.train), 300)}."
     )
 

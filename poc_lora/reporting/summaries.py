@@ -11,6 +11,7 @@ from poc_lora.files import size
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.held_out import verdicts
 from poc_lora.reporting.screening import screen
+from poc_lora.reporting.sweep import sweep_outcome
 from poc_lora.reporting.tables import Table, percent, terminal_table
 from poc_lora.training.loop import TrainingResult
 
@@ -45,6 +46,7 @@ def training_summary(done: TrainingResult) -> list[str]:
     best_steps = {a: state.best_step for a, state in done.progress.items() if state.best_step and a in finished}
     lines += [best_weights(best_steps, done.steps)] if best_steps else []
     screening = screen(done.folder)
+    lines += sweep_outcome(done.folder)
     return [*lines, *([str(screening)] if screening and screening.left_out else verdicts(done.folder))]
 
 

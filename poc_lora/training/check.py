@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.config import RunConfig, TrainSection
+from poc_lora.config import RunConfig, TrainSection, Varied
 from poc_lora.data.batches import supervised_tokens
 from poc_lora.errors import RequestError
 from poc_lora.files import free_bytes_at, require_place, size
@@ -105,7 +105,8 @@ def check(config: RunConfig, *, device: torch.device | None = None, processes: i
         "supervised tokens per epoch and adapter": sum(supervised_tokens(e) for e in data.train),
         "rows per step": f"{rows:,}: {config.train.batch_size} of each adapter",
         "steps": data.total_steps,
-        "learning rate": learning_rate_in_words(config.optim, data.total_steps),
+        **{f"{key} by adapter": _by_adapter(config, key) for key in config.adapters.vary},
+        "learning rate": learning_rate_in_words(config, data.total_steps),
         "tokens of the whole run, about": round(tokens / len(data.train) * rows * data.total_steps),
         "validation, about": _validation_cost(data, sizes.per_device, config.train),
         "adapters trained at once": sizes.per_device,
@@ -187,6 +188,13 @@ def _validation_cost(data: TrainingData, per_device: int, section: TrainSection)
     tokens = (per_device + 2) * sum(len(e.ids) for e in data.validation)
     models = per_device + 2
     return f"{times * tokens:,} tokens: {len(data.validation)} rows × {models} models × {times} validations per pack"
+
+
+def _by_adapter(config: RunConfig, key: Varied) -> str:
+    """A varied key's values, each with its adapters."""
+    values, M = config.adapters.vary[key], config.adapters.count
+    adapters = {value: [str(m) for m in range(M) if values[m % len(values)] == value] for value in values}
+    return "; ".join(f"{value:g}: {', '.join(own)}" for value, own in adapters.items())
 
 
 def _span(pack: list[int]) -> str:

@@ -88,7 +88,7 @@ class Commits:
 
     def __init__(self, root: Path, ranks: Ranks, placement: Placement, *, keep: int, last: Commit | None = None):
         self.root, self.keep, self._ranks, self._placement = root, keep, ranks, placement
-        self._mine = placement.of(ranks.rank)
+        self._mine = placement.of(ranks.process_index)
         self._channel = ranks.channel("commits")
         self._number = max(_numbers(root), default=0)
         self._last = last.folder if last else root  # not used before an adapter has begun
@@ -187,7 +187,7 @@ class Commits:
         try:
             files = self._write_files(aside, states, links)
             reports = self._channel.gather({name: entry.to_json() for name, entry in files.items()})
-            if self._ranks.rank == 0:
+            if self._ranks.process_index == 0:
                 every = {name: FileEntry(**entry) for report in reports for name, entry in report.items()}
                 manifest.model_copy(update={"files": every}).write(aside / MANIFEST)
                 publish_folder(aside, folder)
@@ -206,7 +206,7 @@ class Commits:
                 fix=fix,
             ) from problem
         self._last, self._files = folder, files
-        if self._ranks.rank == 0:
+        if self._ranks.process_index == 0:
             self._prune(number)
         self.slowest = max(self.slowest, time.perf_counter() - began)
 
@@ -229,7 +229,7 @@ class Commits:
         for adapter in self._mine:
             (aside / _file_name(adapter)).unlink(missing_ok=True)
             (aside / _best_name(adapter)).unlink(missing_ok=True)
-        if self._ranks.rank == 0:
+        if self._ranks.process_index == 0:
             (aside / MANIFEST).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty
             aside.rmdir()

@@ -79,7 +79,7 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self.sharded = self.config.model.is_sharded(self.ranks.size)
-        self.own = self.placement.of(self.ranks.rank)
+        self.own = self.placement.of(self.ranks.process_index)
         self.keeps_best = self.config.train.keep == "best"
         self._steps_since_commit = 0
         self._warned = False
@@ -97,7 +97,7 @@ class TrainingLoop:
             total * len(packs),
             self._title(),
             done=sum(start for _, start in packs),
-            hidden=self.ranks.rank > 0,
+            hidden=self.ranks.process_index > 0,
         ) as bar:
             for adapters, start in packs:
                 self.ranks.heartbeat(f"preparing adapters {adapters}")
@@ -125,7 +125,7 @@ class TrainingLoop:
         for placed in self.placement.rounds:
             # Ranks gather the layers of a sharded base together, so all must run it equally often. In a round without
             # a pack of its own a rank trains a copy of another rank's pack, and keeps nothing of it.
-            adapters = placed[self.ranks.rank] or (next(filter(None, placed)) if self.sharded else [])
+            adapters = placed[self.ranks.process_index] or (next(filter(None, placed)) if self.sharded else [])
             if adapters:
                 states = [self.result.progress[a] for a in adapters]
                 packs.append((adapters, max(s.step for s in states if s.status == "training")))
@@ -259,7 +259,7 @@ class TrainingLoop:
         )
         for report in reports:
             self.result.progress |= {int(adapter): Progress(**state) for adapter, state in report["adapters"].items()}
-        if self.ranks.rank == 0:
+        if self.ranks.process_index == 0:
             for adapters, lines in (kept for report in reports for kept in report["metrics"]):
                 self.metrics.write(adapters, lines)
             self.run.sync_metrics()

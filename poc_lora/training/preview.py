@@ -68,21 +68,22 @@ def unknown_tokens(rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) 
     return sum(row.ids.count(unknown) for row in rows) / max(1, sum(len(row.ids) for row in rows))
 
 
-def learning_rate_in_words(optim: OptimSection, steps: int) -> str:
+def learning_rate_in_words(config: RunConfig, steps: int) -> str:
     """Returns how the learning rate rises and falls over a run of so many steps."""
+    optim, lr = config.optim, config.in_words("optim.lr")
     warmup = warmup_length(optim.warmup_steps, steps)
-    peak = _peak(optim, steps)
     if warmup >= steps:
-        return f"rises from step 1 to the last, {steps}, where it is {peak:.3g}"
-    rise = f"rises to {optim.lr:g} in {warmup} steps, " if warmup else f"starts at {optim.lr:g}, "
+        return f"rises from step 1 to the last, {steps}, where it is {_share_of_peak(optim, steps):.0%} of {lr}"
+    rise = f"rises to {lr} in {warmup} steps, " if warmup else f"starts at {lr}, "
     if optim.schedule == "constant":
         return rise + f"then stays there up to step {steps}"
     return rise + f"then falls linearly to 0 after step {steps}"
 
 
-def _peak(optim: OptimSection, steps: int) -> float:
+def _share_of_peak(optim: OptimSection, steps: int) -> float:
+    """The largest learning rate of a run, as a share of optim.lr."""
     top = min(warmup_length(optim.warmup_steps, steps), steps - 1)
-    return learning_rate(optim.schedule, top, peak=optim.lr, warmup_steps=optim.warmup_steps, total_steps=steps)
+    return learning_rate(optim.schedule, top, peak=1.0, warmup_steps=optim.warmup_steps, total_steps=steps)
 
 
 def warnings(config: RunConfig, data: TrainingData, unknown: float | None) -> list[str]:
@@ -104,9 +105,9 @@ def _warnings(config: RunConfig, data: TrainingData, unknown: float | None) -> I
             f"early; raise data.max_length (the longest row has {max(data.lengths):,}) or shorten them"
         )
     optim, rows, M, steps = config.optim, len(data.train), config.adapters.count, data.total_steps
-    if (peak := _peak(optim, steps)) < 0.999 * optim.lr:
+    if (share := _share_of_peak(optim, steps)) < 0.999:
         yield (
-            f"the learning rate reaches {peak:.3g}, {peak / optim.lr:.0%} of optim.lr: warm-up takes "
+            f"the learning rate reaches only {share:.0%} of optim.lr: warm-up takes "
             f"{optim.warmup_steps} steps and the run has {steps}; set optim.warmup_steps to auto"
         )
     if rows < M * config.train.batch_size:

@@ -60,7 +60,7 @@ def train(config: RunConfig, *, resume: bool = False, device: torch.device | Non
         ranks.require_equal({**flatten(config), "--resume": resume, **environment()["versions"]})
         with ranks.raise_on_all():
             require_processes(config, ranks.size)
-            if ranks.rank == 0:
+            if ranks.process_index == 0:
                 held.enter_context(run_lock(Path(config.output)))
         return _train(config, resume, device, ranks)
 
@@ -76,7 +76,11 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
             print(f"training goes without torch.compile: {problem}", file=sys.stderr)  # noqa: T201
         dtype = resolved.model.dtype
         model, tokenizer = _load_model(config, dtype, device, ranks)
-        if ranks.rank == 0 and not run.info and (advice := bfloat16_advice(model, config.model, dtype, device)):
+        if (
+            ranks.process_index == 0
+            and not run.info
+            and (advice := bfloat16_advice(model, config.model, dtype, device))
+        ):
             print(advice, file=sys.stderr)  # noqa: T201
         started = (run.info and run.info.start) or datetime.fromisoformat(now)
         data = run_data(config, run, model, tokenizer, now=started)
@@ -90,7 +94,7 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
         | {"commit": run.commit.number if run.commit else None}
     )
     with ranks.raise_on_all():
-        if ranks.rank == 0:
+        if ranks.process_index == 0:
             targets = list(resolve_targets(model, config.lora.targets))
             begun = dict(started_at=started.isoformat(), dtype=dtype, target_modules=targets)
             _begin(run, config, data, sizes, devices=devices, **begun)
@@ -102,14 +106,14 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
     before = run.commit.manifest.placement if run.commit else None
     placement = place(progress, data.total_steps, ranks=ranks.size, per_device=sizes.per_device, before=before)
     with (
-        open_trackers(config, run) if ranks.rank == 0 else contextlib.nullcontext(()) as trackers,
+        open_trackers(config, run) if ranks.process_index == 0 else contextlib.nullcontext(()) as trackers,
         Commits(run.paths.checkpoints, ranks, placement, keep=config.checkpoint.keep, last=run.commit) as commits,
     ):
         loop = TrainingLoop(
             config,
             ranks=ranks,
             run=run,
-            metrics=MetricsLogger(run, trackers, adapters=config.adapters.count, rank=ranks.rank),
+            metrics=MetricsLogger(run, trackers, adapters=config.adapters.count, rank=ranks.process_index),
             commits=commits,
             placement=placement,
             model=model,
@@ -122,13 +126,13 @@ def _train(config: RunConfig, resume: bool, device: torch.device, ranks: Ranks) 
                 data.truncated,
                 data.dropped,
                 data.skipped,
-                is_rank_0=ranks.rank == 0,
+                is_rank_0=ranks.process_index == 0,
             ),
         )
         try:
             result = loop.train()
         except Interrupted:
-            if ranks.rank == 0:
+            if ranks.process_index == 0:
                 _add_seconds(run, loop.result.seconds, loop.result.commit_seconds)
             raise
     return _total(config, result, run, ranks, device)
@@ -145,7 +149,7 @@ def _load_model(
         "chat_template": chat_template(config),
     }
     if section.is_sharded(ranks.size):
-        return load_to_shard(section.name, **how, rank=ranks.rank)
+        return load_to_shard(section.name, **how, rank=ranks.process_index)
     return load_base(section.name, **how, device=device)
 
 
@@ -208,7 +212,7 @@ def _total(config: RunConfig, result: TrainingResult, run: Run, ranks: Ranks, de
     tokens, padded, seconds, waited, peaks = zip(*figures, strict=True)
     result.tokens, result.padded_tokens = sum(tokens), sum(padded)
     result.seconds, result.commit_seconds, result.peak_bytes = max(seconds), max(waited), max(peaks)
-    if ranks.rank == 0:
+    if ranks.process_index == 0:
         if config.train.keep == "best":
             finished = {a: state for a, state in result.progress.items() if state.status == "finished"}
             run.update_info(best_steps={a: state.best_step or state.step for a, state in finished.items()})

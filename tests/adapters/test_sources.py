@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from poc_lora.adapters import sources
 from poc_lora.adapters.adapter import Adapter, write_adapter
 from poc_lora.adapters.factors import Factors
-from poc_lora.adapters.serving import serving_advice
 from poc_lora.errors import AdapterError
 from poc_lora.merging.fold import fold
 from poc_lora.merging.folders import merge_folders
@@ -155,18 +154,3 @@ def test_what_cannot_be_fetched_says_where_it_was_looked_for(tmp_path):
 def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
     with pytest.raises(AdapterError):
         merge_folders([name], tmp_path / "merged")
-
-
-@pytest.mark.parametrize(
-    ("rank", "words"), [(9, "--max-lora-rank 16"), (256, "--max-lora-rank 256"), (300, " 320"), (513, "--rank 512")]
-)
-def test_serving_advice_names_a_rank_that_vllm_takes(rank, words):
-    assert words in " ".join(serving_advice(rank))
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [({"modules_to_save": True}, "modules_to_save: poc-lora fold"), ({"embeddings": True}, "llama.cpp does not")],
-)
-def test_serving_advice_says_what_to_do_with_what_cannot_be_served(options, words):
-    assert words in " ".join(serving_advice(8, **options))

@@ -20,6 +20,10 @@ from poc_lora.microworld import DATA_DIR
         (["--benchmarks", "openbookqa,trivia"], "'trivia'"),
         (["--benchmarks", "boolq"], "boolq/test.json"),
         (["--limit", "0"], "limit"),
+        (["--ranks", "8,x"], "'8,x' is not a list of numbers"),
+        (["--ranks", ""], "where: --ranks"),
+        (["--ranks", "4,2"], "do not increase"),
+        (["--ranks", "2,99"], "the merge has rank 4"),
     ],
 )
 def test_an_evaluation_that_cannot_be_done_is_refused(refused, trained, options, expected):
@@ -29,6 +33,7 @@ def test_an_evaluation_that_cannot_be_done_is_refused(refused, trained, options,
 def test_evaluating_or_reporting_what_is_not_there_is_refused(refused, config):
     assert "where: none" in refused("eval", "none", "--data", ".")
     assert "where: none" in refused("report", "none")
+    assert "--ranks is for benchmarks" in refused("eval", "run", "--rows", "train.json", "--ranks", "2")
 
 
 def test_eval_list_shows_the_eight_benchmarks_and_needs_nothing_else(poc_lora, refused):

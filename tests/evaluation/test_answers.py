@@ -18,12 +18,12 @@ ANSWERS = [
 ]
 
 
-def opened(tmp_path, settings=SETTINGS, items=ITEMS, rank=0):
-    return AnswerFile(tmp_path / "eval" / "merged.jsonl", settings, items, rank=rank)
+def opened(tmp_path, settings=SETTINGS, items=ITEMS, process_index=0):
+    return AnswerFile(tmp_path / "eval" / "merged.jsonl", settings, items, process_index=process_index)
 
 
 def test_answers_come_back_from_parts_of_all_ranks_and_from_the_whole(tmp_path):
-    opened(tmp_path, rank=1).append(ITEMS[2:], ANSWERS[2:])
+    opened(tmp_path, process_index=1).append(ITEMS[2:], ANSWERS[2:])
     opened(tmp_path).append(ITEMS[:2], ANSWERS[:2])
     file = opened(tmp_path)
     assert file.answers == dict(zip(ITEMS, ANSWERS, strict=True))
@@ -39,10 +39,10 @@ def test_answers_come_back_from_parts_of_all_ranks_and_from_the_whole(tmp_path):
 
 
 def test_a_line_that_a_kill_cut_short_takes_no_other_with_it(tmp_path):
-    opened(tmp_path, rank=1).append(ITEMS[:2], ANSWERS[:2])
+    opened(tmp_path, process_index=1).append(ITEMS[:2], ANSWERS[:2])
     part = tmp_path / "eval" / "merged.jsonl.part-1"
     part.write_text(part.read_text()[:-30])
-    opened(tmp_path, rank=1).append(ITEMS[1:], ANSWERS[1:])
+    opened(tmp_path, process_index=1).append(ITEMS[1:], ANSWERS[1:])
     assert opened(tmp_path).answers == dict(zip(ITEMS, ANSWERS, strict=True))
 
 

@@ -18,6 +18,7 @@ from poc_lora.errors import AdapterError, DataError, Interrupted, RequestError
 from poc_lora.evaluation import tasks as module
 from poc_lora.evaluation.scores import paired_difference
 from poc_lora.evaluation.tasks import evaluate_tasks
+from poc_lora.evaluation.variants import adapter_digest
 from poc_lora.models.load import load_tokenizer
 from tests.conftest import build_llama, build_tokenizer, instruction_rows
 from tests.evaluation import test_evaluate
@@ -161,6 +162,8 @@ def test_every_variant_has_the_numbers_of_lm_evals_own_model(run, folder, few_re
     assert [task.fewshot for task in found.tasks.values()] == [None, 0, 2, 0, 0, 0]
     assert found.tasks["quiz_a"].version == "1.5"
     assert found.tasks["last"].metrics["perplexity,none"].higher_is_better is False
+    assert found.adapter_digests["merged"] == adapter_digest(run / "merged")
+    assert set(found.adapter_digests) == {"adapter-00", "adapter-01", "adapter-02", "merged"}
     assert TaskResults.read(run / "eval-tasks" / "tasks.json") == found
 
 

@@ -22,6 +22,7 @@ from poc_lora.hub.collect import collect
 from poc_lora.hub.usage import usage
 from poc_lora.merging.folders import merge_folders
 from tests.hub.conftest import change, make_run, small_adapter, some_results, write_results
+from tests.reporting.run_folder import task_results
 
 
 def card(source, **options):
@@ -79,6 +80,19 @@ def test_questions_of_ones_own_are_not_given_out_as_a_benchmark_s(tmp_path):
     ]
     assert "Not the benchmark's own test questions" in text
     assert "Not the benchmark's own test questions" not in card(make_run(tmp_path / "real"))
+
+
+def test_tasks_of_lm_eval_have_a_table(run):
+    found = task_results().model_copy(update={"apply_chat_template": True})
+    subject = dataclasses.replace(collect(run), tasks=found)
+    text = model_card(subject, "me/demo")
+    section = text.partition("## Tasks of lm-eval\n")[2].partition("\n## ")[0]
+    lines = section.splitlines()
+    assert "|  | documents | base | LoRA (best) | LoRA (average) | PoC merge |" in lines
+    assert any(line.startswith("| quiz, 5-shot: acc (strict) ↑ | 40 |") for line in lines)
+    assert "- Prompts were in the chat template, with each example as two turns." in lines
+    assert "| member" not in section  # of a group
+    assert "## Tasks of lm-eval" not in card(run)
 
 
 def test_a_benchmark_beside_the_eight_is_called_by_its_name(run, tmp_path):
@@ -165,6 +179,20 @@ def test_training_without_noise_is_not_called_noisy(run):
     assert benchmark(text)["λ (temperature of the noise)"] == "0"
 
 
+def test_varied_values_are_all_said_of_the_merge_and_its_own_of_an_adapter(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["adapters"]["vary"] = {"optim.lr": [1e-4, 3e-4], "optim.temperature": [0.0, 1e-5], "lora.alpha": [4.0, 8.0]}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    made = benchmark(card(run))
+    assert made["optimizer"].startswith("noisy AdamW, lr 0.0001, 0.0003 by adapter, ")
+    assert made["λ (temperature of the noise)"] == "0, 1e-05 by adapter"
+    assert made["rank and alpha in training"] == "2 and 4, 8 by adapter"
+    quiet, noisy = (benchmark(card(run / "adapters" / name)) for name in ("00", "01"))
+    assert quiet["optimizer"].startswith("AdamW, lr 0.0001, ")
+    assert noisy["optimizer"].startswith("noisy AdamW, lr 0.0003, ")
+    assert (noisy["λ (temperature of the noise)"], noisy["rank and alpha in training"]) == ("1e-05", "2 and 8")
+
+
 def test_the_table_and_its_row_are_those_of_the_adapter(run):
     assert "| PoC merge | **81.17 ± 1.00** |" in card(run)
     assert "This adapter is the row `PoC merge`." in card(run)
@@ -249,7 +277,7 @@ def test_an_evaluation_beside_a_loose_adapter_is_taken(tmp_path):
 
 @pytest.mark.parametrize(
     ("rank", "expected"),
-    [(2, "--max-lora-rank 16 "), (64, "--max-lora-rank 64 "), (300, "--max-lora-rank 320 "), (513, "ranks up to 512")],
+    [(2, "--max-lora-rank 8 "), (64, "--max-lora-rank 64 "), (300, "--max-lora-rank 320 "), (513, "ranks up to 512")],
 )
 def test_vllm_is_given_a_rank_that_it_takes(tmp_path, rank, expected):
     write_adapter(small_adapter(0, rank=rank), tmp_path / "a")

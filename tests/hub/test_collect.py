@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 
@@ -10,11 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from poc_lora.adapters.adapter import write_adapter
+from poc_lora.artifacts.task_scores import Score
 from poc_lora.errors import AdapterError, RequestError, RunError
+from poc_lora.evaluation.variants import adapter_digest
 from poc_lora.hub.collect import collect
 from poc_lora.merging.folders import merge_folders
 from tests.hub.conftest import change, make_run, small_adapter, snapshot, some_results, write_results
-from tests.reporting.run_folder import write_scores
+from tests.reporting.run_folder import task_results, write_scores
 
 
 def paths(subject):
@@ -116,6 +119,47 @@ def test_an_evaluation_is_known_by_its_weights_and_not_by_times(run):
     subject = collect(run)
     assert subject.evaluation is None
     assert subject.left_out == {"eval/results.json": "the weights have changed since: evaluate again"}
+
+
+def write_tasks(run, **changes):
+    digests = {"merged": adapter_digest(run / "merged")}
+    digests |= {f"adapter-{path.name}": adapter_digest(path) for path in (run / "adapters").iterdir()}
+    found = task_results().model_copy(update={"adapter_digests": digests, "base_model": str(run / "base")} | changes)
+    (run / "eval-tasks").mkdir()
+    found.write(run / "eval-tasks" / "tasks.json")
+    return found
+
+
+def test_tasks_of_lm_eval_are_taken_without_what_is_private(run):
+    found = write_tasks(run)
+    subject = collect(run)
+    assert subject.tasks.tasks == found.tasks
+    shown = content(subject, "tasks.json")
+    assert "adapter_digests" not in shown
+    assert shown["base_model"] == "base"
+
+
+def test_tasks_of_a_single_adapter_are_its_own(run):
+    write_tasks(run)
+    metric = collect(run / "adapters" / "00").tasks.tasks["read"].metrics["word_perplexity,none"]
+    assert metric.adapters == {"00": Score(13.0, math.nan)}
+    assert (metric.best, metric.average, metric.merged) == ("00", Score(13.0, math.nan), None)
+
+
+def test_tasks_of_other_weights_are_left_out(run):
+    write_tasks(run)
+    shutil.rmtree(run / "merged")
+    merge_folders([run], run / "merged", rank=1)
+    subject = collect(run)
+    assert (subject.tasks, "tasks.json" in paths(subject)) == (None, False)
+    assert subject.left_out["eval-tasks/tasks.json"] == "the weights have changed since: evaluate again"
+
+
+def test_tasks_that_name_no_weights_are_left_out(run):
+    write_tasks(run, adapter_digests={})
+    subject = collect(run)
+    assert subject.tasks is None
+    assert subject.left_out["eval-tasks/tasks.json"] == "not an evaluation of this adapter: evaluate again"
 
 
 @pytest.mark.parametrize("name", ["../../secret", "a\0b", "x" * 5000, "\ud800"])

@@ -41,6 +41,7 @@ def everything():
         "key": figures.heatmap_figure(np.eye(12).tolist(), [f"{i:04d}" for i in range(12)]),
         "ranks": figures.effective_rank_figure({f"l.{i}.{n}_proj": i + 1.0 for i in range(3) for n in "abcdefgh"}),
         "sweep": figures.rank_sweep_figure(SWEEP),
+        "accuracy": figures.ranks_figure([(8, 70.0, 69.0, 71.0), (16, 71.0, 70.5, 71.5)], 71.2),
         "subsets": figures.subsets_figure([(1, 70.0, 1.0), (2, 74.0, 1.0)], 71.0),
         "distance": figures.distance_figure([(1, 0.4), (2, 0.2), (4, 0.1)], (0.4, 0.01, 8)),
         "temperature": figures.temperature_figure({"PoC merge": ("merge", [(0.0, 70.0, 1.0), (1e-3, 71.0, math.nan)])}),

@@ -14,6 +14,7 @@ from rich.console import Console
 from poc_lora.errors import PocLoraError, RunError
 from poc_lora.reporting.compare import write_comparison
 from poc_lora.reporting.page import write_page
+from poc_lora.reporting.rank_tables import rank_advice
 from poc_lora.reporting.run_files import read_run
 from poc_lora.reporting.sections_merge import labels
 from poc_lora.reporting.sections_results import headline
@@ -27,6 +28,7 @@ from tests.reporting.run_folder import (
     results,
     scored,
     task_results,
+    truncated,
     write_scores,
 )
 
@@ -139,6 +141,17 @@ def test_every_part_has_its_figures(page):
         "Relative error and retained energy against rank",
     ]
     assert page.text.count("Left out:") == 1  # the subsets
+
+
+def test_ranks_that_were_scored_are_drawn_and_one_is_advised(tmp_path):
+    ranks = [truncated(4, -0.03, -0.05, -0.015), truncated(8, 0.001, -0.004, 0.006)]
+    found = results(truncated=ranks, merged_rank=12, merged_bytes=1_200_000)
+    page = page_of(make_run(tmp_path / "run", found=found))
+    (alt,) = [attrs["alt"] for tag, attrs in page.elements if tag == "img" and "against its rank" in attrs["alt"]]
+    assert "rank 4: " in alt
+    assert rank_advice(found) in page.text.replace("\u00a0", " ")
+    assert "-3.00 (-5.00 to -1.50)" in page.text
+    assert [name for name, _ in headline(found)[1] if "rank" in name] == ["merge, rank 8"]
 
 
 @pytest.mark.parametrize(
@@ -482,6 +495,9 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         write_page(first, compare=[second])
     with pytest.raises(RunError, match="compared with itself"):
         write_page(first, compare=[tmp_path / "b" / ".." / "a"])
+    swept = make_run(tmp_path / "c", adapters={"count": 3, "vary": {"optim.temperature": [0.0, 1e-4, 1e-3]}})
+    with pytest.raises(RunError, match="have different λ"):
+        write_page(first, compare=[swept])
     (second / "config.yaml").unlink()
     with pytest.raises(RunError, match="has no λ"):
         write_page(first, compare=[second])

@@ -18,6 +18,7 @@ from poc_lora.reporting.results_tables import (
     table_rows,
     write_report,
 )
+from tests.reporting.run_folder import truncated
 
 FOLDERS = "social_i_qa piqa winogrande openbookqa ARC-Challenge ARC-Easy boolq hellaswag".split()
 
@@ -78,6 +79,21 @@ def test_the_terminal_table_fits_80_columns_uncut(results):
     assert "…" not in text
     for word in ("SIQA", "ARC-c", "BoolQ", "81.17", "±0.89", "PoC merge", "chance level"):
         assert word in text
+
+
+def test_the_merge_at_smaller_ranks_fits_80_columns_and_is_in_the_markdown(results):
+    small = results.model_copy(
+        update=dict(truncated=[truncated(16, -0.0025, -0.0099, 0.004)], merged_rank=1024, merged_bytes=10**10)
+    )
+    out = io.StringIO()
+    Console(file=out, width=80).print(*results_summary(small)[:2])
+    assert max(map(len, out.getvalue().splitlines())) <= 80
+    assert "…" not in out.getvalue()
+    assert "-0.25 (-0.99 to +0.40)" in out.getvalue()
+    said = results_markdown(small)
+    assert "## The merge at smaller ranks" in said
+    assert "Serve the merge at rank 16" in said
+    assert "## The merge at smaller ranks" not in results_markdown(results)
 
 
 def test_notes_say_what_was_chosen_how_and_what_does_not_fit(results):

@@ -38,7 +38,7 @@ def test_a_summary_says_how_far_one_more_adapter_would_move_the_merge(tmp_path):
     # Independent updates of equal size: S² is the mean square, the norm its third: sqrt(1 / 12) / sqrt(1 / 3).
     found = float(text.split("would move the merge by about ")[1].split("%")[0]) / 100
     assert found == pytest.approx(0.5, abs=0.05)
-    assert "--max-lora-rank 16" in text
+    assert "--max-lora-rank 8" in text
 
 
 def test_twins_and_strangers_are_pointed_out(tmp_path):

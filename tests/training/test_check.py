@@ -86,6 +86,15 @@ def test_every_line_is_given_without_weights(settings, no_weights, monkeypatch, 
     assert not Path(settings["output"]).exists()
 
 
+def test_varied_values_are_told_with_their_adapters(settings):
+    vary = {"optim.lr": [1e-4, 3e-4], "lora.alpha": [4, 4, 8, 4]}
+    found = check(config(settings, adapters__count=4, adapters__vary=vary), device=CPU)
+    assert found["optim.lr by adapter"] == "0.0001: 0, 2; 0.0003: 1, 3"
+    assert found["lora.alpha by adapter"] == "4: 0, 1, 3; 8: 2"
+    assert found["learning rate"].startswith("rises to 0.0001, 0.0003 by adapter in 2 steps")
+    assert not [line for line in check(config(settings), device=CPU) if "by adapter" in line]
+
+
 def test_the_tokens_it_counts_are_those_that_are_trained_on(settings):
     settings["train"] |= {"batch_size": 6, "max_steps": 9}  # 54 rows: one epoch
     done = train(config(settings))

@@ -72,6 +72,16 @@ def test_adapters_do_not_depend_on_the_number_of_processes(settings, tmp_path, r
     assert len([line for line in metrics(tmp_path / "many") if "loss" in line]) == 5 * 6
 
 
+def test_values_of_adapters_go_with_them_to_their_processes(settings, tmp_path):
+    vary = {"optim.lr": [1e-2, 3e-3], "optim.temperature": [0.0, 1e-5, 1e-4, 1e-3], "lora.alpha": [4, 3, 3, 5]}
+    one = train(config(settings, adapters__count=4, adapters__vary=vary, output=str(tmp_path / "one")))
+    many = config(settings, adapters__count=4, adapters__vary=vary, output=str(tmp_path / "many"))
+    with launch(3, many, tmp_path / "many.yaml") as ranks:
+        ended = finish(ranks)
+    assert [status for status, _, _ in ended] == 3 * [0], [errors for _, _, errors in ended]
+    assert_same_adapters(one.folder, tmp_path / "many", range(4))
+
+
 def test_four_bit_weights_can_be_sharded(settings, tmp_path):
     pytest.importorskip("bitsandbytes")
     settings["model"]["quantization"] = "nf4"

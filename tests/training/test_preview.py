@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from poc_lora.config import OptimSection
 from poc_lora.data.prompts import Example
 from poc_lora.models.load import load_tokenizer
 from poc_lora.optim.schedules import learning_rate
@@ -83,17 +82,24 @@ def test_unknown_tokens_are_counted(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("settings", "steps", "words"),
+    ("changes", "steps", "words"),
     [
         ({}, 100, "rises to 0.0001 in 10 steps, then falls linearly to 0 after step 100"),
         ({}, 5, "starts at 0.0001, then falls linearly to 0 after step 5"),
         ({"schedule": "constant"}, 2000, "rises to 0.0001 in 100 steps, then stays there up to step 2000"),
-        ({"warmup_steps": 100}, 12, "rises from step 1 to the last, 12, where it is 1.1e-05"),
+        (
+            {"vary": {"optim.lr": [1e-4, 3e-4, 1e-4]}},
+            100,
+            "rises to 0.0001, 0.0003 by adapter in 10 steps, then falls linearly to 0 after step 100",
+        ),
+        ({"warmup_steps": 100}, 12, "rises from step 1 to the last, 12, where it is 11% of 0.0001"),
     ],
 )
-def test_the_learning_rate_is_told_in_words(settings, steps, words):
-    assert learning_rate_in_words(OptimSection(**settings), steps) == words
-    if "warmup_steps" in settings:
+def test_the_learning_rate_is_told_in_words(settings, changes, steps, words):
+    vary = changes.pop("vary", {})
+    told = config(settings | {"optim": changes}, adapters__vary=vary)
+    assert learning_rate_in_words(told, steps) == words
+    if "warmup_steps" in changes:
         assert learning_rate("linear", 11, peak=1e-4, warmup_steps=100, total_steps=12) == pytest.approx(1.1e-5)
 
 
@@ -102,7 +108,7 @@ def test_the_learning_rate_is_told_in_words(settings, steps, words):
     [
         ({}, None),
         ({"data__max_length": 45}, "48 of 60 rows are cut at 45 tokens, 24 of them without"),
-        ({"optim__warmup_steps": 100}, "the learning rate reaches 0.0005, 5% of optim.lr: warm-up takes 100 steps and"),
+        ({"optim__warmup_steps": 100}, "the learning rate reaches only 5% of optim.lr: warm-up takes 100 steps and"),
         (
             {"train__batch_size": 50},
             "54 training rows are fewer than one step of all adapters takes (3 times 50)",

@@ -145,7 +145,7 @@ def score_labels(
     past = run_prefix(model, prepared.tokens[:P], copies) if P >= MIN_PREFIX else None
     P = P if past else 0
     budget = by_device(TOKENS_PER_BATCH, model.device.type) // copies
-    rank, size = (ranks.rank, ranks.size) if ranks else (0, 1)
+    rank, size = (ranks.process_index, ranks.size) if ranks else (0, 1)
     for start, end in batch_ranges(prepared.starts.diff().tolist(), budget * size):
         first, last = (start + (end - start) * r // size for r in (rank, rank + 1))
         own = last > first
