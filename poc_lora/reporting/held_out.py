@@ -1,10 +1,9 @@
 """Does the merge pay? Base, adapters and merge by their losses on rows that were held out, of a run or from a file."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, variance
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from poc_lora import rng
 from poc_lora.artifacts.metrics_line import MetricsLine, read_metrics
 from poc_lora.artifacts.row_losses import RowLosses
 from poc_lora.artifacts.run_folder import RunFolder
-from poc_lora.evaluation.intervals import Interval, student_quantile
 from poc_lora.evaluation.scores import RESAMPLES, smallest_p
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.tables import Table, Value
@@ -22,7 +20,6 @@ MAX_RESAMPLED = 1000  # rows: their draws are held at once
 MAX_LISTED = 32  # adapters in the table of losses
 MAX_SHOWN = 100  # nats per token, of which the perplexity is shown
 MAX_METRICS_BYTES = 2**28
-LEAST_ADAPTERS = 3  # the spread of two says next to nothing on others
 
 
 @dataclass(frozen=True)
@@ -200,49 +197,9 @@ def paired_interval(differences: np.ndarray, tokens: np.ndarray) -> tuple[float,
     return value, float(low), float(high)
 
 
-def more_adapters(losses: Sequence[float], merge: float, more: int) -> Interval:
-    """How much `more` adapters would lower the loss of the merge of M, by the losses on the same rows.
-
-    By propagation of chaos the expected loss of a merge of m is L + c/m. The adapters, at m = 1, and the merge, at
-    m = M, give c = (mean − merge) M/(M − 1), and with k more the loss falls by (mean − merge) k / ((M − 1)(M + k)).
-    Which adapters come is chance: the merge moves by k/(M + k) times the difference of two means, of k and of M
-    adapters. The variance S² of the adapters' losses, M − 1 degrees of freedom, makes that S² k / (M (M + k)).
-
-    Args:
-        losses: Of each adapter [M], two or more.
-        merge: The loss of their merge.
-        more: k, the number of adapters to add.
-
-    Returns:
-        The expected gain, and the half-width of the 95 % interval of what may come.
-    """
-    M = len(losses)
-    share = more / (M + more)
-    chance = student_quantile(M - 1) * math.sqrt(variance(losses) * share / M)
-    return Interval((fmean(losses) - merge) / (M - 1) * share, chance)
-
-
-def outlook(found: HeldOut) -> str | None:
-    """Says what more adapters would bring to the merge; None where `verdict` advises against it, or two are too few."""
-    M, losses = len(found.adapters), list(found.adapters.values())
-    if M < LEAST_ADAPTERS or found.average <= found.merge or instead_of_merge(found) is not None:
-        return None
-    one, twice = (more_adapters(losses, found.merge, more) for more in (1, M))
-    return (
-        f"One more adapter is expected to lower the merge's loss by {one.mean:.4f} ± {one.half_width:.4f}, and {M} more"
-        f" by {twice.mean:.4f} ± {twice.half_width:.4f} (95 % intervals, since it is chance which adapters come)."
-    )
-
-
 def verdicts(run: Path) -> list[str]:
-    """Says for each pack of a run what its merge is worth on the held-out rows, and of one pack what more would be."""
-    return sentences(read_held_out(run))
-
-
-def sentences(packs: Sequence[HeldOut]) -> list[str]:
-    """The verdict on each pack of a run; if it is all of them, also what more adapters would bring."""
-    more = outlook(packs[0]) if len(packs) == 1 else None
-    return [*map(verdict, packs), *([more] if more else [])]
+    """Says for each pack of a run what its merge is worth on the held-out rows."""
+    return [verdict(found) for found in read_held_out(run)]
 
 
 def better_than_merge(run: Path) -> int | str | None:

@@ -7,7 +7,7 @@ from poc_lora.files import size
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Chart, Listing, Section, chart
 from poc_lora.reporting.escape import short
-from poc_lora.reporting.held_out import sentences
+from poc_lora.reporting.held_out import verdict
 from poc_lora.reporting.run_files import RunFiles
 from poc_lora.reporting.summaries import best_weights, merge_outcome
 
@@ -65,7 +65,7 @@ def training(files: RunFiles) -> Section:
     )
     if files.info is not None and files.info.best_steps:
         section.paragraphs.append("The adapters have their weights of lowest loss on these rows; of these weights:")
-    section.paragraphs += sentences(files.held_out)
+    section.paragraphs += map(verdict, files.held_out)
     return section
 
 

@@ -10,14 +10,11 @@ from poc_lora.artifacts.row_losses import RowLosses
 from poc_lora.reporting import held_out
 from poc_lora.reporting.held_out import (
     better_than_merge,
-    more_adapters,
-    outlook,
     paired_interval,
     read_held_out,
     rows_notes,
     rows_table,
     verdict,
-    verdicts,
 )
 from poc_lora.reporting.run_files import best_adapter, read_run
 from tests.reporting.run_folder import make_run, results
@@ -98,45 +95,6 @@ def test_a_single_adapter_is_compared_with_the_base(tmp_path):
     (found,) = read_held_out(write(tmp_path, pack(members=(3,))))
     assert verdict(found).startswith(f"On {ROWS} held-out rows the adapter lowers the loss")
     assert better_than_merge(tmp_path) is None
-
-
-@pytest.mark.parametrize(("M", "more"), [(4, 4), (8, 1), (8, 8)])
-def test_what_more_adapters_bring_is_that_of_training_them_many_times(M, more):
-    """Slow: draw all adapters from one law, 1,000 times, and score their averages by a quadratic loss."""
-    draw, optimum = np.random.default_rng(3), np.array([3.0, 0.0, 0.0, 0.0, 0.0])
-
-    def loss(adapters):
-        return float(((adapters.mean(0) - optimum) ** 2).sum())
-
-    expected, came, inside = [], [], []
-    for _ in range(1000):
-        drawn = draw.normal(0, 0.3, (M + more, len(optimum)))
-        forecast = more_adapters([loss(drawn[j : j + 1]) for j in range(M)], loss(drawn[:M]), more)
-        expected.append(forecast.mean)
-        came.append(loss(drawn[:M]) - loss(drawn))
-        inside.append(abs(came[-1] - forecast.mean) < forecast.half_width)
-    gaps = np.subtract(came, expected)
-    assert gaps.mean() == pytest.approx(0, abs=4 * gaps.std() / len(gaps) ** 0.5)
-    assert np.mean(expected) == pytest.approx(5 * 0.3**2 * (1 / M - 1 / (M + more)), rel=0.1)
-    assert 0.92 < np.mean(inside) < 0.98  # the slope at the merge, which chance moves along, is nearly the adapters'
-
-
-def test_what_more_adapters_would_bring_is_said_where_the_merge_is_used(tmp_path):
-    (found,) = read_held_out(write(tmp_path / "run", pack(merge=-0.3)))
-    one, three = (more_adapters(list(found.adapters.values()), found.merge, more) for more in (1, 3))
-    assert one.mean == pytest.approx((found.average - found.merge) / 8)  # from M = 3: / (M² - 1)
-    said = outlook(found)
-    assert f"One more adapter is expected to lower the merge's loss by {one.mean:.4f} ± {one.half_width:.4f}" in said
-    assert f"and 3 more by {three.mean:.4f} ± {three.half_width:.4f}" in said
-    assert verdicts(tmp_path / "run") == [verdict(found), said]
-    two = write(tmp_path / "packs", pack(merge=-0.3), pack(merge=-0.3, members=(3, 4, 5)))
-    assert verdicts(two) == [verdict(each) for each in read_held_out(two)]  # whose merge of all was not validated
-
-
-@pytest.mark.parametrize("losses", [pack(merge=0.3), pack(base=-2), pack(merge=-0.3, members=(0, 1))])
-def test_more_adapters_are_not_advised_where_the_merge_is_not_or_on_the_word_of_two(tmp_path, losses):
-    run = write(tmp_path, losses)
-    assert verdicts(run) == [verdict(found) for found in read_held_out(run)]
 
 
 def test_the_interval_is_that_of_resampling_rows_one_by_one():
