@@ -50,6 +50,7 @@ def test_the_weights_to_keep(tmp_path):
 @pytest.mark.slow
 def test_students_and_screening_of_the_demo(tmp_path):
     packs, students, screening = tmp_path / "packs", tmp_path / "distil.json", tmp_path / "screening.json"
+    ranks = tmp_path / "ranks.json"
     settings = ["adapters.count=8", "train.max_steps=1", "lora.rank=1", f"data.train={DATA_DIR / 'boolq'}"]
     small = ["--packs", packs, "--limit", 10, *settings]
     run("distil.py", "--seeds", 0, 1, "--steps", 1, "--batch", 2, "--out", students, *small)
@@ -58,6 +59,10 @@ def test_students_and_screening_of_the_demo(tmp_path):
     scored = [found["merge"], found["ensemble"], *found["truncated"].values(), *found["students"]]
     assert len({each["accuracy"] for each in scored}) == 1
     assert "| rank 16, distilled |" in run("distil.py", "--summary", students)
+    run("ranks.py", "--seeds", 0, 1, "--out", ranks, *small)
+    (found,) = json.loads(ranks.read_text())["seeds"].values()
+    assert {(each["accuracy"], *each["difference"]) for each in found["ranks"].values()} == {(found["merge"], 0, 0, 0)}
+    assert "| rank 64 |" in run("ranks.py", "--summary", ranks)
     run("screening.py", "--seeds", 0, 1, "--out", screening, *small)
     (found,) = json.loads(screening.read_text())["seeds"].values()
     assert found["1"]["left_out"] == []
