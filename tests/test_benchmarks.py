@@ -66,22 +66,15 @@ def test_students_and_screening_of_the_demo(tmp_path):
 
 
 @pytest.mark.slow
-def test_forecasts_of_what_more_adapters_bring(tmp_path):
-    out, again, packs = tmp_path / "forecast.json", tmp_path / "again.json", tmp_path / "packs"
-    small = ["adapters.count=4", "train.max_steps=4", "lora.rank=1", f"data.train={DATA_DIR / 'boolq'}"]
-    words = ["--seeds", 0, 1, "--rates", "8e-3", "--packs", packs, *small]
-    run("forecast.py", "--out", out, *words)
-    run("forecast.py", "--out", again, *words)  # of the packs that were kept
-    found, same = (json.loads(file.read_text())["rates"]["8e-3"]["0"] for file in (out, again))
-    assert found == same
-    assert [len(found[f"{quarter}/4"]["losses"]) for quarter in (1, 2, 3, 4)] == [4 + 2 + 1] * 3 + [4 + 2 + 1 + 4]
-    study = FOLDER / "results" / "real_model_h200" / "docstrings.json"
-    shown = run("forecast.py", "--summary", out, "--studies", study)
-    assert [line.split(" | ")[:2] for line in shown.splitlines() if "→" in line] == [
-        ["| demo, lr 8e-3 (1)", "2 → 4"],
-        ["| demo, lr 8e-3 (1)", "2 → 3"],
-        ["| docstrings (3)", "4 → 8"],
-    ]
+def test_tuned_merges_of_the_demo(tmp_path):
+    out = tmp_path / "tune.json"
+    small = ["adapters.count=3", "train.max_steps=3", "lora.rank=1", f"data.train={DATA_DIR / 'boolq'}"]
+    run("tune.py", "--seeds", 0, 1, "--limit", 10, "--out", out, *small)
+    (found,) = json.loads(out.read_text())["seeds"].values()
+    assert all(found[way]["tuning_gain"] >= 0 for way in ("weights", "scale"))  # the loss that chose
+    assert found["scales"]["tuning_gain"] >= found["scale"]["tuning_gain"]
+    assert sum(found["weights"]["factors"]) == pytest.approx(3, abs=1e-3)
+    assert "| weights |" in run("tune.py", "--summary", out)
 
 
 @pytest.mark.slow
@@ -133,3 +126,24 @@ def test_what_a_float8_base_changes(tmp_path):
     assert 0 < bfloat16["kl"] < fp8["kl"]
     assert fp8["gradient_cosine"] < bfloat16["gradient_cosine"] < 1
     assert [len(kind["training"]) for kind in (bfloat16, fp8)] == [2, 2]
+
+
+@pytest.mark.slow
+def test_bfloat16_on_a_cpu_by_width(tmp_path):
+    out = tmp_path / "dtypes.json"
+    run("cpu_dtypes.py", "--turns", 1, "--widths", 128, "--out", out)
+    (found,) = json.loads(out.read_text())["shapes"]
+    seconds = found["step_s"]
+    assert found["faster_by"]["step"] == pytest.approx(seconds["float32"] / seconds["bfloat16"], rel=0.01)
+    assert found["faster_by"]["product"] > 0
+
+
+@pytest.mark.slow
+def test_what_computing_activations_again_saves(tmp_path):
+    out = tmp_path / "recomputation.json"
+    run("recomputation.py", "--turns", 1, "--out", out)
+    found = json.loads(out.read_text())
+    for dtype in ("float32", "bfloat16"):
+        none, parts, layers = (found[dtype][kind] for kind in ("none", "norms and gates", "layers"))
+        assert none["peak_bytes"] > parts["peak_bytes"] > layers["peak_bytes"]
+        assert all(kind["same_bits"] for kind in (none, parts, layers))

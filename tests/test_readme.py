@@ -152,6 +152,8 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
             words[-1] = "2"
         if words[1] in ("check", "train", "controls"):
             words += SMALL
+        if "adapters.vary" in line:
+            words += ["adapters.count=4"]  # a value each
         if words[1] in ("eval", "controls") and "--rows" not in words:
             words += ["--limit", "5"]
         if "--harness-tasks" in words and "--include-path" not in words:  # theirs are on the Hub
@@ -161,7 +163,7 @@ def test_the_commands_work_in_order(checkout, monkeypatch, capsys):
     own = ["init", "check", "train", "merge", "eval", "sample", "report", "train", "merge", "eval"]
     readme = ["check", "train", "merge", "eval", "report", "check", "merge", "merge", "fold"]
     evaluation = [*["eval"] * 7, "sample", "train", "eval", "controls"]
-    assert ran == [*readme, *evaluation, "merge", "eval", "push", "check", "train", *own]
+    assert ran == [*readme, *evaluation, "merge", "eval", "push", "check", "train", "train", "report", *own]
     assert "PoC merge" in capsys.readouterr().out
 
 

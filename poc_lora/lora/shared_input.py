@@ -74,6 +74,8 @@ class PackedLinear(torch.autograd.Function):
         scales: "Scales",
     ) -> tuple[Tensor, Tensor]:
         M, d_in = len(A), x.shape[-1]
+        # In every micro-batch anew: it takes 0.6 % of a step of 8B parameters on a GPU and 0.2 % on a CPU, and a copy
+        # kept from step to step would have to follow every change of the weights.
         A, B = A.to(x.dtype), B.to(x.dtype)
         weight: Tensor | None
         if isinstance(layer, Float8Linear) and in_float8 is not None:

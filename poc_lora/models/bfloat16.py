@@ -17,7 +17,7 @@ ROWS = 256
 # Products of wider layers have much the same ratio, but take longer than a millisecond: on a machine with other work,
 # those in float32 were interrupted every time, and seemed 30 times as slow.
 WIDEST = 512
-# Of narrower layers the matmuls are as much faster, and yet a training step is not: other work takes most of it.
+# With narrower layers, matmuls may be as much faster, but take the smaller part of a training step.
 NARROWEST = 256
 WORTHWHILE = 1.5
 REPEATS = 20

@@ -11,7 +11,7 @@ again      the same once more: all bits agree
 resumed    interrupted by SIGINT after the first commit, then resumed: all bits agree
 alone      adapter 0 without the others: close
 cpu        8 steps without noise in float32 on the GPU and on the CPU: close
-layers     gradients of layers that share an input, in bfloat16 and in float64: close
+layers     gradients of layers that share an input, in bfloat16 and over a float8 base, and in float64: close
 merge      the exact average; its rank is the sum of theirs
 label, generate    the first questions by each protocol
 float8     a float8 layer: how far it is from its reference in float32, forwards and backwards, relative to the norm;
@@ -97,10 +97,14 @@ class Checks:
         return self._apart("on_gpu", "on_cpu")
 
     def layers(self) -> Any:
-        x, factors = three_layers(torch.bfloat16)
-        exact_x, exact_factors = three_layers(torch.float64)
-        pairs = {"x": (x, exact_x), "factors": (factors, exact_factors)}
-        return {name: float((found - exact).norm() / exact.norm()) for name, (found, exact) in pairs.items()}
+        exact = three_layers(torch.float64)
+        return {
+            name: {part: apart(found, right) for part, found, right in zip(("x", "factors"), sides, exact, strict=True)}
+            for name, sides in (
+                ("bfloat16", three_layers(torch.bfloat16)),
+                ("float8", three_layers(torch.bfloat16, float8=True)),
+            )
+        }
 
     def merge(self) -> Any:
         return merge_folders([self.folder / "first"], self.folder / "first" / "merged").rank
@@ -211,8 +215,11 @@ class OneInput(torch.nn.ModuleList):
         return torch.cat([layer(x) for layer in self], dim=-1)
 
 
-def three_layers(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the gradients of an input and of 4 adapters of 3 layers, float64, with matmuls in `dtype` on the GPU."""
+def three_layers(dtype: torch.dtype, *, float8: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the gradients of an input and of 4 adapters of 3 layers, float64, with matmuls in `dtype` on the GPU.
+
+    float8: those of the base are in float8.
+    """
     draws = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
@@ -222,6 +229,9 @@ def three_layers(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     model = OneInput(linears).requires_grad_(False).to("cuda", dtype)
     for linear in linears:
         linear.weight.copy_(drawn(linear.out_features, 256) / 16)
+    if float8:
+        for number, linear in enumerate(linears):
+            model[number] = Float8Linear(linear, torch.device("cuda"))
     bank = AdapterBank(model, targets=["0", "1", "2"], rank=16, alpha=32, adapters=range(4))
     bank.weights.copy_(drawn(*bank.weights.shape) / 8)
     x = drawn(8, 32, 256).requires_grad_()
