@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from poc_lora.plotting import COLOURS, MARKERS, SERIES, style
 from poc_lora.reporting.escape import short
@@ -295,10 +295,13 @@ def _each_adapter(axes: Axes, curves: Mapping[str, Curve], line: str) -> None:
 
 def _steps_and_values(axes: Axes, curves: Iterable[Curve], label: str) -> None:
     """Labels the axes; that of the values is logarithmic if they span decades."""
-    _log_if_decades(axes, [value for curve in curves for _, value in curve])
+    points = [point for curve in curves for point in curve]
+    _log_if_decades(axes, [value for _, value in points])
     axes.set_ylabel(label)
     axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    steps = {step for step, _ in points}
+    # Around a single step the locator would take fractions.
+    axes.xaxis.set_major_locator(FixedLocator(list(steps)) if len(steps) == 1 else MaxNLocator("auto", integer=True))
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
 
 

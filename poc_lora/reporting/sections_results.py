@@ -78,7 +78,8 @@ def benchmarks(files: RunFiles) -> Section:
         section.tables += task_tables(files.tasks)
         section.paragraphs += task_notes(files.tasks)
     if not files.evaluations:
-        section.omitted.append("Nothing has been evaluated: poc-lora eval RUN --data DIR.")
+        what = "Nothing has been evaluated" if not section.tables else "No questions were asked"
+        section.omitted.append(f"{what}: poc-lora eval RUN --data DIR.")
         return section
     for i, results in enumerate(files.evaluations):
         protocol = f", protocol {short(results.protocol, 20)}" if len(files.evaluations) > 1 else ""

@@ -48,6 +48,11 @@ def everything():
     }
 
 
+def test_a_single_step_has_one_tick():
+    figure = figures.validation_figure([(12, 2.0)], {"00": [(12, 1.0)]}, {"merge of 2": [(12, 0.9)]})
+    assert figure.axes[0].get_xticks().tolist() == [12]
+
+
 @pytest.mark.parametrize(("name", "figure"), everything().items(), ids=lambda x: x if isinstance(x, str) else "")
 def test_a_figure_is_transparent_and_keeps_its_text_inside(name, figure):
     image = chart(figure, "A <title>", "What & why", "caption").image

@@ -306,6 +306,10 @@ def test_tasks_of_lm_eval_are_tables(tmp_path):
     assert "x" * 100 not in page.text
     assert "quiz: 3 of 40 prompts were cut at their start" in page.text
     assert "Only the first 40 documents" in page.text
+    shutil.rmtree(run / "eval")
+    text = page_of(run).text
+    assert "No questions were asked" in text
+    assert "Nothing has been evaluated:" not in text
 
 
 def test_a_control_and_other_protocols_stand_beside(tmp_path):
