@@ -46,7 +46,7 @@ def one_seed(config: RunConfig, scorer: Scorer, data: TrainingData, saved: Path 
     merged = {
         path: decompose(
             module.factors.A.detach().double().flatten(0, 1),
-            module.factors.B.detach().double().flatten(0, 1).T * (pack.bank.scale / M),
+            module.factors.B.detach().double().flatten(0, 1).T * (pack.bank.scales.values[0] / M),
         )
         for path, module in pack.bank.modules.items()
     }
