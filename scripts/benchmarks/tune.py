@@ -214,7 +214,6 @@ def one_seed(mixture: Mixture, report: Callable[[Tensor], dict[str, float]]) -> 
     mean = float(plain.sum() / mixture.tokens.sum())
     adapters = [mixture.loss(of_members(mixture, [j])) for j in range(M)]
     found: dict[str, Any] = {
-        "base": mixture.loss(0 * mixture.mean),
         "adapters": adapters,
         "mean": {"tuning_loss": mean, **report(mixture.mean)},
     }
