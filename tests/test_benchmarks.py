@@ -83,6 +83,19 @@ def test_tuned_merges_of_the_demo(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_losers_of_a_sweep(tmp_path):
+    out = tmp_path / "stop_losers.json"
+    settings = ["train.max_steps=4", "train.batch_size=2", "lora.rank=1", f"data.train={DATA_DIR / 'boolq'}"]
+    run("stop_losers.py", "--seeds", 0, 1, "--limit", 10, "--out", out, *settings)
+    (found,) = json.loads(out.read_text())["seeds"].values()
+    assert [len(losses) for losses in found["losses"].values()] == [8, 8, 8]
+    assert len(set(found["losses"]["third"])) == 1  # the first step's learning rate is 0, so all are the base
+    assert len(set(found["losses"]["end"])) > 1
+    assert len(found["survivors"]) == len(found["more_rows"]["losses"]) == 4
+    assert "| a third | 4 of 8 |" in run("stop_losers.py", "--summary", out)
+
+
+@pytest.mark.slow
 def test_merging_from_files_to_files(tmp_path):
     run("merge.py", "files", "--layers", 1, "--rounds", 1, "--folder", tmp_path, "--out", tmp_path / "merge.json")
     found = json.loads((tmp_path / "merge.json").read_text())
