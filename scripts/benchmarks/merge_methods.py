@@ -6,16 +6,16 @@
 
 For every seed it trains the adapters of configs/demo.yaml, and makes one update of every module from theirs by each of
 `METHODS`. All are scored on all test questions: accuracy (%), and the log loss of the right label among the labels.
-What has to be chosen, the best adapter and the factor of the scaled mean, is chosen by the log loss of 192 validation
+What has to be chosen, the best adapter and the factors of `SCALES`, is chosen by the log loss of 192 validation
 questions. Two more packs are trained per seed: one in which adapter 2k + 1 gets the negative of adapter 2k's noise, and
 one with two adapters at each λ of `TEMPERATURES`.
 
 With --model, another base is trained for 100 steps on a task that real_model.py has written, with the settings of
-`REAL`. The score is the loss per token of the answers of the odd-numbered rows of heldout.json; every fourth row, none
-of them among those, chooses.
+`REAL`. The score is the loss per token of the answers of every fourth row of heldout.json, from the second on; every
+eighth row, from the first on, chooses.
 
 The last form prints finished files side by side as Markdown: means over seeds, and the difference to the mean of B·A
-with the half-width of its 95 % t-interval over seeds. A seed that is in the file already is not run again.
+with the half-width of its 95 % t-interval over seeds. What is in the file already is not run again.
 """
 
 import argparse
@@ -56,7 +56,6 @@ from poc_lora.training.data import prepare_data
 from poc_lora.training.loss import chunked_cross_entropy
 from poc_lora.training.step import Pack
 
-SCALES = (1.0, 1.25, 1.5, 2.0)  # of the scaled mean
 TEMPERATURES = (0.0, 1e-5, 1e-4, 1e-3)
 CALIBRATION_ROWS = 64
 RIDGE = 1e-3  # added to the second moments, as a share of their mean diagonal
@@ -64,9 +63,11 @@ RIDGE = 1e-3  # added to the second moments, as a share of their mean diagonal
 REAL = """
     model.dtype=bfloat16 optim.lr=1e-3 optim.temperature=1e-5 optim.warmup_steps=10 train.max_steps=100
 """.split()
-SPLITS = {"validation": slice(0, None, 4), "test": slice(1, None, 2)}  # of heldout.json
+SPLITS = {"validation": slice(0, None, 8), "test": slice(1, None, 4)}  # of heldout.json
 TOKENS = 2048  # of a micro-batch
 NONE = torch.empty(0)
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # every module's A [M, r, d_in] and B [M, d_out, r]
 
 
 class Update(NamedTuple):
@@ -213,6 +214,20 @@ METHODS: dict[str, Callable[[Module], Update]] = {
 }
 
 
+# Factors of which validation rows choose one: the mean shrinks what adapters do not share, TIES grows what it keeps.
+SCALES = {
+    "mean": (1.0, 1.25, 1.5, 2.0),
+    "TIES, density 0.2": (0.25, 0.5, 0.75, 1.0),
+    "KnOTS-TIES, density 0.2": (0.25, 0.5, 0.75, 1.0),
+}
+
+
+def times(update: Update, factor: float) -> Update:
+    """The update, scaled."""
+    A, B = update
+    return Update(A * factor) if B is None else Update(A, B * factor)
+
+
 @contextlib.contextmanager
 def applied(model: PreTrainedModel, updates: Mapping[str, Update]) -> Iterator[None]:
     """Within the block, the modules of these paths compute W x + ΔW x, in the dtype of W."""
@@ -321,7 +336,7 @@ class Rows:
         return math.log(len(answers)) - torch.stack([-each for each in answers]).logsumexp(0)
 
 
-def factors(bank: AdapterBank) -> dict[str, tuple[Tensor, Tensor]]:
+def factors(bank: AdapterBank) -> Factors:
     """A [M, r, d_in] and B [M, d_out, r] of every module, in float64, with the scale in B."""
     return {
         path: (module.factors.A.detach().double(), module.factors.B.detach().double().transpose(1, 2) * bank.scale)
@@ -329,7 +344,7 @@ def factors(bank: AdapterBank) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def singles(task: Task, found: Mapping[str, tuple[Tensor, Tensor]], split: str) -> list[Any]:
+def singles(task: Task, found: Factors, split: str) -> list[Any]:
     """The answers of each adapter."""
     answers = []
     for slot in range(len(next(iter(found.values()))[0])):
@@ -338,47 +353,55 @@ def singles(task: Task, found: Mapping[str, tuple[Tensor, Tensor]], split: str) 
     return answers
 
 
+def means(found: Factors) -> dict[str, Update]:
+    """The mean of every module."""
+    return {path: mean(Module(path, 0, A, B)) for path, (A, B) in found.items()}
+
+
 def average(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.mean(each[name] for each in measures) for name in measures[0]}
 
 
 def merge_of_one_seed(
-    task: Task, found: Mapping[str, tuple[Tensor, Tensor]], seed: int, calibration: Sequence[Example]
-) -> dict[str, Any]:
-    """Score the adapters of one seed, and what each method makes of them."""
+    task: Task, found: Factors, seed: int, calibration: Sequence[Example], run: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Score the adapters of one seed, and what each method makes of them, but for what `run` has already."""
+    variants, chosen = run["variants"], run["chosen"]
 
     def scored(updates: Mapping[str, Update], split: str = "test") -> dict[str, float]:
         with applied(task.model, updates):
             return task.measures(task.answers(split), split)
 
-    answers = singles(task, found, "test")
-    adapters = [task.measures(each, "test") for each in answers]
-    validation = [task.measures(each, "validation")["nll"] for each in singles(task, found, "validation")]
-    best = min(range(len(adapters)), key=lambda slot: validation[slot])
-    variants: dict[str, dict[str, float]] = {
-        "average adapter": average(adapters),
-        "best adapter": adapters[best],
-        "prediction ensemble": task.measures(task.ensemble(answers), "test"),
-    }
-    means = {path: mean(Module(path, seed, A, B)) for path, (A, B) in found.items()}
-    with applied(task.model, means):
-        moments = second_moments(task.model, list(found), calibration)
-    modules = [Module(path, seed, A, B, moments[path]) for path, (A, B) in found.items()]
+    if "prediction ensemble" not in variants:
+        answers = singles(task, found, "test")
+        adapters = [task.measures(each, "test") for each in answers]
+        validation = [task.measures(each, "validation")["nll"] for each in singles(task, found, "validation")]
+        best = min(range(len(adapters)), key=lambda slot: validation[slot])
+        chosen["best adapter"] = best
+        variants |= {"average adapter": average(adapters), "best adapter": adapters[best]}
+        variants["prediction ensemble"] = task.measures(task.ensemble(answers), "test")
+        save()
+    moments: dict[str, Tensor] = {}
     for name, method in METHODS.items():
-        variants[name] = scored({module.path: method(module) for module in modules})
-        print(f"seed {seed}: {name} {variants[name]}", flush=True)
-
-    def scaled(factor: float) -> dict[str, Update]:
-        return {path: Update(A, B * factor) for path, (A, B) in means.items() if B is not None}
-
-    losses = {factor: scored(scaled(factor), "validation")["nll"] for factor in SCALES}
-    factor = min(SCALES, key=lambda factor: losses[factor])
-    variants["scaled mean"] = scored(scaled(factor))
-    return {
-        "variants": variants,
-        "chosen": {"best adapter": best, "scale": factor},
-        "validation": {"adapters": validation, "scales": list(losses.values())},
-    }
+        scaled = name in SCALES and f"{name}, scaled" not in variants
+        if name in variants and not scaled:
+            continue
+        if not moments:
+            with applied(task.model, means(found)):
+                moments = second_moments(task.model, list(found), calibration)
+        updates = {path: method(Module(path, seed, A, B, moments[path])) for path, (A, B) in found.items()}
+        if name not in variants:
+            variants[name] = scored(updates)
+            print(f"seed {seed}: {name} {variants[name]}", flush=True)
+        if scaled:
+            losses = {
+                factor: scored({path: times(update, factor) for path, update in updates.items()}, "validation")["nll"]
+                for factor in SCALES[name]
+            }
+            factor = chosen[f"{name}, scaled"] = min(losses, key=lambda factor: losses[factor])
+            variants[f"{name}, scaled"] = scored({path: times(update, factor) for path, update in updates.items()})
+            print(f"seed {seed}: {name}, scaled by {factor} {variants[f'{name}, scaled']}", flush=True)
+        save()
 
 
 class AntitheticAdamW(NoisyAdamW):
@@ -409,8 +432,10 @@ def temperatures(pack: Pack) -> None:
 TRAININGS = {"antithetic noise": antithetic, "four λ": temperatures}
 
 
-def train(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, packs: Path | None, name: str = "") -> Any:
-    """The trained factors of one of `TRAININGS`, or of the plain training."""
+def train(
+    config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, packs: Path | None, name: str = ""
+) -> tuple[Factors, list[Example]]:
+    """The trained factors of one of `TRAININGS`, or of the plain training, and the rows."""
     data = prepare_data(config, tokenizer)
     saved = packs and packs / f"seed{config.adapters.seed}{name and '_'}{name.replace(' ', '_')}.pt"
     pack = train_pack(config, task.model, data, saved, TRAININGS.get(name, lambda pack: None))
@@ -420,25 +445,31 @@ def train(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, pac
 
 
 def one_seed(
-    config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, packs: Path | None
-) -> Iterator[dict[str, Any]]:
-    """What is found on one seed, part by part."""
-    seed = config.adapters.seed
-    found, rows = train(config, task, tokenizer, packs)
-    order = rng.permutation(len(rows), rng.key(seed, 0, "calibration"))
-    yield merge_of_one_seed(task, found, seed, [rows[i] for i in order[:CALIBRATION_ROWS]])
+    config: RunConfig,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    packs: Path | None,
+    run: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """Add to `run` what it lacks, and save it part by part."""
+    seed, variants = config.adapters.seed, run["variants"]
+    scaled = {f"{name}, scaled" for name in SCALES}
+    if not variants.keys() >= {"prediction ensemble", *METHODS, *scaled}:
+        found, rows = train(config, task, tokenizer, packs)
+        order = rng.permutation(len(rows), rng.key(seed, 0, "calibration"))
+        merge_of_one_seed(task, found, seed, [rows[i] for i in order[:CALIBRATION_ROWS]], run, save)
     if isinstance(task, Rows):
         return
     for name in TRAININGS:
+        if f"{name}: mean" in variants:
+            continue
         found, _ = train(config, task, tokenizer, packs, name)
         answers = singles(task, found, "test")
-        with applied(task.model, {path: mean(Module(path, seed, A, B)) for path, (A, B) in found.items()}):
-            merged = task.measures(task.answers("test"), "test")
-        variants = {
-            f"{name}: average adapter": average([task.measures(each, "test") for each in answers]),
-            f"{name}: mean": merged,
-        }
-        yield {"variants": variants}
+        variants[f"{name}: average adapter"] = average([task.measures(each, "test") for each in answers])
+        with applied(task.model, means(found)):
+            variants[f"{name}: mean"] = task.measures(task.answers("test"), "test")
+        save()
 
 
 COLUMNS = {"accuracy": 2, "nll": 3}  # decimals
@@ -454,7 +485,8 @@ def summary(files: Sequence[dict[str, Any]]) -> str:
     ]
     heads = [f"{found['model']}: {measure} | minus the mean" for found, measure in columns]
     lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|---:|" * len(columns)]
-    names = ["base", "average adapter", "best adapter", *METHODS, "scaled mean", "prediction ensemble"]
+    names = ["base", "average adapter", "best adapter", "prediction ensemble"]
+    names += [variant for name in METHODS for variant in (name, f"{name}, scaled") if variant == name or name in SCALES]
     names += [f"{training}: {what}" for training in TRAININGS for what in ("average adapter", "mean")]
     for name in names:
         cells = []
@@ -470,8 +502,9 @@ def summary(files: Sequence[dict[str, Any]]) -> str:
             cells.append(f"{statistics.mean(run[name][measure] for run in runs):.{digits}f} | {shown}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for found in files:
-        scales = [run["chosen"]["scale"] for run in found["seeds"].values()]
-        lines.append(f"\n{found['model']}, {len(scales)} seeds: factors of the scaled mean {scales}")
+        for name in SCALES:
+            chosen = ", ".join(f"{run['chosen'][f'{name}, scaled']:g}" for run in found["seeds"].values())
+            lines.append(f"\n{found['model']}: factors of the {name}, by seed: {chosen}")
     return "\n".join(lines)
 
 
@@ -507,14 +540,14 @@ def main() -> None:
             parser.error(f"{a.out} was made with other settings")
     if "base" not in found:
         found["base"] = task.measures(task.answers("test"), "test")
+
+    def save() -> None:
+        if a.out:
+            write_json(a.out, found)
+
     for seed in range(*a.seeds):
-        if str(seed) not in found["seeds"]:
-            run: dict[str, Any] = {"variants": {}}
-            for part in one_seed(load_config(CONFIG, [*place, f"adapters.seed={seed}"]), task, tokenizer, a.packs):
-                run |= part | {"variants": run["variants"] | part["variants"]}
-            found["seeds"][str(seed)] = run
-            if a.out:
-                write_json(a.out, found)
+        run = found["seeds"].setdefault(str(seed), {"variants": {}, "chosen": {}})
+        one_seed(load_config(CONFIG, [*place, f"adapters.seed={seed}"]), task, tokenizer, a.packs, run, save)
     print(summary([found]))
 
 
