@@ -362,33 +362,31 @@ def average(measures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.mean(each[name] for each in measures) for name in measures[0]}
 
 
-def merge_of_one_seed(
-    task: Task, found: Factors, seed: int, calibration: Sequence[Example], run: dict[str, Any], save: Callable[[], None]
+def score_methods(
+    config: RunConfig,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    packs: Path | None,
+    run: dict[str, Any],
+    save: Callable[[], None],
 ) -> None:
     """Score the adapters of one seed, and what each method makes of them, but for what `run` has already."""
-    variants, chosen = run["variants"], run["chosen"]
+    seed, variants, chosen = config.adapters.seed, run["variants"], run["chosen"]
+    found, rows = train(config, task, tokenizer, packs)
 
     def scored(updates: Mapping[str, Update], split: str = "test") -> dict[str, float]:
         with applied(task.model, updates):
             return task.measures(task.answers(split), split)
 
-    if "prediction ensemble" not in variants:
-        answers = singles(task, found, "test")
-        adapters = [task.measures(each, "test") for each in answers]
-        validation = [task.measures(each, "validation")["nll"] for each in singles(task, found, "validation")]
-        best = min(range(len(adapters)), key=lambda slot: validation[slot])
-        chosen["best adapter"] = best
-        variants |= {"average adapter": average(adapters), "best adapter": adapters[best]}
-        variants["prediction ensemble"] = task.measures(task.ensemble(answers), "test")
-        save()
     moments: dict[str, Tensor] = {}
     for name, method in METHODS.items():
         scaled = name in SCALES and f"{name}, scaled" not in variants
         if name in variants and not scaled:
             continue
         if not moments:
+            order = rng.permutation(len(rows), rng.key(seed, 0, "calibration"))
             with applied(task.model, means(found)):
-                moments = second_moments(task.model, list(found), calibration)
+                moments = second_moments(task.model, list(found), [rows[i] for i in order[:CALIBRATION_ROWS]])
         updates = {path: method(Module(path, seed, A, B, moments[path])) for path, (A, B) in found.items()}
         if name not in variants:
             variants[name] = scored(updates)
@@ -401,6 +399,17 @@ def merge_of_one_seed(
             factor = chosen[f"{name}, scaled"] = min(losses, key=lambda factor: losses[factor])
             variants[f"{name}, scaled"] = scored({path: times(update, factor) for path, update in updates.items()})
             print(f"seed {seed}: {name}, scaled by {factor} {variants[f'{name}, scaled']}", flush=True)
+        save()
+    if "adapters" not in run:
+        answers = singles(task, found, "test")
+        run["adapters"] = [task.measures(each, "test") for each in answers]
+        variants["average adapter"] = average(run["adapters"])
+        variants["prediction ensemble"] = task.measures(task.ensemble(answers), "test")
+        save()
+    if "best adapter" not in variants:
+        validation = [task.measures(each, "validation")["nll"] for each in singles(task, found, "validation")]
+        chosen["best adapter"] = min(range(len(validation)), key=lambda slot: validation[slot])
+        variants["best adapter"] = run["adapters"][chosen["best adapter"]]
         save()
 
 
@@ -444,32 +453,19 @@ def train(
     return found, data.train
 
 
-def one_seed(
-    config: RunConfig,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    packs: Path | None,
-    run: dict[str, Any],
-    save: Callable[[], None],
+def score_trainings(
+    config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, packs: Path | None, run: dict[str, Any]
 ) -> None:
-    """Add to `run` what it lacks, and save it part by part."""
-    seed, variants = config.adapters.seed, run["variants"]
-    scaled = {f"{name}, scaled" for name in SCALES}
-    if not variants.keys() >= {"prediction ensemble", *METHODS, *scaled}:
-        found, rows = train(config, task, tokenizer, packs)
-        order = rng.permutation(len(rows), rng.key(seed, 0, "calibration"))
-        merge_of_one_seed(task, found, seed, [rows[i] for i in order[:CALIBRATION_ROWS]], run, save)
-    if isinstance(task, Rows):
-        return
+    """Train and score the packs of `TRAININGS` that `run` lacks."""
+    variants = run["variants"]
     for name in TRAININGS:
         if f"{name}: mean" in variants:
             continue
         found, _ = train(config, task, tokenizer, packs, name)
-        answers = singles(task, found, "test")
-        variants[f"{name}: average adapter"] = average([task.measures(each, "test") for each in answers])
+        measured = [task.measures(each, "test") for each in singles(task, found, "test")]
         with applied(task.model, means(found)):
             variants[f"{name}: mean"] = task.measures(task.answers("test"), "test")
-        save()
+        variants[f"{name}: average adapter"] = average(measured)
 
 
 COLUMNS = {"accuracy": 2, "nll": 3}  # decimals
@@ -538,16 +534,21 @@ def main() -> None:
         found = json.loads(a.out.read_text())
         if found["settings"] != settings:
             parser.error(f"{a.out} was made with other settings")
-    if "base" not in found:
-        found["base"] = task.measures(task.answers("test"), "test")
 
     def save() -> None:
         if a.out:
             write_json(a.out, found)
 
-    for seed in range(*a.seeds):
+    seeds = {seed: load_config(CONFIG, [*place, f"adapters.seed={seed}"]) for seed in range(*a.seeds)}
+    for seed, own in seeds.items():
         run = found["seeds"].setdefault(str(seed), {"variants": {}, "chosen": {}})
-        one_seed(load_config(CONFIG, [*place, f"adapters.seed={seed}"]), task, tokenizer, a.packs, run, save)
+        score_methods(own, task, tokenizer, a.packs, run, save)
+    if "base" not in found:
+        found["base"] = task.measures(task.answers("test"), "test")
+        save()
+    for seed, own in seeds.items() if isinstance(task, Questions) else ():
+        score_trainings(own, task, tokenizer, a.packs, found["seeds"][str(seed)])
+        save()
     print(summary([found]))
 
 
