@@ -472,35 +472,46 @@ COLUMNS = {"accuracy": 2, "nll": 3}  # decimals
 
 
 def summary(files: Sequence[dict[str, Any]]) -> str:
-    """The files side by side as a Markdown table."""
-    columns = [
-        (found, measure)
-        for found in files
-        for measure in COLUMNS
-        if measure in next(iter(found["seeds"].values()))["variants"]["mean"]
-    ]
-    heads = [f"{found['model']}: {measure} | minus the mean" for found, measure in columns]
-    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|---:|" * len(columns)]
+    """The files side by side as a Markdown table of what was scored on every seed."""
+    tables = []
+    for found in files:
+        runs = [
+            {**run["variants"], **({"base": found["base"]} if "base" in found else {})}
+            for run in found["seeds"].values()
+        ]
+        tables += [(found["model"], measure, runs) for measure in COLUMNS if measure in runs[0]["mean"]]
+
+    def difference(runs: list[dict[str, Any]], name: str, of: str, measure: str, more: int = 0) -> str:
+        change, digits = mean_interval([run[name][measure] - run[of][measure] for run in runs]), COLUMNS[measure] + more
+        return f"{change.mean:+.{digits}f} ± {change.half_width:.{digits}f}"
+
+    heads = [f"{model}: {measure} | minus the mean" for model, measure, _ in tables]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|---:|" * len(tables)]
     names = ["base", "average adapter", "best adapter", "prediction ensemble"]
-    names += [variant for name in METHODS for variant in (name, f"{name}, scaled") if variant == name or name in SCALES]
+    names += [variant for name in METHODS for variant in (name, f"{name}, scaled")]
     names += [f"{training}: {what}" for training in TRAININGS for what in ("average adapter", "mean")]
     for name in names:
         cells = []
-        for found, measure in columns:
-            digits = COLUMNS[measure]
-            runs = [{"base": found["base"], **run["variants"]} for run in found["seeds"].values()]
-            if not all(name in run for run in runs):
+        for _, measure, runs in tables:
+            if all(name in run for run in runs):
+                value = statistics.mean(run[name][measure] for run in runs)
+                shown = "" if name == "mean" else difference(runs, name, "mean", measure)
+                cells.append(f"{value:.{COLUMNS[measure]}f} | {shown}")
+            else:
                 cells.append(" | ")
-                continue
-            differences = [run[name][measure] - run["mean"][measure] for run in runs]
-            change = mean_interval(differences)
-            shown = "" if name == "mean" else f"{change.mean:+.{digits}f} ± {change.half_width:.{digits}f}"
-            cells.append(f"{statistics.mean(run[name][measure] for run in runs):.{digits}f} | {shown}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        if any(cell != " | " for cell in cells):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    for model, measure, runs in tables:
+        for rank in (16, 32):
+            plain, other = f"mean, rank {rank}", f"mean, rank {rank}, weighted by inputs"
+            if all(other in run for run in runs):
+                lines.append(
+                    f"\n{model}: {other}, minus {plain}: {measure} {difference(runs, other, plain, measure, 1)}"
+                )
     for found in files:
-        for name in SCALES:
-            chosen = ", ".join(f"{run['chosen'][f'{name}, scaled']:g}" for run in found["seeds"].values())
-            lines.append(f"\n{found['model']}: factors of the {name}, by seed: {chosen}")
+        for name in (f"{name}, scaled" for name in SCALES):
+            chosen = [f"{run['chosen'][name]:g}" for run in found["seeds"].values() if name in run["chosen"]]
+            lines.append(f"\n{found['model']}: {name} by {', '.join(chosen)} (a seed each)")
     return "\n".join(lines)
 
 
