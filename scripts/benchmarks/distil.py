@@ -13,7 +13,7 @@ second form prints a finished file as Markdown. A seed that is in the file alrea
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,14 @@ class Scorer:
         }
 
 
-def train_pack(config: RunConfig, model: PreTrainedModel, data: TrainingData, saved: Path | None) -> Pack:
-    """The demo's trained adapters, which are kept in the file `saved` if one is given."""
+def train_pack(
+    config: RunConfig,
+    model: PreTrainedModel,
+    data: TrainingData,
+    saved: Path | None,
+    change: Callable[[Pack], None] = lambda pack: None,
+) -> Pack:
+    """The demo's trained adapters, which are kept in the file `saved` if one is given; `change` is called before."""
     M = config.adapters.count
     sizes = Sizes(by_device(FAST_TOKENS, model.device.type), M, gradient_checkpointing=False)
     pack = Pack(config, model, data, range(M), sizes=sizes)
@@ -87,6 +93,7 @@ def train_pack(config: RunConfig, model: PreTrainedModel, data: TrainingData, sa
         with torch.no_grad():
             pack.bank.weights.copy_(torch.load(saved))
         return pack
+    change(pack)
     for step in range(data.total_steps):
         pack.step(step)
     if saved:
