@@ -29,7 +29,8 @@ class MetricsLine(Schema):
 
     Attributes:
         step: Optimizer steps done.
-        adapter: The adapter's number; in a validation also the base, or the merge of `members`.
+        adapter: The adapter's number; in a validation also the base, the merge of `members`, or that of the best of
+            them, which are `merges`.
         diverged: True in the line of the step at which the adapter was dropped, since its loss, gradient or weights
             were no longer finite.
         loss: The training loss per supervised token.
@@ -42,11 +43,12 @@ class MetricsLine(Schema):
         mean_cosine: Of the pairs of adapters. This and the rest are of the merge, as in merge.json.
         cosines: Of all pairs [members, members].
         members: The adapters that were validated together.
+        merges: Those in `merge_of_best`.
         kept: Whether this validation, after the last step, is of the weights that `train.keep: best` chose.
     """
 
     step: Whole
-    adapter: Adapter | Literal["base", "merge"]
+    adapter: Adapter | Literal["base", "merge", "merge_of_best"]
     diverged: Literal[True] | None = None
     loss: Measure = None
     grad_norm: Measure = None
@@ -61,6 +63,7 @@ class MetricsLine(Schema):
     relative_standard_error: Measure = None
     cosines: list[list[Measure]] | None = None
     members: list[Adapter] | None = None
+    merges: list[Adapter] | None = None
     kept: Literal[True] | None = None
 
 

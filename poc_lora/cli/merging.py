@@ -51,7 +51,7 @@ def merge(
         typer.Option(help="Modules trained whole: refuse different ones, or average them (labels in the same order!)."),
     ] = "same",
     keep_all: Annotated[
-        bool, typer.Option("--keep-all", help="A run: merge also adapters that learnt far less than the others.")
+        bool, typer.Option("--keep-all", help="A run: merge also adapters that spoil the merge.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

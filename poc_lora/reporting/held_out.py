@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,17 @@ class PackLosses:
     adapters: dict[int, np.ndarray]  # by number
     merge: np.ndarray
     tokens: np.ndarray  # of each row's answer
+    best: tuple[int, ...] = ()  # adapters whose merge was measured too: `training.validation.best_adapters`
+    merge_of_best: np.ndarray | None = None
+
+    def compared(self) -> "HeldOut":
+        """The merge of all adapters against the base and the best of them."""
+        return _held_out(self.base, self.adapters, self.merge, self.tokens)
+
+    def compared_of_best(self) -> "HeldOut":
+        """The same of the merge of `best`."""
+        merge = self.merge if self.merge_of_best is None else self.merge_of_best
+        return _held_out(self.base, {number: self.adapters[number] for number in self.best}, merge, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ def read_held_out(folder: Path) -> list[HeldOut]:
 
     Adapters trained in several packs have a merge per pack: that of all of them was in no device's memory.
     """
-    return [_held_out(pack.base, pack.adapters, pack.merge, pack.tokens) for pack in read_last_validations(folder)]
+    return [pack.compared() for pack in read_last_validations(folder)]
 
 
 def read_last_validations(folder: Path) -> list[PackLosses]:
@@ -100,7 +111,11 @@ def _losses(members: tuple[int, ...], lines: dict[int | str, MetricsLine], lates
     ):
         return None
     adapters = {adapter: losses[adapter] for adapter in members}
-    return PackLosses(losses["base"], adapters, losses["merge"], np.array(tokens, dtype=float))
+    found = PackLosses(losses["base"], adapters, losses["merge"], np.array(tokens, dtype=float))
+    best = tuple(lines["merge_of_best"].merges or ()) if "merge_of_best" in lines else ()
+    if not best or not {*best} < {*members}:
+        return found
+    return replace(found, best=best, merge_of_best=losses["merge_of_best"])
 
 
 def rows_held_out(found: RowLosses) -> HeldOut | None:

@@ -110,6 +110,8 @@ def _read_metrics(path: Path) -> Metrics | None:
         return None
     metrics = Metrics()
     for _, line in read_metrics(path, max_bytes=MAX_METRICS_BYTES):
+        if line.adapter == "merge_of_best":  # of other adapters at every validation: a point of no curve
+            continue
         name = line.adapter if isinstance(line.adapter, str) else f"{line.adapter:02d}"
         if name == "merge" and line.members is not None:
             name = f"running merge of {len(line.members)}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from poc_lora.reporting.held_out import paired_interval, read_last_validations
+from poc_lora.reporting.held_out import HeldOut, PackLosses, paired_interval, read_last_validations, verdict
 
 # Of the median adapter's gain over the base. The average forgives much: on the demo two of eight adapters that kept
 # 0.88 of the gain cost it 0.4 points of accuracy, two that kept 0.6 cost it 1.9 (scripts/benchmarks/screening.py).
@@ -24,14 +24,19 @@ class Screening:
         base: The base model's loss.
         losses: Every adapter's, by number.
         left_out: The adapters to leave out, by number; empty if there is none.
-        merge: The loss of the merge of all adapters, where one pack has trained all of them.
+        gain: The loss of the merge of the others minus that of the merge of all, and the bounds of its 95 % interval
+            over rows; None where several packs have trained the adapters, so that no merge of all was measured.
+        merge: The loss of the merge of all; None likewise.
+        others: What the merge of the others is worth; None likewise.
     """
 
     rows: int
     base: float
     losses: dict[int, float]
     left_out: list[int]
-    merge: float | None
+    gain: tuple[float, float, float] | None = None
+    merge: float | None = None
+    others: HeldOut | None = None
 
     @property
     def median(self) -> float:
@@ -39,24 +44,33 @@ class Screening:
         return statistics.median(self.losses.values())
 
     def __str__(self) -> str:
-        listed = ", ".join(f"{number} ({self.losses[number]:.3f})" for number in self.left_out[:MAX_LISTED])
+        listed = ", ".join(f"{number:02d} ({self.losses[number]:.3f})" for number in self.left_out[:MAX_LISTED])
         more = f" and {len(self.left_out) - MAX_LISTED} more" if len(self.left_out) > MAX_LISTED else ""
         one = len(self.left_out) == 1
-        them, what = ("it", "adapter") if one else ("them", "adapters")
+        them, what = ("it", "Adapter") if one else ("them", "Adapters")
+        leaves = f"`poc-lora merge` leaves {them} out, unless it is given --keep-all."
+        if self.gain is None or self.others is None:
+            return (
+                f"{what} {listed}{more} learnt less than three quarters of what the median adapter did: "
+                f"its loss on {self.rows} held-out rows is {self.median:.3f}, the base's {self.base:.3f}. {leaves}"
+            )
         return (
-            f"{what.capitalize()} {listed}{more} learnt less than three quarters of what the median adapter did: "
-            f"its loss on {self.rows} held-out rows is {self.median:.3f}, the base's {self.base:.3f}"
-            + ("" if self.merge is None else f", that of the merge of all adapters {self.merge:.3f}")
-            + f". `poc-lora merge` leaves {them} out, unless it is given --keep-all."
+            f"{what} {listed}{more} would spoil the merge: on {self.rows} held-out rows its loss is "
+            f"{self.merge:.3f} with {them} and {self.others.merge:.3f} without (difference "
+            "{:+.3f}, 95 % interval {:+.3f} to {:+.3f}). ".format(*self.gain)
+            + f"{leaves} {verdict(self.others)}"
         )
 
 
 def screen(run: Path) -> Screening | None:
     """Compare the last validations of a run's adapters.
 
-    An adapter is left out if it lowers the base's loss by less than three quarters of what the median adapter does, and
-    if its loss is above the mean of the others' on resampled rows too (95 % interval). If the median adapter is no
-    better than the base, none is.
+    Where one pack has trained all of them, those that are not among the best (`training.validation.best_adapters`) are
+    left out if the merge of the best has a lower loss than the merge of all, by the 95 % interval over rows.
+
+    Where there were several packs, whose adapters were never merged, an adapter is left out if it lowers the base's
+    loss by less than three quarters of what the median adapter does, and if its loss is above the mean of the others'
+    on resampled rows too (95 % interval). If the median adapter is no better than the base, none is.
 
     Returns:
         None if no rows were held out, or if there are fewer than three adapters.
@@ -68,6 +82,8 @@ def screen(run: Path) -> Screening | None:
     tokens, base = packs[0].tokens, packs[0].base
     loss = {number: float(losses.sum() / tokens.sum()) for number, losses in sorted(adapters.items())}
     before, median = float(base.sum() / tokens.sum()), statistics.median(loss.values())
+    if len(packs) == 1 and packs[0].merge_of_best is not None:
+        return _by_merges(packs[0], packs[0].merge_of_best, before, loss)
     limit = before - LEAST_GAIN * (before - median)
     total = np.sum(list(adapters.values()), axis=0)
 
@@ -75,10 +91,20 @@ def screen(run: Path) -> Screening | None:
         others = (total - adapters[number]) / (len(adapters) - 1)
         return paired_interval(adapters[number] - others, tokens)[1] > 0
 
+    left_out = [j for j, x in loss.items() if median < before and x > limit and is_outlier(j)]
+    return Screening(len(tokens), before, loss, left_out)
+
+
+def _by_merges(pack: PackLosses, merge_of_best: np.ndarray, base: float, losses: dict[int, float]) -> Screening:
+    gain = paired_interval(merge_of_best - pack.merge, pack.tokens)
+    if gain[2] >= 0:
+        return Screening(len(pack.tokens), base, losses, [])
     return Screening(
-        rows=len(tokens),
-        base=before,
-        losses=loss,
-        left_out=[j for j, x in loss.items() if median < before and x > limit and is_outlier(j)],
-        merge=float(packs[0].merge.sum() / tokens.sum()) if len(packs) == 1 else None,
+        len(pack.tokens),
+        base,
+        losses,
+        [number for number in losses if number not in pack.best],
+        gain=gain,
+        merge=pack.compared().merge,
+        others=pack.compared_of_best(),
     )

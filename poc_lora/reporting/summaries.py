@@ -69,7 +69,7 @@ def merge_outcome(report: MergeReport) -> str:
     )
     if report.left_out:
         names = _listed([short(source.name) for source in report.left_out])
-        outcome += f" Left out, because they learnt far less than the others: {names}."
+        outcome += f" Left out, by their losses on the rows held out: {names}."
     return outcome
 
 

@@ -79,13 +79,13 @@ class MetricsLogger:
 
 
 def _track(tracker: Any, lines: Lines, part: str) -> None:
-    """Pass lines on as curves named MEASURE/ADAPTER, where ADAPTER is a number, `base` or `merge`.
+    """Pass lines on as curves named MEASURE/ADAPTER, where ADAPTER is a number, `base`, `merge` or `merge_of_best`.
 
     The merge of a pack that is not the whole run is `merge_FIRST-LAST`: each pack has its own. Measures of the weights
     that `train.keep: best` chose begin with `kept_`.
     """
     for line in lines:
-        name = f"merge{part}" if line["adapter"] == "merge" else line["adapter"]
+        name = f"{line['adapter']}{part}" if str(line["adapter"]).startswith("merge") else line["adapter"]
         kept = "kept_" if "kept" in line else ""
         values = {
             f"{kept}{measure}/{name}": float(value)

@@ -11,17 +11,21 @@ ROWS, TOKENS = 40, 2
 BASE, LEARNT = 10.0, 4.0  # the losses of a row under the base and under a typical adapter
 
 
-def write(folder, *packs, base=BASE, rows=ROWS, noise=0.3):
-    """metrics.jsonl with the last validation of packs of adapters, given by their mean losses of a row."""
+def write(folder, *packs, base=BASE, rows=ROWS, noise=0.3, merge=LEARNT, best=None, merge_of_best=LEARNT):
+    """metrics.jsonl with the last validation of packs of adapters, given by their mean losses of a row.
+
+    Without `best`, the adapters whose merge was measured too, it is that of an earlier version.
+    """
     draw = np.random.default_rng(0)
     hard = draw.normal(0, 1, rows)  # rows are hard for all alike
     lines = []
     for pack in packs:
-        means = {"base": base, **pack, "merge": LEARNT}
+        means = {"base": base, **pack, "merge": merge} | ({"merge_of_best": merge_of_best} if best else {})
         for name, mean in means.items():
             losses = mean + hard + draw.normal(0, noise, rows)
             line = {"step": 6, "adapter": name, "members": list(pack), "row_losses": losses.tolist()}
-            lines.append(json.dumps(line | ({"row_tokens": [TOKENS] * rows} if name == "base" else {})))
+            more = {"base": {"row_tokens": [TOKENS] * rows}, "merge_of_best": {"merges": best}}
+            lines.append(json.dumps(line | more.get(name, {})))
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     return folder
 
@@ -36,10 +40,9 @@ def test_two_of_eight_that_collapsed_are_left_out(tmp_path):
     assert [found.losses[number] for number in (2, 5)] == pytest.approx([7.5 / TOKENS, 12.0 / TOKENS], abs=0.2)
     said = str(found)
     assert said.startswith(
-        f"Adapters 2 ({found.losses[2]:.3f}), 5 ({found.losses[5]:.3f}) learnt less than three quarters"
+        f"Adapters 02 ({found.losses[2]:.3f}), 05 ({found.losses[5]:.3f}) learnt less than three quarters"
     )
-    assert f"on {ROWS} held-out rows is {found.median:.3f}, the base's {found.base:.3f}" in said
-    assert f"of the merge of all adapters {found.merge:.3f}" in said
+    assert f"on {ROWS} held-out rows is {found.median:.3f}, the base's {found.base:.3f}." in said
 
 
 def test_adapters_that_learnt_about_the_same_are_kept(tmp_path):
@@ -65,10 +68,37 @@ def test_a_difference_that_few_rows_cannot_show_leaves_none_out(tmp_path):
 def test_adapters_of_several_packs_are_compared_together(tmp_path):
     found = screen(write(tmp_path, {0: LEARNT, 1: 12.0}, {2: LEARNT, 3: LEARNT}))
     assert found.left_out == [1]
-    assert found.merge is None
-    assert "merge of all" not in str(found)
+    assert "the merge of all" not in str(found)
 
 
 def test_two_adapters_or_no_rows_held_out_are_not_screened(tmp_path):
     assert screen(tmp_path) is None
     assert screen(write(tmp_path, {0: LEARNT, 1: 12.0})) is None
+
+
+def test_adapters_without_which_the_merge_is_better_are_left_out(tmp_path):
+    """As in a sweep of learning rates: some collapsed, and yet gained most of what there was to gain over the base."""
+    pack = {0: 3.0, 1: 1.1, 2: 1.0, 3: 1.2, 4: 2.8, 5: 3.1}
+    found = screen(write(tmp_path, pack, base=30.0, merge=4.0, best=[1, 2, 3], merge_of_best=0.8))
+    assert found.left_out == [0, 4, 5]
+    assert found.merge - found.others.merge == pytest.approx(-found.gain[0])
+    assert found.gain[1] < found.gain[0] < found.gain[2] < 0
+    said = str(found)
+    assert f"would spoil the merge: on {ROWS} held-out rows its loss is {found.merge:.3f} with them" in said
+    assert f"and {found.others.merge:.3f} without" in said
+    assert said.endswith("the merge of 3 adapters is better than every adapter" + said.rpartition("every adapter")[2])
+    assert "Use the merge." in said
+
+
+@pytest.mark.parametrize(("merge", "merge_of_best"), [(0.8, 0.9), (0.9, 0.88)])
+def test_a_merge_that_is_no_better_without_them_is_of_all(tmp_path, merge, merge_of_best):
+    pack = {0: 5.0, 1: 1.1, 2: 1.0, 3: 1.2}
+    found = screen(write(tmp_path, pack, merge=merge, best=[1, 2, 3], merge_of_best=merge_of_best))
+    assert found.left_out == []
+
+
+@pytest.mark.parametrize("best", [[0, 1, 2, 3], [1, 9]])
+def test_a_merge_of_other_adapters_than_the_packs_is_ignored(tmp_path, best):
+    found = screen(write(tmp_path, alike(0, 1, 2, _3=12.0), best=best, merge_of_best=0.1))
+    assert found.left_out == [3]  # by its loss alone
+    assert found.others is None

@@ -78,7 +78,7 @@ def test_each_adapter_ends_with_its_weights_of_lowest_validation_loss(settings, 
 def test_what_is_kept_is_validated(settings, reference):
     done = train(config(settings))
     kept = {line["adapter"]: line for line in metrics(done.folder) if "kept" in line}
-    assert set(kept) == {"base", 0, 1, 2, "merge"}
+    assert set(kept) == {"base", 0, 1, 2, "merge", "merge_of_best"}
     assert {line["step"] for line in kept.values()} == {STEPS}
     for adapter, (_, (loss, _)) in reference.items():
         assert kept[adapter]["validation_loss"] == loss

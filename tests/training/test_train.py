@@ -42,7 +42,7 @@ def test_a_run_leaves_peft_adapters_that_learnt_something(settings, tiny_model_d
     assert len(first) == len(last) == 3
     assert max(last) < 0.8 * min(first)
     validation = {e["adapter"]: e["validation_loss"] for e in lines if "validation_loss" in e}
-    assert set(validation) == {"base", 0, 1, 2, "merge"}
+    assert set(validation) == {"base", 0, 1, 2, "merge", "merge_of_best"}
     assert validation["merge"] < validation["base"]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), done.folder / "adapters/02")
     assert sum(p.abs().sum() for n, p in model.named_parameters() if "lora_B" in n) > 0

@@ -23,6 +23,7 @@ from poc_lora.training.checkpoint import newest_commit
 from poc_lora.training.data import prepare_data
 from poc_lora.training.step import Pack
 from poc_lora.training.train import train
+from poc_lora.training.validation import best_adapters
 from tests.training.conftest import config, metrics, stop_after, weights
 
 SUMMARY = {"mean_cosine", "variance", "merge_variance", "relative_standard_error"}
@@ -45,12 +46,13 @@ def test_base_adapters_and_merge_are_measured_at_those_steps_and_at_the_end(sett
     base = validations(done.folder, 2)["base"]["validation_loss"]
     for step in (2, 4, 5):
         lines = validations(done.folder, step)
-        assert set(lines) == {"base", 0, 1, 2, "merge"}
+        assert set(lines) == {"base", 0, 1, 2, "merge", "merge_of_best"}
         assert all(line["members"] == [0, 1, 2] for line in lines.values())
         assert lines["base"]["validation_loss"] == base
-        assert len({line["validation_loss"] for line in lines.values()}) == 5
+        assert len({line["validation_loss"] for line in lines.values()}) == 6
+        extras = {"merge": SUMMARY | {"cosines"}, "merge_of_best": {"merges"}, "base": {"row_tokens"}}
         for name, line in lines.items():
-            extra = SUMMARY | {"cosines"} if name == "merge" else {"row_tokens"} if name == "base" else set()
+            extra = extras.get(name, set())
             assert line.keys() == {"step", "adapter", "validation_loss", "row_losses", "members"} | extra
             total = sum(line["row_losses"]) / sum(lines["base"]["row_tokens"])
             assert line["validation_loss"] == pytest.approx(total, abs=1e-4)
@@ -108,8 +110,12 @@ def test_validation_losses_are_those_of_the_written_adapters_in_peft(settings, t
     answers = prepare_data(config(settings, data__learn="last"), load_tokenizer(run.model.name)).validation
     assert rows == answers  # whatever is learnt
     assert len(rows) == 6
-    folders = {"merge": tmp_path / "merged"} | {a: done.folder / f"adapters/0{a}" for a in range(3)}
+    folders = {"merge": tmp_path / "merged", "merge_of_best": tmp_path / "best"}
+    folders |= {a: done.folder / f"adapters/0{a}" for a in range(3)}
     lines = validations(done.folder, 6)
+    best = lines["merge_of_best"]["merges"]
+    assert best == best_adapters({a: lines[a]["validation_loss"] for a in range(3)})
+    merge_folders([folders[a] for a in best], tmp_path / "best")
     for name in lines:
         model = AutoModelForCausalLM.from_pretrained(run.model.name)
         if name != "base":
@@ -120,6 +126,21 @@ def test_validation_losses_are_those_of_the_written_adapters_in_peft(settings, t
         assert lines[name]["row_losses"] == pytest.approx(expected, rel=2e-5, abs=6e-5)
         tokens = sum(map(supervised_tokens, rows))
         assert lines[name]["validation_loss"] == pytest.approx(sum(expected) / tokens, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ([0.877, 0.21, 0.102, 0.1, 0.125, 0.825, 1.832, 1.811], [1, 2, 3, 4]),  # a sweep of learning rates
+        ([0.13, 0.14, 0.91, 0.14, 0.15, 1.65, 0.13, 0.12], [0, 1, 3, 4, 6, 7]),
+        ([0.1, 0.5, 0.6], [0, 1]),  # one is no merge
+        ([1.0, 1.0, 1.0], [0, 1]),
+        ([0.2, math.inf, 0.1, math.nan], [0, 2]),
+        ([0.0, 0.0, 1.0], [0, 1]),
+    ],
+)
+def test_the_best_adapters_lie_before_the_widest_gap(losses, best):
+    assert best_adapters(dict(enumerate(losses))) == best
 
 
 def test_in_between_it_measures_what_a_shorter_run_ends_with(settings, tmp_path):
@@ -221,13 +242,13 @@ def test_the_steps_before_a_validation_on_the_way_are_saved_first(settings, vali
     seen = []
 
     def look(pack, _):
-        step = 3 if len(seen) < 5 else 6
+        step = 3 if len(seen) < 6 else 6
         wait_for(lambda: newest(settings["output"])[0][0] == step)
         seen.append(step)
 
     validating(look)
     train(config(settings, train__validate_every=3, checkpoint__every_steps=100))
-    assert seen == 5 * [3] + 5 * [6]
+    assert seen == 6 * [3] + 6 * [6]
 
 
 def wait_for(condition):
@@ -264,7 +285,7 @@ def test_a_validation_that_is_interrupted_loses_nothing_and_is_made_up_for(
     losses = validating()
     train(config(settings, train__validate_every=every), resume=True)
     assert steps_taken == list(range(step, 6))
-    assert len(losses) == (5 if step == 6 else 10)  # base, three adapters and merge: at the end, or twice
+    assert len(losses) == (6 if step == 6 else 12)  # base, three adapters and two merges: at the end, or twice
     assert metrics(folder) == metrics(straight.folder)
 
 
@@ -292,5 +313,5 @@ def test_a_validation_that_is_written_down_is_not_repeated(settings, validating)
 def test_the_progress_line_says_which_model_is_validated(settings, capsys, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     train(config(settings))
-    said = re.findall(r"6/6, validating, model (\d) of 5", capsys.readouterr().err)
-    assert said == ["1", "2", "3", "4", "5"]
+    said = re.findall(r"6/6, validating, model (\d) of 6", capsys.readouterr().err)
+    assert said == ["1", "2", "3", "4", "5", "6"]
