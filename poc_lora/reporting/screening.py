@@ -1,7 +1,7 @@
 """Screening: which adapters of a run learnt so much less than the others that a merge is better without them."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ class Screening:
         base: The base model's loss.
         losses: Every adapter's, by number.
         left_out: The adapters to leave out, by number; empty if there is none.
-        gain: The loss of the merge of the others minus that of the merge of all, and the bounds of its 95 % interval
-            over rows; None where several packs have trained the adapters, so that no merge of all was measured.
+        gain: Of adapters that spoil the merge, its loss without them minus that with them, and the bounds of its 95 %
+            interval over rows; None of adapters that learnt too little.
         merge: The loss of the merge of all; None likewise.
         others: What the merge of the others is worth; None likewise.
     """
@@ -65,12 +65,13 @@ class Screening:
 def screen(run: Path) -> Screening | None:
     """Compare the last validations of a run's adapters.
 
-    Where one pack has trained all of them, those that are not among the best (`training.validation.best_adapters`) are
-    left out if the merge of the best has a lower loss than the merge of all, by the 95 % interval over rows.
+    An adapter is left out if it lowers the base's loss by less than three quarters of what the median adapter does, and
+    if its loss is above the mean of the others' on resampled rows too (95 % interval). If the median adapter is no
+    better than the base, none is.
 
-    Where there were several packs, whose adapters were never merged, an adapter is left out if it lowers the base's
-    loss by less than three quarters of what the median adapter does, and if its loss is above the mean of the others'
-    on resampled rows too (95 % interval). If the median adapter is no better than the base, none is.
+    Adapters that learnt may spoil a merge all the same: where one pack has trained all, and their merge is worse than
+    the median adapter, those that are not among the best (`training.validation.best_adapters`) are left out if the
+    merge of the best is better than the merge of all (95 % intervals).
 
     Returns:
         None if no rows were held out, or if there are fewer than three adapters.
@@ -82,8 +83,6 @@ def screen(run: Path) -> Screening | None:
     tokens, base = packs[0].tokens, packs[0].base
     loss = {number: float(losses.sum() / tokens.sum()) for number, losses in sorted(adapters.items())}
     before, median = float(base.sum() / tokens.sum()), statistics.median(loss.values())
-    if len(packs) == 1 and packs[0].merge_of_best is not None:
-        return _by_merges(packs[0], packs[0].merge_of_best, before, loss)
     limit = before - LEAST_GAIN * (before - median)
     total = np.sum(list(adapters.values()), axis=0)
 
@@ -92,19 +91,18 @@ def screen(run: Path) -> Screening | None:
         return paired_interval(adapters[number] - others, tokens)[1] > 0
 
     left_out = [j for j, x in loss.items() if median < before and x > limit and is_outlier(j)]
-    return Screening(len(tokens), before, loss, left_out)
+    found = Screening(len(tokens), before, loss, left_out)
+    spoilt = _spoilt_merge(packs[0], found) if len(packs) == 1 else None
+    return spoilt or found
 
 
-def _by_merges(pack: PackLosses, merge_of_best: np.ndarray, base: float, losses: dict[int, float]) -> Screening:
-    gain = paired_interval(merge_of_best - pack.merge, pack.tokens)
-    if gain[2] >= 0:
-        return Screening(len(pack.tokens), base, losses, [])
-    return Screening(
-        len(pack.tokens),
-        base,
-        losses,
-        [number for number in losses if number not in pack.best],
-        gain=gain,
-        merge=pack.compared().merge,
-        others=pack.compared_of_best(),
-    )
+def _spoilt_merge(pack: PackLosses, found: Screening) -> Screening | None:
+    """The adapters that spoil the merge; None if there are none, or not all that learnt too little are among them."""
+    spoilers = [number for number in found.losses if number not in pack.best]
+    if pack.merge_of_best is None or not {*found.left_out} <= {*spoilers}:
+        return None
+    typical = sorted(found.losses, key=lambda number: found.losses[number])[len(found.losses) // 2]
+    gain = paired_interval(pack.merge_of_best - pack.merge, pack.tokens)
+    if paired_interval(pack.merge - pack.adapters[typical], pack.tokens)[1] <= 0 or gain[2] >= 0:
+        return None
+    return replace(found, left_out=spoilers, gain=gain, merge=pack.compared().merge, others=pack.compared_of_best())

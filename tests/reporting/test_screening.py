@@ -90,11 +90,25 @@ def test_adapters_without_which_the_merge_is_better_are_left_out(tmp_path):
     assert "Use the merge." in said
 
 
-@pytest.mark.parametrize(("merge", "merge_of_best"), [(0.8, 0.9), (0.9, 0.88)])
-def test_a_merge_that_is_no_better_without_them_is_of_all(tmp_path, merge, merge_of_best):
+@pytest.mark.parametrize(
+    ("merge", "merge_of_best"),
+    [
+        (4.0, 3.99),  # no better by more than chance
+        (0.9, 0.5),  # better, but the merge of all is better than its adapters already
+    ],
+)
+def test_a_merge_that_is_not_spoilt_is_of_all(tmp_path, merge, merge_of_best):
     pack = {0: 5.0, 1: 1.1, 2: 1.0, 3: 1.2}
-    found = screen(write(tmp_path, pack, merge=merge, best=[1, 2, 3], merge_of_best=merge_of_best))
+    found = screen(write(tmp_path, pack, base=30.0, merge=merge, best=[1, 2, 3], merge_of_best=merge_of_best))
     assert found.left_out == []
+
+
+def test_adapters_that_learnt_too_little_and_others_that_spoil_the_merge_are_left_out(tmp_path):
+    pack = {0: 5.0, 1: 1.1, 2: 1.0, 3: 25.0, 4: 1.2}
+    how = dict(base=30.0, merge=6.0, merge_of_best=0.8)
+    assert screen(write(tmp_path, pack, **how, best=[1, 2, 4])).left_out == [0, 3]
+    assert screen(write(tmp_path, pack, **how, best=[0, 1, 2, 4])).left_out == [3]
+    assert screen(write(tmp_path, pack, **how, best=[2, 3])).left_out == [3]  # a file that does not fit together
 
 
 @pytest.mark.parametrize("best", [[0, 1, 2, 3], [1, 9]])
