@@ -230,13 +230,13 @@ def collapsed(config, poc_lora, monkeypatch):
 
 
 def test_collapsed_adapters_are_named_and_left_out_of_the_merge(collapsed, config, poc_lora):
-    assert "Adapters 2 (" in collapsed
+    assert "Adapters 02 (" in collapsed
     status, out, err = poc_lora("merge", "run", "--out", "run/merged")
     assert status == 0, err
-    assert "Adapters 2 (" in out
+    assert "Adapters 02 (" in out
     assert "--keep-all" in out
     assert "6 adapters were merged" in out
-    assert "learnt far less than the others: run/adapters/02, run/adapters/05." in out
+    assert "by their losses on the rows held out: run/adapters/02, run/adapters/05." in out
     folder = config.parent / "run"
     report = MergeReport.read(folder / "merged" / "merge.json")
     assert [source.name for source in report.left_out] == [f"run/adapters/{number:02d}" for number in COLLAPSED]
