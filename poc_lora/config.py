@@ -117,7 +117,7 @@ class AdaptersSection(Section):
 Learn = Literal["last", "assistant", "all"]
 COLUMNS = (  # of the formats
     "instruction", "input", "output", "prompt", "completion", "question", "choices", "answer", "messages",
-    "tools", "system",
+    "tools", "system", "text",
 )  # fmt: skip
 
 
