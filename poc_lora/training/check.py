@@ -40,6 +40,7 @@ from poc_lora.training.preview import (
 )
 from poc_lora.training.run import Run, find_run, require_same_rows, run_lock
 from poc_lora.training.targets import require_targets
+from poc_lora.training.validation import LEAST_COMPARED
 
 
 def check(config: RunConfig, *, device: torch.device | None = None, processes: int = 1) -> dict[str, Any]:
@@ -180,13 +181,13 @@ def require_processes(config: RunConfig, processes: int) -> None:
 
 
 def _validation_cost(data: TrainingData, per_device: int, section: TrainSection) -> str:
-    """The tokens of a pack's validations: base, adapters and merge see every row."""
+    """The tokens of a pack's validations: base, adapters, merge and, of three or more, their merge of the best."""
     if not data.validation:
         return "none: there are no validation rows"
     every = section.validate_every
     times = 1 + ((data.total_steps - 1) // every if every else 0) + (section.keep == "best")  # of what is kept
-    tokens = (per_device + 2) * sum(len(e.ids) for e in data.validation)
-    models = per_device + 2
+    models = per_device + 2 + (per_device >= LEAST_COMPARED)
+    tokens = models * sum(len(e.ids) for e in data.validation)
     return f"{times * tokens:,} tokens: {len(data.validation)} rows × {models} models × {times} validations per pack"
 
 

@@ -149,7 +149,7 @@ def test_the_cost_of_validation_is_told(settings, every, times, monkeypatch):
     monkeypatch.setattr(Pack, "row_losses", row_losses)
     told = check(run, device=CPU)["validation, about"]
     train(run)
-    assert told == f"{sum(seen):,} tokens: 6 rows × 5 models × {times} validations per pack"
+    assert told == f"{sum(seen):,} tokens: 6 rows × 6 models × {times} validations per pack"
 
 
 def full_disk(monkeypatch):
