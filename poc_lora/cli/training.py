@@ -107,8 +107,7 @@ def train(
 
     loaded = load_config(config, overrides or [])
 
-    from poc_lora.reporting.held_out import better_than_merge, instead_of_merge
-    from poc_lora.reporting.screening import screen
+    from poc_lora.reporting.screening import better_than_merge
     from poc_lora.reporting.summaries import training_summary
     from poc_lora.training.train import train
 
@@ -127,11 +126,7 @@ def train(
     command = "poc-lora merge " + shlex.join([str(run.path), "--out", str(run.merged)])
     if run.merged.exists():  # of the adapters before the run was extended
         command = f"rm -r {shlex.quote(str(run.merged))} && {command}"
-    screening, result = screen(run.path), f"adapters: {run.adapters}"
-    if screening and screening.left_out:
-        better = instead_of_merge(screening.others) if screening.others else None
-    else:
-        better = better_than_merge(run.path)
+    better, result = better_than_merge(run.path), f"adapters: {run.adapters}"
     if better == "base":
         command = f"poc-lora report {shlex.quote(str(run.path))}"
     elif better is not None:

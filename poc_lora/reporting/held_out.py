@@ -30,17 +30,11 @@ class PackLosses:
     adapters: dict[int, np.ndarray]  # by number
     merge: np.ndarray
     tokens: np.ndarray  # of each row's answer
-    best: tuple[int, ...] = ()  # adapters whose merge was measured too: `training.validation.best_adapters`
-    merge_of_best: np.ndarray | None = None
+    of_best: "PackLosses | None" = None  # the same of `training.validation.best_adapters`, whose merge was measured too
 
     def compared(self) -> "HeldOut":
-        """The merge of all adapters against the base and the best of them."""
+        """The merge against the base and the best adapter."""
         return _held_out(self.base, self.adapters, self.merge, self.tokens)
-
-    def compared_of_best(self) -> "HeldOut":
-        """The same of the merge of `best`."""
-        merge = self.merge if self.merge_of_best is None else self.merge_of_best
-        return _held_out(self.base, {number: self.adapters[number] for number in self.best}, merge, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -112,10 +106,11 @@ def _losses(members: tuple[int, ...], lines: dict[int | str, MetricsLine], lates
         return None
     adapters = {adapter: losses[adapter] for adapter in members}
     found = PackLosses(losses["base"], adapters, losses["merge"], np.array(tokens, dtype=float))
-    best = tuple(lines["merge_of_best"].merges or ()) if "merge_of_best" in lines else ()
+    best = (lines["merge_of_best"].merges or []) if "merge_of_best" in lines else []
     if not best or not {*best} < {*members}:
         return found
-    return replace(found, best=best, merge_of_best=losses["merge_of_best"])
+    of_best = replace(found, adapters={number: adapters[number] for number in best}, merge=losses["merge_of_best"])
+    return replace(found, of_best=of_best)
 
 
 def rows_held_out(found: RowLosses) -> HeldOut | None:
@@ -215,12 +210,6 @@ def paired_interval(differences: np.ndarray, tokens: np.ndarray) -> tuple[float,
 def verdicts(run: Path) -> list[str]:
     """Says for each pack of a run what its merge is worth on the held-out rows."""
     return [verdict(found) for found in read_held_out(run)]
-
-
-def better_than_merge(run: Path) -> int | str | None:
-    """As `instead_of_merge`, by the last validation of a run; None also where that cannot tell."""
-    packs = read_held_out(run)
-    return instead_of_merge(packs[0]) if len(packs) == 1 and len(packs[0].adapters) > 1 else None
 
 
 def instead_of_merge(found: HeldOut) -> int | str | None:

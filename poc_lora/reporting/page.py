@@ -106,11 +106,13 @@ def render_page(run: RunFiles, compared: Section | None = None) -> str:
 def _front(run: RunFiles) -> tuple[str, list[tuple[str, tuple[str, str]]], str]:
     """The outcome in a sentence, figures with their errors, and what they are: of the held-out rows if none else."""
     if run.results is None and len(run.held_out) == 1:
-        (found,) = run.held_out
+        (found,), screening = run.held_out, run.screening
+        if screening and screening.others:
+            found = screening.others
         losses = [("base", found.base), ("average adapter", found.average)]
         losses += [("best adapter", found.adapters[found.best]), ("merge", found.merge)]
         tiles = [(name, (f"{loss:.3f}", "")) for name, loss in losses]
-        return verdict(found), tiles, "Loss per token of the answers held out; lower is better."
+        return str(screening or verdict(found)), tiles, "Loss per token of the answers held out; lower is better."
     sentence, accuracies = headline(run.results)
     tiles = [(name, (f"{text} %", error)) for name, (text, error) in ((n, shown(value)) for n, value in accuracies)]
     note = "Average accuracy over the benchmarks, with its standard error."

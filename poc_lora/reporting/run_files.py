@@ -17,6 +17,7 @@ from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.variants import adapter_digest, adapter_key
 from poc_lora.reporting.held_out import MAX_METRICS_BYTES, HeldOut, read_held_out, rows_held_out
+from poc_lora.reporting.screening import Screening, screen
 
 MEASURES = ("loss", "grad_norm", "noise_norm", "validation_loss")
 
@@ -41,6 +42,7 @@ class RunFiles:
     merge: MergeReport | None
     evaluations: tuple[Results, ...]  # one for each protocol, `label` first
     held_out: tuple[HeldOut, ...] = ()  # one for each pack that was validated
+    screening: Screening | None = None  # of the run's adapters, if any are left out of a merge
     rows: RowLosses | None = None  # of `poc-lora eval --rows`
     tasks: TaskResults | None = None  # of `poc-lora eval --harness-tasks`
     changed: tuple[tuple[str, ...], ...] = ()  # for each evaluation, what has other weights now than were evaluated
@@ -59,6 +61,7 @@ def read_run(folder: Path) -> RunFiles:
         what = "neither a run nor an evaluation" if folder.is_dir() else "no such folder"
         raise RunError(what, where=folder, fix="give a run (with config.yaml) or a folder with results.json")
     evaluations = tuple(Results.read(place / RESULTS) for place in evaluated)
+    screening = screen(folder)
     return RunFiles(
         folder=folder,
         config=load_config(run.config) if run.is_run else None,
@@ -67,6 +70,7 @@ def read_run(folder: Path) -> RunFiles:
         merge=MergeReport.read_if_there(run.merge_report),
         evaluations=evaluations,
         held_out=tuple(read_held_out(folder)),
+        screening=screening if screening and screening.left_out else None,
         rows=RowLosses.read_if_there(run.evaluation("rows") / ROW_LOSSES),
         tasks=TaskResults.read_if_there(run.evaluation("tasks") / TASK_RESULTS),
         changed=tuple(_changed(run, *found) for found in zip(evaluated, evaluations, strict=True)),

@@ -6,12 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from poc_lora.reporting.held_out import HeldOut, PackLosses, paired_interval, read_last_validations, verdict
+from poc_lora.reporting.held_out import (
+    HeldOut,
+    PackLosses,
+    instead_of_merge,
+    paired_interval,
+    read_held_out,
+    read_last_validations,
+    verdict,
+    verdicts,
+)
+from poc_lora.training.validation import LEAST_COMPARED
 
 # Of the median adapter's gain over the base. The average forgives much: on the demo two of eight adapters that kept
 # 0.88 of the gain cost it 0.4 points of accuracy, two that kept 0.6 cost it 1.9 (scripts/benchmarks/screening.py).
 LEAST_GAIN = 0.75
-LEAST_ADAPTERS = 3  # of two that differ, none is the outlier
 MAX_LISTED = 8
 
 
@@ -24,19 +33,20 @@ class Screening:
         base: The base model's loss.
         losses: Every adapter's, by number.
         left_out: The adapters to leave out, by number; empty if there is none.
-        gain: Of adapters that spoil the merge, its loss without them minus that with them, and the bounds of its 95 %
-            interval over rows; None of adapters that learnt too little.
-        merge: The loss of the merge of all; None likewise.
-        others: What the merge of the others is worth; None likewise.
+        learnt: Whether these learnt, and spoil the merge all the same.
+        merge: The loss of the merge of all; None where several packs have trained the adapters.
+        others: What the merge of the others is worth; None where that was not measured.
+        gain: Its loss minus that of the merge of all, and the bounds of its 95 % interval over rows; None likewise.
     """
 
     rows: int
     base: float
     losses: dict[int, float]
     left_out: list[int]
-    gain: tuple[float, float, float] | None = None
+    learnt: bool = False
     merge: float | None = None
     others: HeldOut | None = None
+    gain: tuple[float, float, float] | None = None
 
     @property
     def median(self) -> float:
@@ -48,18 +58,37 @@ class Screening:
         more = f" and {len(self.left_out) - MAX_LISTED} more" if len(self.left_out) > MAX_LISTED else ""
         one = len(self.left_out) == 1
         them, what = ("it", "Adapter") if one else ("them", "Adapters")
-        leaves = f"`poc-lora merge` leaves {them} out, unless it is given --keep-all."
-        if self.gain is None or self.others is None:
-            return (
-                f"{what} {listed}{more} learnt less than three quarters of what the median adapter did: "
-                f"its loss on {self.rows} held-out rows is {self.median:.3f}, the base's {self.base:.3f}. {leaves}"
-            )
-        return (
-            f"{what} {listed}{more} would spoil the merge: on {self.rows} held-out rows its loss is "
-            f"{self.merge:.3f} with {them} and {self.others.merge:.3f} without (difference "
-            "{:+.3f}, 95 % interval {:+.3f} to {:+.3f}). ".format(*self.gain)
-            + f"{leaves} {verdict(self.others)}"
+        why = "learnt less than three quarters of what the median adapter did"
+        if self.learnt:
+            why = "would spoil the merge"
+        losses = [
+            f"on {self.rows} held-out rows the loss of the median adapter is {self.median:.3f}",
+            f"the base's {self.base:.3f}",
+        ]
+        if self.merge is not None:
+            losses.append(f"that of the merge of all adapters {self.merge:.3f}")
+        if self.others is not None and self.gain is not None:
+            interval = "difference {:+.3f}, 95 % interval {:+.3f} to {:+.3f}".format(*self.gain)
+            losses.append(f"without {them} {self.others.merge:.3f} ({interval})")
+        said = (
+            f"{what} {listed}{more} {why}: {', '.join(losses)}. `poc-lora merge` leaves {them} out, unless it is given "
+            "--keep-all."
         )
+        return said if self.others is None else f"{said} {verdict(self.others)}"
+
+
+def outcome(run: Path) -> list[str]:
+    """Says which adapters `poc-lora merge` leaves out of a run, and what the merge is worth on the held-out rows."""
+    found = screen(run)
+    return [str(found)] if found and found.left_out else verdicts(run)
+
+
+def better_than_merge(run: Path) -> int | str | None:
+    """Returns what `outcome` says to use in place of the merge, as `instead_of_merge` does; None if it cannot tell."""
+    found, packs = screen(run), read_held_out(run)
+    if found and found.left_out:
+        return instead_of_merge(found.others) if found.others else None
+    return instead_of_merge(packs[0]) if len(packs) == 1 and len(packs[0].adapters) > 1 else None
 
 
 def screen(run: Path) -> Screening | None:
@@ -78,7 +107,7 @@ def screen(run: Path) -> Screening | None:
     """
     packs = read_last_validations(run)
     adapters = {number: losses for pack in packs for number, losses in pack.adapters.items()}
-    if len(adapters) < LEAST_ADAPTERS or any(len(pack.tokens) != len(packs[0].tokens) for pack in packs):
+    if len(adapters) < LEAST_COMPARED or any(len(pack.tokens) != len(packs[0].tokens) for pack in packs):
         return None
     tokens, base = packs[0].tokens, packs[0].base
     loss = {number: float(losses.sum() / tokens.sum()) for number, losses in sorted(adapters.items())}
@@ -92,17 +121,22 @@ def screen(run: Path) -> Screening | None:
 
     left_out = [j for j, x in loss.items() if median < before and x > limit and is_outlier(j)]
     found = Screening(len(tokens), before, loss, left_out)
-    spoilt = _spoilt_merge(packs[0], found) if len(packs) == 1 else None
-    return spoilt or found
+    return _with_merges(found, packs[0]) if len(packs) == 1 else found
 
 
-def _spoilt_merge(pack: PackLosses, found: Screening) -> Screening | None:
-    """The adapters that spoil the merge; None if there are none, or not all that learnt too little are among them."""
-    spoilers = [number for number in found.losses if number not in pack.best]
-    if pack.merge_of_best is None or not {*found.left_out} <= {*spoilers}:
-        return None
-    typical = sorted(found.losses, key=lambda number: found.losses[number])[len(found.losses) // 2]
-    gain = paired_interval(pack.merge_of_best - pack.merge, pack.tokens)
-    if paired_interval(pack.merge - pack.adapters[typical], pack.tokens)[1] <= 0 or gain[2] >= 0:
-        return None
-    return replace(found, left_out=spoilers, gain=gain, merge=pack.compared().merge, others=pack.compared_of_best())
+def _with_merges(found: Screening, pack: PackLosses) -> Screening:
+    """Add what the merges are worth, and the adapters that spoil that of all."""
+    found = replace(found, merge=pack.compared().merge)
+    best = pack.of_best
+    if best is None:
+        return found
+    spoilers = [number for number in found.losses if number not in best.adapters]
+    gain = paired_interval(best.merge - pack.merge, pack.tokens)
+    if {*found.left_out} < {*spoilers}:
+        typical = sorted(found.losses, key=lambda number: found.losses[number])[len(found.losses) // 2]
+        is_spoilt = paired_interval(pack.merge - pack.adapters[typical], pack.tokens)[1] > 0
+        if is_spoilt and gain[2] < 0:
+            found = replace(found, left_out=spoilers, learnt=True)
+    if found.left_out == spoilers:
+        found = replace(found, others=best.compared(), gain=gain)
+    return found

@@ -65,7 +65,7 @@ def training(files: RunFiles) -> Section:
     )
     if files.info is not None and files.info.best_steps:
         section.paragraphs.append("The adapters have their weights of lowest loss on these rows; of these weights:")
-    section.paragraphs += map(verdict, files.held_out)
+    section.paragraphs += map(verdict, files.held_out) if files.screening is None else [str(files.screening)]
     return section
 
 

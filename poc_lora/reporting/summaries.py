@@ -9,8 +9,7 @@ from poc_lora.adapters.serving import serving_advice
 from poc_lora.artifacts.merge_report import MergeReport
 from poc_lora.files import size
 from poc_lora.reporting.escape import short
-from poc_lora.reporting.held_out import verdicts
-from poc_lora.reporting.screening import screen
+from poc_lora.reporting.screening import outcome
 from poc_lora.reporting.sweep import sweep_outcome
 from poc_lora.reporting.tables import Table, percent, terminal_table
 from poc_lora.training.loop import TrainingResult
@@ -45,9 +44,7 @@ def training_summary(done: TrainingResult) -> list[str]:
             lines.append(f"adapter {adapter} diverged after step {state.step} and is left out of the merge")
     best_steps = {a: state.best_step for a, state in done.progress.items() if state.best_step and a in finished}
     lines += [best_weights(best_steps, done.steps)] if best_steps else []
-    screening = screen(done.folder)
-    lines += sweep_outcome(done.folder)
-    return [*lines, *([str(screening)] if screening and screening.left_out else verdicts(done.folder))]
+    return [*lines, *sweep_outcome(done.folder), *outcome(done.folder)]
 
 
 def best_weights(best_steps: Mapping[int, int], steps: int) -> str:

@@ -183,7 +183,7 @@ def test_what_to_run_next_follows_from_what_the_merge_is_worth(poc_lora, trained
         ("base", "adapters: run/adapters\nnext: poc-lora report run\n"),
         (None, "next: rm -r run/merged && poc-lora merge run --out run/merged\n"),
     ]:
-        monkeypatch.setattr("poc_lora.reporting.held_out.better_than_merge", lambda run, better=better: better)
+        monkeypatch.setattr("poc_lora.reporting.screening.better_than_merge", lambda run, better=better: better)
         status, out, err = poc_lora("train", trained, "--resume")
         assert status == 0, err
         assert out.endswith(words)

@@ -9,7 +9,6 @@ import pytest
 from poc_lora.artifacts.row_losses import RowLosses
 from poc_lora.reporting import held_out
 from poc_lora.reporting.held_out import (
-    better_than_merge,
     paired_interval,
     read_held_out,
     rows_notes,
@@ -17,6 +16,7 @@ from poc_lora.reporting.held_out import (
     verdict,
 )
 from poc_lora.reporting.run_files import best_adapter, read_run
+from poc_lora.reporting.screening import better_than_merge
 from tests.reporting.run_folder import make_run, results
 
 ROWS = 40

@@ -5,7 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from poc_lora.reporting.screening import screen
+from poc_lora.reporting.page import render_page
+from poc_lora.reporting.run_files import read_run
+from poc_lora.reporting.screening import better_than_merge, outcome, screen
+from tests.reporting.html import Page
+from tests.reporting.run_folder import make_run
 
 ROWS, TOKENS = 40, 2
 BASE, LEARNT = 10.0, 4.0  # the losses of a row under the base and under a typical adapter
@@ -42,7 +46,8 @@ def test_two_of_eight_that_collapsed_are_left_out(tmp_path):
     assert said.startswith(
         f"Adapters 02 ({found.losses[2]:.3f}), 05 ({found.losses[5]:.3f}) learnt less than three quarters"
     )
-    assert f"on {ROWS} held-out rows is {found.median:.3f}, the base's {found.base:.3f}." in said
+    assert f"the loss of the median adapter is {found.median:.3f}, the base's {found.base:.3f}, that of" in said
+    assert said.endswith("--keep-all.")  # what the others are worth was not measured
 
 
 def test_adapters_that_learnt_about_the_same_are_kept(tmp_path):
@@ -84,8 +89,8 @@ def test_adapters_without_which_the_merge_is_better_are_left_out(tmp_path):
     assert found.merge - found.others.merge == pytest.approx(-found.gain[0])
     assert found.gain[1] < found.gain[0] < found.gain[2] < 0
     said = str(found)
-    assert f"would spoil the merge: on {ROWS} held-out rows its loss is {found.merge:.3f} with them" in said
-    assert f"and {found.others.merge:.3f} without" in said
+    assert f"05 ({found.losses[5]:.3f}) would spoil the merge: on {ROWS} held-out rows" in said
+    assert f"that of the merge of all adapters {found.merge:.3f}, without them {found.others.merge:.3f} (" in said
     assert said.endswith("the merge of 3 adapters is better than every adapter" + said.rpartition("every adapter")[2])
     assert "Use the merge." in said
 
@@ -107,7 +112,10 @@ def test_adapters_that_learnt_too_little_and_others_that_spoil_the_merge_are_lef
     pack = {0: 5.0, 1: 1.1, 2: 1.0, 3: 25.0, 4: 1.2}
     how = dict(base=30.0, merge=6.0, merge_of_best=0.8)
     assert screen(write(tmp_path, pack, **how, best=[1, 2, 4])).left_out == [0, 3]
-    assert screen(write(tmp_path, pack, **how, best=[0, 1, 2, 4])).left_out == [3]
+    collapsed = screen(write(tmp_path, pack, **how, best=[0, 1, 2, 4]))
+    assert collapsed.left_out == [3]
+    assert "learnt less than three quarters" in str(collapsed)
+    assert f"without it {collapsed.others.merge:.3f} (" in str(collapsed)
     assert screen(write(tmp_path, pack, **how, best=[2, 3])).left_out == [3]  # a file that does not fit together
 
 
@@ -116,3 +124,16 @@ def test_a_merge_of_other_adapters_than_the_packs_is_ignored(tmp_path, best):
     found = screen(write(tmp_path, alike(0, 1, 2, _3=12.0), best=best, merge_of_best=0.1))
     assert found.left_out == [3]  # by its loss alone
     assert found.others is None
+
+
+def test_what_is_said_in_the_terminal_and_on_the_page_is_of_the_merge_without_them(tmp_path):
+    (make_run(tmp_path) / "eval" / "results.json").unlink()
+    pack = {0: 3.0, 1: 1.1, 2: 1.0, 3: 1.2}
+    write(tmp_path, pack, base=30.0, merge=4.0, best=[1, 2, 3], merge_of_best=1.5)
+    found = screen(tmp_path)
+    assert outcome(tmp_path) == [str(found)]
+    assert better_than_merge(tmp_path) == 2  # the best of those that are kept
+    text = Page(render_page(read_run(tmp_path))).text
+    assert "would spoil the merge" in text
+    assert f"{found.others.merge:.3f}" in text
+    assert "the merge of 4 adapters" not in text
