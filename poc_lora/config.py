@@ -251,16 +251,22 @@ class RunConfig(Section):
     def of_adapter(self, adapter: int) -> "RunConfig":
         """Returns the configuration of one adapter: its values of `adapters.vary` are in place of the keys' own."""
         changes: dict[str, Any] = {"adapters": self.adapters.model_copy(update={"vary": {}})}
-        for key, values in self.adapters.vary.items():
+        for key in self.adapters.vary:
             section, _, name = key.partition(".")
             before = changes.get(section, getattr(self, section))
-            changes[section] = before.model_copy(update={name: values[adapter % len(values)]})
+            changes[section] = before.model_copy(update={name: self.value(key, adapter)})
         return self.model_copy(update=changes)
+
+    def value(self, key: Varied, adapter: int) -> float:
+        """Returns an adapter's value of a key: its own of `adapters.vary`, whose lists are repeated, or the key's."""
+        if values := self.adapters.vary.get(key):
+            return values[adapter % len(values)]
+        section, _, name = key.partition(".")
+        return float(getattr(getattr(self, section), name))
 
     def values(self, key: Varied) -> list[float]:
         """Returns the values of a key over the adapters, each once: one, unless the key is varied."""
-        section, _, name = key.partition(".")
-        return list(dict.fromkeys(self.adapters.vary.get(key, (getattr(getattr(self, section), name),))))
+        return list(dict.fromkeys(self.value(key, adapter) for adapter in range(self.adapters.count)))
 
     def in_words(self, key: Varied) -> str:
         """Returns the value of a key as text; if it is varied, all of them."""

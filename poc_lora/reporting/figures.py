@@ -249,7 +249,7 @@ def sweep_figure(points: Mapping[float, Sequence[float]], merge: float | None, *
     means = [math.fsum(found) / len(found) for found in points.values()]
     axes.plot(range(len(points)), means, color=COLOURS["best"], label="mean of a value")
     if merge is not None:
-        axes.axhline(merge, color=COLOURS["merge"], label="merge of all", **DASHED)
+        axes.axhline(merge, color=COLOURS["merge"], label="merge", **DASHED)
     _log_if_decades(axes, [value for found in points.values() for value in found])
     axes.set_xticks(range(len(points)), [f"{value:g}" for value in points], rotation=30 if len(points) > 5 else 0)
     axes.set_xlabel(f"{xlabel} (even steps, not to scale)")

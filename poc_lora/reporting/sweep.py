@@ -33,6 +33,9 @@ def sweep(files: RunFiles) -> Section:
     found = rows_held_out(files.rows) if files.rows is not None else None
     packs = files.held_out if found is None else (found,)
     losses = _losses(packs)
+    merge = packs[0].merge if len(packs) == 1 else None
+    if found is None and files.screening and files.screening.others:
+        merge = files.screening.others.merge  # as `poc-lora merge` makes it
     accuracies, merged = {}, None
     if files.results is not None:
         scored = files.results.adapters.items()
@@ -40,7 +43,7 @@ def sweep(files: RunFiles) -> Section:
         merged = files.results.merged
     measures: dict[str, tuple[Mapping[int, float], float | None]] = {}
     if losses:
-        measures["held-out loss"] = losses, packs[0].merge if len(packs) == 1 else None
+        measures["held-out loss"] = losses, merge
         section.paragraphs.append(_best_setting(keys, settings, losses, packs[0].rows))
     else:
         section.omitted.append("No losses on held-out rows are known, which would say what value is best.")
@@ -63,8 +66,8 @@ def _adapters_by_setting(config: RunConfig) -> dict[Setting, list[int]]:
     """Adapters by their values of the varied keys, in the order of these."""
     found: dict[Setting, list[int]] = {}
     for adapter in range(config.adapters.count):
-        own = (config.adapters.vary[key] for key in varied_keys(config))
-        found.setdefault(tuple(values[adapter % len(values)] for values in own), []).append(adapter)
+        setting = tuple(config.value(key, adapter) for key in varied_keys(config))
+        found.setdefault(setting, []).append(adapter)
     return dict(sorted(found.items()))
 
 
@@ -121,9 +124,9 @@ def _table(
         rows.append([*(f"{value:g}" for value in setting), ", ".join(map(str, adapters)), *cells])
     merges = ["" if merge is None else f"{merge:.4g}" for _, merge in measures.values()]
     if any(merges):
-        rows.append(["PoC merge of all", *[""] * len(keys), *merges])
+        rows.append(["PoC merge", *[""] * len(keys), *merges])
     caption = "The adapters by their values: the mean of those of the same value, and their range"
-    return Table(caption, [*keys, "adapters", *measures], rows, strong=["PoC merge of all"])
+    return Table(caption, [*keys, "adapters", *measures], rows, strong=["PoC merge"])
 
 
 def _cell(values: Sequence[float]) -> str:
@@ -137,11 +140,10 @@ def _chart(config: RunConfig, key: Varied, measure: str, values: Mapping[int, fl
     """A key's values against a measure of their adapters."""
     by_value: dict[float, list[float]] = {}
     for adapter, measured in values.items():
-        section, _, name = key.partition(".")
-        by_value.setdefault(getattr(getattr(config.of_adapter(adapter), section), name), []).append(measured)
+        by_value.setdefault(config.value(key, adapter), []).append(measured)
     points = dict(sorted(by_value.items()))
     described = "; ".join(f"{value:g}: {fmean(found):.4g}" for value, found in points.items())
-    line = "" if merge is None else f"; the merge of all: {merge:.4g}"
+    line = "" if merge is None else f"; the merge: {merge:.4g}"
     return chart(
         figures.sweep_figure(points, merge, xlabel=key, ylabel=measure),
         f"{measure[0].upper()}{measure[1:]} by {key}",

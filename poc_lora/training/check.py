@@ -193,9 +193,10 @@ def _validation_cost(data: TrainingData, per_device: int, section: TrainSection)
 
 def _by_adapter(config: RunConfig, key: Varied) -> str:
     """A varied key's values, each with its adapters."""
-    values, M = config.adapters.vary[key], config.adapters.count
-    adapters = {value: [str(m) for m in range(M) if values[m % len(values)] == value] for value in values}
-    return "; ".join(f"{value:g}: {', '.join(own)}" for value, own in adapters.items())
+    by_value: dict[float, list[str]] = {}
+    for adapter in range(config.adapters.count):
+        by_value.setdefault(config.value(key, adapter), []).append(str(adapter))
+    return "; ".join(f"{value:g}: {', '.join(own)}" for value, own in by_value.items())
 
 
 def _span(pack: list[int]) -> str:

@@ -38,9 +38,9 @@ def test_a_table_has_every_value_with_its_adapters_and_the_merge(tmp_path):
         ["optim.lr", "adapters", "held-out loss", "accuracy (%)"],
         ["0.0001", "1, 3", "2.25 (2 to 2.5)", "73.8"],  # of adapters 00 to 02 the folder has accuracies
         ["0.0003", "0, 2", "1.25 (1 to 1.5)", "73.8 (73.5 to 74.1)"],
-        ["PoC merge of all", "", "0.5", "78.67"],
+        ["PoC merge", "", "0.5", "78.67"],
     ]
-    assert "Means: 0.0001: 2.25; 0.0003: 1.25; the merge of all: 0.5." in page.text
+    assert "Means: 0.0001: 2.25; 0.0003: 1.25; the merge: 0.5." in page.text
     assert sweep_outcome(run)[0] in page.text
 
 
