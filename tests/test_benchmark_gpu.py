@@ -114,6 +114,15 @@ def test_one_adapter_is_trained_on_the_batches_of_all(side, monkeypatch):
     assert packed["predicted_gb"] >= 0
 
 
+def test_questions_are_put_to_all_adapters_at_once_and_in_turn(monkeypatch):
+    shape = module("gpu_shape", monkeypatch).Shape("tiny", adapters=3, batch=2, steps=1)
+    found = shape.labels(questions=20)
+    assert found["same_bits_again"]
+    assert 0 < found["packed_from_one_by_one"] < 1e-4
+    for way in ("base", "packed", "one_by_one", "merge"):
+        assert found[way]["tokens_per_s"] > 40 * found[way]["answers_per_s"] > 0
+
+
 def test_a_model_is_in_float8_for_a_while(monkeypatch):
     gpu_shape = module("gpu_shape", monkeypatch)
     shape = gpu_shape.Shape("tiny", adapters=2, batch=2, steps=1)
@@ -134,7 +143,7 @@ def test_a_model_is_in_float8_for_a_while(monkeypatch):
 @pytest.mark.slow
 def test_the_checks_of_the_program_hold_on_a_cpu(tmp_path):
     command = [sys.executable, str(FOLDER / "gpu_smoke.py"), str(tmp_path), "--only"]
-    checks = "again resumed alone merge label float8".split()
+    checks = "again resumed alone merge label float8 mean_field".split()
     done = subprocess.run([*command, *checks], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "smoke.jsonl").read_text().splitlines()

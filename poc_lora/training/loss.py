@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from poc_lora.data.batches import MicroBatch
-from poc_lora.devices import by_device
+from poc_lora.devices import by_device, grouped_sums
 from poc_lora.fusion import fusable, is_fusing
 from poc_lora.models.forward import hidden_at, logits_at
 
@@ -39,8 +39,7 @@ def packed_loss(
         logits_nV = logits_at(model, batch.input_ids, batch.row, batch.column).float()
         per_token = torch.nn.functional.cross_entropy(logits_nV, batch.target, reduction="none")
     weighted = per_token / tokens_per_slot[batch.slot]
-    per_slot = torch.zeros_like(tokens_per_slot).index_add_(0, batch.slot, weighted.detach())
-    return weighted.sum(), per_slot
+    return weighted.sum(), grouped_sums(weighted.detach(), batch.slot, len(tokens_per_slot))
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ and OUT/smoke.jsonl with each check of the program, so that whatever ends the pr
 
 runs_at_all        four steps of the embedded model by the command line, in a process of its own
 ceilings           what the card gives: see gpu_ceilings.py
-model              a random Llama of --shape, made on the card once; all stages below but smoke and shape_1b train on it
+model              a random Llama of --shape, made on the card once, for all below but smoke and the last two
 packed_4096        8 adapters of rank 32 in one pack, batches of 16 rows, micro-batches of 4,096 tokens
 trainer, loop      the same rows by transformers.Trainer over PEFT, or a bare loop: see gpu_shape.py for what is equal
 compiled_*         packed with train.compile
@@ -28,9 +28,11 @@ liger              packed with Liger's kernels in place of train.compile's, wher
 cudnn_4096         packed with cuDNN's attention, which the library itself leaves out
 checkpointed_16384, trainer_checkpointed    both with gradient checkpointing
 fp8_4096, compiled_fp8_8192    packed with the base's matmuls in float8
+labels             answers by the label protocol: of the base, of 8 adapters in one pass or one by one, of their merge
 nf4_4096           packed on the same model in 4 bits
 profile_*          kernels by the time they take in one step of packed, or in training on its rows
 smoke              the program's commands on the embedded model: see gpu_smoke.py
+mean_field         networks of the theory experiments against a loop with autograd: see mfnn.py
 shape_1b           packed, compiled and trainer on a model of 1B parameters
 """
 
@@ -165,6 +167,7 @@ def measure_shape(stages: Stages, name: str, out: Path, folder: Path) -> None:
     on_shape("fp8_4096", 25, fp8)
     on_shape("compiled_fp8_8192", 30, lambda s: fp8(s, tokens=8192, compile=True))
     on_shape("profile_fp8", 20, lambda s: fp8(s, tokens=8192, compile=True, profile=out / "profile_fp8.txt"))
+    on_shape("labels", 25, lambda s: s.labels())
     on_shape("dropout_4096", 25, lambda s: s.packed(dropout=0.05))
     on_shape("compiled_dropout_4096", 35, lambda s: s.packed(dropout=0.05, compile=True))
     on_shape("liger", 30, lambda s: s.packed(liger=True))
@@ -185,6 +188,14 @@ def shape_1b() -> Facts:
         "compiled": shape.packed(tokens=16384, compile=True),
         "trainer": shape.alone("trainer"),
     }
+
+
+def mean_field() -> Facts:
+    import torch
+    from mfnn import GPU_SHAPES, compare
+
+    device = torch.device("cuda")
+    return {name: shape | compare(name, shape, device, rounds=2) for name, shape in GPU_SHAPES.items()}
 
 
 def machine() -> Facts:
@@ -225,6 +236,7 @@ def main() -> None:
         stages.run("machine", 0, machine)
         stages.run("ceilings", 5, ceilings)
         measure_shape(stages, a.shape, a.out.absolute(), Path(folder))
+        stages.run("mean_field", 25, mean_field)
         stages.run("shape_1b", 35, shape_1b)
     print(table(stages.facts))
 

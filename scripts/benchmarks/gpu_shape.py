@@ -8,6 +8,9 @@ Per side: tokens_per_s without padding, of packed also computed_per_s with it; t
 base and token that is not padding, so that what checkpointing computes again does not count; host_share, the seconds
 that threads of this process computed in one of the clock; the peak of allocated and of reserved memory. Of packed also
 the memory that Footprint predicts from the shape, and how often a step waits for the GPU.
+
+labels asks questions instead, by the label protocol. An answer is one question put to one adapter, the base or the
+merge.
 """
 
 import contextlib
@@ -17,10 +20,12 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import train as bench
 from sides import Work, free_memory, synchronise, training
@@ -28,10 +33,12 @@ from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as Profiler
+from train import ROW_LENGTHS
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from poc_lora.data.batches import BatchOrder
+from poc_lora.evaluation.protocols.label import PreparedQuestions, score_labels
 from poc_lora.fusion import fusing
 from poc_lora.models.float8 import Float8Linear, quantize_float8
 from poc_lora.models.forward import without_cudnn_attention
@@ -140,6 +147,55 @@ class Shape:
             measured.stop()
         return self._rates(measured, profile)
 
+    def labels(self, questions: int = 512) -> Facts:
+        """Answers to random questions: of the base, of all adapters in one pass or one after another, of the merge."""
+        asked = random_questions(questions, self.work.model.config.vocab_size)
+        work, adapters = self._work(checkpointing=False), list(self.work.adapters)
+        with without_cudnn_attention(), contextlib.ExitStack() as undo:
+            pack = Pack(work.config, work.model, work.data, adapters, sizes=Sizes(TOKENS, len(adapters), False))
+            undo.callback(pack.close)
+            bank = pack.bank
+            with torch.no_grad():
+                bank.weights.normal_(0, 0.02)
+            for module in bank.modules.values():
+                module.eval()
+            views: dict[str, list[AbstractContextManager[None]]] = {
+                "base": [bank.disabled()],
+                "packed": [contextlib.nullcontext()],
+                "one_by_one": [bank.only(slot) for slot in adapters],
+                "merge": [bank.merged()],
+            }
+            scores, found = {}, {}
+            for name, passes in views.items():
+                scores[name], found[name] = self._asked(asked, passes, len(adapters) if name == "packed" else 1)
+            again, _ = self._asked(asked, [contextlib.nullcontext()], len(adapters))
+        return found | {
+            "questions": questions,
+            "same_bits_again": torch.equal(again, scores["packed"]),
+            "packed_from_one_by_one": float((scores["packed"] - scores["one_by_one"]).abs().max()),
+        }
+
+    def _asked(
+        self, asked: PreparedQuestions, passes: Sequence[AbstractContextManager[None]], copies: int
+    ) -> tuple[torch.Tensor, Facts]:
+        """The scores of all passes [models, questions, labels], and their rates; a first batch warms up."""
+        model, answers, scores = self.work.model, len(passes) * copies * len(asked.answers), []
+        measured = Measured(model.device, None)
+        for number, view in enumerate(passes):
+            with view:
+                if not number:
+                    score_labels(model, random_questions(8, model.config.vocab_size), copies=copies)
+                    measured.start()
+                scores.append(score_labels(model, asked, copies=copies))
+        measured.stop()
+        tokens = answers / len(asked.answers) * len(asked.tokens)
+        return torch.cat(scores), {
+            "answers_per_s": round(answers / measured.seconds, 1),
+            "tokens_per_s": round(tokens / measured.seconds),
+            "tflops": round(2 * self.parameters * tokens / measured.seconds / 1e12, 1),
+            **measured.memory,
+        }
+
     def _measured_steps(self, profile: Path | None) -> range:
         return range(WARM_UP, WARM_UP + (1 if profile else self.steps))
 
@@ -183,6 +239,25 @@ class InTurn:
 
     def rows(self, adapter: int, step: int) -> Sequence[int]:
         return self.order.rows(step % self.count, step // self.count)
+
+
+def random_questions(count: int, vocabulary: int, labels: int = 4) -> PreparedQuestions:
+    """Questions of 40 to 160 random tokens, with labels of one token each."""
+    draws = np.random.default_rng(count)
+    lengths = torch.from_numpy(np.sort(draws.integers(*ROW_LENGTHS, count, endpoint=True))[::-1].copy())
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    first_labels = draws.integers(1, vocabulary - labels, count)  # 0 is padding
+    return PreparedQuestions(
+        tokens=torch.from_numpy(draws.integers(1, vocabulary, int(starts[-1]))),
+        starts=starts,
+        first_read=torch.arange(count + 1) * labels,
+        read_column=(lengths - 1).repeat_interleave(labels),
+        read_token=torch.from_numpy((first_labels[:, None] + np.arange(labels)).flatten()),
+        read_slot=torch.arange(count * labels),
+        answers=torch.zeros(count, dtype=torch.int64),
+        label_exists=torch.ones(count, labels, dtype=torch.bool),
+        too_long=torch.zeros(count, dtype=torch.bool),
+    )
 
 
 def waits_in(work: Callable[[], object]) -> int:

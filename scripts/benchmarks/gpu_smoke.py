@@ -17,6 +17,7 @@ label, generate    the first questions by each protocol
 float8     a float8 layer: how far it is from its reference in float32, forwards and backwards, relative to the norm;
            whether other rows keep their bits beside one of NaN; microseconds of its parts, and of a bfloat16 layer
 kernels    dropout and cross-entropy, each compiled to one kernel, against themselves on the CPU
+mean_field    networks of the theory experiments here and on the CPU, with noise, in float64: close
 demo       the whole demo's accuracies; on a CPU they are base 80.4, average 83.2, merged 87.5, ensemble 89.5
 """
 
@@ -39,6 +40,8 @@ from poc_lora.adapters.adapter import WEIGHTS_NAME
 from poc_lora.errors import Interrupted
 from poc_lora.fusion import fusing
 from poc_lora.lora.dropout import drop
+from poc_lora.mfnn import MEAN_SQUARED_ERROR, Objective, TanhProduct
+from poc_lora.mfnn import train as train_networks
 from poc_lora.microworld import DATA_DIR, MODEL_DIR
 from poc_lora.models.float8 import Float8Linear, matmul, quantize_rows, quantized, reference_matmul
 from poc_lora.models.load import default_device
@@ -167,6 +170,15 @@ class Checks:
             "loss_distance": float((found - losses).norm() / losses.norm()),
             "gradient_distance": float((gpu.cpu().float() - gradient).norm() / gradient.norm()),
         }
+
+    def mean_field(self) -> Any:
+        sides = []
+        for device in (default_device(), torch.device("cpu")):
+            inputs = rng.normal((200, 5), rng.key(0, 0, "smoke"), device).double()
+            objective = Objective(TanhProduct(5, 10.0), MEAN_SQUARED_ERROR, inputs, inputs[:, 0].tanh(), 0.1)
+            how: Any = dict(steps=60, lr=0.1, temperature=1e-2, seed=0, batch_size=50)
+            sides.append(train_networks(objective, range(3), 100, **how).cpu())
+        return {"distance": apart(*sides)}
 
     def demo(self) -> Any:
         folder = self._train("demo")

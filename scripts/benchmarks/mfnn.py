@@ -64,25 +64,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     a = parser.parse_args()
     device = torch.device(a.device)
-    shapes = {
-        name: shape | {"steps": shape["steps"] // a.divide_steps}
-        for name, shape in (SHAPES if device.type == "cpu" else GPU_SHAPES).items()
-        if name in a.shape
+    shapes = SHAPES if device.type == "cpu" else GPU_SHAPES
+    chosen = {
+        name: shape | {"steps": shape["steps"] // a.divide_steps} for name, shape in shapes.items() if name in a.shape
     }
-    report: dict[str, Any] = {"device": str(device), "shapes": {}}
-    for name, shape in shapes.items():
-        noisy = SETTINGS["temperature"]
-        sides: dict[str, Callable[[], float]] = {
-            "poc_lora": partial(library, shape, device, noisy),
-            "loop": partial(loop, shape, device, noisy),
-            "poc_lora_without_noise": partial(library, shape, device, 0.0),
-            "loop_without_noise": partial(loop, shape, device, 0.0),
-        }
-        if device.type == "cpu":
-            sides["matmuls"] = partial(matmuls, shape)
-        else:
-            sides["bandwidth_limit"] = lambda: bandwidth(device) / BYTES_PER_NEURON_SAMPLE
-        report["shapes"][name] = shape | compare(name, sides, a.rounds)
+    report: dict[str, Any] = {
+        "device": str(device),
+        "shapes": {name: shape | compare(name, shape, device, a.rounds) for name, shape in chosen.items()},
+    }
     report |= {
         "unit": "neuron-samples per second",
         "settings": SETTINGS | {"dtype": "float32", "threads": torch.get_num_threads()},
@@ -94,8 +83,25 @@ def main() -> None:
         write_json(a.out, report)
 
 
-def compare(name: str, sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
+def sides_of(shape: Shape, device: torch.device) -> dict[str, Callable[[], float]]:
+    """What measures the rate of each side, and what bounds it."""
+    noisy = SETTINGS["temperature"]
+    sides: dict[str, Callable[[], float]] = {
+        "poc_lora": partial(library, shape, device, noisy),
+        "loop": partial(loop, shape, device, noisy),
+        "poc_lora_without_noise": partial(library, shape, device, 0.0),
+        "loop_without_noise": partial(loop, shape, device, 0.0),
+    }
+    if device.type == "cpu":
+        sides["matmuls"] = partial(matmuls, shape)
+    else:
+        sides["bandwidth_limit"] = lambda: bandwidth(device) / BYTES_PER_NEURON_SAMPLE
+    return sides
+
+
+def compare(name: str, shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
     """Rates of all sides in alternating rounds, and the library's ratio to the others."""
+    sides = sides_of(shape, device)
     found: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(1 + rounds):
         for side, measure in sides.items():

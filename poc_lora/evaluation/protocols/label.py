@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.data.prompts import render_prompt
 from poc_lora.data.questions import Question
-from poc_lora.devices import by_device
+from poc_lora.devices import by_device, grouped_sums
 from poc_lora.distributed import Ranks
 from poc_lora.errors import DataError
 from poc_lora.evaluation.answers import Answer
@@ -165,7 +165,7 @@ def score_labels(
         with head_in_float32(model):
             logits = logits_at(model, ids, rows, columns, past=past).float().view(copies, len(position), -1)
         if own:
-            scores.index_add_(1, slot, logits[:, where, token] - logits.logsumexp(-1)[:, where])
+            scores += grouped_sums(logits[:, where, token] - logits.logsumexp(-1)[:, where], slot, n * k)
     if size > 1:
         all_reduce_sum(scores)  # each is one rank's
     scored = prepared.label_exists & ~prepared.too_long[:, None]
