@@ -1,4 +1,4 @@
-"""The methods of scripts/benchmarks/merge_methods.py against PEFT's and slow references, and a run at its smallest."""
+"""The methods of merge_rivals.py against PEFT's and slow references, and merge_methods.py at its smallest."""
 
 import importlib
 import json
@@ -24,15 +24,20 @@ def script(monkeypatch):
     return importlib.import_module("merge_methods")
 
 
+@pytest.fixture
+def rivals(script):
+    return importlib.import_module("merge_rivals")
+
+
 def normal(*shape, key=0):
     return rng.normal(shape, rng.key(0, 0, "test", key)).double()
 
 
 @pytest.fixture
-def module(script):
+def module(rivals):
     A, B, X = normal(M, R, D_IN), normal(M, D_OUT, R, key=1), normal(100, D_IN, key=2)
     A += normal(R, D_IN, key=3)  # in common
-    return script.Module("layer", 7, A, B, X.T @ X / 100)
+    return rivals.Module("layer", 7, A, B, X.T @ X / 100)
 
 
 def delta(update):
@@ -43,20 +48,20 @@ def each(module):
     return [B @ A for A, B in zip(module.A, module.B, strict=True)]
 
 
-def test_the_mean_and_the_soup(script, module):
-    torch.testing.assert_close(delta(script.mean(module)), sum(each(module)) / M)
-    torch.testing.assert_close(delta(script.soup(module)), sum(module.B) / M @ (sum(module.A) / M))
+def test_the_mean_and_the_soup(rivals, module):
+    torch.testing.assert_close(delta(rivals.mean(module)), sum(each(module)) / M)
+    torch.testing.assert_close(delta(rivals.soup(module)), sum(module.B) / M @ (sum(module.A) / M))
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 0.9])
-def test_ties_is_pefts(script, module, density):
+def test_ties_is_pefts(rivals, module, density):
     deltas = [x.float() for x in each(module)]
     expected = merge_utils.ties(deltas, torch.ones(M), density)
-    torch.testing.assert_close(delta(script.ties(module, density)), expected)
+    torch.testing.assert_close(delta(rivals.ties(module, density)), expected)
 
 
 @pytest.mark.parametrize("p", [0.5, 0.9])
-def test_dare_is_pefts_with_the_same_draws(script, module, monkeypatch, p):
+def test_dare_is_pefts_with_the_same_draws(rivals, module, monkeypatch, p):
     deltas = [x.float() for x in each(module)]
 
     def kept():  # in place of PEFT's draws
@@ -66,27 +71,27 @@ def test_dare_is_pefts_with_the_same_draws(script, module, monkeypatch, p):
 
     kept()
     expected = merge_utils.dare_linear(deltas, torch.full((M,), 1 / M), 1 - p)
-    torch.testing.assert_close(delta(script.dare(module, p)), expected)
+    torch.testing.assert_close(delta(rivals.dare(module, p)), expected)
     kept()
     expected = merge_utils.dare_ties(deltas, torch.ones(M), 1 - p)
-    torch.testing.assert_close(delta(script.dare_ties(module, p)), expected)
+    torch.testing.assert_close(delta(rivals.dare_ties(module, p)), expected)
 
 
-def test_knots_is_ties_of_the_right_singular_vectors(script, module):
+def test_knots_is_ties_of_the_right_singular_vectors(rivals, module):
     U, S, Vh = torch.linalg.svd(torch.cat(each(module), dim=1), full_matrices=False)
     k = min(D_OUT, M * R)
     parts = [Vh[:k, j * D_IN : (j + 1) * D_IN] for j in range(M)]
     merged = merge_utils.ties(parts, torch.ones(M), 0.2)
-    torch.testing.assert_close(delta(script.knots_ties(module, 0.2)), U[:, :k] * S[:k] @ merged)
+    torch.testing.assert_close(delta(rivals.knots_ties(module, 0.2)), U[:, :k] * S[:k] @ merged)
 
 
-def test_the_weighted_truncation_is_the_best_on_the_inputs(script, module):
-    mean = delta(script.mean(module))
+def test_the_weighted_truncation_is_the_best_on_the_inputs(rivals, module):
+    mean = delta(rivals.mean(module))
 
     def error(update):
         return ((mean - delta(update)) @ module.moments @ (mean - delta(update)).T).trace()
 
-    plain, weighted = script.truncated(module, 2), script.weighted(module, 2)
+    plain, weighted = rivals.truncated(module, 2), rivals.weighted(module, 2)
     U, S, Vh = torch.linalg.svd(mean, full_matrices=False)
     torch.testing.assert_close(delta(plain), U[:, :2] * S[:2] @ Vh[:2])
     assert torch.linalg.matrix_rank(delta(weighted)) == 2
@@ -97,23 +102,23 @@ def test_the_weighted_truncation_is_the_best_on_the_inputs(script, module):
     assert error(weighted) == pytest.approx(float(S[2:].square().sum()), rel=1e-2)  # but for the ridge
 
 
-def test_compressing_first_keeps_what_all_adapters_share(script, module):
-    full = script.compressed(module, min(D_OUT, M * R))
-    torch.testing.assert_close(delta(full), delta(script.mean(module)))
+def test_compressing_first_keeps_what_all_adapters_share(rivals, module):
+    full = rivals.compressed(module, min(D_OUT, M * R))
+    torch.testing.assert_close(delta(full), delta(rivals.mean(module)))
     U, V = normal(D_OUT, 2, key=4), normal(D_IN, 2, key=5)
     cores = normal(M, 2, 2, key=6)
-    shared = script.Module("layer", 7, V.T.expand(M, -1, -1), U @ cores)
-    torch.testing.assert_close(delta(script.compressed(shared, 2)), U @ cores.mean(0) @ V.T)
+    shared = rivals.Module("layer", 7, V.T.expand(M, -1, -1), U @ cores)
+    torch.testing.assert_close(delta(rivals.compressed(shared, 2)), U @ cores.mean(0) @ V.T)
 
 
-def test_updates_are_added_and_taken_away_and_inputs_measured(script):
+def test_updates_are_added_and_taken_away_and_inputs_measured(script, rivals):
     model, tokenizer = load_base(str(MODEL_DIR))
     path = next(name for name, _ in model.named_modules() if name.endswith("q_proj"))
     linear = model.get_submodule(path)
     x = normal(5, linear.in_features).float()
-    update = script.Update(normal(2, linear.in_features, key=1), normal(linear.out_features, 2, key=2))
+    update = rivals.Update(normal(2, linear.in_features, key=1), normal(linear.out_features, 2, key=2))
     before = linear(x)
-    for given in (update, script.Update(delta(update))):
+    for given in (update, rivals.Update(delta(update))):
         with script.applied(model, {path: given}):
             torch.testing.assert_close(linear(x), before + x @ delta(update).float().T)
     assert torch.equal(linear(x), before)

@@ -9,66 +9,36 @@ prints a finished file as Markdown, and draws accuracy against the number of ada
 file already is not run again.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
+from demo_runs import Results, Scorer, Setting, parser_of, train_pack
 from matplotlib.figure import Figure
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from poc_lora.config import RunConfig, load_config
-from poc_lora.data.commonsense import BENCHMARKS
-from poc_lora.data.questions import read_questions
-from poc_lora.devices import by_device
-from poc_lora.environment import environment
-from poc_lora.evaluation.protocols.label import PreparedQuestions, prepare, score_labels
-from poc_lora.files import write_json
-from poc_lora.microworld import DATA_DIR, MODEL_DIR
-from poc_lora.models.load import load_base
+from poc_lora.config import RunConfig
 from poc_lora.reporting.figures import subsets_figure
 from poc_lora.training.data import prepare_data
-from poc_lora.training.memory import FAST_TOKENS, Sizes
-from poc_lora.training.step import Pack
-
-CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
-
-
-def accuracy(log_probs: dict[str, torch.Tensor], prepared: dict[str, PreparedQuestions]) -> float:
-    """The plain average over benchmarks, in percent."""
-    right = {b: (log_probs[b].argmax(-1) == q.answers) & ~q.too_long for b, q in prepared.items()}
-    shares = [values.double().mean() for values in right.values()]
-    return 100 * float(torch.stack(shares).mean())
 
 
 @torch.no_grad()
-def one_seed(
-    config: RunConfig,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prepared: dict[str, PreparedQuestions],
-) -> dict[str, Any]:
+def one_seed(config: RunConfig, scorer: Scorer) -> dict[str, Any]:
     """Train one pack and score it whole and in part."""
     M = config.adapters.count
-    data = prepare_data(config, tokenizer)
-    sizes = Sizes(by_device(FAST_TOKENS, model.device.type), M, gradient_checkpointing=False)
-    pack = Pack(config, model, data, range(M), sizes=sizes)
     with torch.enable_grad():
-        for step in range(data.total_steps):
-            pack.step(step)
-    model.eval()
-    packed = {b: score_labels(model, q, copies=M) for b, q in prepared.items()}
-    singles = [accuracy({b: x[slot] for b, x in packed.items()}, prepared) for slot in range(M)]
+        pack = train_pack(config, scorer.model, prepare_data(config, scorer.tokenizer), None)
+    packed = scorer.answers(M)
+    singles = [scorer.accuracy({b: x[slot] for b, x in packed.items()}) for slot in range(M)]
     merges: dict[int, list[float]] = {}
     for m in (2, 4, M):
         merges[m] = []
         for first in range(0, M, m)[:2]:
             with pack.bank.merged(range(first, first + m)):
-                merges[m].append(accuracy({b: score_labels(model, q)[0] for b, q in prepared.items()}, prepared))
+                merges[m].append(scorer.accuracy({b: x[0] for b, x in scorer.answers(1).items()}))
     # The mean of the members' probabilities, up to a factor.
-    ensemble = accuracy({b: x.log_softmax(-1).logsumexp(0) for b, x in packed.items()}, prepared)
+    ensemble = scorer.accuracy({b: x.log_softmax(-1).logsumexp(0) for b, x in packed.items()})
     pack.close()
     return {"adapters": singles, "merges": {str(m): x for m, x in merges.items()}, "ensemble": ensemble}
 
@@ -113,13 +83,9 @@ def figure(found: dict[str, Any]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(100, 110))
+    parser = parser_of(__doc__, seeds=(100, 110), packs=False, limit=False)
     parser.add_argument("--temperatures", nargs="+", help="default: the demo's own, and 0")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--summary", type=Path)
     parser.add_argument("--figure", type=Path, help="with --summary: draw it here")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
     a = parser.parse_args()
     if a.summary:
         found = json.loads(a.summary.read_text())
@@ -127,26 +93,17 @@ def main() -> None:
         if a.figure:
             figure(found).savefig(a.figure, dpi=160, metadata={"Software": None})
         return
-    model_name, train = json.dumps(str(MODEL_DIR)), json.dumps([str(DATA_DIR)])
-    place = [f"model.name={model_name}", f"data.train={train}", *a.overrides]
-    config = load_config(CONFIG, place)
-    model, tokenizer = load_base(str(MODEL_DIR))
-    prepared = {b.folder: prepare(read_questions(DATA_DIR, b), tokenizer, prompt="bare") for b in BENCHMARKS}
-    settings = {name: config.model_dump(mode="json")[name] for name in ("lora", "optim", "train")}
-    found = {"temperatures": {}, "settings": settings, **environment()}
-    if a.out and a.out.exists():
-        found = json.loads(a.out.read_text())
-        if found["settings"] != settings:
-            parser.error(f"{a.out} was made with other settings")
+    demo = Setting(a.overrides)
+    results = Results(a.out, {"settings": demo.described()}, {"temperatures": {}})
+    scorer = Scorer(*demo.load())
     for seed in range(*a.seeds):
-        for temperature in a.temperatures or [f"{config.optim.temperature:g}", "0"]:
-            done = found["temperatures"].setdefault(temperature, {})
+        for temperature in a.temperatures or [f"{demo.config().optim.temperature:g}", "0"]:
+            done = results.found["temperatures"].setdefault(temperature, {})
             if str(seed) not in done:
-                run = load_config(CONFIG, [*place, f"adapters.seed={seed}", f"optim.temperature={temperature}"])
-                done[str(seed)] = one_seed(run, model, tokenizer, prepared)
-                if a.out:
-                    write_json(a.out, found)
-    print(summary(found))
+                config = demo.config(f"adapters.seed={seed}", f"optim.temperature={temperature}")
+                done[str(seed)] = one_seed(config, scorer)
+                results.save()
+    print(summary(results.found))
 
 
 if __name__ == "__main__":

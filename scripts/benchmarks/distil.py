@@ -13,93 +13,28 @@ second form prints a finished file as Markdown. A seed that is in the file alrea
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from demo_seeds import CONFIG, accuracy
+from demo_runs import Results, Scorer, Setting, parser_of, run_seeds, train_pack
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from poc_lora.config import RunConfig, load_config
+from poc_lora.config import RunConfig
 from poc_lora.data.batches import BatchOrder, micro_batches
-from poc_lora.data.commonsense import BENCHMARKS
 from poc_lora.data.prompts import Example
-from poc_lora.data.questions import read_questions
-from poc_lora.devices import by_device
-from poc_lora.environment import environment
-from poc_lora.evaluation.calibration import calibration_terms
-from poc_lora.evaluation.protocols.label import PreparedQuestions, prepare, score_labels
-from poc_lora.files import write_json
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.merging.decomposition import decompose
-from poc_lora.microworld import DATA_DIR, MODEL_DIR
 from poc_lora.models.forward import logits_at
-from poc_lora.models.load import load_base
 from poc_lora.optim.schedules import learning_rate
 from poc_lora.training.data import TrainingData, prepare_data
-from poc_lora.training.memory import FAST_TOKENS, Sizes
-from poc_lora.training.step import Pack
 
 RANKS = (16, 32)
 STUDENTS = ((16, "ensemble"), (32, "ensemble"), (16, "answers"))  # rank, what is learnt
 ROWS_AT_ONCE = 16
 EVERY_TOKEN = 10**9  # of a micro-batch
-
-
-class Scorer:
-    """Scores what the model computes on all test questions."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None):
-        self.model = model
-        self.prepared: dict[str, PreparedQuestions] = {
-            b.folder: prepare(read_questions(DATA_DIR, b, limit=limit), tokenizer, prompt="bare") for b in BENCHMARKS
-        }
-
-    def answers(self, copies: int) -> dict[str, Tensor]:
-        """The labels' log-probabilities under each of `copies` packed adapters, by benchmark."""
-        self.model.eval()
-        return {b: score_labels(self.model, q, copies=copies) for b, q in self.prepared.items()}
-
-    def measures(self, log_probs: dict[str, Tensor]) -> dict[str, float]:
-        """Accuracy (%), the loss of the right label among the labels, and the expected calibration error: means."""
-        losses, gaps = [], []
-        for b, q in self.prepared.items():
-            log_p = log_probs[b].double().log_softmax(-1)
-            losses.append(functional.nll_loss(log_p, q.answers))
-            confidence, chosen = log_p.exp().max(-1)
-            gaps.append(calibration_terms(confidence, chosen == q.answers).mean().abs())
-        return {
-            "accuracy": round(accuracy(log_probs, self.prepared), 3),
-            "nll": round(float(torch.stack(losses).mean()), 4),
-            "ece": round(float(torch.stack(gaps).mean()), 4),
-        }
-
-
-def train_pack(
-    config: RunConfig,
-    model: PreTrainedModel,
-    data: TrainingData,
-    saved: Path | None,
-    change: Callable[[Pack], None] = lambda pack: None,
-) -> Pack:
-    """The demo's trained adapters, which are kept in the file `saved` if one is given; `change` is called before."""
-    M = config.adapters.count
-    sizes = Sizes(by_device(FAST_TOKENS, model.device.type), M, gradient_checkpointing=False)
-    pack = Pack(config, model, data, range(M), sizes=sizes)
-    if saved and saved.exists():
-        with torch.no_grad():
-            pack.bank.weights.copy_(torch.load(saved))
-        return pack
-    change(pack)
-    for step in range(data.total_steps):
-        pack.step(step)
-    if saved:
-        saved.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(pack.bank.weights.clone(), saved)
-    return pack
 
 
 @torch.no_grad()
@@ -154,10 +89,11 @@ def train_students(
     return [round(x, 4) for x in torch.stack(losses[-20:]).mean(0).tolist()]
 
 
-def one_seed(config: RunConfig, scorer: Scorer, data: TrainingData, a: argparse.Namespace) -> dict[str, Any]:
+def one_seed(config: RunConfig, scorer: Scorer, a: argparse.Namespace) -> dict[str, Any]:
     """Train the adapters and the students of one seed, and score them all."""
+    data = prepare_data(config, scorer.tokenizer)
     model, M, seed = scorer.model, config.adapters.count, config.adapters.seed
-    pack = train_pack(config, model, data, a.packs and a.packs / f"seed{seed}.pt")
+    pack = train_pack(config, model, data, a.packs)
     packed = scorer.answers(M)
     with pack.bank.merged():
         merge = scorer.answers(1)
@@ -234,39 +170,20 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(100, 105))
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=300, help="the students' optimizer steps")
     parser.add_argument("--batch", type=int, default=16, help="rows of a step")
     parser.add_argument("--lr", type=float, default=1e-3, help="the students' peak learning rate")
-    parser.add_argument("--packs", type=Path, help="a folder that keeps the trained adapters, to train none twice")
-    parser.add_argument("--limit", type=int, help="only the first test questions of each benchmark")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--summary", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the demo's configuration")
     a = parser.parse_args()
     if a.summary:
         print(summary(json.loads(a.summary.read_text())))
         return
-    model_name, train = json.dumps(str(MODEL_DIR)), json.dumps([str(DATA_DIR)])
-    place = [f"model.name={model_name}", f"data.train={train}", *a.overrides]
-    config = load_config(CONFIG, place)
-    model, tokenizer = load_base(str(MODEL_DIR))
-    settings = {name: config.model_dump(mode="json")[name] for name in ("lora", "optim", "train")}
-    settings["students"] = {"steps": a.steps, "batch_size": a.batch, "lr": a.lr}
-    found = {"seeds": {}, "settings": settings, **environment()}
-    if a.out and a.out.exists():
-        found = json.loads(a.out.read_text())
-        if found["settings"] != settings:
-            parser.error(f"{a.out} was made with other settings")
-    scorer = Scorer(model, tokenizer, a.limit)
-    for seed in range(*a.seeds):
-        if str(seed) not in found["seeds"]:
-            run = load_config(CONFIG, [*place, f"adapters.seed={seed}"])
-            found["seeds"][str(seed)] = one_seed(run, scorer, prepare_data(run, tokenizer), a)
-            if a.out:
-                write_json(a.out, found)
-    print(summary(found))
+    demo = Setting(a.overrides)
+    settings = demo.described() | {"students": {"steps": a.steps, "batch_size": a.batch, "lr": a.lr}}
+    results = Results(a.out, {"settings": settings, "limit": a.limit}, {"seeds": {}})
+    scorer = Scorer(*demo.load(), a.limit)
+    run_seeds(a, results, lambda seed: one_seed(demo.config(f"adapters.seed={seed}"), scorer, a))
+    print(summary(results.found))
 
 
 if __name__ == "__main__":

@@ -11,36 +11,27 @@ second form prints a finished file as Markdown, with the same forecasts for pack
 training that is in the file already is not run again.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean as mean
 from statistics import variance
 from typing import Any
 
 import torch
-from demo_seeds import CONFIG
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from demo_runs import Results, Setting, new_pack, parser_of, prepare_with_questions
+from transformers import PreTrainedModel
 
 from poc_lora.adapters.factors import Factors
-from poc_lora.config import RunConfig, load_config
+from poc_lora.config import RunConfig
 from poc_lora.data.batches import supervised_tokens
-from poc_lora.data.prompts import encode_rows
-from poc_lora.data.rows import read_sources
-from poc_lora.devices import by_device
-from poc_lora.environment import environment
 from poc_lora.evaluation.intervals import Interval, mean_interval, student_quantile
-from poc_lora.files import write_json
 from poc_lora.merging.gram import gram
 from poc_lora.merging.gram import summary as similarity
 from poc_lora.merging.stacked import exact_device, stack
-from poc_lora.microworld import DATA_DIR, MODEL_DIR
-from poc_lora.models.load import load_base
-from poc_lora.training.data import TrainingData, prepare_data
-from poc_lora.training.memory import FAST_TOKENS, Sizes
+from poc_lora.training.data import TrainingData
 from poc_lora.training.step import Pack
 
 RATES = ("8e-3", "1e-3", "2e-2", "3e-3")
@@ -101,8 +92,7 @@ def one_training(
 ) -> dict[str, dict[str, Any]]:
     """Train a pack, and measure it at quarters of the steps; what `folder` has of an earlier call is not trained."""
     M, steps = config.adapters.count, data.total_steps
-    sizes = Sizes(by_device(FAST_TOKENS, model.device.type), M, gradient_checkpointing=False)
-    pack = Pack(config, model, data, range(M), sizes=sizes)
+    pack = new_pack(config, model, data)
     known, fresh = slice(0, None, 2), slice(1, None, 2)
     kept = {quarter: folder / f"{quarter}.pt" for quarter in quarters} if folder else {}
     trained = bool(kept) and all(file.exists() for file in kept.values())
@@ -123,13 +113,6 @@ def one_training(
         found[f"{quarter}/{QUARTERS}"] = {"losses": losses, "similarity": similarities(pack)}
     pack.close()
     return found
-
-
-def with_validation_questions(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
-    """The rows of a run, with all validation questions in place of rows held out."""
-    sources = sorted(str(path) for path in DATA_DIR.glob("*/validation.json"))
-    encoded = encode_rows(read_sources(sources), tokenizer, template="bare", max_length=data.max_length, learn="last")
-    return replace(data, validation=encoded.answers)
 
 
 def more_adapters(losses: Sequence[float], merge: float, more: int) -> Interval:
@@ -270,43 +253,28 @@ def rms(values: Sequence[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(100, 105))
+    parser = parser_of(__doc__, limit=False)
     parser.add_argument("--rates", nargs="+", default=RATES, help="peak learning rates")
     parser.add_argument("--quarters", type=int, nargs="+", default=range(1, QUARTERS + 1), help="when to measure")
-    parser.add_argument(
-        "--packs", type=Path, help="a folder that keeps the adapters of every quarter, to train none twice"
-    )
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--summary", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the demo's configuration")
     parser.add_argument("--studies", type=Path, nargs="*", default=[], help="with --summary: JSON of real_model.py")
     a = parser.parse_args()
     if a.summary:
         print(summary(json.loads(a.summary.read_text()), a.studies))
         return
-    model_name, train = json.dumps(str(MODEL_DIR)), json.dumps([str(DATA_DIR)])
-    place = [f"model.name={model_name}", f"data.train={train}", *a.overrides]
-    config = load_config(CONFIG, place)
-    model, tokenizer = load_base(str(MODEL_DIR))
-    settings = {key: config.model_dump(mode="json")[key] for key in ("lora", "optim", "train")}
-    found = {"rates": {}, "settings": settings, "adapters": config.adapters.count, **environment()}
-    if a.out and a.out.exists():
-        found = json.loads(a.out.read_text())
-        if found["settings"] != settings:
-            parser.error(f"{a.out} was made with other settings")
+    demo = Setting(a.overrides)
+    fixed = {"settings": demo.described(), "adapters": demo.config().adapters.count}
+    results = Results(a.out, fixed, {"rates": {}})
+    model, tokenizer = demo.load()
     for seed in range(*a.seeds):
         for rate in a.rates:
-            done = found["rates"].setdefault(rate, {})
+            done = results.found["rates"].setdefault(rate, {})
             if str(seed) not in done:
-                run = load_config(CONFIG, [*place, f"adapters.seed={seed}", f"optim.lr={rate}"])
-                data = with_validation_questions(prepare_data(run, tokenizer), tokenizer)
-                done[str(seed)] = one_training(
-                    run, model, data, a.quarters, a.packs and a.packs / f"lr{rate}_seed{seed}"
-                )
-                if a.out:
-                    write_json(a.out, found)
-    print(summary(found, a.studies))
+                config = demo.config(f"adapters.seed={seed}", f"optim.lr={rate}")
+                data = prepare_with_questions(config, tokenizer)
+                saved = a.packs and a.packs / f"lr{rate}_seed{seed}"  # a file for every quarter
+                done[str(seed)] = one_training(config, model, data, a.quarters, saved)
+                results.save()
+    print(summary(results.found, a.studies))
 
 
 if __name__ == "__main__":

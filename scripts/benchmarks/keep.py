@@ -21,26 +21,20 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from demo_seeds import CONFIG, accuracy
+from demo_runs import Results, Scorer, Setting, new_pack, parser_of, run_seeds
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from poc_lora.config import RunConfig, load_config
+from poc_lora.config import RunConfig
 from poc_lora.data.batches import supervised_tokens
 from poc_lora.data.commonsense import BENCHMARKS
 from poc_lora.data.prompts import Example
-from poc_lora.data.questions import read_questions
-from poc_lora.devices import by_device
-from poc_lora.environment import environment
-from poc_lora.evaluation.protocols.label import PreparedQuestions, prepare, score_labels
-from poc_lora.files import write_json
-from poc_lora.microworld import DATA_DIR, MODEL_DIR
-from poc_lora.models.load import load_base
+from poc_lora.microworld import DATA_DIR
 from poc_lora.training.data import prepare_data
-from poc_lora.training.memory import FAST_TOKENS, Sizes
 from poc_lora.training.step import Pack
 from poc_lora.training.validation import validate
 
@@ -50,42 +44,31 @@ SETTINGS = {
     "demo": ["train.validate_every=10"],
     "few rows": ["train.validate_every=20", "train.max_steps=300"],
 }
-Questions = dict[str, PreparedQuestions]
 # Of the setting with --model; the demo's configuration has all else.
 REAL = """
     model.dtype=bfloat16 lora.rank=32 lora.alpha=64 data.validation=60 optim.lr=1e-3 optim.temperature=1e-5
     optim.warmup_steps=12 train.batch_size=4 train.max_steps=120 train.validate_every=20
 """.split()
-REAL_ROWS, REAL_HELD_OUT = 150 + 60, 100
-STRIDE = {"train": 20, "heldout": 2}  # rows of one module stand together
+# Files of --rows, one row of how many, how many of those. Rows of one module stand together.
+SELECTED = (("train.json", 20, 150 + 60), ("heldout.json", 2, 100))
 
 
-def log_loss(log_probs: dict[str, torch.Tensor], prepared: Questions) -> float:
-    """The mean over benchmarks of −log p(right label), among the question's labels."""
-    losses = []
-    for benchmark, questions in prepared.items():
-        right = log_probs[benchmark].log_softmax(-1).gather(-1, questions.answers[:, None]).squeeze(-1)
-        losses.append(-right[~questions.too_long].double().mean())
-    return float(torch.stack(losses).mean())
-
-
-@torch.no_grad()
-def score(pack: Pack, prepared: Questions) -> dict[str, list[float]]:
+def score(pack: Pack, scorer: Scorer) -> dict[str, list[float]]:
     """Validation loss, accuracy and log loss of the average adapter and of the merge."""
-    measures = validate(pack) or {}
-    pack.model.eval()
-    M = pack.bank.size
-    packed = {b: score_labels(pack.model, q, copies=M) for b, q in prepared.items()}
+    measures, M = validate(pack) or {}, pack.bank.size
+
+    def tested(log_probs: dict[str, torch.Tensor]) -> list[float]:
+        found = scorer.measures(log_probs)
+        return [found["accuracy"], found["nll"]]
+
+    packed = scorer.answers(M)
+    singles = [tested({b: x[slot] for b, x in packed.items()}) for slot in range(M)]
     with pack.bank.merged():
-        merge = {b: score_labels(pack.model, q)[0] for b, q in prepared.items()}
-    singles = [{b: x[slot] for b, x in packed.items()} for slot in range(M)]
+        merge = tested({b: x[0] for b, x in scorer.answers(1).items()})
+    validation = statistics.mean(measures[adapter]["validation_loss"] for adapter in pack.bank.adapters)
     return {
-        "adapter": [
-            statistics.mean(measures[adapter]["validation_loss"] for adapter in pack.bank.adapters),
-            statistics.mean(accuracy(one, prepared) for one in singles),
-            statistics.mean(log_loss(one, prepared) for one in singles),
-        ],
-        "merge": [measures["merge"]["validation_loss"], accuracy(merge, prepared), log_loss(merge, prepared)],
+        "adapter": [validation, *map(statistics.mean, zip(*singles, strict=True))],
+        "merge": [measures["merge"]["validation_loss"], *merge],
     }
 
 
@@ -112,8 +95,7 @@ def one_seed(
     """Train one pack; score its last weights, then its best."""
     M = config.adapters.count
     data = prepare_data(config, tokenizer)
-    sizes = Sizes(by_device(FAST_TOKENS, model.device.type), M, gradient_checkpointing=False)
-    pack = Pack(config, model, data, range(M), sizes=sizes)
+    pack = new_pack(config, model, data)
     best_loss, best_step, best = [math.inf] * M, [0] * M, pack.bank.weights.clone()
     for step in range(1, data.total_steps + 1):
         pack.step(step - 1)
@@ -166,78 +148,66 @@ def summary(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def few_rows(folder: Path) -> str:
-    """The first rows of each benchmark's train.json, and 120 more to validate on, as one file."""
-    rows = []
-    for path in sorted(DATA_DIR.glob("*/train.json")):
-        rows += json.loads(path.read_text())[: FEW_ROWS + 120 // len(BENCHMARKS)]
-    file = folder / "few.json"
+def some_rows(file: Path, rows: list[Any]) -> Path:
     file.write_text(json.dumps(rows))
-    return str(file)
+    return file
 
 
-def real(folder: str, rows: Path, seeds: range, out: Path | None, overrides: list[str]) -> dict[str, Any]:
+def few_rows(file: Path) -> Path:
+    """The first rows of each benchmark's train.json, and 120 more to validate on, as one file."""
+    count = FEW_ROWS + 120 // len(BENCHMARKS)
+    parts = [json.loads(path.read_text())[:count] for path in sorted(DATA_DIR.glob("*/train.json"))]
+    return some_rows(file, [row for part in parts for row in part])
+
+
+def demo(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Both of `SETTINGS`."""
+    results = Results(a.out, {"overrides": a.overrides}, {"settings": {name: {} for name in SETTINGS}})
+    rows = {"demo": DATA_DIR, "few rows": few_rows(folder / "few.json")}
+    model, tokenizer = Setting(()).load()
+    scorer = Scorer(model, tokenizer, QUESTIONS)
+    for seed in range(*a.seeds):
+        for name, changes in SETTINGS.items():
+            if str(seed) not in results.found["settings"][name]:
+                setting = Setting(["data.validation=120", *changes, *a.overrides], rows=rows[name])
+                config = setting.config(f"adapters.seed={seed}")
+                results.found["settings"][name][str(seed)] = one_seed(
+                    config, model, tokenizer, lambda pack: score(pack, scorer)
+                )
+                results.save()
+    return results.found
+
+
+def real(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The setting with --model."""
-    model, tokenizer = load_base(folder, dtype="bfloat16")
-    found: dict[str, Any] = {"model": Path(folder).name, "seeds": {}, "overrides": overrides, **environment()}
-    if out and out.exists():
-        found = json.loads(out.read_text())
-    with tempfile.TemporaryDirectory() as place:
-        files = {}
-        for name, count in (("train", REAL_ROWS), ("heldout", REAL_HELD_OUT)):
-            files[name] = Path(place) / f"{name}.json"
-            files[name].write_text(json.dumps(json.loads((rows / f"{name}.json").read_text())[:: STRIDE[name]][:count]))
-        base = [f"model.name={json.dumps(folder)}", *REAL]
+    results = Results(a.out, {"model": a.model.name, "overrides": a.overrides}, {"seeds": {}})
+    train, heldout = (
+        some_rows(folder / name, json.loads((a.rows / name).read_text())[::stride][:count])
+        for name, stride, count in SELECTED
+    )
+    setting = Setting([*REAL, *a.overrides], a.model, train)
+    model, tokenizer = setting.load()
+    asked = replace(setting, rows=heldout).config("data.validation=0", "train.batch_size=1")
+    others = list(prepare_data(asked, tokenizer).train)
 
-        def config(name: str, *own: str) -> RunConfig:
-            return load_config(CONFIG, [*base, f"data.train={json.dumps([str(files[name])])}", *own, *overrides])
+    def run(seed: int) -> dict[str, Any]:
+        config = setting.config(f"adapters.seed={seed}")
+        return one_seed(config, model, tokenizer, lambda pack: held_out(pack, others))
 
-        others = list(prepare_data(config("heldout", "data.validation=0", "train.batch_size=1"), tokenizer).train)
-        for seed in seeds:
-            if str(seed) not in found["seeds"]:
-                own = config("train", f"adapters.seed={seed}")
-                found["seeds"][str(seed)] = one_seed(own, model, tokenizer, lambda pack: held_out(pack, others))
-                if out:
-                    write_json(out, found)
-    return found
+    run_seeds(a, results, run)
+    return results.found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(0, 3))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--summary", type=Path)
-    parser.add_argument("--model", help="another base than the demo's")
+    parser = parser_of(__doc__, seeds=(0, 3), packs=False, limit=False)
+    parser.add_argument("--model", type=Path, help="another base than the demo's")
     parser.add_argument("--rows", type=Path, help="with --model: a folder with train.json and heldout.json")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
     a = parser.parse_args()
     if a.summary:
         print(summary(json.loads(a.summary.read_text())))
         return
-    if a.model:
-        print(summary(real(a.model, a.rows, range(*a.seeds), a.out, a.overrides)))
-        return
-    model, tokenizer = load_base(str(MODEL_DIR))
-    prepared = {
-        b.folder: prepare(read_questions(DATA_DIR, b)[:QUESTIONS], tokenizer, prompt="bare") for b in BENCHMARKS
-    }
-    found: dict[str, Any] = {"settings": {name: {} for name in SETTINGS}, "overrides": a.overrides, **environment()}
-    if a.out and a.out.exists():
-        found = json.loads(a.out.read_text())
     with tempfile.TemporaryDirectory() as folder:
-        rows = {"demo": str(DATA_DIR), "few rows": few_rows(Path(folder))}
-        for seed in range(*a.seeds):
-            for name, changes in SETTINGS.items():
-                if str(seed) in found["settings"][name]:
-                    continue
-                place = [f"model.name={json.dumps(str(MODEL_DIR))}", f"data.train={json.dumps([rows[name]])}"]
-                own = [*place, "data.validation=120", *changes, f"adapters.seed={seed}", *a.overrides]
-                found["settings"][name][str(seed)] = one_seed(
-                    load_config(CONFIG, own), model, tokenizer, lambda pack: score(pack, prepared)
-                )
-                if a.out:
-                    write_json(a.out, found)
-    print(summary(found))
+        print(summary((real if a.model else demo)(a, Path(folder))))
 
 
 if __name__ == "__main__":

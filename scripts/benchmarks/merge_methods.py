@@ -18,39 +18,33 @@ The last form prints finished files side by side as Markdown: means over seeds, 
 with the half-width of its 95 % t-interval over seeds. What is in the file already is not run again.
 """
 
-import argparse
 import contextlib
 import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from demo_seeds import CONFIG
-from distil import Scorer, train_pack
+from demo_runs import Results, Scorer, Setting, parser_of, train_pack
+from merge_rivals import METHODS, Module, Update, mean
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora import rng
-from poc_lora.config import RunConfig, load_config
+from poc_lora.config import RunConfig
 from poc_lora.data.batches import micro_batches
 from poc_lora.data.commonsense import BENCHMARKS
 from poc_lora.data.prompts import Example, encode_rows
 from poc_lora.data.questions import read_questions
 from poc_lora.data.rows import read_sources
-from poc_lora.environment import environment
 from poc_lora.evaluation.intervals import mean_interval
 from poc_lora.evaluation.protocols.label import prepare
-from poc_lora.files import write_json
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.merging.decomposition import decompose
-from poc_lora.microworld import DATA_DIR, MODEL_DIR
+from poc_lora.microworld import DATA_DIR
 from poc_lora.models.forward import hidden_at, logits_at
-from poc_lora.models.load import load_base
 from poc_lora.optim.noisy_adamw import NoisyAdamW
 from poc_lora.training.data import prepare_data
 from poc_lora.training.loss import chunked_cross_entropy
@@ -58,160 +52,14 @@ from poc_lora.training.step import Pack
 
 TEMPERATURES = (0.0, 1e-5, 1e-4, 1e-3)
 CALIBRATION_ROWS = 64
-RIDGE = 1e-3  # added to the second moments, as a share of their mean diagonal
 # Of the setting with --model; the demo's configuration has all else.
 REAL = """
     model.dtype=bfloat16 optim.lr=1e-3 optim.temperature=1e-5 optim.warmup_steps=10 train.max_steps=100
 """.split()
 SPLITS = {"validation": slice(0, None, 8), "test": slice(1, None, 4)}  # of heldout.json
 TOKENS = 2048  # of a micro-batch
-NONE = torch.empty(0)
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # every module's A [M, r, d_in] and B [M, d_out, r]
-
-
-class Update(NamedTuple):
-    """A module's ΔW [d_out, d_in]: B A, or A where there is no B."""
-
-    A: Tensor
-    B: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Module:
-    """One module of M adapters, in float64."""
-
-    path: str
-    seed: int
-    A: Tensor  # [M, r, d_in]
-    B: Tensor  # [M, d_out, r], with the scale
-    moments: Tensor = NONE  # E[x xᵀ] of its inputs [d_in, d_in]
-
-    @property
-    def stacked(self) -> tuple[Tensor, Tensor]:
-        """A [M·r, d_in] and B [d_out, M·r], whose product is the sum of all updates."""
-        return self.A.flatten(0, 1), self.B.transpose(0, 1).flatten(1)
-
-    @property
-    def deltas(self) -> Tensor:
-        """Every adapter's ΔW, float32 [M, d_out, d_in]."""
-        return (self.B @ self.A).float()
-
-
-def mean(module: Module) -> Update:
-    """ΔW = 1/M Σ_j B_j A_j."""
-    A, B = module.stacked
-    return Update(A, B / len(module.A))
-
-
-def truncated(module: Module, rank: int) -> Update:
-    """The nearest ΔW' of that rank to the mean, by ‖ΔW − ΔW'‖."""
-    A, B = mean(module)
-    return Update(*decompose(A, B).truncated(rank))  # type: ignore[arg-type]
-
-
-def weighted(module: Module, rank: int) -> Update:
-    """The nearest ΔW' of that rank to the mean, by E‖(ΔW − ΔW') x‖² = ‖(ΔW − ΔW') L‖² with L Lᵀ = E[x xᵀ] + ridge."""
-    A, B = mean(module)
-    diagonal = module.moments.diagonal()
-    L = torch.linalg.cholesky(module.moments + torch.diag(RIDGE * diagonal.mean().expand(len(diagonal))))
-    A_L, B_L = decompose(A @ L, B).truncated(rank)  # type: ignore[arg-type]
-    return Update(torch.linalg.solve_triangular(L, A_L, upper=False, left=False), B_L)
-
-
-def soup(module: Module) -> Update:
-    """The mean of B times the mean of A."""
-    return Update(module.A.mean(0), module.B.mean(0))
-
-
-def trim(tensors: Tensor, density: float) -> Tensor:
-    """Keep that share of each of M tensors [M, ...], the entries of largest magnitude."""
-    magnitude = tensors.abs().flatten(1)
-    n = magnitude.shape[1]
-    least = magnitude.kthvalue(n - max(1, int(density * n)) + 1, dim=1).values
-    return tensors * (magnitude >= least[:, None]).view_as(tensors)
-
-
-def elect(tensors: Tensor) -> Tensor:
-    """The mean over those of M tensors [M, ...] that have the sign of their sum, entry by entry."""
-    sign = torch.where(tensors.sum(0) >= 0, 1, -1)
-    agrees = tensors.sign() == sign
-    return (tensors * agrees).sum(0) / agrees.sum(0).clamp(min=1)
-
-
-def ties(module: Module, density: float) -> Update:
-    """TIES (Yadav et al., 2023): trim every ΔW, elect a sign for every entry, and average those that have it."""
-    return Update(elect(trim(module.deltas, density)))
-
-
-def dropped(module: Module, p: float) -> Tensor:
-    """DARE (Yu et al., 2024): every ΔW with each entry set to zero with probability p, and the others over 1 − p."""
-    deltas = module.deltas
-    for j, delta in enumerate(deltas):
-        draws = rng.uniform(tuple(delta.shape), rng.key(module.seed, j, "dare", 0, module.path))
-        delta *= (draws >= p) / (1 - p)
-    return deltas
-
-
-def dare(module: Module, p: float) -> Update:
-    """The mean of what DARE keeps."""
-    return Update(dropped(module, p).mean(0))
-
-
-def dare_ties(module: Module, p: float) -> Update:
-    """The signs of TIES elected among what DARE keeps."""
-    return Update(elect(dropped(module, p)))
-
-
-def knots_ties(module: Module, density: float) -> Update:
-    """KnOTS (Stoica et al., 2025): with [ΔW_1 … ΔW_M] = U S [V_1ᵀ … V_Mᵀ], the TIES merge of the V_jᵀ after U S."""
-    Q_B, R_B = torch.linalg.qr(module.stacked[1])
-    Q_A, R_A = torch.linalg.qr(module.A.transpose(1, 2))  # of each A_jᵀ
-    U, S, Vh = torch.linalg.svd(R_B @ torch.block_diag(*R_A.transpose(1, 2)), full_matrices=False)
-    V = Vh.unflatten(1, (len(module.A), -1)).transpose(0, 1) @ Q_A.transpose(1, 2)  # [M, k, d_in]
-    return Update(elect(trim(V, density)), Q_B @ (U * S))
-
-
-def compressed(module: Module, rank: int) -> Update:
-    """Compress, then merge: ΔW = U (1/M Σ_j Uᵀ ΔW_j V) Vᵀ with orthonormal U and V of that rank.
-
-    U and V keep as much of Σ_j ‖Uᵀ ΔW_j V‖² as alternating maximisation finds (Ye, 2005), from the largest directions
-    of [ΔW_1 … ΔW_M] on.
-    """
-    A, B = module.stacked
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.T)
-    M = len(module.A)
-    R_B, R_A = (R.unflatten(1, (M, -1)).transpose(0, 1) for R in (R_B, R_A))
-    cores = R_B @ R_A.transpose(1, 2)  # ΔW_j = Q_B core_j Q_Aᵀ
-    V = torch.eye(cores.shape[2], dtype=cores.dtype)
-    for _ in range(20):
-        U = _largest(cores @ V, rank)
-        V = _largest(cores.transpose(1, 2) @ U, rank)
-    return Update((Q_A @ V).T, Q_B @ (U @ (U.T @ cores.mean(0) @ V)))
-
-
-def _largest(tensors: Tensor, rank: int) -> Tensor:
-    """The eigenvectors of the largest eigenvalues of Σ_j X_j X_jᵀ, as columns."""
-    vectors: Tensor = torch.linalg.eigh((tensors @ tensors.transpose(1, 2)).sum(0)).eigenvectors
-    return vectors[:, -rank:]
-
-
-METHODS: dict[str, Callable[[Module], Update]] = {
-    "mean": mean,
-    "mean, rank 16": lambda module: truncated(module, 16),
-    "mean, rank 16, weighted by inputs": lambda module: weighted(module, 16),
-    "mean, rank 32": lambda module: truncated(module, 32),
-    "mean, rank 32, weighted by inputs": lambda module: weighted(module, 32),
-    "compress, then merge, rank 16": lambda module: compressed(module, 16),
-    "soup of A and B": soup,
-    "TIES, density 0.2": lambda module: ties(module, 0.2),
-    "TIES, density 0.5": lambda module: ties(module, 0.5),
-    "KnOTS-TIES, density 0.2": lambda module: knots_ties(module, 0.2),
-    "DARE, drop 0.5": lambda module: dare(module, 0.5),
-    "DARE, drop 0.9": lambda module: dare(module, 0.9),
-    "DARE-TIES, drop 0.5": lambda module: dare_ties(module, 0.5),
-}
 
 
 # Factors of which validation rows choose one: the mean shrinks what adapters do not share, TIES grows what it keeps.
@@ -449,8 +297,7 @@ def train(
 ) -> tuple[Factors, list[Example]]:
     """The trained factors of one of `TRAININGS`, or of the plain training, and the rows."""
     data = prepare_data(config, tokenizer)
-    saved = packs and packs / f"seed{config.adapters.seed}{name and '_'}{name.replace(' ', '_')}.pt"
-    pack = train_pack(config, task.model, data, saved, TRAININGS.get(name, lambda pack: None))
+    pack = train_pack(config, task.model, data, packs, TRAININGS.get(name, lambda pack: None), name)
     found = factors(pack.bank)
     pack.close()
     return found, data.train
@@ -519,50 +366,34 @@ def summary(files: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(100, 105))
-    parser.add_argument("--model", help="another base than the demo's")
+    parser = parser_of(__doc__, files="+")
+    parser.add_argument("--model", type=Path, help="another base than the demo's")
     parser.add_argument("--rows", type=Path, help="with --model: a folder with train.json and heldout.json")
-    parser.add_argument("--packs", type=Path, help="a folder that keeps the trained adapters, to train none twice")
-    parser.add_argument("--limit", type=int, help="only the first questions of each benchmark, or the first rows")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--summary", type=Path, nargs="+")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the demo's configuration")
     a = parser.parse_args()
     if a.summary:
         print(summary([json.loads(path.read_text()) for path in a.summary]))
         return
-    name, rows = (a.model, a.rows / "train.json") if a.model else (str(MODEL_DIR), DATA_DIR)
-    place = [f"model.name={json.dumps(name)}", f"data.train={json.dumps([str(rows)])}"]
-    place += [*(REAL if a.model else []), *a.overrides]
-    config = load_config(CONFIG, place)
-    model, tokenizer = load_base(name, dtype=config.model.dtype)
+    setting = Setting([*REAL, *a.overrides], a.model, a.rows / "train.json") if a.model else Setting(a.overrides)
+    model, tokenizer = setting.load()
     task: Task = (
         Rows(model, tokenizer, a.rows / "heldout.json", a.limit) if a.model else Questions(model, tokenizer, a.limit)
     )
-    settings = {part: config.model_dump(mode="json")[part] for part in ("lora", "optim", "train")}
-    settings["limit"] = a.limit
-    label = Path(name).name if a.model else "micro-world"
-    found = {"model": label, "seeds": {}, "settings": settings, **environment()}
-    if a.out and a.out.exists():
-        found = json.loads(a.out.read_text())
-        if found["settings"] != settings:
-            parser.error(f"{a.out} was made with other settings")
-
-    def save() -> None:
-        if a.out:
-            write_json(a.out, found)
-
-    seeds = {seed: load_config(CONFIG, [*place, f"adapters.seed={seed}"]) for seed in range(*a.seeds)}
-    for seed, own in seeds.items():
+    fixed = {
+        "model": a.model.name if a.model else "micro-world",
+        "settings": setting.described() | {"limit": a.limit},
+    }
+    results = Results(a.out, fixed, {"seeds": {}})
+    found = results.found
+    seeds = {seed: setting.config(f"adapters.seed={seed}") for seed in range(*a.seeds)}
+    for seed, config in seeds.items():
         run = found["seeds"].setdefault(str(seed), {"variants": {}, "chosen": {}})
-        score_methods(own, task, tokenizer, a.packs, run, save)
+        score_methods(config, task, tokenizer, a.packs, run, results.save)
     if "base" not in found:
         found["base"] = task.measures(task.answers("test"), "test")
-        save()
-    for seed, own in seeds.items() if isinstance(task, Questions) else ():
-        score_trainings(own, task, tokenizer, a.packs, found["seeds"][str(seed)])
-        save()
+        results.save()
+    for seed, config in seeds.items() if isinstance(task, Questions) else ():
+        score_trainings(config, task, tokenizer, a.packs, found["seeds"][str(seed)])
+        results.save()
     print(summary([found]))
 
 

@@ -8,26 +8,20 @@ smaller ranks, on all test questions, as `poc-lora eval --ranks` does. The secon
 Markdown. A seed that is in the file already is not run again.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from demo_seeds import CONFIG, accuracy
-from distil import Scorer, train_pack
+from demo_runs import Results, Scorer, Setting, parser_of, run_seeds, train_pack
 from torch import Tensor
 
-from poc_lora.config import RunConfig, load_config
-from poc_lora.environment import environment
+from poc_lora.config import RunConfig
 from poc_lora.evaluation.scores import paired_difference
-from poc_lora.files import write_json
 from poc_lora.lora.bank import AdapterBank
 from poc_lora.merging.decomposition import decompose
-from poc_lora.microworld import DATA_DIR, MODEL_DIR
-from poc_lora.models.load import load_base
-from poc_lora.training.data import TrainingData, prepare_data
+from poc_lora.training.data import prepare_data
 
 RANKS = (4, 8, 16, 32, 64)
 
@@ -37,10 +31,10 @@ def right(log_probs: dict[str, Tensor], scorer: Scorer) -> dict[str, Tensor]:
     return {b: (log_probs[b].argmax(-1) == q.answers).double() for b, q in scorer.prepared.items()}
 
 
-def one_seed(config: RunConfig, scorer: Scorer, data: TrainingData, saved: Path | None) -> dict[str, Any]:
+def one_seed(config: RunConfig, scorer: Scorer, packs: Path | None) -> dict[str, Any]:
     """Train the adapters of one seed, and score their merge at every rank."""
     model, M, seed = scorer.model, config.adapters.count, config.adapters.seed
-    pack = train_pack(config, model, data, saved)
+    pack = train_pack(config, model, prepare_data(config, scorer.tokenizer), packs)
     with pack.bank.merged():
         whole = {b: x[0] for b, x in scorer.answers(1).items()}
     merged = {
@@ -60,12 +54,12 @@ def one_seed(config: RunConfig, scorer: Scorer, data: TrainingData, saved: Path 
                 module.factors.B[slot, : len(A)].copy_(B.T)
         packed = scorer.answers(len(RANKS))
     bank.remove()
-    found: dict[str, Any] = {"merge": round(accuracy(whole, scorer.prepared), 3), "ranks": {}}
+    found: dict[str, Any] = {"merge": round(scorer.accuracy(whole), 3), "ranks": {}}
     for slot, rank in enumerate(RANKS):
         own = {b: x[slot] for b, x in packed.items()}
         d = paired_difference(right(own, scorer), right(whole, scorer), seed=seed)
         found["ranks"][str(rank)] = {
-            "accuracy": round(accuracy(own, scorer.prepared), 3),
+            "accuracy": round(scorer.accuracy(own), 3),
             "difference": [round(100 * x, 3) for x in (d.value, d.low, d.high)],
             "error": round(max(triples.error(rank) for triples in merged.values()), 4),
         }
@@ -94,36 +88,15 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(100, 105))
-    parser.add_argument("--packs", type=Path, help="a folder that keeps the trained adapters, to train none twice")
-    parser.add_argument("--limit", type=int, help="only the first test questions of each benchmark")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--summary", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the demo's configuration")
-    a = parser.parse_args()
+    a = parser_of(__doc__).parse_args()
     if a.summary:
         print(summary(json.loads(a.summary.read_text())))
         return
-    model_name, train = json.dumps(str(MODEL_DIR)), json.dumps([str(DATA_DIR)])
-    place = [f"model.name={model_name}", f"data.train={train}", *a.overrides]
-    config = load_config(CONFIG, place)
-    model, tokenizer = load_base(str(MODEL_DIR))
-    settings = {name: config.model_dump(mode="json")[name] for name in ("lora", "optim", "train")}
-    found = {"seeds": {}, "settings": settings, **environment()}
-    if a.out and a.out.exists():
-        found = json.loads(a.out.read_text())
-        if found["settings"] != settings:
-            parser.error(f"{a.out} was made with other settings")
-    scorer = Scorer(model, tokenizer, a.limit)
-    for seed in range(*a.seeds):
-        if str(seed) not in found["seeds"]:
-            run = load_config(CONFIG, [*place, f"adapters.seed={seed}"])
-            saved = a.packs and a.packs / f"seed{seed}.pt"
-            found["seeds"][str(seed)] = one_seed(run, scorer, prepare_data(run, tokenizer), saved)
-            if a.out:
-                write_json(a.out, found)
-    print(summary(found))
+    demo = Setting(a.overrides)
+    results = Results(a.out, {"settings": demo.described(), "limit": a.limit}, {"seeds": {}})
+    scorer = Scorer(*demo.load(), a.limit)
+    run_seeds(a, results, lambda seed: one_seed(demo.config(f"adapters.seed={seed}"), scorer, a.packs))
+    print(summary(results.found))
 
 
 if __name__ == "__main__":

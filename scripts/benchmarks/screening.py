@@ -9,40 +9,22 @@ questions it scores the merge of all and that without those two. The second form
 seed that is in the file already is not run again.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from demo_seeds import CONFIG
-from distil import Scorer, train_pack
-from transformers import PreTrainedTokenizerBase
+from demo_runs import Results, Scorer, Setting, parser_of, prepare_with_questions, run_seeds, train_pack
 
-from poc_lora.config import RunConfig, load_config
-from poc_lora.data.prompts import encode_rows
-from poc_lora.data.rows import read_sources
-from poc_lora.environment import environment
-from poc_lora.files import write_json
-from poc_lora.microworld import DATA_DIR, MODEL_DIR
-from poc_lora.models.load import load_base
+from poc_lora.config import RunConfig
 from poc_lora.reporting.screening import Screening, screen
-from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.step import Pack
 from poc_lora.training.validation import validate
 
 COLLAPSED = (2, 5)
 FACTORS = (1, 2, 3, 4)
-
-
-def with_validation_questions(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
-    """The rows of a run, with the validation questions in place of rows held out."""
-    sources = sorted(str(path) for path in DATA_DIR.glob("*/validation.json"))
-    encoded = encode_rows(read_sources(sources), tokenizer, template="bare", max_length=data.max_length, learn="last")
-    return replace(data, validation=encoded.answers[::2])  # half of them, 192
 
 
 def screened(pack: Pack) -> Screening:
@@ -60,9 +42,10 @@ def screened(pack: Pack) -> Screening:
     return found
 
 
-def one_seed(config: RunConfig, scorer: Scorer, data: TrainingData, packs: Path | None) -> dict[str, Any]:
+def one_seed(config: RunConfig, scorer: Scorer, packs: Path | None) -> dict[str, Any]:
     """Screen the adapters of one seed, collapsed by each factor, and score both merges."""
-    pack = train_pack(config, scorer.model, data, packs and packs / f"seed{config.adapters.seed}.pt")
+    data = prepare_with_questions(config, scorer.tokenizer, every=2)  # half of them, 192
+    pack = train_pack(config, scorer.model, data, packs)
     weights, others = pack.bank.weights.clone(), [slot for slot in range(pack.bank.size) if slot not in COLLAPSED]
     with pack.bank.merged(others):
         without = scorer.measures({b: x[0] for b, x in scorer.answers(1).items()})
@@ -113,36 +96,15 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(100, 105))
-    parser.add_argument("--packs", type=Path, help="a folder that keeps the trained adapters, to train none twice")
-    parser.add_argument("--limit", type=int, help="only the first test questions of each benchmark")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--summary", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the demo's configuration")
-    a = parser.parse_args()
+    a = parser_of(__doc__).parse_args()
     if a.summary:
         print(summary(json.loads(a.summary.read_text())))
         return
-    model_name, train = json.dumps(str(MODEL_DIR)), json.dumps([str(DATA_DIR)])
-    place = [f"model.name={model_name}", f"data.train={train}", *a.overrides]
-    config = load_config(CONFIG, place)
-    model, tokenizer = load_base(str(MODEL_DIR))
-    settings = {name: config.model_dump(mode="json")[name] for name in ("lora", "optim", "train")}
-    found = {"seeds": {}, "settings": settings, **environment()}
-    if a.out and a.out.exists():
-        found = json.loads(a.out.read_text())
-        if found["settings"] != settings:
-            parser.error(f"{a.out} was made with other settings")
-    scorer = Scorer(model, tokenizer, a.limit)
-    for seed in range(*a.seeds):
-        if str(seed) not in found["seeds"]:
-            run = load_config(CONFIG, [*place, f"adapters.seed={seed}"])
-            data = with_validation_questions(prepare_data(run, tokenizer), tokenizer)
-            found["seeds"][str(seed)] = one_seed(run, scorer, data, a.packs)
-            if a.out:
-                write_json(a.out, found)
-    print(summary(json.loads(json.dumps(found))))
+    demo = Setting(a.overrides)
+    results = Results(a.out, {"settings": demo.described(), "limit": a.limit}, {"seeds": {}})
+    scorer = Scorer(*demo.load(), a.limit)
+    run_seeds(a, results, lambda seed: one_seed(demo.config(f"adapters.seed={seed}"), scorer, a.packs))
+    print(summary(results.as_read()))
 
 
 if __name__ == "__main__":

@@ -11,29 +11,19 @@ test questions, which choose nothing; times are of the processor, per step. The 
 Markdown. A seed that is in the file already is not run again.
 """
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from demo_seeds import CONFIG
-from distil import Scorer
-from screening import with_validation_questions
+from demo_runs import Results, Scorer, Setting, new_pack, parser_of, prepare_with_questions, run_seeds
 
-from poc_lora.config import RunConfig, load_config
+from poc_lora.config import RunConfig
 from poc_lora.data.batches import BatchOrder, supervised_tokens
-from poc_lora.devices import by_device
-from poc_lora.environment import environment
-from poc_lora.files import write_json
-from poc_lora.microworld import DATA_DIR, MODEL_DIR
-from poc_lora.models.load import load_base
-from poc_lora.training.data import TrainingData, prepare_data
-from poc_lora.training.memory import FAST_TOKENS, Sizes
+from poc_lora.training.data import TrainingData
 from poc_lora.training.step import Pack
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3, 64e-3)  # optim.lr of the demo is 8e-3
@@ -81,8 +71,7 @@ def scores(pack: Pack, scorer: Scorer, merges: dict[str, list[int]]) -> dict[str
 
 def smaller_pack(pack: Pack, data: TrainingData, config: RunConfig, slots: list[int], state: dict[str, Any]) -> Pack:
     """A pack of some of the adapters, as they were in `state`."""
-    sizes = Sizes(by_device(FAST_TOKENS, "cpu"), len(slots), gradient_checkpointing=False)
-    smaller = Pack(config, pack.model, data, [pack.bank.adapters[slot] for slot in slots], sizes=sizes)
+    smaller = new_pack(config, pack.model, data, [pack.bank.adapters[slot] for slot in slots])
     with torch.no_grad():
         smaller.bank.weights.copy_(state["weights"][slots])
     for slot, row, group in zip(slots, smaller.bank.rows, smaller.optimizer.param_groups, strict=True):
@@ -91,12 +80,12 @@ def smaller_pack(pack: Pack, data: TrainingData, config: RunConfig, slots: list[
     return smaller
 
 
-def one_seed(config: RunConfig, scorer: Scorer, data: TrainingData) -> dict[str, Any]:
+def one_seed(config: RunConfig, scorer: Scorer) -> dict[str, Any]:
     """Train the sweep, and go on with the better half."""
+    data = prepare_with_questions(config, scorer.tokenizer, every=2)
     total = data.total_steps
     third, half = total // 3, total // 2
-    sizes = Sizes(by_device(FAST_TOKENS, "cpu"), M, gradient_checkpointing=False)
-    pack = Pack(config, scorer.model, data, range(M), sizes=sizes)
+    pack = new_pack(config, scorer.model, data)
     seconds = {"all": steps(pack, 0, third)}
     losses = {"third": validation_losses(pack)}
     rows = pack.bank.rows
@@ -177,36 +166,16 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(100, 105))
-    parser.add_argument("--limit", type=int, help="only the first test questions of each benchmark")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--summary", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the demo's configuration")
-    a = parser.parse_args()
+    a = parser_of(__doc__, packs=False).parse_args()
     if a.summary:
         print(summary(json.loads(a.summary.read_text())))
         return
-    model_name, train = json.dumps(str(MODEL_DIR)), json.dumps([str(DATA_DIR)])
-    sweep = f"adapters.vary.optim.lr={json.dumps(list(RATES))}"
-    place = [f"model.name={model_name}", f"data.train={train}", sweep, *a.overrides]
-    config = load_config(CONFIG, place)
-    model, tokenizer = load_base(str(MODEL_DIR))
-    settings = {name: config.model_dump(mode="json")[name] for name in ("lora", "adapters", "optim", "train")}
-    found = {"seeds": {}, "settings": settings, **environment()}
-    if a.out and a.out.exists():
-        found = json.loads(a.out.read_text())
-        if found["settings"] != settings:
-            parser.error(f"{a.out} was made with other settings")
-    scorer = Scorer(model, tokenizer, a.limit)
-    for seed in range(*a.seeds):
-        if str(seed) not in found["seeds"]:
-            run = load_config(CONFIG, [*place, f"adapters.seed={seed}"])
-            data = with_validation_questions(prepare_data(run, tokenizer), tokenizer)
-            found["seeds"][str(seed)] = one_seed(run, scorer, data)
-            if a.out:
-                write_json(a.out, found)
-    print(summary(json.loads(json.dumps(found))))
+    sweep = Setting([f"adapters.vary.optim.lr={json.dumps(list(RATES))}", *a.overrides])
+    settings = sweep.described("lora", "adapters", "optim", "train")
+    results = Results(a.out, {"settings": settings, "limit": a.limit}, {"seeds": {}})
+    scorer = Scorer(*sweep.load(), a.limit)
+    run_seeds(a, results, lambda seed: one_seed(sweep.config(f"adapters.seed={seed}"), scorer))
+    print(summary(results.as_read()))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ the `docstrings` of real_model.py; even rows held out tune, odd ones report. The
 Markdown. A seed that is in the file already is not run again.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -29,23 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_seeds import CONFIG
-from distil import Scorer, train_pack
+from demo_runs import Results, Scorer, Setting, parser_of, run_seeds, train_pack
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from poc_lora.config import RunConfig, load_config
 from poc_lora.data.batches import micro_batches, supervised_tokens
 from poc_lora.data.prompts import Example, encode_rows
 from poc_lora.data.rows import read_sources
 from poc_lora.devices import by_device
-from poc_lora.environment import environment
 from poc_lora.evaluation.intervals import mean_interval
-from poc_lora.files import write_json
 from poc_lora.lora.bank import AdapterBank
-from poc_lora.microworld import DATA_DIR, MODEL_DIR
+from poc_lora.microworld import DATA_DIR
 from poc_lora.models.forward import has_plain_head
-from poc_lora.models.load import load_base
 from poc_lora.training.data import TrainingData, prepare_data
 from poc_lora.training.loss import packed_loss
 from poc_lora.training.memory import FAST_TOKENS
@@ -208,7 +202,7 @@ def gain(mean: Tensor, tuned: Tensor, tokens: Tensor) -> tuple[float, float]:
     return float(found), float(rest.std() * len(rest) ** 0.5 / tokens.sum())
 
 
-def one_seed(mixture: Mixture, report: Callable[[Tensor], dict[str, float]]) -> dict[str, Any]:
+def tuned(mixture: Mixture, report: Callable[[Tensor], dict[str, float]]) -> dict[str, Any]:
     """Tune the merge in each way, and report every result."""
     M, plain = mixture.M, mixture.losses(mixture.mean)
     mean = float(plain.sum() / mixture.tokens.sum())
@@ -291,65 +285,44 @@ def answers(sources: list[str], tokenizer: PreTrainedTokenizerBase, data: Traini
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs=2, metavar=("FIRST", "PAST_LAST"), default=(100, 105))
-    parser.add_argument("--packs", type=Path, help="a folder that keeps the trained adapters, to train none twice")
-    parser.add_argument("--limit", type=int, help="only the first test questions of each benchmark")
+    parser = parser_of(__doc__)
     parser.add_argument("--every", type=int, default=1, help="use one in so many of the rows of each half")
-    parser.add_argument("--model", help="another base than the demo's")
+    parser.add_argument("--model", type=Path, help="another base than the demo's")
     parser.add_argument("--rows", type=Path, help="with --model: a folder with train.json and heldout.json")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--summary", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the demo's configuration")
     a = parser.parse_args()
     if a.summary:
         print(summary(json.loads(a.summary.read_text())))
         return
-    name, train = a.model or str(MODEL_DIR), str(a.rows / "train.json" if a.model else DATA_DIR)
-    place = [f"model.name={json.dumps(name)}", f"data.train={json.dumps([train])}"]
-    place += [*(REAL if a.model else []), *a.overrides]
-    config = load_config(CONFIG, place)
-    model, tokenizer = load_base(name, dtype="bfloat16" if a.model else "auto")
-    settings = {name: config.model_dump(mode="json")[name] for name in ("lora", "optim", "train")}
-    found: dict[str, Any] = {
-        "model": Path(name).name,
-        "every": a.every,
-        "kinds": [],
-        "seeds": {},
-        "settings": settings,
-        **environment(),
-    }
-    if a.out and a.out.exists():
-        found = json.loads(a.out.read_text())
-        if found["settings"] != settings:
-            parser.error(f"{a.out} was made with other settings")
+    if a.model:
+        setting = Setting([*REAL, *a.overrides], a.model, a.rows / "train.json")
+        sources = [str(a.rows / "heldout.json")]
+    else:
+        setting = Setting(a.overrides)
+        sources = sorted(str(path) for path in DATA_DIR.glob("*/validation.json"))
+    fixed = {"model": setting.model.name, "every": a.every, "limit": a.limit, "settings": setting.described()}
+    results = Results(a.out, fixed, {"kinds": [], "seeds": {}})
+    model, tokenizer = setting.load()
     scorer = None if a.model else Scorer(model, tokenizer, a.limit)
-    for seed in range(*a.seeds):
-        if str(seed) in found["seeds"]:
-            continue
-        run: RunConfig = load_config(CONFIG, [*place, f"adapters.seed={seed}"])
-        data = prepare_data(run, tokenizer)
-        if a.model:
-            sources = [str(a.rows / "heldout.json")]
-        else:
-            sources = sorted(str(path) for path in DATA_DIR.glob("*/validation.json"))
+
+    def one_seed(seed: int) -> dict[str, Any]:
+        config = setting.config(f"adapters.seed={seed}")
+        data = prepare_data(config, tokenizer)
         rows = answers(sources, tokenizer, data)
         tuning, others = (rows[first :: 2 * a.every] for first in (0, 1))
-        pack = train_pack(run, model, data, a.packs and a.packs / f"seed{seed}.pt")
-        mixture = Mixture(model, pack, tuning)
+        mixture = Mixture(model, train_pack(config, model, data, a.packs), tuning)
+        results.found["kinds"] = mixture.kinds
 
-        def report(c: Tensor, mixture: Mixture = mixture, others: list[Example] = others) -> dict[str, float]:
+        def report(c: Tensor) -> dict[str, float]:
             if scorer is None:
                 return {"loss": float(mixture.losses(c, others).sum()) / sum(map(supervised_tokens, others))}
             mixture.use(c)
             with torch.no_grad():
                 return scorer.measures({b: x[0] for b, x in scorer.answers(1).items()})
 
-        found["seeds"][str(seed)] = one_seed(mixture, report)
-        found["kinds"] = mixture.kinds
-        if a.out:
-            write_json(a.out, found)
-    print(summary(json.loads(json.dumps(found))))
+        return tuned(mixture, report)
+
+    run_seeds(a, results, one_seed)
+    print(summary(results.as_read()))
 
 
 if __name__ == "__main__":
