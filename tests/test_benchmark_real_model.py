@@ -20,7 +20,7 @@ README, EVIDENCE = FOLDER.parents[1] / "README.md", FOLDER.parents[1] / "docs" /
 def test_a_study_keeps_every_score_and_is_not_run_twice(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))
     script = importlib.import_module("real_model")
-    monkeypatch.setattr(script, "QUESTIONS", 3)
+    monkeypatch.setattr(importlib.import_module("real_model_rows"), "QUESTIONS", 3)
     jobs = [
         script.Job("choices", "choices", members=2, packs=2, steps=2, batch=2),
         script.Job("labels_longer", "labels", members=1, packs=2, steps=3, batch=2),
@@ -81,8 +81,8 @@ def test_the_figure_and_the_readme_have_the_losses_of_evidence_md(monkeypatch):
 
 def test_the_packs_of_a_job_are_told_apart(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    script, real_model = importlib.import_module("real_model_figure"), importlib.import_module("real_model")
-    job = real_model.Job("choices", "choices", members=4, packs=2)
+    script = importlib.import_module("real_model_figure")
+    job = script.Job("choices", "choices", members=4, packs=2)
     heldout = {f"adapter_{slot}": float(slot) for slot in range(8)}
     heldout |= {name: statistics.mean(members) for name, members in job.merges()}
     first, second = script.losses_by_size(heldout, job)

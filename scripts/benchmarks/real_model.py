@@ -30,170 +30,32 @@ dropout, the loss on prompt and answer (docstrings: on the answer). A job's name
 """
 
 import argparse
-import ast
 import json
-import re
-import sysconfig
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from real_model_jobs import JOBS, Job
+from real_model_rows import write_rows
+from real_model_summary import measured, summary
 
 from poc_lora.config import validate
 from poc_lora.data.batches import supervised_tokens
-from poc_lora.data.commonsense import BENCHMARKS
-from poc_lora.data.questions import ANSWER_FORMAT, Question, read_questions
+from poc_lora.data.questions import Question
 from poc_lora.evaluation.protocols import label
-from poc_lora.files import write_atomic, write_json
+from poc_lora.files import write_atomic
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import context_length, default_device, load_base
 from poc_lora.training.data import prepare_data
 from poc_lora.training.memory import Sizes
 from poc_lora.training.step import Pack
 
-TRAINED = ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")
-QUESTIONS = 1_000  # of each benchmark
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]  # as in the paper
-HELD_OUT = 20  # every so many rows, or modules
-OPTION = re.compile(r"\b(?:Answer|Solution|Option|Ending)\d: ")
 EMA_DECAY = 0.99
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training of `packs` times `members` adapters side by side, with what differs from the common settings."""
-
-    name: str
-    task: str  # choices, labels or docstrings
-    members: int = 8
-    packs: int = 3
-    seed: int = 0
-    steps: int = 300
-    batch: int = 16
-    rank: int = 32
-    lr: float = 1e-3
-    temperature: float = 1e-5
-    learn: str = "all"
-
-    @property
-    def group(self) -> str:
-        """What the job's packs have in common: its name without the seed."""
-        return self.name.removesuffix(f"_{self.seed}")
-
-    @property
-    def count(self) -> int:
-        return self.packs * self.members
-
-    def merges(self) -> Iterator[tuple[str, list[int]]]:
-        """The name `merge_SIZE_FIRST` and the adapters of each merge: of 2, of 4, ... of all in each pack."""
-        size = 2
-        while size <= self.members:
-            for first in range(0, self.count, size):
-                yield f"merge_{size}_{first}", list(range(first, first + size))
-            size *= 2
-
-
-def _jobs() -> Iterator[Job]:
-    """The most telling first. Rivals of equal cost: M times the steps, M times the batch; of equal size: rank M·r."""
-    yield Job("choices", "choices")
-    yield Job("choices_larger_batch", "choices", members=1, batch=128)
-    yield Job("choices_rank_256", "choices", members=1, rank=256)
-    yield Job("labels", "labels")
-    yield Job("choices_longer", "choices", members=1, steps=2400)
-    yield Job("docstrings", "docstrings", learn="last")
-    yield Job("docstrings_larger_batch", "docstrings", members=1, batch=128, learn="last")
-    yield Job("docstrings_rank_256", "docstrings", members=1, rank=256, learn="last")
-    yield Job("docstrings_longer", "docstrings", members=1, steps=2400, learn="last")
-    yield Job("choices_lr_3e-3", "choices", lr=3e-3)
-    yield Job("choices_lambda_0", "choices", temperature=0.0)
-    yield Job("choices_lambda_1e-4", "choices", temperature=1e-4)
-    yield Job("choices_answers_only", "choices", learn="last")
-    yield Job("choices_lr_3e-4", "choices", lr=3e-4)
-    yield Job("labels_larger_batch", "labels", members=1, batch=128)
-    yield Job("labels_longer", "labels", members=1, steps=2400)
-    yield Job("labels_rank_256", "labels", members=1, rank=256)
-    yield Job("labels_lr_3e-3", "labels", lr=3e-3)
-    small: dict[str, Any] = {"task": "docstrings", "packs": 1, "steps": 100, "batch": 8, "rank": 16, "learn": "last"}
-    for seed in range(100, 105):
-        yield Job(f"small_{seed}", seed=seed, **small)
-        yield Job(f"small_lambda_0_{seed}", seed=seed, **small | {"temperature": 0.0})
-        yield Job(f"small_lambda_1e-4_{seed}", seed=seed, **small | {"temperature": 1e-4})
-        yield Job(f"small_lr_3e-3_{seed}", seed=seed, **small | {"lr": 3e-3})
-        yield Job(f"small_lr_3e-4_{seed}", seed=seed, **small | {"lr": 3e-4})
-        yield Job(f"small_longer_{seed}", seed=seed, **small | {"members": 1, "steps": 800})
-        yield Job(f"small_larger_batch_{seed}", seed=seed, **small | {"members": 1, "batch": 64})
-
-
-JOBS = {job.name: job for job in _jobs()}
-
-
-def write_rows(commonsense: Path, out: Path) -> None:
-    """Write OUT/TASK/train.json, heldout.json and, of what is multiple choice, questions.json."""
-    for task in ("labels", "choices"):
-        rows, questions = [], []
-        for benchmark in BENCHMARKS:
-            for question in read_questions(commonsense, benchmark, limit=QUESTIONS):
-                questions.append({"benchmark": benchmark.folder, **asdict(render(question, task))})
-            if benchmark.folder in TRAINED:
-                for question in trainable(commonsense / benchmark.folder / "train.json"):
-                    shown = render(question, task)
-                    output = f"{label.ANSWER_PREFIX} {shown.answer}"
-                    rows.append({"instruction": shown.instruction, "input": "", "output": output})
-        heldout = rows[::HELD_OUT]
-        del rows[::HELD_OUT]
-        _write_task(out / task, {"train": rows, "heldout": heldout, "questions": questions})
-    _write_task(out / "docstrings", docstrings())
-
-
-def _write_task(folder: Path, files: dict[str, list[Any]]) -> None:
-    folder.mkdir(parents=True)
-    for name, rows in files.items():
-        write_json(folder / f"{name}.json", rows)
-    print(f"{folder.name}: " + ", ".join(f"{len(rows):,} {name}" for name, rows in files.items()))
-
-
-def docstrings() -> dict[str, list[Any]]:
-    """Rows of the standard library of the Python that runs this."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    files: dict[str, list[Any]] = {"train": [], "heldout": []}
-    for number, path in enumerate(sorted(folder.glob("**/*.py"))):
-        module = ".".join(path.relative_to(folder).with_suffix("").parts)
-        if re.search("site-packages|dist-packages|test|lib2to3|idlelib", module):
-            continue
-        part = files["heldout" if number % HELD_OUT == 0 else "train"]
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
-                first = " ".join(text.split("\n\n")[0].split())
-                if 4 <= len(first.split()) <= 60:
-                    head = f"def {node.name}({ast.unparse(node.args)})"
-                    row = {"instruction": f"The docstring of {head} in {module}:", "input": "", "output": first}
-                    part.append(row)
-    return files
-
-
-def trainable(path: Path) -> Iterator[Question]:
-    """The questions of a training file whose answer is one of their labels; ARC-Easy has one whose is not."""
-    for row in json.loads(path.read_text(encoding="utf-8")):
-        labels = tuple(part.strip() for part in row["instruction"].rpartition(ANSWER_FORMAT)[2].split("/"))
-        if row["answer"] in labels:
-            yield Question(row["instruction"], row["input"], labels, row["answer"])
-
-
-def render(question: Question, task: str) -> Question:
-    """The question with the texts of its options as labels and without their list, or as it is.
-
-    Questions without numbered options (BoolQ) and those with two equal ones stay as they are.
-    """
-    text = question.instruction.rpartition(ANSWER_FORMAT)[0]
-    stem, *options = (part.strip() for part in OPTION.split(text))
-    if task == "labels" or len(options) != len(question.labels) or len(set(options)) < len(options):
-        return question
-    return Question(stem, question.input, tuple(options), options[question.answer_index])
 
 
 class Study:
@@ -380,105 +242,6 @@ def study(model: str, rows: Path, out: Path, names: list[str], seconds: float, p
         took = time.monotonic() - began
         per_step = max(per_step, took / max(job.steps, 300))
         print(f"{name}: {took:.0f} s", flush=True)
-
-
-def summary(out: Path) -> str:
-    """The loss held out of every job, and accuracy and NLL over the benchmarks trained on and the others."""
-    lines = [f"{'':26}{'':13}{'held-out loss':>16}{'accuracy, all':>16}{'trained':>16}{'others':>16}{'NLL':>16}"]
-    groups: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for path in sorted(out.glob("*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        job = Job(**found["job"])
-        values = {name: {"loss": loss} for name, loss in found["heldout"].items()}
-        for name, row in found["asked"].items():
-            values.setdefault(name, {}).update(row)
-        group = groups.setdefault(job.group, {})
-        for name, packs in _by_pack(values, job).items():
-            group.setdefault(name, []).extend(packs)
-    for group_name, kinds in groups.items():
-        for name, packs in kinds.items():
-            cells = "".join(f"{_interval([pack.get(key) for pack in packs]):>16}" for key in COLUMNS)
-            lines.append(f"{group_name:26}{name:13}{cells}")
-    return "\n".join(lines)
-
-
-COLUMNS = ("loss", "all", "trained", "others", "nll")
-T_95 = (12.706, 4.303, 3.182, 2.776)  # two-sided, of 1 to 4 degrees of freedom
-
-
-def _interval(values: list[float | None]) -> str:
-    """The mean of the packs' values and the half-width of its 95 % interval (Student's t)."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    if len(known) == 1:
-        return f"{known[0]:.3f}        "
-    half = T_95[len(known) - 2] * float(np.std(known, ddof=1)) / len(known) ** 0.5
-    return f"{np.mean(known):.3f} ± {half:.3f}"
-
-
-def _by_pack(values: dict[str, dict[str, float]], job: Job) -> dict[str, list[dict[str, float]]]:
-    """For each kind of variant the means of its values in every pack, and the differences that matter."""
-    grouped: dict[str, list[dict[str, float]]] = {}
-    if "base" in values:
-        grouped["base"] = [values["base"]]
-
-    def mean(names: list[str]) -> dict[str, float]:
-        rows = [values[name] for name in names if name in values]
-        return {key: float(np.mean([row[key] for row in rows])) for key in (rows[0] if rows else ()) if rows}
-
-    for first in range(0, job.count, job.members):
-        own = range(first, first + job.members)
-        adapters = [f"adapter_{slot}" for slot in own]
-        kinds = {"adapter": mean(adapters)}
-        if job.members > 1:
-            kinds["best"] = values[min(adapters, key=lambda name: values[name]["loss"])]  # the one it would choose
-            sizes = {len(members) for _, members in job.merges()}
-            for size in sorted(sizes):
-                kinds[f"merge of {size}"] = mean([f"merge_{size}_{i}" for i in own if (i - first) % size == 0])
-            if f"ensemble_{first}" in values:
-                kinds["ensemble"] = values[f"ensemble_{first}"]
-            for share in ("0.75", "0.5", "0.25"):
-                kinds[f"line {share}"] = mean([f"line_{first}_{share}"])
-            full = kinds[f"merge of {job.members}"]
-            kinds["merge - mean"] = {key: full[key] - kinds["adapter"][key] for key in full}
-            kinds["merge - best"] = {key: full[key] - kinds["best"][key] for key in full}
-            kinds["ema merge"] = mean([f"ema_merge_{job.members}_{first}"])
-        kinds["ema adapter"] = mean([f"ema_adapter_{slot}" for slot in own])
-        for name, row in kinds.items():
-            if row:
-                grouped.setdefault(name, []).append(row)
-    return grouped
-
-
-def measured(found: dict[str, Any], job: Job) -> dict[str, dict[str, float]]:
-    """Accuracy in percent and NLL of every variant that was asked, and of each pack's ensemble."""
-    scored = dict(zip(found["variants"].tolist(), found["scores"], strict=True))
-    if job.members > 1:
-        for first in range(0, job.count, job.members):
-            each = [log_softmax(scored[f"adapter_{slot}"]) for slot in range(first, first + job.members)]
-            scored[f"ensemble_{first}"] = np.logaddexp.reduce(each)  # the mean of p but for a constant
-    names = sorted(set(found["benchmarks"].tolist()))
-    inside = np.array([name in TRAINED for name in names])
-    result = {}
-    for variant, scores in scored.items():
-        right = scores.argmax(-1) == found["answers"]
-        accuracy = 100 * np.array([right[found["benchmarks"] == name].mean() for name in names])
-        chosen = -np.take_along_axis(log_softmax(scores), found["answers"][:, None], 1)[:, 0]
-        nll = [chosen[found["benchmarks"] == name].mean() for name in names]
-        result[variant] = {
-            "all": float(accuracy.mean()),
-            "trained": float(accuracy[inside].mean()),
-            "others": float(accuracy[~inside].mean()),
-            "nll": float(np.mean(nll)),
-        }
-    return result
-
-
-def log_softmax(scores: Any) -> Any:
-    """log p of every option, normalised over a question's options."""
-    shifted = scores - scores.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from real_model import JOBS, Job
+from real_model_jobs import JOBS, Job
 
 from poc_lora.files import write_atomic
 from poc_lora.plotting import COLOURS, render, style
