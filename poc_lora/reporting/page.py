@@ -23,7 +23,7 @@ from poc_lora.reporting.held_out import verdict
 from poc_lora.reporting.results_tables import write_report
 from poc_lora.reporting.run_files import RunFiles, read_run
 from poc_lora.reporting.sections_merge import ranks, similarity
-from poc_lora.reporting.sections_results import benchmarks, headline, subsets
+from poc_lora.reporting.sections_results import evaluation, headline, subsets
 from poc_lora.reporting.sections_training import noise, provenance, training, what_was_run
 from poc_lora.reporting.sweep import sweep, varied_keys
 from poc_lora.reporting.tables import shown
@@ -69,7 +69,7 @@ def render_page(run: RunFiles, compared: Section | None = None) -> str:
     """Returns the page as HTML. Text from files is escaped; the page's policy allows only its styles and images."""
     sections = [
         what_was_run(run),
-        benchmarks(run),
+        evaluation(run),
         *([compared] if compared else []),
         *([sweep(run)] if varied_keys(run.config) else []),
         subsets(run),

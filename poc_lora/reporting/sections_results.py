@@ -66,8 +66,8 @@ def _above(difference: float) -> str:
     return f"{abs(100 * difference):.2f} points {'above' if difference >= 0 else 'below'}"
 
 
-def benchmarks(files: RunFiles) -> Section:
-    section = Section("benchmarks", "Benchmarks")
+def evaluation(files: RunFiles) -> Section:
+    section = Section("evaluation", "Evaluation")
     if files.rows is not None:
         section.tables.append(rows_table(files.rows))
         section.paragraphs += rows_notes(files.rows)

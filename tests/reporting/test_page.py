@@ -32,7 +32,7 @@ from tests.reporting.run_folder import (
     write_scores,
 )
 
-PARTS = "run benchmarks subsets training noise similarity ranks provenance".split()
+PARTS = "run evaluation subsets training noise similarity ranks provenance".split()
 TAGS = set(
     "html head meta title style body a header p h1 h2 h3 dl div dt dd span nav ul li main section table thead tbody tr "
     "th td figure img figcaption details summary footer".split()
