@@ -168,9 +168,11 @@ class Shape:
             scores, found = {}, {}
             for name, passes in views.items():
                 scores[name], found[name] = self._asked(asked, passes, len(adapters) if name == "packed" else 1)
-            again, _ = self._asked(asked, [contextlib.nullcontext()], len(adapters))
+            again = score_labels(work.model, asked, copies=len(adapters))
+            waits = waits_in(lambda: score_labels(work.model, asked, copies=len(adapters)))
         return found | {
             "questions": questions,
+            "waits": waits,
             "same_bits_again": torch.equal(again, scores["packed"]),
             "packed_from_one_by_one": float((scores["packed"] - scores["one_by_one"]).abs().max()),
         }

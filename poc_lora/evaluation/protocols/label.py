@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poc_lora.data.prompts import render_prompt
 from poc_lora.data.questions import Question
-from poc_lora.devices import by_device, grouped_sums
+from poc_lora.devices import by_device, grouped_sums, without_waiting
 from poc_lora.distributed import Ranks
 from poc_lora.errors import DataError
 from poc_lora.evaluation.answers import Answer
@@ -158,10 +158,8 @@ def score_labels(
         position, where = torch.unique(row * T + prepared.read_column[reads] - P, return_inverse=True)  # read by many
         rows = (torch.arange(copies)[:, None] * b + position // T).flatten()
         columns = (position % T).repeat(copies)
-        token, slot, where = (
-            x.to(model.device) for x in (prepared.read_token[reads], prepared.read_slot[reads], where)
-        )
-        ids, rows, columns = (x.to(model.device) for x in (ids.repeat(copies, 1), rows, columns))
+        parts = (ids.repeat(copies, 1), rows, columns, where, prepared.read_token[reads], prepared.read_slot[reads])
+        ids, rows, columns, where, token, slot = (without_waiting(part, model.device) for part in parts)
         with head_in_float32(model):
             logits = logits_at(model, ids, rows, columns, past=past).float().view(copies, len(position), -1)
         if own:
