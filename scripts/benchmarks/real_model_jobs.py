@@ -67,6 +67,7 @@ def _jobs() -> Iterator[Job]:
         yield Job(f"small_lambda_1e-4_{seed}", seed=seed, **half | {"temperature": 1e-4})
         yield Job(f"small_lr_3e-3_{seed}", seed=seed, **half | {"lr": 3e-3})
         yield Job(f"small_lr_3e-4_{seed}", seed=seed, **half | {"lr": 3e-4})
+        yield Job(f"small_lr_1e-2_{seed}", seed=seed, **half | {"lr": 1e-2})
         yield Job(f"small_longer_{seed}", seed=seed, **small | {"members": 1, "steps": 800})
         yield Job(f"small_larger_batch_{seed}", seed=seed, **small | {"members": 1, "batch": 64})
 

@@ -15,8 +15,9 @@ here half of the validation questions. Starting from the plain mean, it then cho
 
 Each is reported on other rows, all test questions: as it was chosen, and where the plain mean is kept unless the gain
 on the tuning rows is above one or two of its standard errors, paired over rows. With --model another base is trained on
-the `docstrings` of real_model.py; even rows held out tune, odd ones report. The last form prints a finished file as
-Markdown. A seed that is in the file already is not run again.
+the `docstrings` of real_model.py; even rows held out tune and odd ones report. With --halves the first half of the rows
+tunes and the second reports: of other modules there. The last form prints a finished file as Markdown. A seed that is
+in the file already is not run again.
 """
 
 import json
@@ -287,6 +288,7 @@ def answers(sources: list[str], tokenizer: PreTrainedTokenizerBase, data: Traini
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--every", type=int, default=1, help="use one in so many of the rows of each half")
+    parser.add_argument("--halves", action="store_true", help="tune on the first half of the rows, not on even ones")
     parser.add_argument("--model", type=Path, help="another base than the demo's")
     parser.add_argument("--rows", type=Path, help="with --model: a folder with train.json and heldout.json")
     a = parser.parse_args()
@@ -299,7 +301,8 @@ def main() -> None:
     else:
         setting = Setting(a.overrides)
         sources = sorted(str(path) for path in DATA_DIR.glob("*/validation.json"))
-    fixed = {"model": setting.model.name, "every": a.every, "limit": a.limit, "settings": setting.described()}
+    fixed: dict[str, Any] = {name: getattr(a, name) for name in ("every", "halves", "limit")}
+    fixed |= {"model": setting.model.name, "settings": setting.described()}
     results = Results(a.out, fixed, {"kinds": [], "seeds": {}})
     model, tokenizer = setting.load()
     scorer = None if a.model else Scorer(model, tokenizer, a.limit)
@@ -308,7 +311,8 @@ def main() -> None:
         config = setting.config(f"adapters.seed={seed}")
         data = prepare_data(config, tokenizer)
         rows = answers(sources, tokenizer, data)
-        tuning, others = (rows[first :: 2 * a.every] for first in (0, 1))
+        parts = (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if a.halves else (rows[::2], rows[1::2])
+        tuning, others = (part[:: a.every] for part in parts)
         mixture = Mixture(model, train_pack(config, model, data, a.packs), tuning)
         results.found["kinds"] = mixture.kinds
 
