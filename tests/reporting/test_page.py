@@ -289,7 +289,7 @@ def test_the_losses_on_rows_of_a_file_are_a_table(tmp_path):
     assert table[-1][1:3] == ["1.000", "2.718"]
     assert "x" * 100 not in page.text
     assert "On 2 held-out rows the merge of 2 adapters" in page.text
-    assert "1 rows were left out" in page.text
+    assert "1 row was left out" in page.text
 
 
 def test_tasks_of_lm_eval_are_tables(tmp_path):
