@@ -8,7 +8,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -177,13 +177,14 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError(f"aliases are not allowed{mark}")
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep=deep)
         if len(mapping) != len(node.value):
-            raise yaml.YAMLError(f"a key is repeated in the mapping that starts{node.start_mark}")
+            what = "a key is repeated in the mapping that starts"
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark)
         return mapping
 
 
@@ -204,7 +205,15 @@ def parse_yaml(text: str, *, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as problem:
-        raise ConfigError(f"not valid YAML: {problem}", where=where) from problem
+        raise ConfigError(f"not valid YAML: {_what(problem)}", where=where) from problem
+
+
+def _what(problem: Exception) -> str:
+    """What is wrong with YAML, and in which line, in one line of text."""
+    if isinstance(problem, yaml.MarkedYAMLError) and problem.problem and problem.problem_mark:
+        mark = problem.problem_mark
+        return f"{problem.problem} in line {mark.line + 1}, column {mark.column + 1}"
+    return " ".join(str(problem).split())
 
 
 def _section(annotation: Any) -> type[Section] | None:
@@ -221,18 +230,23 @@ def _describe(schema: type[Section], error: Any) -> str:
         return f"{lead}required but not given"
     if error["type"] == "value_error":
         return f"{lead}{error['ctx']['error']}"
-    plain = {"tuple_type": "must be a list, such as [a, b]", "model_type": "must be a section of keys and values"}
+    plain = {
+        "tuple_type": "must be a list, such as [a, b]",
+        "model_type": "must be a section of keys and values",
+        "too_short": "must not be empty",
+    }
     return f"{lead}{plain.get(error['type'], error['msg'])} (got {error['input']!r:.80})"
 
 
 def _dotted(schema: type[Section], location: Sequence[str | int]) -> str:
     """The keys and list positions of a location, which for unions also holds names of types."""
-    parts, inside = [], _section(schema)
+    parts, inside, is_mapping = [], _section(schema), False
     for part in location:
-        if inside or isinstance(part, int):
+        if inside or is_mapping or isinstance(part, int):
             parts.append(str(part))
         field = inside.model_fields.get(str(part)) if inside else None
         inside = _section(field.annotation) if field else None
+        is_mapping = field is not None and get_origin(field.annotation) is dict
     return ".".join(parts)
 
 

@@ -17,15 +17,15 @@ from poc_lora.config_files import apply_overrides
 from poc_lora.data.batches import BatchOrder
 from poc_lora.envvars import whole_number
 from poc_lora.errors import Interrupted, RequestError, TrainingError
-from poc_lora.evaluation.evaluate import evaluate
+from poc_lora.evaluation.evaluate import check_limit, count_questions, evaluate
 from poc_lora.evaluation.intervals import welch_interval
-from poc_lora.evaluation.rows import evaluate_rows
+from poc_lora.evaluation.rows import check_rows, evaluate_rows
 from poc_lora.models.load import context_length, empty_base, load_tokenizer
 from poc_lora.reporting.controls import plan_table, write_controls
 from poc_lora.reporting.results_tables import write_report
 from poc_lora.reporting.run_files import RunFiles, read_run
 from poc_lora.reporting.study import make_study, measured, over_runs, single_adapters
-from poc_lora.training.data import TrainingData, prepare_data
+from poc_lora.training.data import TrainingData, chat_template, prepare_data
 from poc_lora.training.placement import Progress
 from poc_lora.training.run import find_run
 from poc_lora.training.train import train
@@ -91,6 +91,11 @@ def run_controls(
             fix="add --data DIR, or --rows FILE of rows that are not trained on",
         )
     plans, left_out = make_plans(config, out, runs=runs, only=only)
+    if rows:
+        check_rows(config, rows)
+    elif data is not None:
+        check_limit(limit)
+        count_questions(data, limit=limit)
     show(plan_table([(p.name, len(p.configs), p.configs[0], p.steps, p.tokens) for p in plans]))
     show(*(f"{name} is left out: {why}" for name, why in left_out.items()))
     for plan in plans:
@@ -138,7 +143,7 @@ def make_plans(
         raise RequestError(what, where="adapters.vary", fix="choose a value by the report of the sweep; add vary: {}")
     if whole_number("WORLD_SIZE", 1, least=1) > 1:
         raise RequestError("controls runs in one process", fix="start it without accelerate launch")
-    tokenizer = load_tokenizer(config.model.name, revision=config.model.revision)
+    tokenizer = load_tokenizer(config.model.name, revision=config.model.revision, chat_template=chat_template(config))
     context = context_length(empty_base(config.model.name, revision=config.model.revision))
     rows = prepare_data(config, tokenizer, context=context)
     M, steps = config.adapters.count, rows.total_steps

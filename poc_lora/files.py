@@ -247,7 +247,7 @@ def read_json(path: Path, *, error: type[RequestError] = RequestError, max_bytes
     """Parse a JSON file of bounded size and depth. Raises `error`, which names the file and line."""
     text = read_text(path, error=error, max_bytes=max_bytes)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as problem:
         raise error(
             f"not valid JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}",
@@ -259,6 +259,15 @@ def read_json(path: Path, *, error: type[RequestError] = RequestError, max_bytes
     if _deeper_than(value, MAX_JSON_DEPTH):
         raise error(f"JSON nested deeper than {MAX_JSON_DEPTH} levels", where=path)
     return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object's keys and values. Raises ValueError for a repeated key, of which json keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is repeated")
+    return found
 
 
 def read_text(path: Path, *, error: type[RequestError] = RequestError, max_bytes: int = MAX_JSON_BYTES) -> str:
@@ -276,7 +285,7 @@ def read_text(path: Path, *, error: type[RequestError] = RequestError, max_bytes
     except FileNotFoundError as problem:
         raise error("no such file", where=path, fix="check the path") from problem
     except UnicodeDecodeError as problem:
-        raise error(f"not UTF-8 text (byte {problem.start})", where=path) from problem
+        raise error(f"not UTF-8 text (byte {problem.start})", where=path, fix="save it as UTF-8") from problem
     except OSError as problem:
         reason, fix = system_problem(problem)
         raise error(f"cannot be read: {reason}", where=path, fix=fix) from problem

@@ -258,6 +258,26 @@ def test_yaml_that_is_unsafe_or_broken_is_refused(load, more, reason):
         load(more)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("optim: {lr: 1e-4\n", "expected ',' or '}', but got '<stream end>' in line 5, column 1"),
+        ("optim:\n  lr: 1e-4\n  lr: 2e-4\n", "a key is repeated in the mapping that starts in line 5, column 3"),
+        ("lora: &x {rank: 2}\nadapters: *x\n", "aliases are not allowed in line 5, column 11"),
+        ("track: [a\x00]\n", "special characters are not allowed"),
+    ],
+)
+def test_what_is_wrong_with_yaml_is_said_in_one_line(load, more, said):
+    with pytest.raises(ConfigError) as refused:
+        load(more)
+    assert said in refused.value.what
+    assert "\\n" not in refused.value.what  # an escaped line break
+
+
+def test_a_value_of_a_mapping_is_named_with_its_key():
+    assert "data.columns.question: Input should be a valid string" in refusal(data__columns={"question": 5})
+
+
 def test_a_file_that_is_not_a_mapping_is_refused(tmp_path):
     for text in ("", "- a\n- b\n", "words"):
         (tmp_path / "run.yaml").write_text(text)
@@ -384,11 +404,14 @@ def test_a_shorter_list_of_values_is_repeated_in_turn(load):
             "vary.optim.lr has 3 values for 8 adapters: give 8, or as many as divide it (1, 2",
         ),
         ({"optim.lr": [1e-4] * 16}, "16 values for 8"),
-        ({"optim.lr": []}, "at least 1 item"),
+        ({"optim.lr": []}, "adapters.vary.optim.lr: must not be empty"),
         ({"optim.lr": 1e-4}, "must be a list, such as"),
         ({"optim.lr": [1e-4, 0.0]}, "vary.optim.lr has the value 0, which must be above 0"),
         ({"lora.alpha": [0, 8]}, "vary.lora.alpha has the value 0"),
-        ({"optim.temperature": [0, -1]}, "greater than or equal to 0"),
+        (
+            {"optim.temperature": [0, -1]},
+            "adapters.vary.optim.temperature.1: Input should be greater than or equal to 0",
+        ),
         ({"optim.temperature": [0, float("nan")]}, "finite"),
         ({"lora.rank": [8, 16]}, "'optim.lr', 'optim.temperature' or 'lora.alpha'"),
         ({"optim": {"eps": [1e-8, 1e-6]}}, "'optim.lr', 'optim.temperature' or 'lora.alpha'"),

@@ -83,6 +83,34 @@ def test_a_sweep_has_no_rivals_of_one_setting(config):
         make_plans(config, Path("out"), runs=2)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"data": Path("nowhere")}, "no such folder"),
+        ({"data": Path("tasks"), "limit": 0}, "the limit is 0 questions"),
+        ({"rows": ["nowhere.jsonl"]}, "no such file"),
+        ({"rows": ["broken.jsonl"]}, "unknown columns|columns"),
+    ],
+)
+def test_what_nothing_can_be_compared_on_is_refused_before_anything_is_trained(config, given, said):
+    Path("tasks/quiz").mkdir(parents=True)
+    Path("tasks/quiz/test.jsonl").write_text('{"question": "Which?", "choices": ["cup", "hat"], "answer": 0}\n')
+    Path("broken.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(RequestError, match=said):
+        compare(config, **given)
+    assert not Path("controls").exists()
+
+
+def test_chats_are_counted_in_the_template_of_the_configuration(config):
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "in the hall"}]
+    Path("chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    Path("chat.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    own = {"train": ("chats.jsonl",), "chat_template": "chat.jinja", "learn": "last", "validation": 0}
+    config = config.model_copy(update={"data": config.data.model_copy(update=own)})
+    plans, _ = make_plans(config, Path("out"), runs=2)  # the base has no template of its own
+    assert plans[0].tokens > 0
+
+
 def test_the_merge_is_compared_seed_by_seed_or_with_independent_runs(config):
     found = compare(config, rows=["rows.jsonl"], only=["longer", "lambda_0"])
     assert Controls.read(Path("controls/controls.json")) == found

@@ -57,9 +57,9 @@ def find_adapters(source: Path) -> list[Path]:
     if _has_adapter(source):
         return [source]
     inside = RunFolder(source).adapters
-    if not inside.is_dir():
-        is_run = RunFolder(source).is_run  # whose merge is none of its adapters
-        folders = source.iterdir() if source.is_dir() and not is_run else ()
+    is_run = RunFolder(source).is_run  # whose merge is none of its adapters
+    if not inside.is_dir() and not is_run:
+        folders = source.iterdir() if source.is_dir() else ()
         found = [folder for folder in folders if _has_adapter(folder)]
         if found:
             return sorted(found, key=_by_number)
@@ -68,10 +68,12 @@ def find_adapters(source: Path) -> list[Path]:
             where=source,
             fix=f"give a folder with {CONFIG_NAME}, a run with adapters/00, adapters/01, ..., or a Hub id org/name",
         )
-    numbered = [folder for folder in inside.iterdir() if folder.name.isascii() and folder.name.isdigit()]
+    folders = inside.iterdir() if inside.is_dir() else ()
+    numbered = [folder for folder in folders if folder.name.isascii() and folder.name.isdigit()]
     finished = [folder for folder in numbered if (folder / CONFIG_NAME).exists() and (folder / WEIGHTS_NAME).exists()]
     if not finished:
-        raise AdapterError("the run has no finished adapters", where=inside, fix="let it finish training first")
+        fix = "let it finish training first; if every adapter diverged, train it anew with a lower optim.lr"
+        raise AdapterError("the run has no finished adapters", where=source, fix=fix)
     return sorted(finished, key=_by_number)
 
 

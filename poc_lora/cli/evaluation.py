@@ -361,8 +361,10 @@ def report(
 
     page = report(run, compare=others)
     if compare:
-        show(*write_comparison(runs))
+        tables, notes = write_comparison(runs)
+        show(*tables, *notes)
     else:
-        for results in read_run(run).evaluations:
-            show(*results_summary(results))
+        files = read_run(run)
+        for i, results in enumerate(files.evaluations):
+            show(*results_summary(results), *files.out_of_date(i))
     print_next(f"the report: {page}", "open it in a browser")

@@ -12,7 +12,7 @@ from typing import Any
 
 from poc_lora.data.formats import Row, as_columns, parse_row
 from poc_lora.errors import DataError, first_line
-from poc_lora.files import read_json, read_text, require_plain, write_atomic
+from poc_lora.files import read_json, read_text, require_plain, unique_keys, write_atomic
 from poc_lora.hub_ids import is_repo_id
 
 MAX_DATA_BYTES = 4 * 2**30
@@ -165,7 +165,7 @@ def _json_lines(path: Path) -> Iterator[Any]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield json.loads(line)
+                yield json.loads(line, object_pairs_hook=unique_keys)
             except (ValueError, RecursionError) as problem:
                 reason = getattr(problem, "msg", problem)
                 yield DataError(f"not valid JSON at line {number}: {reason}", where=path, fix="repair that line")
@@ -207,7 +207,7 @@ def _unzipped(path: Path) -> str:
             raise DataError(f"more than {MAX_DATA_BYTES:,} bytes, the most this reads", where=path)
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise DataError(f"not UTF-8 text (byte {problem.start})", where=path) from problem
+        raise DataError(f"not UTF-8 text (byte {problem.start})", where=path, fix="save it as UTF-8") from problem
     except (OSError, EOFError, zlib.error) as problem:
         raise DataError(f"cannot be unpacked: {problem}", where=path) from problem
 

@@ -214,14 +214,19 @@ def count_questions(data: Path, benchmarks: Sequence[str] | None = None, limit: 
     return {b.folder: len(read_questions(data, b, limit=limit)) for b in find_benchmarks(benchmarks, data)}
 
 
+def check_limit(limit: int | None) -> None:
+    """Raises RequestError for a limit of no questions."""
+    if limit is not None and limit < 1:
+        raise RequestError(f"the limit is {limit} questions", where="--limit", fix="give 1 or more")
+
+
 def _check_request(
     protocol: str, *, limit: int | None, beams: int, subsets: bool, merge_ranks: Sequence[int], control: Path | None
 ) -> None:
     """Raises RequestError for arguments that do not fit together."""
     if protocol not in PROTOCOLS:
         raise RequestError(f"there is no protocol '{protocol}'", fix=f"one of: {', '.join(PROTOCOLS)}")
-    if limit is not None and limit < 1:
-        raise RequestError(f"the limit is {limit} questions", where="--limit", fix="give 1 or more")
+    check_limit(limit)
     if beams < 1:
         raise RequestError(f"the number of beams is {beams}", where="--beams", fix="give 1 or more")
     if beams > 1 and protocol != "generate":

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from poc_lora.artifacts.row_losses import MAX_TEXTS, RowLosses, RowTexts, Variant
 from poc_lora.artifacts.run_folder import ROW_LOSSES, RunFolder
 from poc_lora.artifacts.run_info import RunInfo
-from poc_lora.config import DataSection, load_config
+from poc_lora.config import DataSection, RunConfig, load_config
 from poc_lora.data.batches import supervised_tokens
 from poc_lora.data.prompts import Encoded, Example, encode_rows, row_limit
 from poc_lora.data.rows import BadRows, is_dataset_id, read_sources
@@ -35,9 +35,10 @@ from poc_lora.evaluation.variants import (
 )
 from poc_lora.files import as_paths, require_place, sha256_file
 from poc_lora.models.forward import logits_at, without_cudnn_attention
-from poc_lora.models.load import context_length, default_device, resolve_dtype
+from poc_lora.models.load import context_length, default_device, empty_base, load_tokenizer, resolve_dtype
 from poc_lora.models.vocabulary import require_embeddings
 from poc_lora.progress import progress_bar
+from poc_lora.training.data import chat_template
 
 TOKENS_PER_BATCH = 2048  # padded; each may have the logits of the whole vocabulary, in float32
 NEW_TOKENS = 256  # of a generated answer
@@ -81,11 +82,7 @@ def evaluate_rows(
     pattern = _pattern(texts, match)
     folders = as_paths(targets)
     sources = [str(source) for source in ([rows] if isinstance(rows, str | Path) else rows)]
-    for source in sources:
-        if not Path(source).expanduser().is_file() and not is_dataset_id(source):
-            raise RequestError(
-                "no such file", where=f"--rows {source}", fix="give files of rows as training reads them"
-            )
+    _require_files(sources)
     with open_ranks(device) as ranks, without_cudnn_attention():
         if ranks.size > 1:
             raise RequestError("rows are scored in one process", where="--rows")
@@ -167,6 +164,22 @@ def _read(place: Path) -> RowLosses | None:
     with contextlib.suppress(RunError):  # a damaged file is measured again
         return RowLosses.read_if_there(place)
     return None
+
+
+def check_rows(config: RunConfig, rows: Sequence[str]) -> None:
+    """Raise what `evaluate_rows` would for rows that no run of `config` can be scored on. Needs no weights."""
+    _require_files(rows)
+    model = config.model
+    tokenizer = load_tokenizer(model.name, revision=model.revision, chat_template=chat_template(config))
+    context = context_length(empty_base(model.name, revision=model.revision))
+    _encode(rows, config.data, config.data.prompt, tokenizer, context, now=None)
+
+
+def _require_files(sources: Sequence[str]) -> None:
+    for source in sources:
+        if not Path(source).expanduser().is_file() and not is_dataset_id(source):
+            fix = "give files of rows as training reads them"
+            raise RequestError("no such file", where=f"--rows {source}", fix=fix)
 
 
 def _encode(

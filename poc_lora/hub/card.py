@@ -191,7 +191,7 @@ def _making(subject: Subject) -> str:
             f"lr {config.in_words('optim.lr')}, "
             f"weight decay {optim.weight_decay:g}, {optim.schedule} schedule, {warmup}",
             "length": f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs",
-            **({"weights": kept} if (kept := _kept(subject)) else {}),
+            **({"weights kept": kept} if (kept := _kept(subject)) else {}),
             "batch": f"{train.batch_size} rows per adapter and step"
             + ("" if config.data.max_length == "auto" else f", at most {config.data.max_length} tokens each"),
             "prompt": code(config.data.prompt),

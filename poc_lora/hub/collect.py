@@ -21,7 +21,7 @@ from poc_lora.artifacts.task_scores import TaskResults
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import AdapterError, RequestError, RunError
 from poc_lora.evaluation.variants import adapter_digest, adapter_key, is_merge_of
-from poc_lora.files import links_root, read_json
+from poc_lora.files import links_root, read_json, sha256_file
 from poc_lora.hub.public import public_config, refuse_metadata
 from poc_lora.hub_ids import is_base_model_id, is_repo_id
 from poc_lora.reporting.results_tables import results_markdown, table_rows
@@ -152,7 +152,7 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
         modules_to_save={name: tuple(tensor.shape) for name, tensor in adapter.modules_to_save.items()},
         members=tuple(member.name for member in siblings) if members else (),
         merge=merge,
-        config=_training(origin, folder) if origin else None,
+        config=_training(origin, folder, siblings, merge) if origin else None,
         run=(origin and not tree.link(origin.info) and RunInfo.read_if_there(origin.info)) or RunInfo(),
         evaluation=evaluation,
         tasks=tasks,
@@ -160,10 +160,18 @@ def collect(source: Path, *, members: bool = False, base_model: str | None = Non
     )
 
 
-def _training(run: RunFolder, folder: Path) -> RunConfig:
+def _training(run: RunFolder, folder: Path, siblings: Sequence[Path], merge: MergeReport | None) -> RunConfig:
     """The configuration that the adapter in `folder` was trained with, or the adapters of the merge there."""
     config = load_config(run.config)
-    return config if folder == run.merged else config.of_adapter(int(folder.name))
+    if folder != run.merged:
+        return config.of_adapter(int(folder.name))
+    if not config.adapters.vary or merge is None:
+        return config
+    digests = {source.sha256 for source in merge.sources}
+    merged = [int(sibling.name) for sibling in siblings if sha256_file(sibling / WEIGHTS_NAME) in digests]
+    vary = {key: tuple(config.value(key, number) for number in merged) for key in config.adapters.vary}
+    adapters = config.adapters.model_copy(update={"count": len(merged), "vary": vary})
+    return config.model_copy(update={"adapters": adapters})
 
 
 def _adapter_and_run(source: Path, members: bool) -> tuple[Path, RunFolder | None]:

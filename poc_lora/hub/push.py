@@ -128,7 +128,7 @@ def summary(pushed: Pushed) -> list[str]:
     lines.append(f"base model, as the card names it on the Hub: {pushed.base_model} (else give --base-model)")
     if pushed.private is not None:
         lines.append("the repository is private" if pushed.private else "the repository is public")
-    return [*lines, "", pushed.card] if pushed.url is None else lines
+    return [*lines, "", *pushed.card.splitlines()] if pushed.url is None else lines
 
 
 def next_step(pushed: Pushed) -> tuple[str, str]:

@@ -56,6 +56,8 @@ def comparison(runs: Sequence[RunFiles]) -> Section:
         names = [str(run.folder) for run, _, _ in known]
     section = Section("compare", "Accuracy against λ")
     section.paragraphs.append(differences)
+    for name, (run, _, _) in zip(names, known, strict=True):
+        section.paragraphs += [f"{short(name)}: {note}" for note in run.out_of_date(0)]
     section.tables.append(
         Table(
             "Average accuracy (%) ± standard error of sampling questions",
@@ -84,8 +86,8 @@ def comparison(runs: Sequence[RunFiles]) -> Section:
     return section
 
 
-def write_comparison(folders: Sequence[Path]) -> list[rich.table.Table]:
-    """Writes the comparison of the runs to comparison.md in the first; returns its tables for a terminal."""
+def write_comparison(folders: Sequence[Path]) -> tuple[list[rich.table.Table], list[str]]:
+    """Writes the comparison of the runs to comparison.md in the first; returns its tables and notes for a terminal."""
     section = comparison(list(map(read_run, folders)))
     lines = [f"# {section.title}", "", *section.paragraphs]
     for table in section.tables:
@@ -96,7 +98,8 @@ def write_comparison(folders: Sequence[Path]) -> list[rich.table.Table]:
     columns = ["λ", "seed", *ROLES, "merge − best"]
     rows = [[level, seed, *cells, str(gain).partition(" ")[0]] for _, level, seed, _, *cells, gain in each.rows]
     narrow = {title: title.replace(" ", "\n") for title in columns}
-    return [terminal_table(table, narrow) for table in (replace(each, columns=columns, rows=rows), *over_runs)]
+    tables = [terminal_table(table, narrow) for table in (replace(each, columns=columns, rows=rows), *over_runs)]
+    return tables, [f"The runs from the top: {', '.join(str(name) for name, *_ in each.rows)}.", *section.paragraphs]
 
 
 def _checked(run: RunFiles) -> Compared:

@@ -178,10 +178,14 @@ def rows_notes(found: RowLosses) -> list[str]:
     if found.trained_on:
         notes.append("A file of these rows was trained on: losses on it say little about new rows.")
     if found.truncated:
-        notes.append(f"{found.truncated:,} rows were cut off at their end (data.max_length).")
+        notes.append(f"{_rows(found.truncated)} cut off at their end (data.max_length).")
     if found.dropped:
-        notes.append(f"{found.dropped:,} rows were left out: all their answers were cut off (data.max_length).")
+        notes.append(f"{_rows(found.dropped)} left out: all their answers were cut off (data.max_length).")
     return notes
+
+
+def _rows(count: int) -> str:
+    return "1 row was" if count == 1 else f"{count:,} rows were"
 
 
 def paired_interval(differences: np.ndarray, tokens: np.ndarray) -> tuple[float, float, float]:

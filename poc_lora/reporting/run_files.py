@@ -16,6 +16,7 @@ from poc_lora.artifacts.variant_scores import VariantScores
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import RunError
 from poc_lora.evaluation.variants import adapter_digest, adapter_key
+from poc_lora.reporting.escape import short
 from poc_lora.reporting.held_out import MAX_METRICS_BYTES, HeldOut, read_held_out, rows_held_out
 from poc_lora.reporting.screening import Screening, screen
 
@@ -51,6 +52,15 @@ class RunFiles:
     def results(self) -> Results | None:
         """The evaluation that the report is about, if any."""
         return self.evaluations[0] if self.evaluations else None
+
+    def out_of_date(self, i: int) -> list[str]:
+        """Says in a sentence if weights have changed since evaluation i; otherwise there is none."""
+        if not self.changed[i]:
+            return []
+        protocol = f", protocol {short(self.evaluations[i].protocol, 20)}" if len(self.evaluations) > 1 else ""
+        return [
+            f"The weights of {', '.join(self.changed[i])} have changed since this evaluation{protocol}: evaluate again."
+        ]
 
 
 def read_run(folder: Path) -> RunFiles:

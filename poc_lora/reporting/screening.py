@@ -96,7 +96,7 @@ def screen(run: Path) -> Screening | None:
 
     An adapter is left out if it lowers the base's loss by less than three quarters of what the median adapter does, and
     if its loss is above the mean of the others' on resampled rows too (95 % interval). If the median adapter is no
-    better than the base, none is.
+    better than the base, none is, nor if the merge without them was measured and is worse (95 % interval).
 
     Adapters that learnt may spoil a merge all the same: where one pack has trained all, and their merge is worse than
     the median adapter, those that are not among the best (`training.validation.best_adapters`) are left out if the
@@ -138,5 +138,7 @@ def _with_merges(found: Screening, pack: PackLosses) -> Screening:
         if is_spoilt and gain[2] < 0:
             found = replace(found, left_out=spoilers, learnt=True)
     if found.left_out == spoilers:
+        if gain[1] > 0:  # the others are measurably worse without them, however little they learnt
+            return replace(found, left_out=[])
         found = replace(found, others=best.compared(), gain=gain)
     return found

@@ -83,10 +83,7 @@ def evaluation(files: RunFiles) -> Section:
         return section
     for i, results in enumerate(files.evaluations):
         protocol = f", protocol {short(results.protocol, 20)}" if len(files.evaluations) > 1 else ""
-        if changed := files.changed[i]:
-            section.paragraphs.append(
-                f"The weights of {', '.join(changed)} have changed since this evaluation{protocol}: evaluate again."
-            )
+        section.paragraphs += files.out_of_date(i)
         _evaluation(section, results, protocol)
     return section
 

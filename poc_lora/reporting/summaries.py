@@ -27,7 +27,7 @@ DOMINANT = 2.0  # times the median norm
 def training_summary(done: TrainingResult) -> list[str]:
     """Summarises a training run: rows, diverged adapters, and what the merge is worth on the held-out rows."""
     finished = [adapter for adapter, state in done.progress.items() if state.status == "finished"]
-    lines = [f"{len(finished)} adapters trained for {done.steps} steps"]
+    lines = [f"{len(finished)} adapter{'' if len(finished) == 1 else 's'} trained for {done.steps} steps"]
     if done.seconds:
         rate = done.tokens / done.seconds
         share = done.tokens / done.padded_tokens
@@ -60,8 +60,9 @@ def merge_outcome(report: MergeReport) -> str:
     errors = [
         f"a relative error of {error:.1e}" if error else "no error" for error in (report.error, report.cast_error)
     ]
+    merged = "1 adapter was" if len(report.sources) == 1 else f"{len(report.sources)} adapters were"
     outcome = (
-        f"{len(report.sources)} adapters were merged by the method “{short(report.method)}” into one of rank "
+        f"{merged} merged by the method “{short(report.method)}” into one of rank "
         f"{report.rank:,}, with {errors[0]} from its rank and {errors[1]} from rounding to {short(report.dtype)}."
     )
     if report.left_out:

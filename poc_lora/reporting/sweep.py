@@ -91,10 +91,12 @@ def _best_setting(
     said += f"mean loss {loss:.3f} of {n} adapters." if n > 1 else f"loss {loss:.3f} of one adapter."
     others = {setting: welch_interval(known[best], values) for setting, values in known.items() if setting != best}
     if others and all(math.isnan(interval.half_width) for interval in others.values()):
-        said += (
-            " Each value has a single adapter, so it is not known how much of a difference is chance: with half as many"
-            " values, each would have two."
-        )
+        unknown = "so it is not known how much of a difference is chance"
+        if all(len(values) == 1 for values in known.values()):
+            said += f" Each value has a single adapter, {unknown}: with half as many values, each would have two."
+        else:
+            who = "It" if n == 1 else "Every other value"
+            said += f" {who} has a single adapter with a loss, {unknown}."
     elif others:
         close = [s for s, found in others.items() if not found.mean + found.half_width < 0]
         told = ", ".join(_in_words(keys, setting) for setting in close[:MAX_TOLD])

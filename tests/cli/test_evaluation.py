@@ -12,6 +12,7 @@ from poc_lora.artifacts.study import Study
 from poc_lora.config import PromptTemplate
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.microworld import DATA_DIR
+from tests.reporting.run_folder import make_run, write_scores
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,18 @@ def test_rows_and_benchmarks_are_scored_apart(refused, words, said):
 )
 def test_tasks_of_lm_eval_are_scored_apart(refused, words, said):
     assert said in refused(*words.split())
+
+
+def test_a_report_of_an_evaluation_of_other_weights_says_so_on_the_terminal(poc_lora, config):
+    run = make_run(Path("made"))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (run / "merged" / name).write_text("as evaluated")
+    write_scores(run / "eval", "merged", run / "merged")
+    assert "have changed" not in poc_lora("report", "made")[1]
+    (run / "merged" / "adapter_model.safetensors").write_text("merged anew")
+    status, out, err = poc_lora("report", "made")
+    assert status == 0, err
+    assert "The weights of the merge have changed since this evaluation: evaluate again.\n" in out
 
 
 def test_a_study_evaluates_each_run_as_it_would_be_alone(poc_lora, refused, trained):

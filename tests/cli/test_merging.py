@@ -25,6 +25,9 @@ def test_merging_nothing_is_refused(refused, poc_lora, config):
     assert "where: none" in refused("merge", "none", "--out", "merged")
     (config.parent / "run" / "adapters").mkdir(parents=True)
     assert "no finished adapters" in refused("merge", "run", "--out", "merged")
+    shutil.rmtree(config.parent / "run" / "adapters")
+    shutil.copy(config, config.parent / "run" / "config.yaml")  # as where every adapter diverged
+    assert "no finished adapters" in refused("merge", "run", "--out", "merged")
     assert poc_lora("merge", "--out", "merged")[0] == 2
     assert not (config.parent / "merged").exists()
 

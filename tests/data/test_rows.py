@@ -141,6 +141,13 @@ def test_broken_jsonl_is_located_by_line_of_the_file(write):
     assert "line 1" not in what
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", "{}\n"), ("a.json", "[{}]")])
+def test_a_repeated_key_is_refused_and_not_the_last_one_taken(tmp_path, name, text):
+    (tmp_path / name).write_text(text.replace("{}", '{"instruction": "a", "output": "b", "output": "c"}'))
+    with pytest.raises(DataError, match="the key 'output' is repeated"):
+        read_sources([str(tmp_path / name)])
+
+
 def test_a_folder_stands_for_every_train_file_inside(write, tmp_path):
     row = {"prompt": "a", "completion": "b"}
     write([{**row, "prompt": "one"}], "data/boolq/train.json")

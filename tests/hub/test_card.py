@@ -153,9 +153,12 @@ def test_weights_that_are_not_those_of_the_last_step_are_said(run):
     config["data"]["validation"] = 3
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     said = "of each adapter those of lowest validation loss, measured every 2 steps"
-    assert benchmark(card(run))["weights"] == said
+    assert benchmark(card(run))["weights kept"] == said
     change(run / "run.json", best_steps={"0": 6, "1": 4})
-    assert benchmark(card(run))["weights"] == f"{said}: of steps 4 to 6"
+    assert benchmark(card(run))["weights kept"] == f"{said}: of steps 4 to 6"
+    shutil.rmtree(run / "merged")
+    merge_folders([run], run / "merged", weights=[0.75, 0.25])
+    assert benchmark(card(run))["weights"] == "0.75, 0.25"  # of the merge: another row
 
 
 def test_files_of_a_folder_are_told_apart(run):
@@ -191,6 +194,18 @@ def test_varied_values_are_all_said_of_the_merge_and_its_own_of_an_adapter(run):
     assert quiet["optimizer"].startswith("AdamW, lr 0.0001, ")
     assert noisy["optimizer"].startswith("noisy AdamW, lr 0.0003, ")
     assert (noisy["λ (temperature of the noise)"], noisy["rank and alpha in training"]) == ("1e-05", "2 and 8")
+
+
+def test_varied_values_are_those_of_the_adapters_that_were_merged(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["adapters"]["vary"] = {"optim.lr": [1e-4, 3e-4], "optim.temperature": [1e-5, 0.0]}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    shutil.rmtree(run / "merged")
+    merge_folders([run], run / "merged", leave_out=[run / "adapters" / "00"])
+    made = benchmark(card(run))
+    assert made["adapters left out"] == "1"
+    assert made["optimizer"].startswith("AdamW, lr 0.0003, ")
+    assert made["λ (temperature of the noise)"] == "0"
 
 
 def test_the_table_and_its_row_are_those_of_the_adapter(run):

@@ -212,6 +212,10 @@ def test_an_evaluation_of_other_weights_is_told(run):
     assert (
         "The weights of the merge, adapter 01 have changed since this evaluation: evaluate again" in page_of(run).text
     )
+    other = make_run(run.parent / "other", temperature=0.0)
+    assert [note for note in write_comparison([other, run])[1] if "changed" in note] == [
+        f"{run.name}: The weights of the merge, adapter 01 have changed since this evaluation: evaluate again."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +289,7 @@ def test_the_losses_on_rows_of_a_file_are_a_table(tmp_path):
     assert table[-1][1:3] == ["1.000", "2.718"]
     assert "x" * 100 not in page.text
     assert "On 2 held-out rows the merge of 2 adapters" in page.text
-    assert "1 rows were left out" in page.text
+    assert "1 row was left out" in page.text
 
 
 def test_tasks_of_lm_eval_are_tables(tmp_path):
@@ -483,8 +487,13 @@ def test_a_comparison_is_a_table_in_markdown_and_on_a_terminal_of_80_columns(tmp
     first = make_run(tmp_path / "a|b", temperature=1e-3)
     control = make_run(tmp_path / "b", temperature=0.0, seed=1, found=results(merged=scored(0.74)))
     console = Console(width=80, file=StringIO())
-    console.print(*write_comparison([first, control]))
+    tables, notes = write_comparison([first, control])
+    console.print(*tables)
     shown, written = console.file.getvalue(), (first / "comparison.md").read_text()
+    assert notes == [
+        "The runs from the top: b, a|b.",  # which the table has no room for
+        "The runs differ only in λ and in the seed, as far as their files show.",
+    ]
     assert "78.67" in shown
     assert "±0.43" in shown
     rows = [line for line in written.splitlines() if line.startswith("|")]

@@ -119,6 +119,18 @@ def test_adapters_that_learnt_too_little_and_others_that_spoil_the_merge_are_lef
     assert screen(write(tmp_path, pack, **how, best=[2, 3])).left_out == [3]  # a file that does not fit together
 
 
+@pytest.mark.parametrize(("merge_of_best", "left_out"), [(6.0, []), (LEARNT, [0]), (2.0, [0])])
+def test_adapters_without_which_the_merge_is_measured_to_be_worse_are_kept(tmp_path, merge_of_best, left_out):
+    """As where another adapter is far larger: one that learnt little tempers it."""
+    pack = {0: 8.5, 1: LEARNT, 2: LEARNT + 1}
+    run = write(tmp_path, pack, best=[1, 2], merge_of_best=merge_of_best)
+    found = screen(run)
+    assert found.left_out == left_out
+    assert (found.others is not None) == bool(left_out)
+    if not left_out:
+        assert outcome(run)[0].startswith(f"On {ROWS} held-out rows the merge of 3 adapters ")
+
+
 @pytest.mark.parametrize("best", [[0, 1, 2, 3], [1, 9]])
 def test_a_merge_of_other_adapters_than_the_packs_is_ignored(tmp_path, best):
     found = screen(write(tmp_path, alike(0, 1, 2, _3=12.0), best=best, merge_of_best=0.1))

@@ -93,6 +93,17 @@ def test_single_adapters_say_nothing_of_chance(tmp_path):
     assert "it is not known how much of a difference is chance" in said
 
 
+def test_a_value_of_two_adapters_is_not_said_to_have_one(tmp_path):
+    run = swept(tmp_path, {"optim.lr": [1e-4, 2e-4]}, [0.0] * 4, validation({0: 1.0, 1: 2.0, 2: 1.1}))  # 3 diverged
+    (said,) = sweep_outcome(run)
+    assert said.endswith(
+        "mean loss 1.050 of 2 adapters. Every other value has a single adapter with a loss, so it is not known how much"
+        " of a difference is chance."
+    )
+    run = swept(tmp_path / "other", {"optim.lr": [1e-4, 2e-4]}, [0.0] * 4, validation({0: 3.0, 1: 2.0, 2: 3.1}))
+    assert "of one adapter. It has a single adapter with a loss, so" in sweep_outcome(run)[0]
+
+
 def test_two_keys_are_settings_together_and_a_figure_each(tmp_path):
     vary = {"optim.lr": [1e-4, 1e-4, 2e-4, 2e-4], "lora.alpha": [8.0, 16.0]}
     run = swept(tmp_path, vary, [4.0, 1.0, 3.0, 2.0])
