@@ -263,10 +263,11 @@ def read_json(path: Path, *, error: type[RequestError] = RequestError, max_bytes
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Returns a JSON object's keys and values. Raises ValueError for a repeated key, of which json keeps the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is repeated")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r:.80} is repeated")
+        found[name] = value
     return found
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from poc_lora.errors import DataError
+from poc_lora.files import unique_keys
 
 # Columns, and keys of turns, that say where a row comes from: left out without a word. Known from public data sets.
 METADATA = frozenset(
@@ -367,9 +368,9 @@ def _parse_tools(tools: Any, where: str) -> tuple[dict[str, Any], ...]:
 
 def _parse_json(text: Any, what: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (TypeError, ValueError, RecursionError) as problem:
-        raise DataError(f"{what}: not valid JSON", where=where) from problem
+        raise DataError(f"{what}: not valid JSON: {getattr(problem, 'msg', problem)}", where=where) from problem
 
 
 def _require_utf8(value: Any, name: str, where: str) -> None:

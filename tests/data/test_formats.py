@@ -214,6 +214,7 @@ def test_a_call_may_have_no_arguments(arguments):
         (["weather"], "a tool call of turn 2 has no function with a name"),
         ([{"function": {"arguments": {}}}], "no function with a name"),
         ([{"name": "f", "arguments": "city=Paris"}], "the arguments of 'f' in turn 2: not valid JSON"),
+        ([{"name": "f", "arguments": '{"a": 1, "a": 2}'}], "in turn 2: not valid JSON: the key 'a' is repeated"),
         ([{"name": "f", "arguments": "[1]"}], "the arguments of 'f' in turn 2 are a list, not an object"),
     ],
 )
