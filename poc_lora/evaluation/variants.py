@@ -297,11 +297,11 @@ def find_variants(
         config, folders = load_config(run.config), find_adapters(run.path)
         report = MergeReport.read_if_there(run.merge_report)
         if report and not is_merge_of(report, folders):
-            raise RunError(
-                "the merge is out of date: the adapters of the run have changed",
-                where=run.merged,
-                fix=f"remove it, then: poc-lora merge {run.path} --out {run.merged}",
-            )
+            what = "the merge is out of date: the adapters of the run have changed"
+            if _digests(report) < set(map(_digest_of, folders)):
+                what = f"the merge is of {len(report.sources)} of the run's {len(folders)} adapters"
+            fix = f"remove it, or move it elsewhere; then: poc-lora merge {run.path} --out {run.merged}"
+            raise RunError(what, where=run.merged, fix=fix)
         return Variants(
             base=base or config.model.name,
             revision=revision or (config.model.revision if base is None else None),
@@ -338,8 +338,16 @@ def is_model(folder: Path) -> bool:
 
 def is_merge_of(report: MergeReport, adapters: Sequence[Path]) -> bool:
     """Whether a merge is up to date: of these adapters but for those left out, with their present weights."""
-    known = {source.sha256 for source in (*report.sources, *report.left_out)}
-    return known == {sha256_file(path / WEIGHTS_NAME) for path in adapters}
+    return _digests(report) == set(map(_digest_of, adapters))
+
+
+def _digests(report: MergeReport) -> set[str]:
+    """Of the adapters that were merged, and of those that were left out on purpose."""
+    return {source.sha256 for source in (*report.sources, *report.left_out)}
+
+
+def _digest_of(adapter: Path) -> str:
+    return sha256_file(adapter / WEIGHTS_NAME)
 
 
 def _name_sources(sources: Sequence[Source]) -> dict[str, Source]:
