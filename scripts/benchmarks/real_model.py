@@ -23,8 +23,9 @@ in PACKS/JOB.pt. `summary` prints a table of the JSON files: means over packs, a
 over packs.
 
 The jobs `small...` suit a CPU: one pack each on docstrings, with the seed at the end of its name, rank 16, 100 steps of
-8 rows; where the learning rate or the temperature differs, of four adapters, whose counterparts are the first four of
-`small`. The summary takes those that differ in nothing but the seed together.
+8 rows; where the learning rate, the temperature or the tokens learned differ, of four adapters, whose counterparts are
+the first four of `small`; `small_labels` has four too, and 100 questions of each benchmark. The summary takes those
+that differ in nothing but the seed together.
 
 Every adapter: q, k, v, up, down; rank 32, alpha 64, batches of 16 rows, linear decay after a tenth of the steps, no
 dropout, the loss on prompt and answer (docstrings: on the answer). A job's name says what differs.
@@ -65,7 +66,7 @@ class Study:
     def __init__(self, model: str, rows: Path, out: Path, packs: Path | None):
         self.folder, self.rows, self.out, self.packs = model, rows, out, packs
         self.base, self.tokenizer = load_base(model, dtype="bfloat16", device=default_device())
-        self._prepared: dict[str, dict[str, label.PreparedQuestions]] = {}
+        self._prepared: dict[tuple[str, int], dict[str, label.PreparedQuestions]] = {}
 
     def run(self, job: Job) -> None:
         began = time.monotonic()
@@ -189,7 +190,7 @@ class Study:
         bank = pack.bank
         names: list[str] = []
         scores: list[torch.Tensor] = []
-        prepared = self._questions(job.task)
+        prepared = self._questions(job.task, job.questions)
 
         def ask(variants: list[str], view: AbstractContextManager[None] | None = None) -> None:
             with view or ExitStack():
@@ -202,11 +203,11 @@ class Study:
         self.base.eval()
         for module in bank.modules.values():
             module.eval()
-        if job.name == job.task:
+        if job.common:
             ask(["base"], bank.disabled())
         ask([f"adapter_{slot}" for slot in range(job.count)])
         for name, members in job.merges():
-            if job.name == job.task or len(members) == job.members:
+            if job.common or len(members) == job.members:
                 ask([name], bank.merged(members))
         return {
             "variants": np.array(names),
@@ -215,18 +216,18 @@ class Study:
             "benchmarks": np.array([name for name, part in prepared.items() for _ in range(len(part.answers))]),
         }
 
-    def _questions(self, task: str) -> dict[str, label.PreparedQuestions]:
-        if task not in self._prepared:
+    def _questions(self, task: str, limit: int) -> dict[str, label.PreparedQuestions]:
+        if (task, limit) not in self._prepared:
             rows = json.loads((self.rows / task / "questions.json").read_text(encoding="utf-8"))
             by_benchmark: dict[str, list[Question]] = {}
             for row in rows:
                 benchmark = row.pop("benchmark")
                 by_benchmark.setdefault(benchmark, []).append(Question(**{**row, "labels": tuple(row["labels"])}))
-            self._prepared[task] = {
-                name: label.prepare(own, self.tokenizer, prompt="bare", max_length=context_length(self.base))
+            self._prepared[task, limit] = {
+                name: label.prepare(own[:limit], self.tokenizer, prompt="bare", max_length=context_length(self.base))
                 for name, own in by_benchmark.items()
             }
-        return self._prepared[task]
+        return self._prepared[task, limit]
 
 
 def study(model: str, rows: Path, out: Path, names: list[str], seconds: float, packs: Path | None = None) -> None:

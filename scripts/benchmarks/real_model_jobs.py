@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from real_model_rows import QUESTIONS
+
 
 @dataclass(frozen=True)
 class Job:
@@ -20,11 +22,17 @@ class Job:
     lr: float = 1e-3
     temperature: float = 1e-5
     learn: str = "all"
+    questions: int = QUESTIONS  # asked of each benchmark
 
     @property
     def group(self) -> str:
-        """What the job's packs have in common: its name without the seed."""
-        return self.name.removesuffix(f"_{self.seed}")
+        """What the job's packs have in common: its name without the seed, which no name shows where it is 0."""
+        return self.name.removesuffix(f"_{self.seed}") if self.seed else self.name
+
+    @property
+    def common(self) -> bool:
+        """Whether it has its task's common settings; then the base and every size of merge are asked too."""
+        return self.group.removeprefix("small_") == self.task
 
     @property
     def count(self) -> int:
@@ -70,6 +78,10 @@ def _jobs() -> Iterator[Job]:
         yield Job(f"small_lr_1e-2_{seed}", seed=seed, **half | {"lr": 1e-2})
         yield Job(f"small_longer_{seed}", seed=seed, **small | {"members": 1, "steps": 800})
         yield Job(f"small_larger_batch_{seed}", seed=seed, **small | {"members": 1, "batch": 64})
+        yield Job(f"small_rank_128_{seed}", seed=seed, **small | {"members": 1, "rank": 128})
+        yield Job(f"small_all_tokens_{seed}", seed=seed, **half | {"learn": "all"})
+        yield Job(f"small_longer_lr_3e-3_{seed}", seed=seed, **small | {"members": 1, "steps": 800, "lr": 3e-3})
+        yield Job(f"small_labels_{seed}", seed=seed, **half | {"task": "labels", "learn": "all", "questions": 100})
 
 
 JOBS = {job.name: job for job in _jobs()}
