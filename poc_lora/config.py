@@ -21,6 +21,7 @@ from poc_lora.config_files import (
     apply_overrides,
     read_config,
     validate_as,
+    with_overrides,
 )
 from poc_lora.errors import RequestError
 from poc_lora.files import write_atomic
@@ -295,7 +296,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     raw = read_config(Path(path))
     apply_overrides(raw, overrides)
-    return validate(raw, where=str(path))
+    return validate(raw, where=with_overrides(path, overrides))
 
 
 INTRODUCTION = """\

@@ -74,6 +74,11 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
         node[last] = parse_yaml(text, where=f"override {override}")
 
 
+def with_overrides(path: Path | str, overrides: Sequence[str]) -> str:
+    """Returns where a configuration comes from, for messages."""
+    return f"{path} with {' '.join(overrides)}" if overrides else str(path)
+
+
 def validate_as(schema: type[S], raw: dict[str, Any], *, where: str | Path) -> S:
     """Turn plain dictionaries into a `schema`. Raises one ConfigError that names every problem by its dotted key."""
     try:

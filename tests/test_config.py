@@ -128,6 +128,15 @@ def test_one_text_where_a_list_is_wanted_is_a_list_of_one(load):
     assert (config.data.train, config.lora.targets, config.track) == (("rows.jsonl",), ("q_proj",), ("tensorboard",))
 
 
+def test_an_error_names_the_overrides_beside_the_file(load):
+    with pytest.raises(ConfigError) as caught:
+        load("", "optim.lr=-1", "seed=3")
+    assert str(caught.value.where).endswith(".yaml with optim.lr=-1 seed=3")
+    with pytest.raises(ConfigError) as caught:
+        load("optim: {lr: -1}\n")
+    assert str(caught.value.where).endswith(".yaml")
+
+
 @pytest.mark.parametrize("override", ["optim.lr", "=3", "output.name.x=3", "optim.lr=[1", "optim..lr=3", "nothing=3"])
 def test_a_malformed_override_is_refused(load, override):
     with pytest.raises(ConfigError):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from poc_lora.cli.terminal import print_next, show
+from poc_lora.cli.terminal import interruptible, print_next, show
 from poc_lora.cli.training import Config, Overrides
 from poc_lora.errors import RequestError
 
@@ -50,7 +50,8 @@ def controls(
     def report(*things: Any) -> None:
         show(*(terminal_table(thing) if isinstance(thing, Table) else thing for thing in things))
 
-    found = run_controls(loaded, out, runs=runs, data=data, rows=rows or [], limit=limit, only=only, show=report)
+    with interruptible("what was trained and answered is kept", fix="the same command resumes"):
+        found = run_controls(loaded, out, runs=runs, data=data, rows=rows or [], limit=limit, only=only, show=report)
     report(*controls_tables(found), *controls_notes(found))
     command = f"poc-lora merge {shlex.quote(found.pack.runs[0])} --out {shlex.quote(found.pack.runs[0] + '/merged')}"
     print_next(f"the comparison: {out / CONTROLS_TABLE}", command)

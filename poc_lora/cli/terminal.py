@@ -49,7 +49,7 @@ def _is_out_of_memory(problem: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def interruptible(outcome: str) -> Iterator[None]:
+def interruptible(outcome: str, *, fix: str = "the same command starts again") -> Iterator[None]:
     """Within the block Ctrl-C and SIGTERM raise KeyboardInterrupt, and then the block raises Interrupted.
 
     That holds for whatever error comes of it too: torch turns a KeyboardInterrupt that reaches some of its functions
@@ -57,6 +57,7 @@ def interruptible(outcome: str) -> Iterator[None]:
 
     Args:
         outcome: What such an end leaves, for the message.
+        fix: What the same command does then.
     """
     received: list[str] = []
 
@@ -70,7 +71,7 @@ def interruptible(outcome: str) -> Iterator[None]:
     except BaseException as problem:
         if not received:
             raise
-        raise Interrupted(f"stopped by {received[0]}; {outcome}", fix="the same command starts again") from problem
+        raise Interrupted(f"stopped by {received[0]}; {outcome}", fix=fix) from problem
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

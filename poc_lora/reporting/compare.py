@@ -17,7 +17,15 @@ from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Section, chart
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.run_files import RunFiles, read_run
-from poc_lora.reporting.study import asked, differing, figure, make_study, same_but_for_the_seed, settings_of
+from poc_lora.reporting.study import (
+    asked,
+    differing,
+    figure,
+    make_study,
+    require_other_draws,
+    same_but_for_the_seed,
+    settings_of,
+)
 from poc_lora.reporting.tables import Table, Value, markdown_table, terminal_table
 
 SWEPT = ("optim.temperature", "adapters.seed", "output")
@@ -36,8 +44,8 @@ def comparison(runs: Sequence[RunFiles]) -> Section:
     """Returns a table and a figure of average accuracy against λ over several runs.
 
     Raises:
-        RunError: A run is given twice, has no config.yaml or was not evaluated, or the runs were evaluated on
-            different questions.
+        RunError: A run or a copy of it is given twice, has no config.yaml or was not evaluated, or the runs were
+            evaluated on different questions.
     """
     known = [_checked(run) for run in runs]
     if len({run.folder.resolve() for run in runs}) < len(runs):
@@ -50,6 +58,7 @@ def comparison(runs: Sequence[RunFiles]) -> Section:
                 where=run.folder,
                 fix="evaluate all with the same --data, --benchmarks, --prompt and --limit",
             )
+    require_other_draws(runs)
     known.sort(key=lambda one: (_temperature(one[1]), one[1].adapters.seed, str(one[0].folder)))
     names = [run.folder.resolve().name for run, _, _ in known]
     if len(set(names)) < len(names):

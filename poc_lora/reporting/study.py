@@ -1,5 +1,6 @@
 """Several runs as one study: means and intervals over runs, of `eval --study` and `report --compare`."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -117,16 +118,8 @@ def make_study(runs: Sequence[RunFiles]) -> Study:
     def scored_on(run: RunFiles) -> tuple[object, ...]:
         return run.results and asked(run.results), run.rows and (run.rows.tokens, run.rows.prompt)
 
-    settings = [settings_of(run) for run in runs]
-    seeds = [run.config and run.config.adapters.seed for run in runs]
-    differ_in = differing(settings)
-    for i, run in enumerate(runs):
-        if not differ_in and seeds[i] in seeds[:i]:
-            raise RunError(
-                f"the same settings and the same seed ({seeds[i]}) as an earlier run, so it is no other draw",
-                where=run.folder,
-                fix="train it with another adapters.seed",
-            )
+    require_other_draws(runs)
+    for run in runs:
         if scored_on(run) != scored_on(runs[0]):
             raise RunError(
                 "evaluated on other questions or rows, or in another way, than the first run",
@@ -152,7 +145,7 @@ def make_study(runs: Sequence[RunFiles]) -> Study:
         adapters=config.adapters.count if config else len(results.adapters) if results else 0,
         base_model=results.base_model if results else config.model.name if config else "",
         best_chosen_on=results.best_chosen_on if results else None,
-        differ_in=differ_in,
+        differ_in=differing([settings_of(run) for run in runs]),
         measures=measures,
         differences=differences,
     )
@@ -245,6 +238,19 @@ def differing(settings: Sequence[Mapping[str, object]], but: Sequence[str] = NOT
 def same_but_for_the_seed(one: RunConfig, other: RunConfig) -> bool:
     """Whether two runs are draws from one law."""
     return not differing([flatten(one), flatten(other)])
+
+
+def require_other_draws(runs: Sequence[RunFiles]) -> None:
+    """Raise RunError for a run of the settings and seed of one before, which would count twice."""
+    but = [key for key in NOT_THE_LAW if key != "adapters.seed"]
+    for one, other in itertools.combinations(runs, 2):
+        if other.config and not differing([settings_of(one), settings_of(other)], but):
+            raise RunError(
+                f"the same settings and the same seed ({other.config.adapters.seed}) as {one.folder}, "
+                "so it is no other draw",
+                where=other.folder,
+                fix="leave it out, or train it with another adapters.seed",
+            )
 
 
 def asked(results: Results) -> tuple[object, ...]:

@@ -1,6 +1,9 @@
 """The verb `controls`: what it prints, writes and refuses."""
 
+import signal
 from pathlib import Path
+
+from poc_lora import controls
 
 
 def test_controls_says_what_it_trains_and_ends_with_one_table(poc_lora, config):
@@ -34,6 +37,17 @@ def test_controls_says_what_it_trains_and_ends_with_one_table(poc_lora, config):
     assert shown in again
     assert "pack-1: 2 adapters, merged (trained already)" in again
     assert "training" not in err
+
+
+def test_ctrl_c_between_two_trainings_says_that_the_command_resumes(poc_lora, config, monkeypatch):
+    Path("rows.jsonl").write_text('{"instruction": "Where is it?", "output": "in the old hall"}\n')
+    monkeypatch.setattr(controls, "make_study", lambda runs: signal.raise_signal(signal.SIGTERM))
+    status, _, err = poc_lora("controls", config, "--out", "c", "--rows", "rows.jsonl", "--runs", 2, "--only", "longer")
+    assert status == 130
+    assert err.endswith(
+        "stopped by SIGTERM; what was trained and answered is kept\n  fix:   the same command resumes\n"
+    )
+    assert sorted(path.name for path in Path("c").iterdir()) == ["longer-0", "pack-0", "pack-1"]
 
 
 def test_rows_and_questions_are_not_mixed(refused, config):

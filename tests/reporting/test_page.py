@@ -508,6 +508,9 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         write_page(first, compare=[second])
     with pytest.raises(RunError, match="compared with itself"):
         write_page(first, compare=[tmp_path / "b" / ".." / "a"])
+    copy = make_run(tmp_path / "copy")
+    with pytest.raises(RunError, match=r"the same settings and the same seed \(0\) as .*a, so it is no other draw"):
+        write_page(first, compare=[copy])
     swept = make_run(tmp_path / "c", adapters={"count": 3, "vary": {"optim.temperature": [0.0, 1e-4, 1e-3]}})
     with pytest.raises(RunError, match="have different λ"):
         write_page(first, compare=[swept])

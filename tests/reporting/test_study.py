@@ -120,6 +120,9 @@ def test_what_is_no_study_is_refused(tmp_path):
     copy = make_run(tmp_path / "copy", seed=0)
     with pytest.raises(RunError, match=r"the same seed \(0\)"):
         make_study([read_run(one), read_run(copy)])
+    other = make_run(tmp_path / "rank", seed=0, lora={"rank": 8})
+    with pytest.raises(RunError, match=r"the same seed \(0\)"):  # although a third run has other settings
+        make_study([read_run(one), read_run(other), read_run(copy)])
     with pytest.raises(RunError, match="other questions"):
         make_study([read_run(one), read_run(make_run(tmp_path / "few", seed=7, found=results(limit=5)))])
 

@@ -15,6 +15,7 @@ from poc_lora.config_files import (
     apply_overrides,
     read_config,
     validate_as,
+    with_overrides,
 )
 from poc_lora.mfnn import problems
 from poc_lora.mfnn.model import Neuron, Objective, Tanh, TanhProduct
@@ -293,7 +294,7 @@ def load(name: str, *, quick: bool = False, overrides: Sequence[str] = (), path:
     if quick:
         raw = _merged(raw, smaller)
     apply_overrides(raw, overrides)
-    return validate_as(SCHEMAS[name], raw, where=path)
+    return validate_as(SCHEMAS[name], raw, where=with_overrides(path, overrides))
 
 
 def _merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
