@@ -27,7 +27,7 @@ from poc_lora.reporting.run_files import RunFiles, read_run
 from poc_lora.reporting.study import make_study, measured, over_runs, single_adapters
 from poc_lora.training.data import TrainingData, chat_template, prepare_data
 from poc_lora.training.placement import Progress
-from poc_lora.training.run import find_run
+from poc_lora.training.run import find_run, require_same_files
 from poc_lora.training.train import train
 
 PACK = "pack"
@@ -100,7 +100,8 @@ def run_controls(
     show(*(f"{name} is left out: {why}" for name, why in left_out.items()))
     for plan in plans:
         for one in plan.configs:
-            find_run(one, resume=True)  # raises for a folder of other settings, before anything is trained
+            # Raises for a run of other settings or rows, before anything is trained.
+            require_same_files(find_run(one, resume=True), one)
     done: dict[str, list[RunFiles]] = {}
     for plan in plans:
         done[plan.name] = []

@@ -90,6 +90,7 @@ def test_a_sweep_has_no_rivals_of_one_setting(config):
         ({"data": Path("tasks"), "limit": 0}, "the limit is 0 questions"),
         ({"rows": ["nowhere.jsonl"]}, "no such file"),
         ({"rows": ["broken.jsonl"]}, "unknown columns|columns"),
+        ({"rows": ["train.json"]}, "these rows are trained on"),
     ],
 )
 def test_what_nothing_can_be_compared_on_is_refused_before_anything_is_trained(config, given, said):
@@ -140,6 +141,31 @@ def test_the_merge_is_compared_seed_by_seed_or_with_independent_runs(config):
     written = Path("controls/controls.md").read_text()
     assert "| longer |" in written
     assert "| PoC merge − lambda\\_0 |" in written
+
+
+def test_files_that_have_changed_since_a_finished_run_are_refused(config):
+    options = {"only": ["longer"], "rows": ["rows.jsonl"]}
+    compare(config, **options)
+    train, before = Path("train.json"), Path("train.json").read_text()
+    train.write_text(before.replace("?", "!"))
+    with pytest.raises(RunError, match=r"the training files have changed since the run began: train\.json"):
+        compare(config, **options | {"only": ["lambda_0"]})
+    assert not Path("controls/lambda_0-0").exists()
+    train.write_text(before)
+    compare(config, **options)
+
+
+def test_a_chat_template_that_has_changed_since_a_finished_run_is_refused(config):
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "in the hall"}]
+    Path("chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    Path("chat.jinja").write_text(template)
+    own = {"train": ("chats.jsonl",), "chat_template": "chat.jinja", "learn": "last", "validation": 0}
+    config = config.model_copy(update={"data": config.data.model_copy(update=own)})
+    compare(config, rows=["rows.jsonl"], only=["longer"])
+    Path("chat.jinja").write_text(template.replace(": ", " says "))
+    with pytest.raises(RunError, match="the chat template has changed since the run began"):
+        compare(config, rows=["rows.jsonl"], only=["larger_batch"])
 
 
 @pytest.mark.slow
@@ -224,7 +250,7 @@ def test_the_outcome_says_what_the_interval_shows(difference, half, said):
     rival |= {"measures": {"accuracy": {"mean": 0.6, "half_width": 0.1, "values": [0.5, 0.7]}}}
     rival |= {"differences": {"accuracy": {"mean": difference, "half_width": half, "paired": False}}}
     found = made({"longer": rival})
-    assert "By accuracy, the merge of 8 is better than LoRA (best); " in outcome(found)
+    assert "By accuracy, the merge is better than LoRA (best); " in outcome(found)
     assert said in outcome(found)
     assert "lambda_0 is left out: it is so." in controls_notes(found)
 

@@ -127,6 +127,7 @@ class Results(Artifact):
     Attributes:
         limit: Only the first so many questions of each benchmark were asked.
         questions: The number of questions by benchmark.
+        questions_sha256: Of all that the questions, their options and answers are; None in older files.
         too_long: Questions that do not fit the context. They count as wrong; the protocol `harness` scores them with
             their prompts cut.
         groups: The number of groups by benchmark, where questions name groups: those of one are taken as one sample.
@@ -155,6 +156,7 @@ class Results(Artifact):
     prompt: Public[str]
     limit: Public[Count | None]
     questions: Public[dict[str, Count]]
+    questions_sha256: Public[str | None] = None
     too_long: Public[dict[str, Count]]
     groups: Public[dict[str, Count]] = Field(default_factory=dict)
     chance: Public[dict[str, Share]]

@@ -53,7 +53,8 @@ class RowLosses(Artifact):
         exact_average: Whether `merged` is the exact average of the adapters, which is in no folder.
         trained_on: Whether a file of these rows is among those that the run was trained on.
         texts: What the variants write in place of some answers, if that was asked for.
-        measured: A digest of all that the losses depend on; None where rows came from the Hub, and in older files.
+        asked: A digest of the rows and of how they were scored; None where rows came from the Hub, and in older files.
+        measured: A digest of all that the losses depend on; None where `asked` is.
     """
 
     content: ClassVar[str] = "the losses on rows"
@@ -71,6 +72,7 @@ class RowLosses(Artifact):
     exact_average: Public[bool] = False
     trained_on: Public[bool] = False
     texts: RowTexts | None = None
+    asked: str | None = None
     measured: str | None = None
 
     @model_validator(mode="after")

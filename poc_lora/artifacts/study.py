@@ -37,6 +37,7 @@ class Study(Artifact):
         adapters: How many adapters each has.
         base_model: The base that was evaluated, or trained on where nothing was evaluated.
         best_chosen_on: What LoRA (best) was chosen on: `validation` or `test` questions; None without benchmarks.
+        trained_on: Whether a run was trained on a file of the rows that it is scored on.
         differ_in: The settings in which the runs differ besides the seed.
         measures: By measure (`accuracy`, `nll`, `rows_loss`, `held_out_loss`) and variant (`base`, `average`, `best`,
             `merged`, `ensemble`); only what every run has.
@@ -50,6 +51,7 @@ class Study(Artifact):
     adapters: Count
     base_model: str
     best_chosen_on: str | None
+    trained_on: bool = False
     differ_in: list[str]
     measures: dict[str, dict[str, OverRuns]]
     differences: dict[str, dict[str, OverRuns]]

@@ -38,7 +38,7 @@ from poc_lora.models.forward import logits_at, without_cudnn_attention
 from poc_lora.models.load import context_length, default_device, empty_base, load_tokenizer, resolve_dtype
 from poc_lora.models.vocabulary import require_embeddings
 from poc_lora.progress import progress_bar
-from poc_lora.training.data import chat_template
+from poc_lora.training.data import chat_template, file_digests
 
 TOKENS_PER_BATCH = 2048  # padded; each may have the logits of the whole vocabulary, in float32
 NEW_TOKENS = 256  # of a generated answer
@@ -102,7 +102,9 @@ def evaluate_rows(
         info = RunInfo.read_if_there(run.info) if run.is_run else None
         trained_on = info is not None and _trained_on(info, sources)
         place = variants.out / ROW_LOSSES
-        measured = _digest(variants, settings, info, sources, device, trained_on=trained_on, texts=texts, match=match)
+        asked = _asked(variants, settings, sources, device)
+        own = {"trained_on": trained_on, "texts": texts, "match": match}
+        measured = asked and _digest(asked, variants, info, **own)
         if measured is not None and (known := _read(place)) and known.measured == measured:
             return known
         model, tokenizer = load_base_of(variants, device)
@@ -128,35 +130,39 @@ def evaluate_rows(
         exact_average=variants.exact_average,
         trained_on=trained_on,
         texts=written,
+        asked=asked,
         measured=measured,
     )
     result.write(place)
     return result
 
 
-def _digest(
-    variants: Variants,
-    settings: DataSection | None,
-    info: RunInfo | None,
-    rows: Sequence[str],
-    device: torch.device,
-    **others: Any,
-) -> str | None:
-    """A hash of what rows.json depends on; None if it cannot be known without reading rows from the Hub."""
+def _asked(variants: Variants, settings: DataSection | None, rows: Sequence[str], device: torch.device) -> str | None:
+    """A hash of the rows and of how they are scored; None if it takes reading rows from the Hub."""
     if not all(Path(source).expanduser().is_file() for source in rows):
         return None
-    depends_on = {
-        "base": base_digest(variants.base, variants.revision),
-        "dtype": resolve_dtype(variants.dtype, device),
-        "quantization": variants.quantization,
-        "prompt": variants.prompt,
-        "chat_template": variants.chat_template,
-        "adapters": variants.digests(),
-        "rows": [(sha256_file(Path(source).expanduser()), _is_held_out(source)) for source in rows],
-        "started": info and info.started_at,  # the time that chat templates write
-        "data": settings and settings.model_dump(mode="json", include={"columns", "max_length", "learn"}),
+    return _hash(
+        dtype=resolve_dtype(variants.dtype, device),
+        quantization=variants.quantization,
+        prompt=variants.prompt,
+        chat_template=variants.chat_template,
+        rows=[(sha256_file(Path(source).expanduser()), _is_held_out(source)) for source in rows],
+        data=settings and settings.model_dump(mode="json", include={"columns", "max_length", "learn"}),
+    )
+
+
+def _digest(asked: str, variants: Variants, info: RunInfo | None, **others: Any) -> str:
+    """A hash of all that rows.json depends on."""
+    return _hash(
+        asked=asked,
+        base=base_digest(variants.base, variants.revision),
+        adapters=variants.digests(),
+        started=info and info.started_at,  # the time that chat templates write
         **others,
-    }
+    )
+
+
+def _hash(**depends_on: Any) -> str:
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 
 
@@ -167,8 +173,15 @@ def _read(place: Path) -> RowLosses | None:
 
 
 def check_rows(config: RunConfig, rows: Sequence[str]) -> None:
-    """Raise what `evaluate_rows` would for rows that no run of `config` can be scored on. Needs no weights."""
+    """Raise what `evaluate_rows` would for rows that no run of `config` can be scored on. Needs no weights.
+
+    Raises RequestError for a file that is trained on too.
+    """
     _require_files(rows)
+    trained = file_digests(config.data.train).values()
+    if twice := [path for path, digest in file_digests(rows).items() if digest in trained]:
+        what = "these rows are trained on, so their losses say little about new ones"
+        raise RequestError(what, where=f"--rows {twice[0]}", fix="give rows that are not in data.train")
     model = config.model
     tokenizer = load_tokenizer(model.name, revision=model.revision, chat_template=chat_template(config))
     context = context_length(empty_base(model.name, revision=model.revision))
@@ -354,5 +367,4 @@ def _is_held_out(source: str) -> bool:
 
 
 def _trained_on(info: RunInfo, rows: Sequence[str]) -> bool:
-    digests = set(info.data_sha256.values())
-    return any(sha256_file(path) in digests for path in map(Path, rows) if path.is_file())
+    return not set(info.data_sha256.values()).isdisjoint(file_digests(rows).values())

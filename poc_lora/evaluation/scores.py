@@ -4,8 +4,11 @@ Standard errors are those of sampling the test questions, with the adapters fixe
 seeds.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -67,6 +70,7 @@ def summarise(
     shown = {"base": "base", "best": adapter_key(best), "merged": "merged", "ensemble": "ensemble"}
     return Results(
         questions={b: len(values) for b, values in correct["base"].items()},
+        questions_sha256=hashlib.sha256(json.dumps([asdict(item) for item in test]).encode()).hexdigest(),
         too_long={b: sum(i.benchmark == b and answers["base"][i].too_long for i in test) for b in benchmarks},
         unread=_unread(answers, test) if described["protocol"] == "generate" else {},
         base=scored["base"],

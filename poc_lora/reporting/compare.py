@@ -18,11 +18,11 @@ from poc_lora.reporting.blocks import Section, chart
 from poc_lora.reporting.escape import short
 from poc_lora.reporting.run_files import RunFiles, read_run
 from poc_lora.reporting.study import (
-    asked,
     differing,
     figure,
     make_study,
     require_other_draws,
+    require_same_questions,
     same_but_for_the_seed,
     settings_of,
 )
@@ -51,13 +51,7 @@ def comparison(runs: Sequence[RunFiles]) -> Section:
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise RunError("a run is compared with itself", fix="give every run once")
     differences = _differences(known)
-    for run, _, results in known:
-        if asked(results) != asked(known[0][2]):
-            raise RunError(
-                "evaluated on other questions, or in another way, than the first run",
-                where=run.folder,
-                fix="evaluate all with the same --data, --benchmarks, --prompt and --limit",
-            )
+    require_same_questions([replace(run, rows=None) for run in runs])
     require_other_draws(runs)
     known.sort(key=lambda one: (_temperature(one[1]), one[1].adapters.seed, str(one[0].folder)))
     names = [run.folder.resolve().name for run, _, _ in known]
@@ -146,22 +140,20 @@ def _row(name: str, config: RunConfig, results: Results) -> list[Value]:
 
 def _over_runs(known: Sequence[Compared]) -> list[Table]:
     """Returns a table of means and intervals over runs that differ in the seed alone, by λ; none if there are none."""
-    groups: list[dict[int, Compared]] = []  # by seed
+    groups: list[list[Compared]] = []
     for one in known:
-        config = one[1]
-        own = next((g for g in groups if same_but_for_the_seed(next(iter(g.values()))[1], config)), None)
+        own = next((group for group in groups if same_but_for_the_seed(group[0][0], one[0])), None)
         if own is None:
-            groups.append(own := {})
-        own.setdefault(config.adapters.seed, one)
+            groups.append(own := [])
+        own.append(one)
     rows: list[list[Value]] = []
     for group in groups:
         if len(group) > 1:
-            study = make_study([replace(run, rows=None) for run, _, _ in group.values()])
+            study = make_study([replace(run, rows=None) for run, _, _ in group])
             scored, gains = study.measures["accuracy"], study.differences.get("accuracy", {})
             cells = [figure("accuracy", scored.get(variant)) for variant in ("average", "best", "merged", "ensemble")]
             gain = figure("accuracy", gains.get("merged - best"), signed=True)
-            (_, config, _), *_ = group.values()
-            rows.append([f"{_temperature(config):g}", len(group), *cells, gain])
+            rows.append([f"{_temperature(group[0][1]):g}", len(group), *cells, gain])
     caption = "Mean accuracy (%) over runs ± half-width of its 95 % interval over runs (Student's t), questions fixed"
     return [Table(caption, ["λ", "runs", *ROLES, "merge − best"], rows)] if rows else []
 

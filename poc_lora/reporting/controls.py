@@ -121,7 +121,7 @@ def outcome(found: Controls) -> str:
         else:
             groups["better than" if sign * difference.mean > 0 else "worse than"].append(name)
     said = "; ".join(f"{verb} {', '.join(names)}" for verb, names in groups.items() if names)
-    return f"By {MEASURES[measure].removesuffix(' (%)')}, the merge of {found.pack.adapters} is {said}."
+    return f"By {MEASURES[measure].removesuffix(' (%)')}, the merge is {said}."
 
 
 def write_controls(found: Controls, folder: Path) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 from poc_lora.artifacts.results import Results
 from poc_lora.artifacts.row_losses import RowLosses
-from poc_lora.artifacts.run_folder import STUDY, STUDY_TABLE, RunFolder
+from poc_lora.artifacts.run_folder import STUDY, STUDY_TABLE, RunFolder, variant_file
+from poc_lora.artifacts.run_info import NO_FILES
 from poc_lora.artifacts.study import OverRuns, RunDifference, Study
-from poc_lora.config import RunConfig, flatten
+from poc_lora.artifacts.variant_scores import VariantScores
+from poc_lora.config import flatten
 from poc_lora.distributed import is_rank_0
 from poc_lora.errors import RequestError, RunError
 from poc_lora.evaluation.evaluate import evaluate
@@ -115,17 +117,8 @@ def make_study(runs: Sequence[RunFiles]) -> Study:
         RunError: Two runs are copies of one, or were evaluated on different questions or rows.
     """
 
-    def scored_on(run: RunFiles) -> tuple[object, ...]:
-        return run.results and asked(run.results), run.rows and (run.rows.tokens, run.rows.prompt)
-
     require_other_draws(runs)
-    for run in runs:
-        if scored_on(run) != scored_on(runs[0]):
-            raise RunError(
-                "evaluated on other questions or rows, or in another way, than the first run",
-                where=run.folder,
-                fix="evaluate all with the same --data, --benchmarks, --prompt and --limit",
-            )
+    require_same_questions(runs)
     values = [measured(run) for run in runs]
     measures: dict[str, dict[str, OverRuns]] = {}
     differences: dict[str, dict[str, OverRuns]] = {}
@@ -145,6 +138,7 @@ def make_study(runs: Sequence[RunFiles]) -> Study:
         adapters=config.adapters.count if config else len(results.adapters) if results else 0,
         base_model=results.base_model if results else config.model.name if config else "",
         best_chosen_on=results.best_chosen_on if results else None,
+        trained_on=any(run.rows is not None and run.rows.trained_on for run in runs),
         differ_in=differing([settings_of(run) for run in runs]),
         measures=measures,
         differences=differences,
@@ -217,13 +211,26 @@ def _row_losses(rows: RowLosses | None) -> dict[str, float]:
 def settings_of(run: RunFiles) -> dict[str, object]:
     """Returns how a run was trained, merged and evaluated, by dotted key or in words."""
     found: dict[str, object] = dict(flatten(run.config)) if run.config else {}
+    if run.info is not None:
+        found["the training rows"] = _digests(run.info.data_sha256)
+        found["the validation rows"] = _digests(run.info.validation_sha256)
     if run.results is not None:
         found["the base model evaluated"] = run.results.base_model
         found["what LoRA (best) was chosen on"] = run.results.best_chosen_on
-        if run.merge is not None and run.results.merged is not None:
-            found |= {"the merge's method": run.merge.method, "the merge's rank": run.merge.rank}
-            found["the merge's weights"] = run.merge.weights
+        merged: tuple[str, int | None, Sequence[float]] | None = None
+        if run.results.exact_average:
+            M = len(run.results.adapters)
+            merged = "average", None, (1 / M,) * M
+        elif run.merge is not None and run.results.merged is not None:
+            merged = run.merge.method, run.merge.requested_rank, run.merge.weights
+        if merged is not None:
+            found |= zip(("the merge's method", "the merge's rank", "the merge's weights"), merged, strict=True)
     return found
+
+
+def _digests(files: Mapping[str, str]) -> list[str]:
+    """What identifies rows wherever their files lie; of rows from the Hub only their tokens are known."""
+    return sorted(value for path, value in files.items() if path not in NO_FILES) or [*files.values()]
 
 
 def differing(settings: Sequence[Mapping[str, object]], but: Sequence[str] = NOT_THE_LAW) -> list[str]:
@@ -235,9 +242,9 @@ def differing(settings: Sequence[Mapping[str, object]], but: Sequence[str] = NOT
     return [key for key in keys if any(one.get(key) != first.get(key) for one in others)]
 
 
-def same_but_for_the_seed(one: RunConfig, other: RunConfig) -> bool:
+def same_but_for_the_seed(one: RunFiles, other: RunFiles) -> bool:
     """Whether two runs are draws from one law."""
-    return not differing([flatten(one), flatten(other)])
+    return not differing([settings_of(one), settings_of(other)])
 
 
 def require_other_draws(runs: Sequence[RunFiles]) -> None:
@@ -253,9 +260,31 @@ def require_other_draws(runs: Sequence[RunFiles]) -> None:
             )
 
 
-def asked(results: Results) -> tuple[object, ...]:
-    """Returns what must be equal for the accuracies of two runs to be compared."""
-    return results.questions, results.prompt, results.protocol, results.limit
+def require_same_questions(runs: Sequence[RunFiles]) -> None:
+    """Raise RunError, saying in what, for a run that was not evaluated as the first one was."""
+    expected = _asked(runs[0])
+    for run in runs[1:]:
+        found = _asked(run)
+        if others := [name for name in expected | found if expected.get(name) != found.get(name)]:
+            raise RunError(
+                f"evaluated with other {', '.join(others)} than {runs[0].folder}",
+                where=run.folder,
+                fix="evaluate both on the same questions or rows, with the same options",
+            )
+
+
+def _asked(run: RunFiles) -> dict[str, object]:
+    """What must be equal for the figures of two runs to be compared, by name."""
+    found: dict[str, object] = {}
+    if (results := run.results) is not None:
+        scores = VariantScores.read_if_there(RunFolder(run.folder).evaluation(results.protocol) / variant_file("base"))
+        if scores is not None:
+            found |= {name: value for name, value in scores.settings.items() if name not in ("base", "adapters")}
+        found |= {"protocol": results.protocol, "prompt": results.prompt, "limit": results.limit}
+        found["questions"] = results.questions, results.questions_sha256
+    if (rows := run.rows) is not None:
+        found |= {"prompt": rows.prompt, "rows, dtype or settings": (rows.tokens, rows.asked)}
+    return found
 
 
 def study_tables(study: Study) -> list[Table]:
@@ -329,6 +358,8 @@ def study_notes(study: Study) -> list[str]:
     if study.best_chosen_on is not None:
         where = chosen.get(study.best_chosen_on, study.best_chosen_on)
         notes.append(f"LoRA (best) is chosen in each run by its accuracy on {where}.")
+    if study.trained_on:
+        notes.append("A file of these rows was trained on: losses on it say little about new rows.")
     if "rows_loss" in study.measures:
         notes.append("On rows LoRA (best) is chosen on these very rows, which flatters it.")
     if "held_out_loss" in study.measures:

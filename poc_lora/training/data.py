@@ -92,7 +92,7 @@ def prepare_data(
     own = encode(section.validation_files) if section.validation_files else Encoded.empty()
     if not section.skip_bad_rows:
         bad.raise_if_any()
-    files, own_files = _digests(section.train), _digests(section.validation_files)
+    files, own_files = file_digests(section.train), file_digests(section.validation_files)
     if twice := [path for path, digest in own_files.items() if digest in files.values()]:
         what = f"{twice[0]} is trained on too, so its loss says little about new rows"
         raise DataError(what, where="data.validation_files", fix="take it out of data.train, or out of here")
@@ -155,7 +155,8 @@ def _held_out(section: DataSection, rows: int) -> int:
     return min(MAX_HELD_OUT, rows // 10) if section.validation == "auto" else section.validation
 
 
-def _digests(sources: Sequence[str]) -> dict[str, str]:
+def file_digests(sources: Sequence[str]) -> dict[str, str]:
+    """The SHA-256 of every file of rows among the sources, by its path."""
     return {str(path): sha256_file(path) for path in source_files(sources)}
 
 

@@ -17,12 +17,14 @@ from poc_lora.artifacts.metrics_line import MetricsLine, read_metrics
 from poc_lora.artifacts.run_folder import RunFolder
 from poc_lora.artifacts.run_info import NO_FILES, SUPERVISED_TOKENS, RunInfo
 from poc_lora.config import RunConfig, changed_keys, dump_yaml, load_config
+from poc_lora.data.chats import read_chat_template
 from poc_lora.data.formats import Row
 from poc_lora.data.rows import write_rows
 from poc_lora.environment import environment
 from poc_lora.errors import CheckpointError, RunError
 from poc_lora.files import require_place, sync, system_errors_as, write_atomic
 from poc_lora.training.checkpoint import Commit, newest_commit
+from poc_lora.training.data import chat_template, file_digests
 from poc_lora.training.placement import Progress
 
 # Keys that may change on resume: trained adapters do not depend on them.
@@ -193,6 +195,20 @@ def find_run(config: RunConfig, *, resume: bool) -> Run:
         )
     commit, problems = newest_commit(paths.checkpoints)
     return Run(folder, commit, problems, RunInfo.read_if_there(paths.info))
+
+
+def require_same_files(run: Run, config: RunConfig) -> None:
+    """As `require_same_rows`, of the files alone, for a run that has ended and is not to be tokenised again."""
+    if run.info is None:
+        return
+    files = [run.info.data_sha256, run.info.validation_sha256]
+    known = [{key: digest for key, digest in own.items() if key in NO_FILES} for own in files]
+    section = config.data
+    require_same_rows(run, known[0] | file_digests(section.train), known[1] | file_digests(section.validation_files))
+    saved = RunFolder(run.folder).chat_template
+    if saved.is_file() and read_chat_template(saved) != chat_template(config):
+        what = "the chat template has changed since the run began"
+        raise RunError(what, where=f"data.chat_template of {run.folder}", fix="restore it, or start a new run")
 
 
 def require_same_rows(run: Run, files: Mapping[str, str], validation_files: Mapping[str, str]) -> None:

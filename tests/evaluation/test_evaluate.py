@@ -117,6 +117,18 @@ def test_a_run_is_scored_whole(run, data, tiny_model_dir):
             assert x["choice"] == max(x["log_probs"], key=x["log_probs"].get)
 
 
+def test_the_digest_of_the_questions_changes_with_their_text_alone(run, data, tmp_path):
+    first = evaluate([run], data=data, benchmarks=["piqa"], out=tmp_path / "one").questions_sha256
+    shutil.rmtree(run / "merged")
+    assert (
+        evaluate([run], data=data, benchmarks=["piqa"], dtype="bfloat16", out=tmp_path / "two").questions_sha256
+        == first
+    )
+    rows = (data / "piqa" / "test.json").read_text()
+    (data / "piqa" / "test.json").write_text(rows.replace("Which thing 3", "Which cup 3"))
+    assert evaluate([run], data=data, benchmarks=["piqa"], out=tmp_path / "one").questions_sha256 != first
+
+
 def test_each_adapters_scores_are_those_of_the_base_with_its_update_added(run, data, tiny_model_dir):
     """Dense weights W + scale B A, one adapter at a time, against the pack."""
     evaluate([run], data=data, benchmarks=["openbookqa"])

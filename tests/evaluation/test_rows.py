@@ -184,6 +184,22 @@ def test_rows_that_were_trained_on_are_told(run, rows):
     assert evaluate_rows([run], [str(rows)]).trained_on
 
 
+def test_rows_in_the_home_folder_are_told_too(run, rows, monkeypatch):
+    monkeypatch.setenv("HOME", str(rows.parent))
+    (run / "run.json").write_text(json.dumps({"data_sha256": {"x": module.sha256_file(rows)}}))
+    assert evaluate_rows([run], [f"~/{rows.name}"]).trained_on
+
+
+def test_what_two_runs_must_have_in_common_changes_with_rows_and_settings_alone(run, rows):
+    found = evaluate_rows([run], [str(rows)])
+    shutil.rmtree(run / "merged")
+    again = evaluate_rows([run], [str(rows)])
+    assert (again.asked, again.measured == found.measured) == (found.asked, False)
+    assert evaluate_rows([run], [str(rows)], dtype="bfloat16").asked != found.asked
+    rows.write_text(rows.read_text().replace("a", "o"))
+    assert evaluate_rows([run], [str(rows)]).asked != found.asked
+
+
 def test_truncated_rows_are_counted_and_those_without_an_answer_left_out(run, rows):
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("prompt: bare", "prompt: bare\n  max_length: 12"))

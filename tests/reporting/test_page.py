@@ -474,7 +474,7 @@ def test_runs_are_compared_by_temperature(tmp_path):
         ({"found": results(base_model="org/other")}, "the base model evaluated"),
         ({"found": results(best_chosen_on="validation")}, "what LoRA (best) was chosen on"),
         ({"merge": merge_report(method="soup")}, "the merge's method"),
-        ({"merge": merge_report(rank=4)}, "the merge's rank"),
+        ({"merge": merge_report(requested_rank=4)}, "the merge's rank"),
         ({"merge": merge_report(weights=[0.5, 0.25, 0.25])}, "the merge's weights"),
     ],
 )
@@ -504,7 +504,7 @@ def test_a_comparison_is_a_table_in_markdown_and_on_a_terminal_of_80_columns(tmp
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", found=results(limit=5))
-    with pytest.raises(RunError, match="other questions"):
+    with pytest.raises(RunError, match="evaluated with other limit"):
         write_page(first, compare=[second])
     with pytest.raises(RunError, match="compared with itself"):
         write_page(first, compare=[tmp_path / "b" / ".." / "a"])

@@ -1,20 +1,24 @@
 """Several runs as one study: means and intervals over runs, against plain arithmetic."""
 
+import json
 import math
 import statistics
+from dataclasses import replace
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
 from poc_lora.artifacts.results import Calibration, Measure, Results
+from poc_lora.artifacts.row_losses import RowLosses
 from poc_lora.artifacts.study import Study
+from poc_lora.artifacts.variant_scores import VariantAccuracy, VariantScores
 from poc_lora.errors import RequestError, RunError
 from poc_lora.reporting.compare import write_comparison
 from poc_lora.reporting.run_files import read_run
 from poc_lora.reporting.study import make_study, require_runs, study_notes, study_tables, write_study
 from poc_lora.reporting.tables import terminal_table
-from tests.reporting.run_folder import make_run, metric_lines, results, scored
+from tests.reporting.run_folder import make_run, merge_report, metric_lines, results, scored
 
 T_2 = 4.302653  # the 0.975 quantile of Student's t of two degrees of freedom, from tables
 
@@ -123,8 +127,67 @@ def test_what_is_no_study_is_refused(tmp_path):
     other = make_run(tmp_path / "rank", seed=0, lora={"rank": 8})
     with pytest.raises(RunError, match=r"the same seed \(0\)"):  # although a third run has other settings
         make_study([read_run(one), read_run(other), read_run(copy)])
-    with pytest.raises(RunError, match="other questions"):
+    with pytest.raises(RunError, match="evaluated with other limit than .*seed0"):
         make_study([read_run(one), read_run(make_run(tmp_path / "few", seed=7, found=results(limit=5)))])
+
+
+def test_questions_of_another_text_and_settings_of_the_scores_are_no_study(tmp_path):
+    one, two = (make_run(tmp_path / f"{i}", seed=i, found=results(questions_sha256="ab")) for i in range(2))
+    for run, dtype in ((one, "float32"), (two, "bfloat16")):
+        settings = {"base": f"of {run}", "dtype": dtype, "adapters": []}
+        scores = VariantScores(
+            base_model="b",
+            protocol="label",
+            prompt="clean",
+            benchmarks={},
+            average=VariantAccuracy(accuracy=0.5, error=0.1),
+            settings=settings,
+        )
+        scores.write(run / "eval" / "base.json")
+    other = make_run(tmp_path / "other", seed=2, found=results(questions_sha256="cd"))
+    for refuse in (lambda runs: make_study(list(map(read_run, runs))), write_comparison):
+        with pytest.raises(RunError, match="evaluated with other dtype than"):
+            refuse([one, two])
+        with pytest.raises(RunError, match="other dtype, questions than"):
+            refuse([one, other])
+    (one / "eval" / "base.json").unlink()
+    (two / "eval" / "base.json").unlink()
+    assert make_study([read_run(one), read_run(two)]).runs == [str(one), str(two)]
+
+
+def test_losses_on_other_rows_or_rows_trained_on_are_told(tmp_path):
+    def scored_rows(**changes):
+        given = dict(base_model="b", prompt="clean", truncated=0, dropped=0, tokens=[2], base=[2.0], merged=[1.0])
+        return RowLosses(**given | {"adapters": {"00": [1.5], "01": [1.4]}, "ensemble": None, "asked": "ab"} | changes)
+
+    runs = [replace(read_run(run), evaluations=()) for run in study_runs(tmp_path)]
+    with pytest.raises(RunError, match="evaluated with other rows, dtype or settings than"):
+        make_study([replace(run, rows=scored_rows(asked=str(i))) for i, run in enumerate(runs)])
+    study = make_study([replace(run, rows=scored_rows(trained_on=i == 1)) for i, run in enumerate(runs)])
+    assert "A file of these rows was trained on" in " ".join(study_notes(study))
+
+
+def test_runs_on_other_rows_are_told_to_differ_and_are_no_draws_of_one_law(tmp_path):
+    one, two, three = study_runs(tmp_path)
+    info = json.loads((two / "run.json").read_text()) | {"data_sha256": {"train.json": "cd" * 32}}
+    (two / "run.json").write_text(json.dumps(info))
+    assert make_study([read_run(one), read_run(two)]).differ_in == ["the training rows"]
+    assert make_study([read_run(one), read_run(three)]).differ_in == []
+    write_comparison([one, two, three])
+    written = (one / "comparison.md").read_text()
+    assert "the runs differ in the training rows" in written
+    assert "| 0.001 | 2 |" in written  # one and three
+    moved = {"data_sha256": {"elsewhere/train.json": "ab" * 32}}
+    (two / "run.json").write_text(json.dumps(info | moved))
+    assert make_study([read_run(one), read_run(two)]).differ_in == []
+
+
+def test_an_average_is_the_same_merge_written_or_not(tmp_path):
+    one = make_run(tmp_path / "one", seed=0, found=results())
+    two = make_run(tmp_path / "two", seed=1, found=results(exact_average=True))
+    assert make_study([read_run(one), read_run(two)]).differ_in == []
+    soup = make_run(tmp_path / "soup", seed=2, merge=merge_report(method="soup"), found=results())
+    assert make_study([read_run(two), read_run(soup)]).differ_in == ["the merge's method"]
 
 
 def test_a_comparison_has_intervals_over_the_runs_of_each_temperature(tmp_path):
