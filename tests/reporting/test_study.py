@@ -127,7 +127,7 @@ def test_what_is_no_study_is_refused(tmp_path):
     other = make_run(tmp_path / "rank", seed=0, lora={"rank": 8})
     with pytest.raises(RunError, match=r"the same seed \(0\)"):  # although a third run has other settings
         make_study([read_run(one), read_run(other), read_run(copy)])
-    with pytest.raises(RunError, match="evaluated with other limit than .*seed0"):
+    with pytest.raises(RunError, match=r"evaluated with other limit than .*seed0"):
         make_study([read_run(one), read_run(make_run(tmp_path / "few", seed=7, found=results(limit=5)))])
 
 
