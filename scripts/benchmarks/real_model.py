@@ -23,9 +23,9 @@ in PACKS/JOB.pt. `summary` prints a table of the JSON files: means over packs, a
 over packs.
 
 The jobs `small...` suit a CPU: one pack each on docstrings, with the seed at the end of its name, rank 16, 100 steps of
-8 rows; where the learning rate, the temperature or the tokens learned differ, of four adapters, whose counterparts are
-the first four of `small`; `small_labels` has four too, and 100 questions of each benchmark. The summary takes those
-that differ in nothing but the seed together.
+8 rows; where the learning rate or the temperature differs, of four adapters, whose counterparts are the first four of
+`small` (`small_eight_...` has all eight); `small_labels` has four too, and 100 questions of each benchmark. The
+summary takes those that differ in nothing but the seed together.
 
 Every adapter: q, k, v, up, down; rank 32, alpha 64, batches of 16 rows, linear decay after a tenth of the steps, no
 dropout, the loss on prompt and answer (docstrings: on the answer). A job's name says what differs.

@@ -79,9 +79,9 @@ def _jobs() -> Iterator[Job]:
         yield Job(f"small_longer_{seed}", seed=seed, **small | {"members": 1, "steps": 800})
         yield Job(f"small_larger_batch_{seed}", seed=seed, **small | {"members": 1, "batch": 64})
         yield Job(f"small_rank_128_{seed}", seed=seed, **small | {"members": 1, "rank": 128})
-        yield Job(f"small_all_tokens_{seed}", seed=seed, **half | {"learn": "all"})
         yield Job(f"small_eight_lr_3e-3_{seed}", seed=seed, **small | {"lr": 3e-3})
         yield Job(f"small_longer_lr_3e-3_{seed}", seed=seed, **small | {"members": 1, "steps": 800, "lr": 3e-3})
+        yield Job(f"small_longer_lr_3e-4_{seed}", seed=seed, **small | {"members": 1, "steps": 800, "lr": 3e-4})
         yield Job(f"small_larger_batch_lr_3e-3_{seed}", seed=seed, **small | {"members": 1, "batch": 64, "lr": 3e-3})
         yield Job(f"small_labels_{seed}", seed=seed, **half | {"task": "labels", "learn": "all", "questions": 100})
 
