@@ -28,6 +28,7 @@ from poc_lora.evaluation.protocols.label import batch_ranges, head_in_float32
 from poc_lora.evaluation.variants import (
     Variants,
     activate_variants,
+    adapter_digests,
     adapter_key,
     base_digest,
     find_variants,
@@ -102,8 +103,14 @@ def evaluate_rows(
         info = RunInfo.read_if_there(run.info) if run.is_run else None
         trained_on = info is not None and _trained_on(info, sources)
         place = variants.out / ROW_LOSSES
-        measured = _digest(variants, settings, info, sources, device, trained_on=trained_on, texts=texts, match=match)
+        digests = variants.digests()
+        others = {"adapters": digests, "trained_on": trained_on, "texts": texts, "match": match}
+        measured = _digest(variants, settings, info, sources, device, **others)
+        named, merged_adapters = adapter_digests(digests), variants.merged_adapters
         if measured is not None and (known := _read(place)) and known.measured == measured:
+            if known.adapter_digests != named:  # an older file, which names none
+                known = known.model_copy(update={"adapter_digests": named, "merged_adapters": merged_adapters})
+                known.write(place)
             return known
         model, tokenizer = load_base_of(variants, device)
         encoded = _encode(
@@ -128,6 +135,8 @@ def evaluate_rows(
         exact_average=variants.exact_average,
         trained_on=trained_on,
         texts=written,
+        adapter_digests=named,
+        merged_adapters=merged_adapters,
         measured=measured,
     )
     result.write(place)
@@ -151,7 +160,6 @@ def _digest(
         "quantization": variants.quantization,
         "prompt": variants.prompt,
         "chat_template": variants.chat_template,
-        "adapters": variants.digests(),
         "rows": [(sha256_file(Path(source).expanduser()), _is_held_out(source)) for source in rows],
         "started": info and info.started_at,  # the time that chat templates write
         "data": settings and settings.model_dump(mode="json", include={"columns", "max_length", "learn"}),

@@ -281,6 +281,17 @@ CHOICES = [
 ]
 
 
+def test_the_results_say_how_many_adapters_were_merged(run, data):
+    assert evaluate([run], data=data, benchmarks=["piqa"]).merged_adapters is None  # there is no merge.json
+    shutil.rmtree(run / "merged")
+    assert evaluate([run], data=data, benchmarks=["piqa"]).merged_adapters == 3  # the exact average
+    merge_folders([run], run / "merged", leave_out=[run / "adapters" / "01"])
+    assert evaluate([run], data=data, benchmarks=["piqa"]).merged_adapters == 2
+    assert Results.read(run / "eval" / "results.json").merged_adapters == 2
+    one = evaluate([run / "adapters" / "01"], data=data, benchmarks=["piqa"], out=run / "one")
+    assert (one.merged, one.merged_adapters) == (None, None)
+
+
 @pytest.fixture
 def own(data):
     """A benchmark beside the eight: rows with choices, in JSON lines."""
