@@ -169,7 +169,8 @@ def test_without_a_merge_the_exact_average_is_scored_as_the_merge(run, data, tmp
     averaged = evaluate([run], **asked, out=tmp_path / "without")
     assert averaged.exact_average
     assert not merged.exact_average
-    assert averaged.model_copy(update={"exact_average": False}) == merged
+    assert (averaged.merged_adapters, merged.merged_adapters) == (3, None)  # no merge.json tells
+    assert averaged.model_copy(update={"exact_average": False, "merged_adapters": None}) == merged
     assert Results.read(tmp_path / "without" / "results.json") == averaged
     assert "exact average of the 3 adapters" in " ".join(notes(averaged))
     summary = json.loads((tmp_path / "without" / "merged.json").read_text())
