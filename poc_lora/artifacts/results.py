@@ -137,6 +137,8 @@ class Results(Artifact):
         average: The mean over adapters; for a model without adapters its own.
         merged: The run's merged/ or, with `exact_average`, the exact average of the adapters, which is in no folder.
             None for one adapter without a merge.
+        merged_adapters: How many adapters that merge is made of: `poc-lora merge` may leave some out. None where there
+            is no merge, or it does not say, and in older files.
         ensemble: None for fewer than two adapters, and where there is only generated text.
         comparisons: The merge minus `best`, `average` and `control`.
         agreement: How often merge and ensemble choose the same label; NaN where no question fits.
@@ -175,6 +177,7 @@ class Results(Artifact):
     control_name: Public[str | None] = None
     subsets: Public[Subsets | None] = None
     exact_average: Public[bool] = False
+    merged_adapters: Public[Count | None] = None
     truncated: Public[
         Annotated[list[TruncatedMerge], Field(max_length=MAX_TRUNCATED), BeforeValidator(_not_of_one_rank)]
     ] = Field(default_factory=list)

@@ -51,8 +51,10 @@ class RowLosses(Artifact):
         base, merged, ensemble: [n]; the ensemble's probability of a token is the mean of the adapters'.
         adapters: [n] of each adapter, by name.
         exact_average: Whether `merged` is the exact average of the adapters, which is in no folder.
+        merged_adapters: As in Results.
         trained_on: Whether a file of these rows is among those that the run was trained on.
         texts: What the variants write in place of some answers, if that was asked for.
+        adapter_digests: As in TaskResults; empty in older files.
         asked: A digest of the rows and of how they were scored; None where rows came from the Hub, and in older files.
         measured: A digest of all that the losses depend on; None where `asked` is.
     """
@@ -70,8 +72,10 @@ class RowLosses(Artifact):
     merged: Public[list[Number] | None]
     ensemble: Public[list[Number] | None]
     exact_average: Public[bool] = False
+    merged_adapters: Public[Count | None] = None
     trained_on: Public[bool] = False
     texts: RowTexts | None = None
+    adapter_digests: Annotated[dict[str, str], Field(max_length=MAX_ADAPTERS + 1)] = Field(default={})
     asked: str | None = None
     measured: str | None = None
 

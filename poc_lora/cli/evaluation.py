@@ -367,4 +367,5 @@ def report(
         files = read_run(run)
         for i, results in enumerate(files.evaluations):
             show(*results_summary(results), *files.out_of_date(i))
+        show(*files.rows_out_of_date, *files.tasks_out_of_date)
     print_next(f"the report: {page}", "open it in a browser")

@@ -199,6 +199,7 @@ def evaluate(
             merged_rank=variants.merged_rank if merge_ranks else None,
             merged_bytes=variants.merged_bytes if merge_ranks else None,
             exact_average=variants.exact_average,
+            merged_adapters=variants.merged_adapters,
         )
         if processes.process_index == 0:
             (variants.out / RESULTS).unlink(missing_ok=True)

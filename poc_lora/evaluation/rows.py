@@ -28,6 +28,7 @@ from poc_lora.evaluation.protocols.label import batch_ranges, head_in_float32
 from poc_lora.evaluation.variants import (
     Variants,
     activate_variants,
+    adapter_digests,
     adapter_key,
     base_digest,
     find_variants,
@@ -102,9 +103,9 @@ def evaluate_rows(
         info = RunInfo.read_if_there(run.info) if run.is_run else None
         trained_on = info is not None and _trained_on(info, sources)
         place = variants.out / ROW_LOSSES
-        asked = _asked(variants, settings, sources, device)
+        asked, digests = _asked(variants, settings, sources, device), variants.digests()
         own = {"trained_on": trained_on, "texts": texts, "match": match}
-        measured = asked and _digest(asked, variants, info, **own)
+        measured = asked and _digest(asked, variants, info, adapters=digests, **own)
         if measured is not None and (known := _read(place)) and known.measured == measured:
             return known
         model, tokenizer = load_base_of(variants, device)
@@ -131,6 +132,8 @@ def evaluate_rows(
         trained_on=trained_on,
         texts=written,
         asked=asked,
+        adapter_digests=adapter_digests(digests),
+        merged_adapters=variants.merged_adapters,
         measured=measured,
     )
     result.write(place)
@@ -156,7 +159,6 @@ def _digest(asked: str, variants: Variants, info: RunInfo | None, **others: Any)
     return _hash(
         asked=asked,
         base=base_digest(variants.base, variants.revision),
-        adapters=variants.digests(),
         started=info and info.started_at,  # the time that chat templates write
         **others,
     )

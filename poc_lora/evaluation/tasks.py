@@ -25,7 +25,14 @@ from poc_lora.evaluation.protocols.task_scoring import (
     write_score,
 )
 from poc_lora.evaluation.task_summary import summarise_tasks
-from poc_lora.evaluation.variants import Variants, activate_variants, base_digest, find_variants, load_base_of
+from poc_lora.evaluation.variants import (
+    Variants,
+    activate_variants,
+    adapter_digests,
+    base_digest,
+    find_variants,
+    load_base_of,
+)
 from poc_lora.files import as_paths, require_place
 from poc_lora.models.forward import without_cudnn_attention
 from poc_lora.models.load import default_device, load_tokenizer, resolve_dtype
@@ -121,7 +128,7 @@ def evaluate_tasks(
         limit=limit,
         apply_chat_template=apply_chat_template,
         exact_average=variants.exact_average,
-        adapter_digests={name: digests[0] for name, digests in weights.items() if len(digests) == 1},
+        adapter_digests=adapter_digests(weights),
         tasks=summarise_tasks(named, found, adapters=list(variants.adapters), seed=seed),
     )
     results.write(variants.out / TASK_RESULTS)

@@ -59,6 +59,7 @@ class Variants:
         adapters: By name, in order.
         chat_template: The text of the chat template that takes the place of the base's, if any.
         merged: The run's merge; None evaluates the exact average of several adapters in its place.
+        sources: How many adapters `merged` is made of, which may be some of `adapters`; None if it does not say.
         truncated: The best approximations of the merge of smaller ranks, by their rank in increasing order.
         out: The folder for results.
         shard: Whether several ranks share the base, as the run trained on it.
@@ -74,6 +75,7 @@ class Variants:
     out: Path
     shard: bool = False
     chat_template: str | None = None
+    sources: int | None = None
     truncated: Mapping[int, Merged] = field(default_factory=dict)
 
     def truncate(self, ranks: Sequence[int]) -> "Variants":
@@ -111,6 +113,11 @@ class Variants:
     def exact_average(self) -> bool:
         """Whether the merge that is evaluated is the exact average of the adapters."""
         return self.merged is None and len(self.adapters) > 1
+
+    @property
+    def merged_adapters(self) -> int | None:
+        """How many adapters the merge that is evaluated is made of; None if there is none, or it does not say."""
+        return len(self.adapters) if self.exact_average else self.sources
 
     def digests(self, subsets: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[str]]:
         """Returns what identifies the weights of every variant and named subset.
@@ -240,6 +247,11 @@ def adapter_digest(folder: Path) -> str:
     return sha256_file(folder / WEIGHTS_NAME) + sha256_file(folder / CONFIG_NAME)
 
 
+def adapter_digests(digests: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Of `Variants.digests` those of the variants that have a folder: `merged` and the adapters."""
+    return {variant: own[0] for variant, own in digests.items() if len(own) == 1}
+
+
 def base_digest(name: str, revision: str | None = None) -> str:
     """Identify a base model by a Hub id's commit, or by the sizes and times of a folder's files. Raises ModelError."""
     folder = Path(resolve_base(name))
@@ -313,6 +325,7 @@ def find_variants(
             out=out or run.evaluation(protocol),
             shard=config.model.shard,
             chat_template=read_chat_template(run.chat_template) if run.chat_template.is_file() else None,
+            sources=len(report.sources) if report else None,
         )
     if out is None:
         raise RequestError("adapters outside a run need a folder for the results", fix="add --out DIR")

@@ -25,6 +25,7 @@ from poc_lora.hub.usage import UNKNOWN_TASK, usage
 from poc_lora.merging.methods import METHODS
 from poc_lora.optim.schedules import MAX_WARMUP_STEPS
 from poc_lora.reporting.escape import code, markdown
+from poc_lora.reporting.held_out import merge_of
 from poc_lora.reporting.results_tables import columns, results_markdown
 from poc_lora.reporting.tables import Table, markdown_table
 from poc_lora.reporting.task_tables import differences_table, scores_table, task_notes
@@ -139,7 +140,8 @@ def _opening(subject: Subject, licence: str | None) -> str:
     base = f"[`{subject.base_model}`](https://huggingface.co/{subject.base_model})"
     lines = [f"A LoRA adapter of {base}, in PEFT's format."]
     if subject.merge:
-        what = f"the merge of {len(subject.merge.sources)} adapters"
+        sources = len(subject.merge.sources)
+        what = merge_of(sources, sources)
         if subject.merge.method in METHODS:
             what += f" by {METHODS[subject.merge.method].summary}"
         what += f", with the weights {weights}" if (weights := _weights(subject.merge)) else ""

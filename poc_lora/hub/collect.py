@@ -20,12 +20,12 @@ from poc_lora.artifacts.run_info import RunInfo
 from poc_lora.artifacts.task_scores import TaskResults
 from poc_lora.config import RunConfig, load_config
 from poc_lora.errors import AdapterError, RequestError, RunError
-from poc_lora.evaluation.variants import adapter_digest, adapter_key, is_merge_of
+from poc_lora.evaluation.variants import adapter_key, is_merge_of
 from poc_lora.files import links_root, read_json, sha256_file
 from poc_lora.hub.public import public_config, refuse_metadata
 from poc_lora.hub_ids import is_base_model_id, is_repo_id
 from poc_lora.reporting.results_tables import results_markdown, table_rows
-from poc_lora.reporting.run_files import of_these_weights
+from poc_lora.reporting.run_files import has_weights, of_these_weights
 
 FIGURES = (".png", ".svg")
 
@@ -283,9 +283,9 @@ def _tasks(folder: Path, run: RunFolder | None, names: dict[str, str], tree: _Tr
         return None
     found = TaskResults.read(place / TASK_RESULTS)
     variant = "merged" if run and folder == run.merged else adapter_key(folder.name)
-    if found.adapter_digests.get(variant) != adapter_digest(folder):
-        known = variant in found.adapter_digests
-        why = "the weights have changed since" if known else "not an evaluation of this adapter"
+    same = has_weights(folder, found.adapter_digests.get(variant))
+    if not same:
+        why = "the weights have changed since" if same is False else "not an evaluation of this adapter"
         tree.left_out[f"{place.name}/{TASK_RESULTS}"] = f"{why}: evaluate again"
         return None
     return (found if variant == "merged" else found.of_adapter(folder.name)).public(names)

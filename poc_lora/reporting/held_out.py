@@ -34,7 +34,7 @@ class PackLosses:
 
     def compared(self) -> "HeldOut":
         """The merge against the base and the best adapter."""
-        return _held_out(self.base, self.adapters, self.merge, self.tokens)
+        return _held_out(self.base, self.adapters, self.merge, self.tokens, merged_adapters=len(self.adapters))
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class HeldOut:
         base: The base model's loss.
         adapters: Each adapter's loss, by its number or name.
         merge: The loss of their merge; that of the adapter where there is one alone.
+        merged_adapters: How many of the adapters that merge is made of; None if that is not known.
         best: The adapter with the lowest loss.
         over_best: The merge's loss minus that adapter's, and the bounds of its 95 % bootstrap interval over rows.
         over_base: That adapter's loss minus the base model's, likewise.
@@ -55,6 +56,7 @@ class HeldOut:
     base: float
     adapters: dict[int | str, float]
     merge: float
+    merged_adapters: int | None
     best: int | str
     over_best: tuple[float, float, float]
     over_base: tuple[float, float, float]
@@ -119,10 +121,18 @@ def rows_held_out(found: RowLosses) -> HeldOut | None:
     if not adapters:
         return None
     merged = np.array(found.merged) if found.merged is not None else next(iter(adapters.values()))
-    return _held_out(np.array(found.base), adapters, merged, np.array(found.tokens, dtype=float))
+    base, tokens = np.array(found.base), np.array(found.tokens, dtype=float)
+    return _held_out(base, adapters, merged, tokens, merged_adapters=found.merged_adapters)
 
 
-def _held_out(base: np.ndarray, adapters: Mapping[Any, np.ndarray], merge: np.ndarray, tokens: np.ndarray) -> HeldOut:
+def _held_out(
+    base: np.ndarray,
+    adapters: Mapping[Any, np.ndarray],
+    merge: np.ndarray,
+    tokens: np.ndarray,
+    *,
+    merged_adapters: int | None,
+) -> HeldOut:
     """Compare losses of each row, summed over its tokens, all [n]."""
     means = {adapter: _mean(losses, tokens) for adapter, losses in adapters.items()}
     best = min(means, key=lambda adapter: means[adapter])
@@ -131,6 +141,7 @@ def _held_out(base: np.ndarray, adapters: Mapping[Any, np.ndarray], merge: np.nd
         base=_mean(base, tokens),
         adapters=means,
         merge=_mean(merge, tokens),
+        merged_adapters=merged_adapters,
         best=best,
         over_best=paired_interval(merge - adapters[best], tokens),
         over_base=paired_interval(adapters[best] - base, tokens),
@@ -223,6 +234,15 @@ def instead_of_merge(found: HeldOut) -> int | str | None:
     return found.best if found.over_best[1] > 0 else None
 
 
+def merge_of(merged: int | None, adapters: int) -> str:
+    """Names a merge by the number of adapters that it is made of, such as `the merge of 3 of the 4 adapters`."""
+    if merged is None:
+        return "the merge"
+    if merged < adapters:
+        return f"the merge of {merged} of the {adapters} adapters"
+    return f"the merge of {merged} adapter{'' if merged == 1 else 's'}"
+
+
 def verdict(found: HeldOut) -> str:
     """Says in plain words what the merge is worth on the held-out rows, and what to do."""
     M, interval = len(found.adapters), "difference {:+.3f}, 95 % interval {:+.3f} to {:+.3f}"
@@ -254,4 +274,4 @@ def verdict(found: HeldOut) -> str:
     if found.base <= min(found.merge, *losses):
         said += ", and the base has a lower loss than all"
         advice = "Training did not help: lower optim.lr, and look at the curves."
-    return f"{on} the merge of {M} adapters {said} ({figures}). {advice}"
+    return f"{on} {merge_of(found.merged_adapters, M)} {said} ({figures}). {advice}"

@@ -1,6 +1,7 @@
 """Everything in a run folder that a report shows, read as untrusted."""
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +47,10 @@ class RunFiles:
     screening: Screening | None = None  # of the run's adapters, if any are left out of a merge
     rows: RowLosses | None = None  # of `poc-lora eval --rows`
     tasks: TaskResults | None = None  # of `poc-lora eval --harness-tasks`
-    changed: tuple[tuple[str, ...], ...] = ()  # for each evaluation, what has other weights now than were evaluated
+    # What has other weights now than were evaluated: for each of `evaluations`, and of `rows` and `tasks`.
+    changed: tuple[tuple[str, ...], ...] = ()
+    rows_changed: tuple[str, ...] = ()
+    tasks_changed: tuple[str, ...] = ()
 
     @property
     def results(self) -> Results | None:
@@ -55,12 +59,23 @@ class RunFiles:
 
     def out_of_date(self, i: int) -> list[str]:
         """Says in a sentence if weights have changed since evaluation i; otherwise there is none."""
-        if not self.changed[i]:
-            return []
-        protocol = f", protocol {short(self.evaluations[i].protocol, 20)}" if len(self.evaluations) > 1 else ""
-        return [
-            f"The weights of {', '.join(self.changed[i])} have changed since this evaluation{protocol}: evaluate again."
-        ]
+        alone = len(self.evaluations) == 1 and self.rows is None and self.tasks is None
+        protocol = "" if alone else f", protocol {short(self.evaluations[i].protocol, 20)}"
+        return _have_changed(self.changed[i], f"this evaluation{protocol}")
+
+    @property
+    def rows_out_of_date(self) -> list[str]:
+        """Says in a sentence if weights have changed since `rows`; otherwise there is none."""
+        return _have_changed(self.rows_changed, "the evaluation on rows")
+
+    @property
+    def tasks_out_of_date(self) -> list[str]:
+        """Says in a sentence if weights have changed since `tasks`; otherwise there is none."""
+        return _have_changed(self.tasks_changed, "the evaluation on tasks of lm-eval")
+
+
+def _have_changed(changed: Sequence[str], since: str) -> list[str]:
+    return [f"The weights of {', '.join(changed)} have changed since {since}: evaluate again."] if changed else []
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -72,6 +87,8 @@ def read_run(folder: Path) -> RunFiles:
         raise RunError(what, where=folder, fix="give a run (with config.yaml) or a folder with results.json")
     evaluations = tuple(Results.read(place / RESULTS) for place in evaluated)
     screening = screen(folder)
+    rows = RowLosses.read_if_there(run.evaluation("rows") / ROW_LOSSES)
+    tasks = TaskResults.read_if_there(run.evaluation("tasks") / TASK_RESULTS)
     return RunFiles(
         folder=folder,
         config=load_config(run.config) if run.is_run else None,
@@ -81,9 +98,11 @@ def read_run(folder: Path) -> RunFiles:
         evaluations=evaluations,
         held_out=tuple(read_held_out(folder)),
         screening=screening if screening and screening.left_out else None,
-        rows=RowLosses.read_if_there(run.evaluation("rows") / ROW_LOSSES),
-        tasks=TaskResults.read_if_there(run.evaluation("tasks") / TASK_RESULTS),
-        changed=tuple(_changed(run, *found) for found in zip(evaluated, evaluations, strict=True)),
+        rows=rows,
+        tasks=tasks,
+        changed=tuple(_changed(run, _digests(*found)) for found in zip(evaluated, evaluations, strict=True)),
+        rows_changed=_changed(run, rows.adapter_digests) if rows else (),
+        tasks_changed=_changed(run, tasks.adapter_digests) if tasks else (),
     )
 
 
@@ -103,20 +122,37 @@ def of_these_weights(place: Path, variant: str, adapter: Path) -> bool | None:
 
     None if one of them is missing, or the evaluation does not name its weights.
     """
+    return has_weights(adapter, _digest_in(place, variant))
+
+
+def has_weights(adapter: Path, digest: str | None) -> bool | None:
+    """Whether the folder `adapter` has the weights of a digest now; None if there is no digest, or no such folder."""
+    if not (digest and all((adapter / name).is_file() for name in (WEIGHTS_NAME, CONFIG_NAME))):
+        return None
+    return digest == adapter_digest(adapter)
+
+
+def _digest_in(place: Path, variant: str) -> str | None:
     if not re.fullmatch(r"[\w .@+-]{1,100}", variant):  # a name from results.json must not lead out of the folder
         return None
     scores = VariantScores.read_if_there(place / variant_file(variant))
-    if not (scores and scores.adapter_digest and all((adapter / n).is_file() for n in (WEIGHTS_NAME, CONFIG_NAME))):
-        return None
-    return scores.adapter_digest == adapter_digest(adapter)
+    return scores.adapter_digest if scores else None
 
 
-def _changed(run: RunFolder, place: Path, results: Results) -> tuple[str, ...]:
-    variants = {"the merge": ("merged", run.merged)}
-    for name in results.adapters:
-        if re.fullmatch(r"[0-9]{1,9}", name):  # the run's own
-            variants[f"adapter {name}"] = (adapter_key(name), run.adapter(name))
-    return tuple(shown for shown, variant in variants.items() if of_these_weights(place, *variant) is False)
+def _digests(place: Path, results: Results) -> dict[str, str]:
+    """By variant, of what was evaluated in the folder `place`."""
+    found = {variant: _digest_in(place, variant) for variant in ("merged", *map(adapter_key, results.adapters))}
+    return {variant: digest for variant, digest in found.items() if digest}
+
+
+def _changed(run: RunFolder, digests: Mapping[str, str]) -> tuple[str, ...]:
+    """What has other weights now than an evaluation had: the run's own adapters, which have numbers, and its merge."""
+    folders = {"merged": ("the merge", run.merged)}
+    for variant in digests:
+        if number := re.fullmatch(adapter_key("([0-9]{1,9})"), variant):
+            folders[variant] = (f"adapter {number[1]}", run.adapter(number[1]))
+    found = {variant: has_weights(folder, digests.get(variant)) for variant, (_, folder) in folders.items()}
+    return tuple(folders[variant][0] for variant, same in found.items() if same is False)
 
 
 def _read_metrics(path: Path) -> Metrics | None:

@@ -9,7 +9,7 @@ from poc_lora.artifacts.results import Estimate, Results, Scored
 from poc_lora.reporting import figures
 from poc_lora.reporting.blocks import Chart, Section, chart
 from poc_lora.reporting.escape import short
-from poc_lora.reporting.held_out import rows_notes, rows_table
+from poc_lora.reporting.held_out import merge_of, rows_notes, rows_table
 from poc_lora.reporting.rank_tables import advised, ranks_table
 from poc_lora.reporting.results_tables import (
     accuracy_table,
@@ -46,15 +46,15 @@ def headline(results: Results | None) -> tuple[str, list[tuple[str, Estimate]]]:
         return f"The merge is {over_average} the one adapter it is made of.", tiles
     where = "the test questions themselves" if results.best_chosen_on == "test" else "validation questions"
     d = results.comparisons.get("best")
+    merge = merge_of(results.merged_adapters, M).capitalize()
     if d is None:
-        return f"The merge of {M} adapters is {over_average} the average adapter.", tiles
+        return f"{merge} is {over_average} the average adapter.", tiles
+    them = "them" if results.merged_adapters == M else f"all {M}"
     interval = f"95 % interval {100 * d.low:+.2f} to {100 * d.high:+.2f}"
     if d.low <= 0 <= d.high:
-        sentence = f"The merge of {M} adapters and the best of them cannot be told apart here: it is {_above(d.value)}"
+        sentence = f"{merge} and the best of {them} cannot be told apart here: it is {_above(d.value)}"
     else:
-        sentence = (
-            f"The merge of {M} adapters {'beats' if d.value > 0 else 'loses to'} the best of them: {_above(d.value)}"
-        )
+        sentence = f"{merge} {'beats' if d.value > 0 else 'loses to'} the best of {them}: {_above(d.value)}"
     return (
         f"{sentence} that one ({interval}), which had to be picked on {where}, and {over_average} the average adapter.",
         tiles,
@@ -68,6 +68,9 @@ def _above(difference: float) -> str:
 
 def evaluation(files: RunFiles) -> Section:
     section = Section("evaluation", "Evaluation")
+    out_of_date = [*files.rows_out_of_date, *files.tasks_out_of_date]
+    out_of_date += [note for i in range(len(files.evaluations)) for note in files.out_of_date(i)]
+    section.paragraphs += [" ".join(out_of_date)] if out_of_date else []  # the first paragraph is above the tables
     if files.rows is not None:
         section.tables.append(rows_table(files.rows))
         section.paragraphs += rows_notes(files.rows)
@@ -81,9 +84,8 @@ def evaluation(files: RunFiles) -> Section:
         what = "Nothing has been evaluated" if not section.tables else "No questions were asked"
         section.omitted.append(f"{what}: poc-lora eval RUN --data DIR.")
         return section
-    for i, results in enumerate(files.evaluations):
+    for results in files.evaluations:
         protocol = f", protocol {short(results.protocol, 20)}" if len(files.evaluations) > 1 else ""
-        section.paragraphs += files.out_of_date(i)
         _evaluation(section, results, protocol)
     return section
 

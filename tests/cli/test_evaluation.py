@@ -1,6 +1,7 @@
 """`eval` and `report`: what they refuse, and what they write."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +13,7 @@ from poc_lora.artifacts.study import Study
 from poc_lora.config import PromptTemplate
 from poc_lora.data.prompts import TEMPLATES
 from poc_lora.microworld import DATA_DIR
-from tests.reporting.run_folder import make_run, write_scores
+from tests.reporting.run_folder import make_run, write_rows_and_tasks, write_scores
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,35 @@ def test_a_report_of_an_evaluation_of_other_weights_says_so_on_the_terminal(poc_
     status, out, err = poc_lora("report", "made")
     assert status == 0, err
     assert "The weights of the merge have changed since this evaluation: evaluate again.\n" in out
+
+
+def test_a_report_of_rows_and_tasks_of_other_weights_says_so_on_the_terminal(poc_lora, config):
+    run = make_run(Path("made"))
+    for folder in ("merged", "adapters/00", "adapters/01"):
+        (run / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (run / folder / name).write_text(folder)
+    write_rows_and_tasks(run)
+    assert "have changed" not in poc_lora("report", "made")[1]
+    (run / "merged" / "adapter_model.safetensors").write_text("merged anew")
+    out = poc_lora("report", "made")[1]
+    assert "The weights of the merge have changed since the evaluation on rows: evaluate again.\n" in out
+    assert "The weights of the merge have changed since the evaluation on tasks of lm-eval: evaluate again.\n" in out
+
+
+def test_losses_of_another_merge_are_not_reported_as_those_of_the_present_one(poc_lora, trained):
+    note = "The weights of the merge have changed since the evaluation on rows: evaluate again."
+    assert poc_lora("merge", "run", "--out", "run/merged")[0] == 0
+    status, out, err = poc_lora("eval", "run", "--rows", "train.json")
+    assert status == 0, err
+    assert "the merge of 2 adapters" in out
+    assert "have changed" not in poc_lora("report", "run")[1]
+    shutil.rmtree("run/merged")
+    assert poc_lora("merge", "run", "--rank", "1", "--out", "run/merged")[0] == 0
+    assert note in poc_lora("report", "run")[1]
+    assert Path("run/report.html").read_text().count(note) == 1
+    assert poc_lora("eval", "run", "--rows", "train.json")[0] == 0
+    assert note not in poc_lora("report", "run")[1]
 
 
 def test_a_study_evaluates_each_run_as_it_would_be_alone(poc_lora, refused, trained):

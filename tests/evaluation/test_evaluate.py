@@ -181,7 +181,8 @@ def test_without_a_merge_the_exact_average_is_scored_as_the_merge(run, data, tmp
     averaged = evaluate([run], **asked, out=tmp_path / "without")
     assert averaged.exact_average
     assert not merged.exact_average
-    assert averaged.model_copy(update={"exact_average": False}) == merged
+    assert (averaged.merged_adapters, merged.merged_adapters) == (3, None)  # no merge.json tells
+    assert averaged.model_copy(update={"exact_average": False, "merged_adapters": None}) == merged
     assert Results.read(tmp_path / "without" / "results.json") == averaged
     assert "exact average of the 3 adapters" in " ".join(notes(averaged))
     summary = json.loads((tmp_path / "without" / "merged.json").read_text())
@@ -291,6 +292,17 @@ CHOICES = [
     {"question": "What is old?", "choices": ["the hat", "a cup that is kept in the dark shed"], "answer": "the hat"},
     {"prompt": "The glass is made of", "choices": ["wool", "dark wood \u2014 old", "glass"], "answer": 1},
 ]
+
+
+def test_the_results_say_how_many_adapters_were_merged(run, data):
+    assert evaluate([run], data=data, benchmarks=["piqa"]).merged_adapters is None  # there is no merge.json
+    shutil.rmtree(run / "merged")
+    assert evaluate([run], data=data, benchmarks=["piqa"]).merged_adapters == 3  # the exact average
+    merge_folders([run], run / "merged", leave_out=[run / "adapters" / "01"])
+    assert evaluate([run], data=data, benchmarks=["piqa"]).merged_adapters == 2
+    assert Results.read(run / "eval" / "results.json").merged_adapters == 2
+    one = evaluate([run / "adapters" / "01"], data=data, benchmarks=["piqa"], out=run / "one")
+    assert (one.merged, one.merged_adapters) == (None, None)
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from poc_lora.data.rows import read_sources
 from poc_lora.errors import AdapterError, DataError, Interrupted, RequestError
 from poc_lora.evaluation import rows as module
 from poc_lora.evaluation.rows import evaluate_rows
-from poc_lora.evaluation.variants import load_base_of
+from poc_lora.evaluation.variants import adapter_digest, load_base_of
+from poc_lora.merging.folders import merge_folders
 from poc_lora.models.load import context_length, load_base
 from tests.evaluation import test_evaluate
 from tests.evaluation.test_evaluate import adapter
@@ -93,6 +94,19 @@ def test_losses_that_were_measured_already_are_read_and_changed_ones_measured_ag
     (run / "eval-rows" / "rows.json").write_text("{")
     assert evaluate_rows([run], [str(rows)]) == changed
     assert len(loads) == 3
+
+
+def test_the_file_names_the_weights_and_how_many_adapters_were_merged(run, rows):
+    found = evaluate_rows([run], [str(rows)])
+    own = {f"adapter-{name}": run / "adapters" / name for name in ("00", "01", "02")} | {"merged": run / "merged"}
+    assert found.adapter_digests == {variant: adapter_digest(folder) for variant, folder in own.items()}
+    assert found.merged_adapters is None  # there is no merge.json
+    shutil.rmtree(run / "merged")
+    averaged = evaluate_rows([run], [str(rows)])
+    assert averaged.merged_adapters == 3
+    assert averaged.adapter_digests.keys() == own.keys() - {"merged"}
+    merge_folders([run], run / "merged", leave_out=[run / "adapters" / "01"])
+    assert evaluate_rows([run], [str(rows)]).merged_adapters == 2
 
 
 def written_by_peft(run, rows, folder=None):

@@ -136,6 +136,9 @@ def test_how_it_was_made_is_what_the_run_says(run):
     )
     assert "secret-project" not in text
     assert "the merge of 2 adapters by the average of the products B·A" in text
+    shutil.rmtree(run / "merged")
+    merge_folders([run / "adapters" / "00"], run / "merged")
+    assert "the merge of 1 adapter by the average of the products B·A" in card(run)
 
 
 @pytest.mark.parametrize(("steps", "said"), [(20, "20 warm-up steps"), ("auto", "warm-up over a tenth of the steps")])

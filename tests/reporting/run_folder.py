@@ -4,6 +4,7 @@ import json
 import math
 
 from poc_lora.artifacts.results import Difference, Estimate, Results, Scored, TruncatedMerge
+from poc_lora.artifacts.row_losses import RowLosses
 from poc_lora.artifacts.task_scores import Metric, Score, Task, TaskResults
 from poc_lora.artifacts.variant_scores import VariantAccuracy, VariantScores
 from poc_lora.config import dump_yaml, validate
@@ -31,6 +32,19 @@ def write_scores(place, variant, adapter):
         benchmarks={},
         average=average,
     ).write(place / f"{variant}.json")
+
+
+def write_rows_and_tasks(run, **changes):
+    """rows.json and tasks.json of the weights that the adapters 00 and 01 and the merge of a run have now."""
+    folders = {"merged": run / "merged"} | {f"adapter-{name}": run / "adapters" / name for name in ("00", "01")}
+    named = {variant: adapter_digest(path) for variant, path in folders.items() if list(path.glob("*config.json"))}
+    rows = RowLosses(
+        **dict(base_model="org/base", prompt="clean", truncated=0, dropped=0, tokens=[3, 4], base=[9.0, 8.0]),
+        **dict(adapters={"00": [4.0, 3.0], "01": [5.0, 4.0]}, merged=[3.0, 2.0], merged_adapters=2, ensemble=None),
+    )
+    for found, name in ((rows, "rows"), (task_results(), "tasks")):
+        (run / f"eval-{name}").mkdir(exist_ok=True)
+        found.model_copy(update={"adapter_digests": named} | changes).write(run / f"eval-{name}" / f"{name}.json")
 
 
 def difference(value, low, high, p):
@@ -63,6 +77,7 @@ def results(adapters=("00", "01", "02"), base_model="org/base", **changes):
         best=adapters[-1],
         average=scored(0.703),
         merged=scored(0.7517),
+        merged_adapters=len(adapters),
         ensemble=scored(0.7634),
         comparisons={
             "best": difference(0.0457, 0.02, 0.07, 2 / 10_001),

@@ -83,6 +83,7 @@ def test_a_few_rows_tell_nothing():
     assert paired_interval(-ones, ones) == (-1, -1, -1)
     one = RowLosses(
         **dict(base_model="org/base", prompt="clean", truncated=0, dropped=0, tokens=[3], base=[9.0], merged=[1.0]),
+        merged_adapters=2,
         adapters={"00": [4.0], "01": [5.0]},
         ensemble=None,
     )
@@ -166,6 +167,7 @@ def scored_rows(adapters=3, **changes):
     named = {f"{i:02d}": losses[i] for i in range(adapters)}
     made = dict(base_model="org/base", prompt="clean", truncated=0, dropped=0, tokens=[2, 3] * (ROWS // 2))
     made |= dict(base=losses["base"], adapters=named, merged=losses["merge"], ensemble=losses["merge"])
+    made |= dict(merged_adapters=adapters)
     return RowLosses(**made | changes)
 
 
@@ -184,6 +186,14 @@ def test_rows_of_a_file_get_the_verdict_that_a_runs_own_rows_get(tmp_path):
     ]
     assert table.rows[1][1:] == [f"{own.adapters[0]:.3f}", f"{np.exp(own.adapters[0]):.4g}", ""]
     assert table.rows[4][3] == "{:+.3f} ({:+.3f} to {:+.3f})".format(*own.over_best)
+
+
+def test_a_merge_of_some_of_the_adapters_is_called_one():
+    said = {m: rows_notes(scored_rows(merged_adapters=m))[0] for m in (None, 1, 2, 3)}
+    assert "rows the merge of 2 of the 3 adapters cannot be told apart" in said[2]
+    assert "rows the merge of 1 of the 3 adapters cannot be told apart" in said[1]
+    assert "rows the merge of 3 adapters cannot be told apart" in said[3]
+    assert "rows the merge cannot be told apart" in said[None]  # of an older file
 
 
 def test_what_was_left_out_or_trained_on_is_said():

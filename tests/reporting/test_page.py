@@ -29,6 +29,7 @@ from tests.reporting.run_folder import (
     scored,
     task_results,
     truncated,
+    write_rows_and_tasks,
     write_scores,
 )
 
@@ -127,6 +128,17 @@ def test_the_headline_claims_no_more_than_the_test(gain, told):
     assert told in headline(found)[0]
 
 
+@pytest.mark.parametrize(
+    ("merged", "told"),
+    [
+        (2, "The merge of 2 of the 3 adapters beats the best of all 3: 4.57 points above that one"),
+        (None, "The merge beats the best of all 3: 4.57 points above that one"),  # of an older file
+    ],
+)
+def test_the_headline_says_how_many_adapters_were_merged(merged, told):
+    assert headline(results(merged_adapters=merged))[0].startswith(told)
+
+
 def test_every_part_has_its_figures(page):
     assert [attrs["id"] for tag, attrs in page.elements if tag == "section"] == PARTS
     drawn = [attrs["alt"].split(".")[0] for tag, attrs in page.elements if tag == "img"]
@@ -218,6 +230,31 @@ def test_an_evaluation_of_other_weights_is_told(run):
     ]
 
 
+def test_rows_and_tasks_of_other_weights_are_told(run):
+    for folder in ("merged", "adapters/00", "adapters/01"):
+        (run / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (run / folder / name).write_text(folder)
+    write_rows_and_tasks(run)
+    assert "have changed since" not in page_of(run).text
+    for folder in ("merged", "adapters/01"):
+        (run / folder / "adapter_model.safetensors").write_text("made anew")
+    text = page_of(run).text
+    changed = "The weights of the merge, adapter 01 have changed since the evaluation on"
+    notes = f"{changed} rows: evaluate again. {changed} tasks of lm-eval: evaluate again."
+    assert f"Evaluation {notes} Loss per token" in text  # above all tables
+    shutil.rmtree(run / "merged")
+    (run / "adapters/01/adapter_config.json").unlink()
+    assert "have changed since" not in page_of(run).text
+    write_rows_and_tasks(run, adapter_digests={})  # older files do not tell
+    write_scores(run / "eval", "adapter-00", run / "adapters/00")
+    assert "have changed since" not in page_of(run).text
+    (run / "adapters/00/adapter_model.safetensors").write_text("made anew")
+    text = page_of(run).text
+    assert text.count("have changed since") == 1
+    assert "The weights of adapter 00 have changed since this evaluation, protocol label: evaluate again." in text
+
+
 @pytest.mark.parametrize(
     ("names", "shown"),
     [
@@ -281,6 +318,7 @@ def test_the_losses_on_rows_of_a_file_are_a_table(tmp_path):
     attack = "<script>alert(1)</script>" + "x" * 1000
     losses = {"base": [9.0, 8.0], "adapters": {attack: [3.0, 2.0], "01": [4.0, 3.0]}, "merged": [2.0, 2.0]}
     described = {"base_model": "org/base", "prompt": "clean", "truncated": 0, "dropped": 1, "tokens": [2, 2]}
+    described |= {"merged_adapters": 2}
     (run / "eval-rows").mkdir()
     (run / "eval-rows/rows.json").write_text(json.dumps(described | losses | {"ensemble": None}))
     page = page_of(run)
