@@ -18,7 +18,7 @@ def controls(
     runs: Annotated[int, typer.Option(help="How often each is trained; intervals are over these.")] = 3,
     data: Annotated[Path | None, typer.Option(help="Folder of NAME/test.json files, as for eval.")] = None,
     rows: Annotated[
-        list[str] | None, typer.Option(help="A file of rows as for training, instead of --data. Repeatable.")
+        list[str] | None, typer.Option(help="A file of rows that are not trained on, instead of --data. Repeatable.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="--data: only the first N questions of each benchmark.")] = None,
     only: Annotated[

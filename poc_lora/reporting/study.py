@@ -283,7 +283,7 @@ def _asked(run: RunFiles) -> dict[str, object]:
         found |= {"protocol": results.protocol, "prompt": results.prompt, "limit": results.limit}
         found["questions"] = results.questions, results.questions_sha256
     if (rows := run.rows) is not None:
-        found |= {"prompt": rows.prompt, "rows, dtype or settings": (rows.tokens, rows.asked)}
+        found["rows, dtype or settings"] = rows.tokens, rows.prompt, rows.asked
     return found
 
 
